@@ -1,0 +1,124 @@
+"""LiteMedSAM's TinyViT encoder, folded: image → embedding.
+
+Foldings 5 (padded tokens), 7 (attention biases gathered) and 10 (batch norms merged).
+"""
+
+from __future__ import annotations
+
+import torch
+from medsa_deploy.exporters.reference import tiny_vit as reference
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import BiasedScores, GridAttention, folded_projections
+from .linear import linear, merged_norm, widened_mlp
+from .vit import Neck
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck."""
+
+    def __init__(self, block: reference.MBConv) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = _merged(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        y = F.gelu(self.conv2(F.gelu(self.conv1(x))))
+        return F.gelu(x + self.conv3(y))
+
+
+class Downsample(nn.Module):
+    """Change of width between stages."""
+
+    def __init__(self, downsample: reference.Downsample) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = _merged(downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H/stride, W/stride)."""
+        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(x)))))
+
+
+class Block(nn.Module):
+    """Windowed attention, a depthwise convolution that replaces x, and an MLP."""
+
+    def __init__(self, block: reference.Block) -> None:
+        super().__init__()
+        attention = block.attn
+        query, key, value, self.projection = folded_projections(
+            _rows_by_kind(attention.qkv, attention.heads),
+            attention.proj,
+            attention.norm.bias,
+            (attention.proj.out_features // attention.heads) ** -0.5,
+        )
+        self.norm1 = attention.norm
+        self.attention = GridAttention(
+            query,
+            key,
+            value,
+            heads=attention.heads,
+            window=attention.window,
+            scores=BiasedScores(attention.bias()),
+        )
+        self.local_conv = merged_norm(block.local_conv.c, block.local_conv.bn)
+        self.norm2 = block.mlp.norm
+        self.mlp = widened_mlp(block.mlp.fc1, block.mlp.fc2, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        x = x + self.projection(self.attention(self.norm1(x)))
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.mlp(self.norm2(x))
+
+
+class ImageEncoder(nn.Module):
+    """Convolutions, windowed stages and neck."""
+
+    def __init__(self, encoder: reference.ImageEncoder) -> None:
+        super().__init__()
+        first, act, second = encoder.patch_embed.seq
+        stages: list[nn.Module] = [merged_norm(first.c, first.bn), act]
+        stages.append(merged_norm(second.c, second.bn))
+        for stage in encoder.layers:
+            stages += [MBConv(b) for b in stage.blocks] if stage.convolutional else _tokens(stage)
+            if stage.downsample is not None:
+                stages.append(Downsample(stage.downsample))
+        self.stages = nn.Sequential(*stages)
+        self.neck = Neck(encoder.neck)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, 256, S/4, S/4)."""
+        return self.neck(self.stages(image).permute(0, 2, 3, 1))
+
+
+class ChannelsLast(nn.Module):
+    """(B, C, H, W) → (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute."""
+        return x.permute(0, 2, 3, 1)
+
+
+class ChannelsFirst(nn.Module):
+    """(B, H, W, C) → (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Permute."""
+        return x.permute(0, 3, 1, 2)
+
+
+def _tokens(stage: reference.Stage) -> list[nn.Module]:
+    return [ChannelsLast(), *(Block(b) for b in stage.blocks), ChannelsFirst()]
+
+
+def _merged(module: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
+    """Three convolutions with their batch norms merged."""
+    c1, c2, c3 = (merged_norm(c.c, c.bn) for c in (module.conv1, module.conv2, module.conv3))
+    return c1, c2, c3
+
+
+def _rows_by_kind(qkv: nn.Linear, heads: int) -> nn.Linear:
+    """Rows grouped per head (head, q|k|v, d) → rows of all q, all k, all v."""
+    order = torch.arange(qkv.out_features).view(heads, 3, -1).transpose(0, 1).flatten()
+    return linear(qkv.weight[order], qkv.bias[order])

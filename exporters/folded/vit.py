@@ -1,0 +1,115 @@
+"""The ViT encoder with its adapters folded in: image → embedding, in fewer operations.
+
+Made from the reference encoder and equal to it: foldings 1 (MLP adapter), 2 (Space adapter),
+5 (padded tokens), 6 (zero relative-position tables) and 7 (constants).
+"""
+
+from __future__ import annotations
+
+from medsa_deploy.exporters.reference import vit as reference
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import GridAttention, RelativePositionScores, Scores, folded_projections
+from .linear import composed, constant, linear, stacked, widened_mlp
+
+
+class AdaptedProjection(nn.Module):
+    """Folding 2: output projection p and Space adapter p + fc2(GELU(fc1 p)), with one GEMM less.
+
+    fc1 ∘ projection is linear, so [projection; fc1 ∘ projection] is one GEMM.
+    """
+
+    def __init__(self, projection: nn.Linear, fc1: nn.Linear, fc2: nn.Linear) -> None:
+        super().__init__()
+        self.wide = stacked(projection, composed(fc1, projection))
+        self.fc2 = linear(fc2.weight, fc2.bias)
+        self.widths = (projection.out_features, fc1.out_features)
+
+    def forward(self, a: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        p, hidden = self.wide(a).split(self.widths, dim=-1)
+        return p + self.fc2(F.gelu(hidden))
+
+
+class Block(nn.Module):
+    """One encoder block on tokens (B, H, W, C)."""
+
+    def __init__(self, block: reference.Block, grid: int) -> None:
+        super().__init__()
+        attention = block.attn
+        padded = block.norm1.bias if block.adapted else 0 * block.norm1.bias
+        query, key, value, projection = folded_projections(
+            attention.qkv, attention.proj, padded, attention.scale
+        )
+        self.norm1 = block.norm1
+        self.attention = GridAttention(
+            query,
+            key,
+            value,
+            heads=attention.num_heads,
+            window=block.window,
+            scores=_scores(attention, block.window or grid),
+        )
+        space = block.Space_Adapter
+        self.projection = (
+            projection if space is None else AdaptedProjection(projection, space.D_fc1, space.D_fc2)
+        )
+        self.norm2 = block.norm2
+        self.mlp = widened_mlp(block.mlp.lin1, block.mlp.lin2, block.MLP_Adapter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        x = x + self.projection(self.attention(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))
+
+
+class ImageEncoder(nn.Module):
+    """Patch embedding, blocks and neck; the token grid is fixed by the image size."""
+
+    def __init__(self, encoder: reference.ImageEncoder, grid: int) -> None:
+        super().__init__()
+        self.patch_embed = encoder.patch_embed.proj
+        self.positions = constant(encoder.positions((grid, grid)))
+        self.blocks = nn.Sequential(*(Block(block, grid) for block in encoder.blocks))
+        self.neck = Neck(encoder.neck)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, 256, g, g)."""
+        x = self.patch_embed(image).permute(0, 2, 3, 1) + self.positions
+        return self.neck(self.blocks(x))
+
+
+class Neck(nn.Module):
+    """SAM's neck from tokens; its norms run over the last axis, as LayerNormalization does."""
+
+    def __init__(self, neck: nn.Sequential) -> None:
+        super().__init__()
+        narrow, norm1, conv, norm2 = neck
+        self.narrow = linear(narrow.weight.flatten(1))
+        self.norm1 = layer_norm(norm1)
+        self.conv = conv
+        self.norm2 = layer_norm(norm2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, 256, H, W)."""
+        x = self.norm1(self.narrow(x))
+        x = self.conv(x.permute(0, 3, 1, 2))
+        return self.norm2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def layer_norm(norm: nn.Module) -> nn.LayerNorm:
+    """SAM's LayerNorm2d as a LayerNorm over the last axis."""
+    folded = nn.LayerNorm(len(norm.weight), eps=norm.eps)
+    folded.weight, folded.bias = norm.weight, norm.bias
+    return folded
+
+
+def _scores(attention: nn.Module, side: int) -> nn.Module:
+    """Folding 6: all-zero tables add nothing, exactly."""
+    if not attention.use_rel_pos:
+        return Scores()
+    rows, columns = attention.rel_pos_h, attention.rel_pos_w
+    if not (rows.any() or columns.any()):
+        return Scores()
+    return RelativePositionScores(rows, columns, (side, side), attention.scale)

@@ -1,0 +1,125 @@
+"""The folded network → `encoder.onnx` and `decoder.onnx`, with the bundle's tensor contract.
+
+Names are SAM's own, so that existing SAM tools can load the files. Inputs and outputs are float32;
+B, E, P and N are dynamic.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medsa_deploy.errors import ParityError
+from medsa_deploy.manifest import Graph, Network
+from medsa_deploy.manifest import Tensor as Contract
+
+from .folded import FoldedNetwork
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20
+"""First opset with Gelu as one operator; 23 would bring Attention, which float32 cannot build."""
+
+EXTERNAL_DATA_BYTES = 1_500_000_000
+"""Weights beyond this go to a file of their own: a protobuf message ends at 2 GiB."""
+
+WIDTH = 256
+"""Width of SAM's embeddings and prompt tokens."""
+
+
+def contract(network: Network) -> dict[str, Graph]:
+    """Tensor contract of the two graphs of a network."""
+    side, g = network.image_size, network.embedding_size
+    image = Contract(name="image", dtype="float32", shape=("B", 3, side, side))
+    made = Contract(name="image_embeddings", dtype="float32", shape=("B", WIDTH, g, g))
+    given = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
+    prompts = (
+        Contract(name="point_coords", dtype="float32", shape=("P", "N", 2)),
+        Contract(name="point_labels", dtype="float32", shape=("P", "N")),
+        Contract(name="mask_input", dtype="float32", shape=("P", 1, 4 * g, 4 * g)),
+        Contract(name="has_mask_input", dtype="float32", shape=(1,)),
+    )
+    k = network.masks
+    results = (
+        Contract(name="low_res_masks", dtype="float32", shape=("max(E,P)", k, 4 * g, 4 * g)),
+        Contract(name="iou_predictions", dtype="float32", shape=("max(E,P)", k)),
+    )
+    return {
+        "encoder": Graph(inputs=(image,), outputs=(made,)),
+        "decoder": Graph(inputs=(given, *prompts), outputs=results),
+    }
+
+
+def export_graphs(
+    folded: FoldedNetwork,
+    graphs: Mapping[str, Graph],
+    folder: Path,
+    *,
+    on_graph: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[Path]]:
+    """Write both graphs into `folder`; the files of each, the ONNX file first.
+
+    `on_graph` is called with a graph's name before it is exported.
+    """
+    modules = {"encoder": folded.encoder, "decoder": folded.decoder}
+    files = {}
+    for name, module in modules.items():
+        on_graph(name)
+        files[name] = _export(module, graphs[name], folder / f"{name}.onnx")
+    return files
+
+
+def _export(module: nn.Module, graph: Graph, path: Path) -> list[Path]:
+    """One module as an ONNX file, and its weights' file where they are too large for one."""
+    examples = tuple(_example(tensor) for tensor in graph.inputs)
+    dynamic = tuple(
+        {axis: name for axis, name in enumerate(tensor.shape) if isinstance(name, str)} or None
+        for tensor in graph.inputs
+    )
+    with warnings.catch_warnings():
+        # The exporter warns about its own internals and about N standing at two inputs.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            examples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in graph.inputs],
+            output_names=[tensor.name for tensor in graph.outputs],
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert program is not None
+    _name_axes(program.model, graph)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    external = size > EXTERNAL_DATA_BYTES
+    program.save(path, external_data=external)
+    return [path, *([path.with_name(f"{path.name}.data")] if external else [])]
+
+
+def _example(tensor: Contract) -> Tensor:
+    """An example input; dynamic axes differ and exceed 1, or the exporter fixes or merges them."""
+    sizes = {"B": 2, "E": 3, "P": 2, "N": 5}
+    return torch.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape])
+
+
+def _name_axes(model: Any, graph: Graph) -> None:
+    """Give the graph's outputs the contract's axis names; ParityError where a shape differs."""
+    values = [*model.graph.inputs, *model.graph.outputs]
+    for value, tensor in zip(values, (*graph.inputs, *graph.outputs), strict=True):
+        found = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
+        for axis, wanted in enumerate(tensor.shape):
+            if isinstance(wanted, str) != isinstance(found[axis], str) or (
+                isinstance(wanted, int) and wanted != found[axis]
+            ):
+                raise ParityError(
+                    f"the exported graph's {tensor.name} has shape {found}, expected {tensor.shape}"
+                )
+            if isinstance(wanted, str):
+                value.shape[axis] = wanted

@@ -1,0 +1,132 @@
+"""SAM's ViT encoder with Med-SA's adapters, as a checkpoint carries it: image → embedding.
+
+This is the network the exported graphs are proved against, so it says the same as the published
+equations, step by step, and saves nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from medsa_deploy.exporters.adapters import adapter
+from medsa_deploy.exporters.sam import (
+    Attention,
+    LayerNorm2d,
+    MLPBlock,
+    PatchEmbed,
+    window_partition,
+    window_unpartition,
+)
+from medsa_deploy.exporters.shapes import Shapes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """One encoder block on tokens (B, H, W, C); `window` 0 attends over the whole grid.
+
+    Without adapters this is SAM's block: norm1 first, so padded tokens enter attention as zeros.
+    With adapters (section 3.2) windows are cut first, so padded tokens enter as norm1(0).
+    """
+
+    def __init__(self, shapes: Shapes, prefix: str, *, heads: int, window: int) -> None:
+        super().__init__()
+        hidden, width = shapes[f"{prefix}.mlp.lin1.weight"]
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = _attention(shapes, f"{prefix}.attn", width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLPBlock(width, hidden)
+        self.Space_Adapter = adapter(shapes, f"{prefix}.Space_Adapter", skip=True)
+        self.MLP_Adapter = adapter(shapes, f"{prefix}.MLP_Adapter", skip=False)
+        self.window = window
+
+    @property
+    def adapted(self) -> bool:
+        """Whether this is Med-SA's block rather than SAM's."""
+        return self.Space_Adapter is not None or self.MLP_Adapter is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        x = x + (self._space_of_windows(x) if self.adapted else self._space(x))
+        n = self.norm2(x)
+        y = self.mlp(n)
+        if self.MLP_Adapter is not None:
+            y = y + 0.5 * self.MLP_Adapter(n)
+        return x + y
+
+    def _space(self, x: Tensor) -> Tensor:
+        """SAM: norm, cut into windows, attend."""
+        n = self.norm1(x)
+        if not self.window:
+            return self.attn(n)
+        windows, padded = window_partition(n, self.window)
+        return window_unpartition(self.attn(windows), self.window, padded, x.shape[1:3])
+
+    def _space_of_windows(self, x: Tensor) -> Tensor:
+        """Med-SA: cut into windows, norm, attend, adapt."""
+        windows, padded = window_partition(x, self.window) if self.window else (x, None)
+        y = self.attn(self.norm1(windows))
+        if self.Space_Adapter is not None:
+            y = self.Space_Adapter(y)
+        return window_unpartition(y, self.window, padded, x.shape[1:3]) if self.window else y
+
+
+class ImageEncoder(nn.Module):
+    """Patch embedding, blocks and neck of SAM's ViT."""
+
+    def __init__(
+        self, shapes: Shapes, *, heads: int, window: int, global_blocks: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        prefix = "image_encoder"
+        width, channels, *patch = shapes[f"{prefix}.patch_embed.proj.weight"]
+        self.patch_embed = PatchEmbed(
+            tuple(patch), tuple(patch), in_chans=channels, embed_dim=width
+        )
+        self.pos_embed = nn.Parameter(torch.empty(shapes[f"{prefix}.pos_embed"]))
+        self.blocks = nn.ModuleList(
+            Block(
+                shapes,
+                f"{prefix}.blocks.{i}",
+                heads=heads,
+                window=0 if i in global_blocks else window,
+            )
+            for i in range(shapes.count(f"{prefix}.blocks"))
+        )
+        self.neck = neck(width, shapes[f"{prefix}.neck.0.weight"][0])
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """`pos_embed` resized to the token grid: (1, H, W, C)."""
+        channels_first = self.pos_embed.permute(0, 3, 1, 2)
+        if channels_first.shape[2:] != grid:
+            channels_first = F.interpolate(
+                channels_first, grid, mode="bicubic", align_corners=False
+            )
+        return channels_first.permute(0, 2, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, 256, g, g)."""
+        x = self.patch_embed(image)
+        x = x + self.positions(x.shape[1:3])
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+def neck(width: int, out: int) -> nn.Sequential:
+    """SAM's neck on (B, C, g, g): 1×1 convolution, norm, 3×3 convolution, norm."""
+    return nn.Sequential(
+        nn.Conv2d(width, out, kernel_size=1, bias=False),
+        LayerNorm2d(out),
+        nn.Conv2d(out, out, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(out),
+    )
+
+
+def _attention(shapes: Shapes, prefix: str, width: int, heads: int) -> Attention:
+    """SAM's attention, with relative-position tables of the length the checkpoint has."""
+    attention = Attention(width, num_heads=heads)
+    if f"{prefix}.rel_pos_h" in shapes:
+        attention.use_rel_pos = True
+        attention.rel_pos_h = nn.Parameter(torch.empty(shapes[f"{prefix}.rel_pos_h"]))
+        attention.rel_pos_w = nn.Parameter(torch.empty(shapes[f"{prefix}.rel_pos_w"]))
+    return attention

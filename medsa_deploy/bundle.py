@@ -1,0 +1,66 @@
+"""Folders that appear whole or not at all: a bundle is built under a temporary name and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import manifest
+from .errors import UsageError
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a target that cannot be written, or that exists and is not to be replaced."""
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is not a folder: make it, or name another output")
+    if not os.access(target.parent, os.W_OK):
+        raise UsageError(f"{target.parent} cannot be written to: name another output with -o")
+    if not target.exists():
+        return
+    if not (target / manifest.FILENAME).is_file():
+        raise UsageError(f"{target} exists and is not a bundle: name another output with -o")
+    if not force:
+        raise UsageError(f"{target} exists: replace it with --force, or name another with -o")
+
+
+@contextmanager
+def new_bundle(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends without error.
+
+    An earlier bundle at `target` stays until then. Whatever ends the block early, an interrupt
+    included, leaves neither folder nor change.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+        _replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, setting an earlier bundle aside until that is done."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(aside / target.name)
+    try:
+        folder.rename(target)
+    except BaseException:
+        (aside / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,268 @@
+"""Results → text for a terminal, or JSON for a program. Results go to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from .manifest import Conventions, Network, Parity
+from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+FAMILIES = {"medsa": "Med-SA", "sam": "SAM", "litemedsam": "LiteMedSAM"}
+ENCODERS = {"vit": "SAM ViT", "tiny_vit": "TinyViT"}
+
+
+class WarningLines(logging.Handler):
+    """Log records as single lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        err.print(f"[yellow]{record.levelname.lower()}:[/] {escape(record.getMessage())}")
+
+
+def print_json(result: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(result, default=_plain, indent=2, ensure_ascii=False))
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Names of steps as they begin, with the seconds each took; a spinner where it can be seen."""
+    started: list[tuple[str, float]] = []
+
+    def finish() -> None:
+        if started:
+            name, begun = started[-1]
+            err.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
+
+    with err.status("") as status:
+
+        def begin(name: str) -> None:
+            finish()
+            started.append((name, perf_counter()))
+            status.update(f"{escape(name)} …")
+
+        yield begin
+        finish()
+
+
+@contextmanager
+def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of images done, with the time left; nothing where it cannot be seen."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
+        task = progress.add_task("images", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_inspection(found: Inspection) -> None:
+    """What a checkpoint is."""
+    source = found.source
+    over = f" over {source.base}" if source.base else ""
+    out.print(f"[bold]{escape(source.checkpoint)}[/]  {source.container}{over}, {source.dtype}")
+    _print_facts(_network_facts(found.network) | _convention_facts(found.conventions))
+    print_guesses(found.guesses)
+
+
+def print_guesses(guesses: Sequence[Any]) -> None:
+    """Facts the checkpoint does not settle, and the options that overrule them."""
+    if not guesses:
+        return
+    out.print("\nNot settled by the checkpoint; an option overrules each:")
+    table = _table()
+    for guess in guesses:
+        table.add_row(guess.fact, f"[bold]{guess.value}[/]", escape(guess.because), guess.option)
+    out.print(table)
+
+
+def print_export(made: Export) -> None:
+    """A bundle that was just made."""
+    network = made.manifest.network
+    out.print(f"[bold green]{escape(str(made.bundle))}[/]  in {made.seconds:.0f} s")
+    _print_facts(_network_facts(network) | _convention_facts(made.manifest.conventions))
+    print_guesses(made.guesses)
+    _print_files([(f.path, f.bytes) for f in made.manifest.files])
+    for parity in made.manifest.parity:
+        _print_parity(parity, "the checkpoint's own network")
+
+
+def print_verification(found: Verification) -> None:
+    """How a bundle compares."""
+    against = {
+        "checkpoint": "the checkpoint's own network",
+        "saved reference": "what the checkpoint's own network gave at export",
+    }[found.against]
+    for parity in found.parity:
+        _print_parity(parity, against)
+    if found.failures:
+        for failure in found.failures:
+            print_error(failure)
+    else:
+        out.print("[bold green]verified[/]")
+
+
+def print_segmentation(result: Segmentation) -> None:
+    """What came of one image."""
+    if result.error is not None:
+        print_error(result.error)
+        return
+    assert result.pixels is not None
+    assert result.timings_ms is not None
+    masks = ", ".join(f"{name} {count} px" for name, count in result.pixels.items())
+    scores = ", ".join(f"{score:.3f}" for row in result.scores for score in row)
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result.timings_ms.items())
+    out.print(f"[bold]{escape(str(result.image))}[/]  {escape(masks)}  predicted IoU {scores}")
+    out.print(f"  {times}", style="dim")
+    for path in (result.mask, result.overlay, result.logits):
+        if path is not None:
+            out.print(f"  → {escape(str(path))}")
+
+
+def print_diagnosis(found: Diagnosis) -> None:
+    """What this machine has."""
+    memory = "" if found.memory_gb is None else f", {found.memory_gb:g} GB"
+    _print_facts(
+        {
+            "medsa-deploy": found.medsa_deploy,
+            "Python": f"{found.python} on {found.system}",
+            "processor": f"{found.processor}, {found.cores} cores{memory}",
+            "ONNX Runtime": ", ".join(found.providers) or "not usable",
+            "NVIDIA driver": "found" if found.nvidia_driver else "not found",
+        }
+    )
+    for extra, libraries in found.libraries.items():
+        missing = [name for name, version in libraries.items() if version is None]
+        there = ", ".join(f"{name} {version}" for name, version in libraries.items() if version)
+        hint = "" if extra == "runtime" else f": pip install 'medsa-deploy[{extra}]'"
+        out.print(f"[bold]{extra}[/]  {there or 'nothing installed'}")
+        if missing:
+            out.print(escape(f"    missing {', '.join(missing)}{hint}"), style="yellow")
+    for problem in found.problems:
+        print_error(problem)
+
+
+def print_demonstration(found: Demonstration) -> None:
+    """What the demonstration measured."""
+    _print_parity(found.parity, "LiteMedSAM's own network")
+    table = _table("slice", "structure", "prompt", "Dice")
+    for result in found.results:
+        table.add_row(str(result.slice), result.structure, result.prompt, f"{result.dice:.3f}")
+    out.print(table)
+    out.print(
+        f"encode {found.encode_ms:.0f} ms an image, then {found.prompt_ms:.0f} ms a prompt "
+        "(medians, ONNX Runtime on this CPU)"
+    )
+    out.print(f"bundle  {escape(str(found.bundle))}")
+    out.print(f"overlay {escape(str(found.overlay))}")
+
+
+def _network_facts(network: Network) -> dict[str, str]:
+    share = 100 * network.adapter_parameters / network.parameters
+    vit = network.encoder == "vit"
+    windows = f", windows of {network.windows[0]}" if vit else ""
+    outputs = {
+        "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
+        "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
+    }[network.outputs]
+    facts = {
+        "network": f"{FAMILIES[network.family]}, {ENCODERS[network.encoder]}",
+        "encoder": f"width {_list(network.widths)}, {_list(network.depths)} blocks, "
+        f"{_list(network.heads)} heads{windows}",
+        "image": f"{network.image_size}×{network.image_size} → embedding "
+        f"{network.embedding_size}×{network.embedding_size}",
+        "parameters": f"{network.parameters / 1e6:.1f} M",
+        "adapters": f"{', '.join(network.adapters)} ({share:.1f} % of the parameters)"
+        if network.adapters
+        else "none",
+        "decoder": f"two-way blocks in {network.two_way}'s form; {outputs}",
+    }
+    if vit:
+        facts["global blocks"] = _list(network.global_blocks)
+        facts["relative positions"] = {
+            "zero": "tables all zero: no bias",
+            "real": "real tables",
+            "none": "no tables",
+        }[network.rel_pos]
+    if network.hyp_lengths:
+        facts["HyP-Adpt"] = (
+            f"lengths {_list(network.hyp_lengths)}, prompt length {network.hyp_prompt_length}"
+        )
+    return facts
+
+
+def _convention_facts(conventions: Conventions) -> dict[str, str]:
+    window = conventions.intensity_window
+    return {
+        "preprocess": conventions.preprocess,
+        "points": f"order {conventions.point_order}, frame {conventions.point_frame}",
+        "threshold": f"{conventions.threshold:g}",
+        "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
+        "class names": ", ".join(conventions.class_names) or "none",
+    }
+
+
+def _print_parity(parity: Parity, against: str) -> None:
+    images = f"{parity.images} image(s), " if parity.images else ""
+    out.print(
+        f"\n{parity.precision} in {parity.backend} against {against}, worst of {images}"
+        f"{parity.seeded_images} seeded image(s), {parity.prompt_sets} prompt sets:"
+    )
+    table = _table("tensor", "relative L2", "max abs")
+    for name, tensor in parity.tensors.items():
+        table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
+    table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
+    out.print(table)
+
+
+def _print_files(files: Sequence[tuple[str, int]]) -> None:
+    out.print()
+    table = _table()
+    for path, size in files:
+        table.add_row(path, f"{size / 1e6:.1f} MB")
+    out.print(table)
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    table = _table()
+    for name, value in facts.items():
+        table.add_row(f"[dim]{name}[/]", escape(value))
+    out.print(table)
+
+
+def _table(*headers: str) -> Table:
+    table = Table(*headers, box=None, show_header=bool(headers), pad_edge=False, header_style="dim")
+    if not headers:
+        table.padding = (0, 2, 0, 0)
+    return table
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def _plain(value: Any) -> Any:
+    """What json does not know: dataclasses and paths."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,229 @@
+"""A single-frame DICOM → `Image`, through pydicom (extra `dicom`).
+
+The order is the standard's (PS3.4 N.2): stored values, modality transformation (rescale or LUT),
+values of interest (LUT or window), presentation. `pixels` are taken after the modality
+transformation, `display` at the end. Only the photometric interpretation decides about inversion:
+in the files that carry a Presentation LUT Shape it says the same thing again.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medsa_deploy.errors import ImageError, MissingDependencyError
+
+from .files import one_line, reading
+from .image import Image
+
+try:
+    import pydicom
+    from pydicom.pixels import apply_color_lut, get_decoder
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+except ImportError as e:
+    raise MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM") from e
+
+log = logging.getLogger(__name__)
+
+PACKAGES = {
+    "1.2.840.10008.1.2.4.57": "python-gdcm",
+    "1.2.840.10008.1.2.4.70": "python-gdcm",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.201": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.202": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg pylibjpeg-openjpeg",
+}
+"""Permissively licensed packages that decode a transfer syntax pydicom alone cannot."""
+COLOURS = ("Red", "Green", "Blue")
+
+
+def read_dicom(path: Path) -> Image:
+    """The one frame of a DICOM: greyscale, or colour of any photometric interpretation as RGB."""
+    dataset = _load(path)
+    stored, photometric = _decode(dataset, path)
+    with reading(path, "DICOM"):  # pydicom parses a value, and fails over it, when it is asked for
+        if photometric == "PALETTE COLOR":
+            return Image(pixels=_palette(stored, dataset), path=path)
+        if photometric == "RGB":
+            return Image(pixels=stored, path=path)
+        if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+            raise ImageError(
+                f"{path} has photometric interpretation {photometric or 'none'}; "
+                "convert it to RGB or MONOCHROME2"
+            )
+        values = _modality(stored, dataset)
+        display = _values_of_interest(values, dataset, path)
+        pixels = _eight_bit(values, dataset)
+        inverted = photometric == "MONOCHROME1"
+        if inverted and display is None and pixels.dtype == np.uint8:
+            display = pixels.astype(np.float32)  # 8-bit values need no window to be shown
+        if inverted and display is not None:
+            display = np.float32(255) - display
+        return Image(pixels=pixels, path=path, display=display, inverted=inverted)
+
+
+def _load(path: Path) -> Any:
+    """The dataset of one frame of pixels; ImageError if the file holds none, or several."""
+    with reading(path, "DICOM"):
+        # Forced: old files lack the preamble and name no transfer syntax; pydicom works it out.
+        dataset = pydicom.dcmread(path, force=True)
+        if not dataset.file_meta.get("TransferSyntaxUID"):
+            implicit, little_endian = dataset.original_encoding
+            explicit = ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
+            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+        if not any(k in dataset for k in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+            kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+            found = f"it is {kind.name}" if kind else "it does not look like DICOM"
+            raise ImageError(f"{path} holds no pixel data ({found}); give a DICOM image")
+        frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames != 1:
+        raise ImageError(
+            f"{path} has {frames} frames; only single-frame DICOM is read, extract one frame "
+            "into a file of its own"
+        )
+    return dataset
+
+
+def _decode(dataset: Any, path: Path) -> tuple[np.ndarray, str]:
+    """Stored values, (H, W) or (H, W, 3), and what they mean: YBR has become RGB by then."""
+    with reading(path, "DICOM"):
+        syntax = dataset.file_meta.TransferSyntaxUID
+        named = f"transfer syntax {syntax.name} ({syntax})"
+        try:
+            decoder = get_decoder(syntax)
+        except NotImplementedError as e:
+            raise ImageError(
+                f"{path} has {named}, which pydicom cannot decode; convert it to uncompressed DICOM"
+            ) from e
+    package = PACKAGES.get(str(syntax), "python-gdcm")
+    if not decoder.is_available:
+        raise ImageError(f"{path} has {named}; to decode it: pip install {package}")
+    try:
+        with reading(path, "DICOM"):
+            pixels, meta = decoder.as_array(dataset)
+    except ImageError as e:
+        if not syntax.is_encapsulated:
+            raise
+        raise ImageError(
+            f"{path} has {named} and cannot be decoded: it is damaged, or another tool (gdcmconv, "
+            f"dcmdjpeg) must convert it to uncompressed DICOM: {one_line(e.__cause__ or e)}"
+        ) from e.__cause__
+    # Not from the dataset: its tag still says YBR after the decoder has made RGB.
+    return pixels, str(meta["photometric_interpretation"])
+
+
+def _modality(stored: np.ndarray, dataset: Any) -> np.ndarray:
+    """Stored values → intensities: LUT, or slope and intercept as float32, or as they are."""
+    group = _functional_group(dataset, "PixelValueTransformationSequence")
+    if luts := group.get("ModalityLUTSequence"):
+        return _look_up(stored, luts[0].LUTDescriptor, luts[0].LUTData, dataset).astype(np.uint16)
+    slope, intercept = _number(group, "RescaleSlope"), _number(group, "RescaleIntercept")
+    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    if (slope, intercept) == (1.0, 0.0):
+        return stored
+    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def _values_of_interest(values: np.ndarray, dataset: Any, path: Path) -> np.ndarray | None:
+    """Intensities → float32 0…255 through the file's VOI LUT, or its first window; None without."""
+    group = _functional_group(dataset, "FrameVOILUTSequence")
+    if luts := group.get("VOILUTSequence"):
+        shown = _look_up(values, luts[0].LUTDescriptor, luts[0].LUTData, dataset)
+        top = 2 ** int(luts[0].LUTDescriptor[2]) - 1
+        return np.asarray(np.minimum(shown, top) * (255 / top), np.float32)
+    centre, width = _number(group, "WindowCenter"), _number(group, "WindowWidth")
+    if centre is None or width is None:
+        return None
+    function = str(group.get("VOILUTFunction") or "LINEAR").strip().upper()
+    minimum = 1 if function == "LINEAR" else np.finfo(np.float32).tiny
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or not width >= minimum:
+        log.warning("%s: its window (%s, width %g) is invalid and ignored", path, function, width)
+        return None
+    return window(values, centre, width, function)
+
+
+def window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
+    """Values under a DICOM window as float32 0…255 (PS3.3 C.11.2.1.2.1 and C.11.2.1.3)."""
+    x = values.astype(np.float64) - centre
+    if function == "SIGMOID":
+        # The standard's 1 / (1 + exp(-4x/w)), in the form that cannot overflow.
+        return np.asarray(127.5 * (1 + np.tanh(2 * x / width)), np.float32)
+    if function == "LINEAR":
+        x, width = x + 0.5, width - 1
+    if width == 0:
+        return np.asarray(np.where(x > 0, 255, 0), np.float32)
+    return np.asarray(255 * np.clip(x / width + 0.5, 0, 1), np.float32)
+
+
+def _eight_bit(values: np.ndarray, dataset: Any) -> np.ndarray:
+    """uint8 values of fewer than 8 bits (a 1-bit segmentation) spread over 0…255."""
+    bits = int(dataset.get("BitsStored") or 8)
+    if values.dtype != np.uint8 or bits >= 8:
+        return values
+    return np.asarray(values.astype(np.uint16) * 255 // (2**bits - 1), np.uint8)
+
+
+def _palette(stored: np.ndarray, dataset: Any) -> np.ndarray:
+    """Palette indices → (H, W, 3) uint8."""
+    if "SegmentedRedPaletteColorLookupTableData" in dataset:
+        colours = apply_color_lut(stored, dataset)[..., :3]
+    else:
+        channels = [
+            _look_up(
+                stored,
+                dataset[f"{colour}PaletteColorLookupTableDescriptor"].value,
+                dataset[f"{colour}PaletteColorLookupTableData"].value,
+                dataset,
+            )
+            for colour in COLOURS
+        ]
+        colours = np.stack(channels, axis=-1)
+    # Tables of 8-bit colours in 16-bit words exist, whatever their descriptor says.
+    return np.asarray(colours >> 8 if colours.max() > 255 else colours, np.uint8)
+
+
+def _look_up(values: np.ndarray, descriptor: Any, data: Any, dataset: Any) -> np.ndarray:
+    """`values` through a DICOM lookup table (PS3.3 C.11.1.1), as int64.
+
+    pydicom's own functions index with the table's dtype, so that an 8-bit table of more than 256
+    entries wraps around.
+    """
+    entries, first = int(descriptor[0]) or 2**16, int(descriptor[1])
+    if isinstance(data, bytes):
+        order = "<" if dataset.original_encoding[1] else ">"
+        size = 2 if len(data) >= 2 * entries else 1
+        table = np.frombuffer(data[: entries * size], f"{order}u{size}").astype(np.int64)
+    else:
+        table = np.atleast_1d(np.asarray(data, np.int64))
+    if len(table) < entries:
+        raise ValueError(f"a lookup table of {entries} entries has only {len(table)}")
+    if first >= 2**15 and values.min() < 0:
+        first -= 2**16  # written as unsigned, though the values it starts at are signed
+    index = np.rint(values).astype(np.int64) - first
+    looked_up: np.ndarray = table[np.clip(index, 0, entries - 1)]
+    return looked_up
+
+
+def _functional_group(dataset: Any, name: str) -> Any:
+    """What holds a group of attributes: enhanced objects nest it, per frame or shared."""
+    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        for item in dataset.get(groups) or ():
+            if item.get(name):
+                return item[name][0]
+    return dataset
+
+
+def _number(dataset: Any, name: str) -> float | None:
+    """The first value of a numeric attribute; None if it is absent or empty."""
+    value = dataset.get(name)
+    if value is None or value == "":
+        return None
+    if isinstance(value, str | float | int):
+        return float(value)
+    return float(value[0]) if len(value) else None

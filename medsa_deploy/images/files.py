@@ -1,0 +1,75 @@
+"""What readers and writers share: suffixes, one error for damaged files, write-then-rename."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from medsa_deploy.errors import ImageError, MedsaError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+def suffix(path: Path) -> str:
+    """The suffix that decides the format, in lower case; `.nii.gz` is one suffix."""
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+
+
+def check_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
+    """UsageError unless `path` ends in one of `suffixes`."""
+    if suffix(path) not in suffixes:
+        raise UsageError(
+            f"{path}: a {what} cannot be written as '{suffix(path)}'; "
+            f"use one of: {', '.join(suffixes)}"
+        )
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises over a damaged file into one ImageError.
+
+    Image libraries raise nearly anything when bytes are missing or wrong (struct.error, KeyError,
+    MemoryError, …), so every Exception is caught: keep the block to the library's own calls. Their
+    warnings, mostly about metadata, go to the log.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except MedsaError:
+        raise
+    except Exception as e:
+        raise ImageError(f"{path} cannot be read as {what}: {one_line(e)}") from e
+    for warning in caught:
+        log.info("%s: %s", path, warning.message)
+
+
+def one_line(e: BaseException) -> str:
+    """What a library said, as one line of bounded length; its type where it said nothing."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, of the same format, that becomes `path` when the block ends.
+
+    If the block fails or is interrupted, nothing is left behind and an older `path` is untouched.
+    """
+    if not path.parent.is_dir():
+        raise ImageError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ImageError(f"{path} cannot be written: it is a folder")
+    temporary = path.with_name(f".medsa-{secrets.token_hex(8)}{suffix(path)}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise ImageError(f"{path} cannot be written: {e.strerror or one_line(e)}") from e
+    finally:
+        temporary.unlink(missing_ok=True)

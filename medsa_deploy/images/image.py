@@ -1,0 +1,87 @@
+"""One two-dimensional image, as its file holds it, and the checks every format shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medsa_deploy.errors import ImageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """Where in a volume a slice came from, so that its mask can go back there."""
+
+    axis: int
+    index: int
+    shape: tuple[int, int, int]
+    """(X, Y, Z) of the volume, in stored voxel order."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Image:
+    """One two-dimensional image, as a file holds it."""
+
+    pixels: np.ndarray
+    """(H, W) or (H, W, 3). uint8: display values 0…255. Any other dtype: raw intensities that need
+    a window before they can be shown (DICOM: after the rescale)."""
+    path: Path
+    display: np.ndarray | None = None
+    """(H, W) or (H, W, 3) float32 0…255: the rendering the file itself asks for (DICOM: its VOI LUT
+    or window, MONOCHROME1 inverted); None when the file asks for none."""
+    inverted: bool = False
+    """Low intensities are bright (DICOM MONOCHROME1, TIFF MinIsWhite). `pixels` are left as stored:
+    whoever windows `pixels` must invert afterwards; `display` needs nothing."""
+    plane: Plane | None = None
+    """Slice of a NIfTI this is; None otherwise."""
+
+
+def choose_slice(path: Path, shape: tuple[int, int, int], axis: int, index: int | None) -> Plane:
+    """The slice asked for; ImageError names the axis and its range. A lone slice needs no index."""
+    if axis not in (0, 1, 2):
+        raise ImageError(f"{path} has axes 0, 1 and 2; there is no axis {axis}")
+    if index is None and shape[axis] == 1:
+        index = 0
+    if index is None or not 0 <= index < shape[axis]:
+        found = "none was given" if index is None else f"{index} was given"
+        raise ImageError(
+            f"{path} is a volume of shape {shape}: choose a slice (--slice) "
+            f"0…{shape[axis] - 1} along axis {axis}; {found}"
+        )
+    return Plane(axis=axis, index=index, shape=shape)
+
+
+def check_image(image: Image) -> Image:
+    """`image` in native byte order and floats as float32; ImageError if it cannot be segmented.
+
+    That is: without pixels, with NaN or infinite values, or with the same value everywhere.
+    """
+    pixels = image.pixels
+    if pixels.size == 0:
+        raise ImageError(f"{image.path} has no pixels: its shape is {pixels.shape}")
+    if pixels.dtype.kind == "f":
+        with np.errstate(
+            over="ignore"
+        ):  # what float32 cannot hold is infinite, and refused as such
+            pixels = pixels.astype(np.float32)
+        if bad := int(np.count_nonzero(~np.isfinite(pixels))):
+            raise ImageError(
+                f"{image.path} has {bad} NaN or infinite values out of {pixels.size}: "
+                "replace them before segmenting"
+            )
+    if (pixels == pixels[0, 0]).all():
+        value = pixels[0, 0].tolist()
+        raise ImageError(f"{image.path}: every pixel is {value}: nothing to segment")
+    if image.display is not None and np.ptp(image.display) == 0:
+        log.warning(
+            "%s: the window the file asks for shows one flat grey; its values span %g to %g",
+            image.path, pixels.min(), pixels.max(),
+        )  # fmt: skip
+    native = pixels.astype(pixels.dtype.newbyteorder("="), order="C", copy=False)
+    return dataclasses.replace(image, pixels=native)

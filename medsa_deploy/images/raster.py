@@ -1,0 +1,127 @@
+"""PNG, JPEG, TIFF, BMP → `Image`, through Pillow.
+
+What a viewer shows is what is read: EXIF orientation is applied and palettes become RGB. Alpha is
+dropped, not blended: medical exports carry an opaque one, and blending needs a background nobody
+named. 16-bit grey keeps its values; Pillow has no 16-bit colour, so such files are read as the
+upper 8 bits (value >> 8), with a warning in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFile
+import PIL.ImageOps
+
+from medsa_deploy.errors import ImageError
+
+from .files import reading
+from .image import Image
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+UNSIGNED, SIGNED = 1, 2
+MIN_IS_WHITE = 0
+
+
+def read_raster(path: Path) -> Image:
+    """The one picture in a file; a file with several pages or frames is refused."""
+    try:
+        # From an open file: from a path, Pillow (13.0) memory-maps plain TIFFs with the sides
+        # swapped if their orientation tag turns them, and scrambles the picture.
+        with reading(path, "an image"), path.open("rb") as f:
+            picture = PIL.Image.open(f, formats=FORMATS)
+            pages = getattr(picture, "n_frames", 1)
+            if pages > 1 and picture.format != "MPO":  # MPO: a JPEG and its own previews
+                raise ImageError(
+                    f"{path} holds {pages} pages or frames; extract one into its own file"
+                )
+            return _read(picture, path)
+    except ImageError as e:
+        if isinstance(e.__cause__, PIL.UnidentifiedImageError):
+            raise ImageError(
+                f"{path} is damaged, or a variant of PNG, JPEG, TIFF or BMP that Pillow cannot "
+                "decode; convert it to an 8- or 16-bit PNG or to .npy"
+            ) from e.__cause__
+        if isinstance(e.__cause__, PIL.Image.DecompressionBombError):
+            limit = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+            raise ImageError(
+                f"{path} has more than {limit} million pixels; crop it or scale it down first"
+            ) from e.__cause__
+        raise
+
+
+def _read(picture: PIL.ImageFile.ImageFile, path: Path) -> Image:
+    # All three are known only until the pixels are decoded.
+    reduced = _has_16_bit_colour(picture)
+    dtype, inverted = _stored_dtype(picture), _is_inverted(picture)
+    pixels = _pixels(PIL.ImageOps.exif_transpose(picture), path)
+    if dtype is not None:
+        pixels = pixels.astype(dtype)
+    if reduced:
+        log.warning("%s: 16-bit colour is read as its upper 8 bits", path)
+    return Image(pixels=pixels, path=path, inverted=inverted)
+
+
+def _pixels(picture: PIL.Image.Image, path: Path) -> np.ndarray:
+    """(H, W) or (H, W, 3) in the dtype the file's values have."""
+    match picture.mode:
+        case "1":
+            return np.asarray(picture).astype(np.uint8) * 255
+        case "L" | "I" | "F" | "I;16" | "I;16L" | "I;16B" | "I;16N":
+            return np.asarray(picture)
+        case "LA" | "La":
+            return np.asarray(picture.convert("LA"))[..., 0]
+        case "RGB" | "RGBX" | "RGBA":
+            return np.asarray(picture)[..., :3]
+        case "P" | "PA" | "RGBa":
+            # Through RGBA, because a palette may hold alpha, which is then dropped.
+            return np.asarray(picture.convert("RGBA"))[..., :3]
+        case "CMYK" | "YCbCr":
+            return np.asarray(picture.convert("RGB"))
+    raise ImageError(f"{path} has colour mode {picture.mode}; convert it to RGB or greyscale")
+
+
+def _has_16_bit_colour(picture: PIL.ImageFile.ImageFile) -> bool:
+    """Whether Pillow is about to reduce 16-bit colour (or grey with alpha) to 8 bits."""
+    if picture.mode not in ("RGB", "RGBA", "LA", "CMYK"):
+        return False
+    # A tile's last entry is its raw mode, or a tuple that starts with it.
+    raw_modes = [tile[3][0] if isinstance(tile[3], tuple) else tile[3] for tile in picture.tile]
+    return any(";16" in str(raw_mode) for raw_mode in raw_modes)
+
+
+def _stored_dtype(picture: PIL.ImageFile.ImageFile) -> type[np.number] | None:
+    """The real dtype of greyscale values that Pillow opens as L (uint8) or I (int32)."""
+    if picture.format == "PNG" and picture.mode == "I":  # 16 bits, before Pillow 11
+        return np.uint16
+    if picture.format != "TIFF" or picture.mode not in ("L", "I"):
+        return None
+    dtypes: dict[tuple[int, int], type[np.number]] = {
+        (SIGNED, 8): np.int8,
+        (SIGNED, 16): np.int16,
+        (UNSIGNED, 32): np.uint32,
+    }
+    sample_format = _tiff_tag(picture, TIFF_SAMPLE_FORMAT, UNSIGNED)
+    return dtypes.get((sample_format, _tiff_tag(picture, TIFF_BITS, 1)))
+
+
+def _is_inverted(picture: PIL.ImageFile.ImageFile) -> bool:
+    """MinIsWhite intensities: Pillow inverts up to 8 bits, and leaves more as stored."""
+    if picture.format != "TIFF" or picture.mode not in ("I", "I;16", "I;16B", "F"):
+        return False
+    return _tiff_tag(picture, TIFF_PHOTOMETRIC, 1) == MIN_IS_WHITE
+
+
+def _tiff_tag(picture: PIL.ImageFile.ImageFile, tag: int, default: int) -> int:
+    """A TIFF tag's value, its first if there is one for each channel."""
+    tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
+    value = tags.get(tag, default)
+    return int(value[0] if isinstance(value, tuple) else value)

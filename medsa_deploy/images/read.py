@@ -1,0 +1,136 @@
+"""A path → an `Image`: which format a file holds, and the reader of that format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from medsa_deploy.errors import ImageError
+
+from .files import suffix
+from .image import Image, check_image
+
+Format = Literal["raster", "npy", "nifti", "dicom"]
+
+SUFFIXES: dict[str, Format] = {
+    ".png": "raster",
+    ".jpg": "raster",
+    ".jpeg": "raster",
+    ".tif": "raster",
+    ".tiff": "raster",
+    ".bmp": "raster",
+    ".npy": "npy",
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".dcm": "dicom",
+}
+# DICOM first: a DICOM's preamble may itself be the start of a TIFF.
+SIGNATURES: tuple[tuple[int, bytes, Format], ...] = (
+    (128, b"DICM", "dicom"),
+    (0, b"\x89PNG\r\n\x1a\n", "raster"),
+    (0, b"\xff\xd8\xff", "raster"),
+    (0, b"II*\0", "raster"),
+    (0, b"MM\0*", "raster"),
+    (0, b"\x93NUMPY", "npy"),
+)
+
+
+def read_image(
+    path: str | os.PathLike[str], *, axis: int | None = None, index: int | None = None
+) -> Image:
+    """The image in a file; ImageError if it cannot be read or there is nothing to segment in it.
+
+    What a file is, its content says; its suffix decides only where the content does not.
+
+    `axis` and `index` choose a slice of a NIfTI or of a three-dimensional .npy. The slice keeps the
+    stored order of the two axes that remain: rows are the first, columns the second. So in a volume
+    (X, Y, Z) sliced along axis 2, the pixel at row r and column c is voxel (r, c, index), and a
+    point given as x, y is voxel (y, x, index). Nothing is flipped or turned to look anatomical.
+    """
+    path = Path(path)
+    file_format = _format(path)
+    if file_format in ("raster", "dicom") and not (axis is None and index is None):
+        raise ImageError(
+            f"{path} is a single image: an axis or a slice can be chosen only in a NIfTI "
+            "or a three-dimensional .npy"
+        )
+    return check_image(_read(path, file_format, axis, index))
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Files directly in `folder` that look like images, sorted by name; ImageError if none do.
+
+    That is: a known suffix, or DICOM's signature whatever the name (exports often have names such
+    as 1.2.840.3). Hidden files are left out, and a DICOMDIR, which is DICOM without an image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ImageError(f"{folder} {what}: give a folder that holds images")
+    try:
+        found = sorted(path for path in folder.iterdir() if _looks_like_image(path))
+    except OSError as e:
+        raise ImageError(f"{e.filename or folder} cannot be opened: {e.strerror}") from e
+    if not found:
+        raise ImageError(
+            f"{folder} holds no images: expected files ending in {', '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def _looks_like_image(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    return suffix(path) in SUFFIXES or _signature(path) == "dicom"
+
+
+def _format(path: Path) -> Format:
+    """The format of a file, by its content or else its suffix."""
+    if not path.exists():
+        raise ImageError(f"{path} does not exist: give the path of an image")
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder: give one image file")
+    if not path.is_file():
+        raise ImageError(f"{path} is not a regular file: give one image file")
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError(f"{path} is an empty file: copy or export the image again")
+        known = _signature(path) or SUFFIXES.get(suffix(path))
+    except OSError as e:
+        raise ImageError(f"{path} cannot be opened: {e.strerror}") from e
+    if known is None:
+        raise ImageError(
+            f"{path} is not an image this can read, by suffix or content; "
+            f"expected DICOM or one of: {', '.join(SUFFIXES)}"
+        )
+    return known
+
+
+def _signature(path: Path) -> Format | None:
+    """The format whose signature stands in a file; None for those without a usable one."""
+    with path.open("rb") as f:
+        head = f.read(132)
+    for offset, magic, file_format in SIGNATURES:
+        if head[offset : offset + len(magic)] == magic:
+            return file_format
+    return None
+
+
+def _read(path: Path, file_format: Format, axis: int | None, index: int | None) -> Image:
+    """Hand over to the reader; NIfTI's and DICOM's libraries load only when such a file is met."""
+    if file_format == "nifti":
+        from .nifti import read_nifti
+
+        return read_nifti(path, axis=axis, index=index)
+    if file_format == "dicom":
+        from .dicom import read_dicom
+
+        return read_dicom(path)
+    if file_format == "npy":
+        from .npy import read_npy
+
+        return read_npy(path, axis=axis, index=index)
+    from .raster import read_raster
+
+    return read_raster(path)

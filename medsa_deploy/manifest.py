@@ -1,0 +1,335 @@
+"""A bundle's manifest: frozen dataclasses ⇄ `manifest.json`.
+
+The manifest says what a bundle is (checkpoint, network, conventions, tensor contract), which files
+it consists of, and how its graphs were proved equal to the checkpoint's own network. It is read
+strictly: an unknown schema version, an unknown or missing field, a value of the wrong type, a file
+that is missing or whose SHA-256 differs are refused, naming what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import BundleError
+
+SCHEMA_VERSION = 1
+FILENAME = "manifest.json"
+
+Family = Literal["medsa", "sam", "litemedsam"]
+EncoderKind = Literal["vit", "tiny_vit"]
+RelPos = Literal["zero", "real", "none"]
+TwoWay = Literal["meta", "public"]
+Outputs = Literal["classes", "sam"]
+ProfileName = Literal["medsa", "sam", "medsam", "litemedsam"]
+PointOrder = Literal["xy", "yx"]
+PointFrame = Literal["network", "image"]
+Role = Literal["encoder", "decoder", "weights", "reference"]
+"""`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify against."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint a bundle was made from."""
+
+    checkpoint: str
+    """File name, without its folder."""
+    sha256: str
+    container: str
+    """How the file held its weights: `training checkpoint`, `state dict`, `adapters over a base`."""
+    dtype: str
+    """Floating-point type of the stored weights, before they were made float32."""
+    base: str | None = None
+    """File name of the checkpoint an adapter-only file was laid over."""
+    base_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Facts about the network, read off the checkpoint's keys and shapes or set by an option."""
+
+    family: Family
+    encoder: EncoderKind
+    widths: tuple[int, ...]
+    """Embedding width of each stage; a ViT has one stage."""
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    heads: tuple[int, ...]
+    """Attention heads of each stage; 0 for a stage without attention."""
+    windows: tuple[int, ...]
+    """Attention window of each stage, in tokens; 0 for a stage without attention."""
+    global_blocks: tuple[int, ...]
+    """Indices of the ViT blocks that attend over the whole grid."""
+    image_size: int
+    """S: the encoder takes (B, 3, S, S)."""
+    embedding_size: int
+    """g: the encoder gives (B, 256, g, g); masks come as logits of side 4·g."""
+    patch_size: int
+    rel_pos: RelPos
+    """Relative-position tables: all zero (no bias), real in at least one block, or absent."""
+    adapters: tuple[str, ...]
+    """Kinds of adapter in use: `space`, `mlp`, `depth`, `hyp`, `decoder-mlp`, `decoder-image`."""
+    parameters: int
+    adapter_parameters: int
+    two_way: TwoWay
+    """Form of the decoder's two-way blocks: Meta's, or the public Med-SA code's."""
+    mask_tokens: int
+    classes: int
+    """N: how many masks a prompt yields when `outputs` is `classes`."""
+    outputs: Outputs
+    """`classes`: masks 0…N−1. `sam`: all mask tokens; mask 0 for one mask, 1… for several."""
+    hyp_lengths: tuple[int, ...] = ()
+    """HyP-Adpt's widths L_0…L_K of the first two-way block; empty without HyP-Adpt."""
+    hyp_prompt_length: int = 0
+
+    @property
+    def masks(self) -> int:
+        """K: masks in the decoder's output."""
+        return self.classes if self.outputs == "classes" else self.mask_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """What a caller must do around the graphs for the masks to be right."""
+
+    preprocess: ProfileName
+    point_order: PointOrder = "xy"
+    """`yx`: the network was trained on (row, column) clicks. Callers always give x, y."""
+    point_frame: PointFrame = "network"
+    """`image`: coordinates go in as the image's own pixels, unscaled."""
+    intensity_window: tuple[float, float] | None = None
+    """Intensities mapped to black and white, for images that are not 8-bit."""
+    threshold: float = 0.5
+    """Probability above which a pixel belongs to the mask."""
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One input or output of a graph; a dynamic dimension is a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Tensor contract of one graph."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of the bundle."""
+
+    path: str
+    """Relative to the bundle, with `/`."""
+    role: Role
+    precision: str
+    bytes: int
+    sha256: str
+    opset: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParity:
+    """Difference of one tensor from the reference network's, worst over all cases."""
+
+    relative_l2: float
+    max_abs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How one precision's graphs compared with the checkpoint's own network."""
+
+    precision: str
+    backend: str
+    images: int
+    seeded_images: int
+    prompt_sets: int
+    tensors: dict[str, TensorParity]
+    mask_pixels_differing: float
+    """Share of mask pixels that differ, worst over all masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything `manifest.json` holds."""
+
+    source: Source
+    network: Network
+    conventions: Conventions
+    graphs: dict[str, Graph]
+    files: tuple[File, ...]
+    parity: tuple[Parity, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+    """Versions of what made the bundle."""
+    schema: int = SCHEMA_VERSION
+
+    def file(self, role: Role, precision: str = "fp32") -> File:
+        """The file of `role` in `precision`; BundleError names the precisions there are."""
+        for entry in self.files:
+            if entry.role == role and entry.precision == precision:
+                return entry
+        there = sorted({entry.precision for entry in self.files if entry.role == role})
+        raise BundleError(
+            f"the bundle has no {role} in {precision}; it has: {', '.join(there) or 'none'}"
+        )
+
+
+def to_json(manifest: Manifest) -> str:
+    """The text of `manifest.json`."""
+    return json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Manifest:
+    """A manifest from its text; BundleError says which field is wrong and how."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise BundleError(f"{FILENAME} is not JSON: {e}") from e
+    if not isinstance(data, dict) or "schema" not in data:
+        raise BundleError(f"{FILENAME} has no schema version: it is not a bundle's manifest")
+    if data["schema"] != SCHEMA_VERSION:
+        raise BundleError(
+            f"{FILENAME} has schema version {data['schema']!r}; this medsa-deploy reads version "
+            f"{SCHEMA_VERSION}: export the checkpoint again, or install a matching medsa-deploy"
+        )
+    return _dataclass(Manifest, data, FILENAME)
+
+
+def save(manifest: Manifest, bundle: Path) -> None:
+    """Write `manifest.json` into the folder `bundle`."""
+    (bundle / FILENAME).write_text(to_json(manifest), encoding="utf-8")
+
+
+def load(bundle: Path) -> Manifest:
+    """Read and validate a bundle's manifest; the files it lists are not opened (see `check_files`)."""
+    if not bundle.is_dir():
+        what = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
+        raise BundleError(f"{bundle} {what}: make a bundle with medsa-deploy export CHECKPOINT")
+    path = bundle / FILENAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise BundleError(f"{bundle} has no {FILENAME}: it is not a bundle") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise BundleError(f"{path} cannot be read: {e}") from e
+    try:
+        return from_json(text)
+    except BundleError as e:
+        raise BundleError(f"{bundle}: {e}") from e
+
+
+def check_files(manifest: Manifest, bundle: Path) -> None:
+    """Refuse a bundle with a missing or changed file, naming it. Reads every byte."""
+    for entry in manifest.files:
+        check_file(entry, bundle)
+
+
+def check_file(entry: File, bundle: Path) -> Path:
+    """Path of one file of the bundle, its size and SHA-256 compared with the manifest's."""
+    path = bundle / entry.path
+    if not path.resolve().is_relative_to(bundle.resolve()):
+        raise BundleError(f"{bundle}: the manifest names a file outside the bundle: {entry.path}")
+    if not path.is_file():
+        raise BundleError(f"{bundle} lacks {entry.path}, which its manifest lists: export it again")
+    if path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
+        raise BundleError(
+            f"{path} is not the file the manifest describes (size or SHA-256 differs): "
+            "copy the bundle again or export it again"
+        )
+    return path
+
+
+def describe_file(
+    path: Path, bundle: Path, *, role: Role, precision: str, opset: int | None = None
+) -> File:
+    """The manifest's entry for a file that was just written into `bundle`."""
+    return File(
+        path=path.relative_to(bundle).as_posix(),
+        role=role,
+        precision=precision,
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        opset=opset,
+    )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _dataclass(cls: type[T], data: object, where: str) -> T:
+    """`cls` from decoded JSON; every field is checked against its annotation."""
+    if not isinstance(data, dict):
+        raise BundleError(f"{where} should be an object, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - set(fields)):
+        raise BundleError(f"{where} has unknown fields: {', '.join(unknown)}")
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(data)):
+        raise BundleError(f"{where} lacks fields: {', '.join(missing)}")
+    return cls(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in data.items()})
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    """`value` as the annotation `hint` wants it, or BundleError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast(type, hint), value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise BundleError(
+            f"{where} is {value!r}, expected one of: {', '.join(map(str, arguments))}"
+        )
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(arguments, value, where)
+    if origin is tuple and isinstance(value, list):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) != len(value):
+            raise BundleError(f"{where} has {len(value)} values, expected {len(hints)}")
+        return tuple(
+            _value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
+        )
+    if origin is dict and isinstance(value, dict):
+        return {k: _value(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and origin is None and type(value) is hint:
+        return value
+    raise BundleError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+
+
+def _one_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
+    """`value` as the first of several annotations that takes it."""
+    if value is None and types.NoneType in hints:
+        return None
+    for hint in hints:
+        if hint is not types.NoneType:
+            try:
+                return _value(hint, value, where)
+            except BundleError:
+                if hint is hints[-1] or hints[-1] is types.NoneType:
+                    raise
+    raise BundleError(f"{where} is {value!r}, which is not allowed")

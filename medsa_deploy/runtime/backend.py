@@ -1,0 +1,35 @@
+"""What a backend does: the two graphs of a bundle, on arrays."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """Runs encoder and decoder with the bundle's tensor contract; float32 in and out."""
+
+    name: str
+
+    def encode(self, image: Array) -> Array:
+        """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
+        ...
+
+    def decode(
+        self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
+    ) -> tuple[Array, Array]:
+        """(E, 256, g, g), (P, N, 2), (P, N), (P, 1, 4g, 4g) or None →
+        low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K)."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What it is and how it runs, for reports."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...

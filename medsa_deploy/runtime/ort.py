@@ -1,0 +1,101 @@
+"""ONNX Runtime on the CPU: the backend that every install has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from medsa_deploy.errors import BundleError, DeviceError
+from medsa_deploy.manifest import Graph
+
+from .backend import Array
+
+
+class OnnxRuntimeBackend:
+    """The two graphs of a bundle as ONNX Runtime sessions."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, encoder: Path, decoder: Path, graphs: dict[str, Graph], *, threads: int | None = None
+    ) -> None:
+        self.threads = threads
+        self._mask_shape = _shape_of(graphs["decoder"], "mask_input")
+        self._encoder = self._open(encoder, graphs["encoder"])
+        self._decoder = self._open(decoder, graphs["decoder"])
+
+    def encode(self, image: Array) -> Array:
+        """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
+        (embeddings,) = self._run(self._encoder, {"image": image})
+        return embeddings
+
+    def decode(
+        self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
+    ) -> tuple[Array, Array]:
+        """See `Backend.decode`."""
+        given = mask is not None
+        if mask is None:
+            mask = np.zeros((len(point_coords), *self._mask_shape), np.float32)
+        masks, iou = self._run(
+            self._decoder,
+            {
+                "image_embeddings": image_embeddings,
+                "point_coords": point_coords,
+                "point_labels": point_labels,
+                "mask_input": mask,
+                "has_mask_input": np.array([given], np.float32),
+            },
+        )
+        return masks, iou
+
+    def facts(self) -> dict[str, Any]:
+        """Version, provider and threads."""
+        return {
+            "backend": self.name,
+            "version": ort.__version__,
+            "providers": self._encoder.get_providers(),
+            "threads": self.threads or "all",
+        }
+
+    def close(self) -> None:
+        """Release both sessions."""
+        del self._encoder, self._decoder
+
+    def _open(self, path: Path, graph: Graph) -> ort.InferenceSession:
+        """A session whose tensors are the contract's."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # failures are raised; the log would say them twice
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime raises classes of its own that share no base
+            raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
+        found = {tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())}
+        wanted = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
+        if found != wanted:
+            raise BundleError(
+                f"{path} has tensors {', '.join(sorted(found))}; "
+                f"the manifest says {', '.join(sorted(wanted))}"
+            )
+        return session
+
+    def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
+        try:
+            outputs: list[Array] = session.run(None, inputs)
+        except Exception as e:  # as above
+            raise DeviceError(f"ONNX Runtime failed: {_line(e)}") from e
+        return outputs
+
+
+def _shape_of(graph: Graph, name: str) -> tuple[int, ...]:
+    """The fixed axes of one input."""
+    (tensor,) = (t for t in graph.inputs if t.name == name)
+    return tuple(axis for axis in tensor.shape if isinstance(axis, int))
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:300]

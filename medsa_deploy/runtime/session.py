@@ -1,0 +1,304 @@
+"""A session on a bundle: an image becomes an embedding once, prompts become masks as they come."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from medsa_deploy import transforms
+from medsa_deploy.errors import DeviceError, UsageError
+from medsa_deploy.images.image import Image, check_image
+from medsa_deploy.manifest import Conventions, Manifest, check_file
+from medsa_deploy.manifest import load as load_manifest
+from medsa_deploy.transforms import Frame, Prompt
+
+from .backend import Array, Backend
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("onnxruntime",)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedding:
+    """An encoded image: all that prompts need of it."""
+
+    values: Array
+    """(1, 256, g, g) float32."""
+    frame: Frame
+    """How the image lies in the network's frame."""
+    intensity_window: tuple[float, float] | None
+    """Intensities that were mapped to black and white; None for display values taken as they are,
+    for the file's own rendering, and for min–max profiles."""
+    timings_ms: dict[str, float]
+    """`preprocess`, `encode`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """Masks of P prompt sets, K each: one per class, or SAM's candidates."""
+
+    masks: NDArray[np.bool_]
+    """(P, K, H, W) at the image's size."""
+    scores: Array
+    """(P, K) predicted IoU of each mask."""
+    low_res_logits: Array
+    """(P, K, 4g, 4g) float32; one of them can be the mask prompt of a further call."""
+    threshold: float
+    """Probability above which a pixel belongs to a mask."""
+    classes: bool
+    """Whether K counts classes; otherwise the K masks of a set are candidates for one object."""
+    frame: Frame
+    timings_ms: dict[str, float]
+    """`decode`, `postprocess`."""
+
+    @property
+    def best(self) -> NDArray[np.intp]:
+        """(P,) the candidate with the highest score."""
+        return np.argmax(self.scores, axis=1)
+
+    def label_map(self) -> NDArray[np.uint8]:
+        """(H, W): 0 where no mask is, else a number from 1; the highest logit wins an overlap.
+
+        Numbers count the classes, where K does (over all prompt sets), and else the prompt sets,
+        each with its best candidate.
+        """
+        if self.classes and self.masks.shape[1] > 1:
+            chosen = self.low_res_logits.max(axis=0)
+        else:
+            chosen = self.low_res_logits[np.arange(len(self.best)), self.best]
+        logits = transforms.upsample(chosen, self.frame)
+        return transforms.label_map(logits, transforms.probability_to_logit(self.threshold))
+
+
+class Session:
+    """Runs one bundle on one backend. A context manager; `close` releases the backend."""
+
+    def __init__(self, manifest: Manifest, backend: Backend) -> None:
+        self.manifest = manifest
+        self._backend: Backend | None = backend
+
+    @property
+    def backend(self) -> Backend:
+        """The backend; UsageError once the session is closed."""
+        if self._backend is None:
+            raise UsageError("this session is closed: load the bundle again")
+        return self._backend
+
+    @property
+    def conventions(self) -> Conventions:
+        """How images and prompts are prepared for this network."""
+        return self.manifest.conventions
+
+    def encode(
+        self, image: Image | ArrayLike, *, intensity_window: tuple[float, float] | None = None
+    ) -> Embedding:
+        """Encode an image; every prompt on it then costs a decoder run only.
+
+        `image`: what `read_image` gives, or an array (H, W) or (H, W, 3). uint8 is taken as display
+        values; other types are mapped to them by `intensity_window` (low, high), else the bundle's,
+        else the file's own, else from minimum to maximum, with a warning. ImageError for NaN,
+        constant or misshapen images.
+        """
+        backend = self.backend
+        start = perf_counter()
+        source = image if isinstance(image, Image) else _from_array(image)
+        pixels, window = intensities(check_image(source), self.conventions, intensity_window)
+        network_image, frame = transforms.preprocess(
+            pixels, self.conventions.preprocess, self.manifest.network.image_size
+        )
+        prepared = perf_counter()
+        values = backend.encode(network_image[None])
+        end = perf_counter()
+        if not np.isfinite(values).all():
+            raise DeviceError(f"{backend.name} gave an embedding with NaN or Inf: nothing returned")
+        return Embedding(
+            values=values,
+            frame=frame,
+            intensity_window=window,
+            timings_ms={"preprocess": 1e3 * (prepared - start), "encode": 1e3 * (end - prepared)},
+        )
+
+    def segment(
+        self,
+        embedding: Embedding,
+        *,
+        points: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        multimask: bool = False,
+        threshold: float | None = None,
+    ) -> Prediction:
+        """Masks for prompts, in pixels (x, y) of the image.
+
+        `points` (N, 2) or (P, N, 2) with `labels` (N,) or (P, N), 1 foreground (default), 0
+        background; `box` (4,) or (P, 4) as x0, y0, x1, y1; `mask` (4g, 4g) or (P, 4g, 4g) from an
+        earlier prediction's `low_res_logits`. P sets are decoded in one call. `multimask` gives
+        SAM's three candidates. PromptError for prompts outside the image, empty boxes, or none.
+        """
+        sets = transforms.prompts(points=points, labels=labels, box=box, mask=mask)
+        return self.segment_sets(embedding, sets, multimask=multimask, threshold=threshold)
+
+    def segment_sets(
+        self,
+        embedding: Embedding,
+        prompts: Sequence[Prompt],
+        *,
+        multimask: bool = False,
+        threshold: float | None = None,
+    ) -> Prediction:
+        """Masks for prompt sets that may differ in how many points they have.
+
+        Sets of equal length are decoded together. They are never padded to each other: a padding
+        point is a token, and moves the masks.
+        """
+        backend, network = self.backend, self.manifest.network
+        if multimask and network.outputs == "classes":
+            raise UsageError("multimask is for SAM's outputs; this network's masks are classes")
+        probability = self.conventions.threshold if threshold is None else threshold
+        cut = transforms.probability_to_logit(probability)
+        start = perf_counter()
+        logits, scores = decode(backend, self.manifest, embedding, prompts)
+        if network.outputs == "sam":
+            chosen = slice(1, None) if multimask else slice(0, 1)
+            logits, scores = logits[:, chosen], scores[:, chosen]
+        decoded = perf_counter()
+        masks = transforms.upsample(logits, embedding.frame) > cut
+        end = perf_counter()
+        return Prediction(
+            masks=masks,
+            scores=scores,
+            low_res_logits=logits,
+            threshold=probability,
+            classes=network.outputs == "classes",
+            frame=embedding.frame,
+            timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
+        )
+
+    def close(self) -> None:
+        """Release the backend; the session cannot be used afterwards."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    backend: str = "onnxruntime",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> Session:
+    """Open a bundle. The files it runs are compared with the manifest's SHA-256 first.
+
+    `threads`: threads of one run, default all cores. BundleError for a bundle that is missing,
+    changed or of another version.
+    """
+    folder = Path(bundle)
+    manifest = load_manifest(folder)
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, expected 1 or more")
+    paths = {
+        role: check_file(manifest.file(role, precision), folder) for role in ("encoder", "decoder")
+    }
+    for entry in manifest.files:
+        if entry.role == "weights" and entry.precision == precision:
+            check_file(entry, folder)
+    from .ort import OnnxRuntimeBackend
+
+    return Session(
+        manifest,
+        OnnxRuntimeBackend(paths["encoder"], paths["decoder"], manifest.graphs, threads=threads),
+    )
+
+
+def decode(
+    backend: Backend, manifest: Manifest, embedding: Embedding, prompts: Sequence[Prompt]
+) -> tuple[Array, Array]:
+    """Decoder outputs of P prompt sets, in their order: (P, K, 4g, 4g) and (P, K).
+
+    Sets with equally many tokens, and alike in having a mask, go through the decoder together.
+    """
+    network = manifest.network
+    side = 4 * network.embedding_size
+    groups: dict[tuple[int, bool], list[int]] = {}
+    tokens = []
+    for i, prompt in enumerate(prompts):
+        tokens.append(
+            transforms.network_prompt(prompt, embedding.frame, manifest.conventions, mask_size=side)
+        )
+        groups.setdefault((len(tokens[i][1]), prompt.mask is not None), []).append(i)
+    logits = np.empty((len(prompts), network.masks, side, side), np.float32)
+    scores = np.empty((len(prompts), network.masks), np.float32)
+    for (_, has_mask), members in groups.items():
+        masks = [prompts[i].mask for i in members] if has_mask else None
+        logits[members], scores[members] = backend.decode(
+            embedding.values,
+            np.stack([tokens[i][0] for i in members]),
+            np.stack([tokens[i][1] for i in members]),
+            None if masks is None else np.stack(masks)[:, None].astype(np.float32),
+        )
+    if not (np.isfinite(logits).all() and np.isfinite(scores).all()):
+        raise DeviceError(f"{backend.name} gave masks with NaN or Inf: nothing returned")
+    return logits, scores
+
+
+def intensities(
+    image: Image, conventions: Conventions, window: tuple[float, float] | None
+) -> tuple[NDArray[np.generic], tuple[float, float] | None]:
+    """The values a profile takes, and the window they were mapped with (None: no window).
+
+    A window the caller gives goes before the bundle's, that before the file's own rendering.
+    """
+    if window is None and image.pixels.dtype != np.uint8:
+        window = conventions.intensity_window
+    if window is None:
+        if image.display is not None:
+            return image.display, None
+        if image.pixels.dtype == np.uint8:
+            return (255 - image.pixels if image.inverted else image.pixels), None
+        low, high = float(image.pixels.min()), float(image.pixels.max())
+        window = (low, high)
+        if not transforms.PROFILES[conventions.preprocess].min_max:
+            logger.warning(
+                "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
+                "set an intensity window to fix the scale",
+                image.path,
+                image.pixels.dtype,
+                low,
+                high,
+            )
+    return transforms.display_values(image.pixels, window, inverted=image.inverted), window
+
+
+def _from_array(array: ArrayLike) -> Image:
+    """An array as an image without a file."""
+    pixels = np.asarray(array)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * 255
+    return Image(pixels=pixels, path=Path("array"))

@@ -1,0 +1,31 @@
+"""One function per command: what combines the modules below it, and nothing about a terminal.
+
+checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
+export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
+proof.py         what export and verify share  doctor.py        what this machine has
+demo.py          the first five minutes
+"""
+
+from .checkpoints import Inspection, inspect
+from .demo import Demonstration, demonstrate
+from .doctor import Diagnosis, diagnose
+from .export import Export, export
+from .segmentation import Outputs, Prompts, Segmentation, run
+from .verification import Verification, verify_bundle
+
+__all__ = [
+    "Demonstration",
+    "Diagnosis",
+    "Export",
+    "Inspection",
+    "Outputs",
+    "Prompts",
+    "Segmentation",
+    "Verification",
+    "demonstrate",
+    "diagnose",
+    "export",
+    "inspect",
+    "run",
+    "verify_bundle",
+]

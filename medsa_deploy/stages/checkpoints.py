@@ -1,0 +1,66 @@
+"""A checkpoint file → what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medsa_deploy import manifest
+from medsa_deploy.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
+    from medsa_deploy.exporters.checkpoint import Checkpoint
+
+EXPORT_LIBRARIES = {"torch", "onnx", "onnxscript", "segment_anything", "safetensors"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a checkpoint is."""
+
+    source: manifest.Source
+    network: manifest.Network
+    conventions: manifest.Conventions
+    guesses: tuple[Guess, ...]
+    """Facts the checkpoint does not settle."""
+    notes: tuple[str, ...]
+    """What was changed on the way in."""
+
+
+def inspect(checkpoint: Path, *, base: Path | None, overrides: Overrides) -> Inspection:
+    """Read a checkpoint and say what it is; nothing is written."""
+    loaded, architecture = read_checkpoint(checkpoint, base, overrides)
+    return Inspection(
+        source=loaded.source,
+        network=architecture.network,
+        conventions=architecture.conventions,
+        guesses=architecture.guesses,
+        notes=loaded.notes,
+    )
+
+
+def read_checkpoint(
+    path: Path, base: Path | None, overrides: Overrides
+) -> tuple[Checkpoint, Architecture]:
+    """A checkpoint's tensors and the facts inferred from them."""
+    with export_extra():
+        from medsa_deploy.exporters.architecture import infer
+        from medsa_deploy.exporters.checkpoint import load_checkpoint
+    loaded = load_checkpoint(path, base=base)
+    return loaded, infer(loaded, overrides)
+
+
+@contextmanager
+def export_extra() -> Iterator[None]:
+    """Around imports of the exporters: a missing library is named with the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        library = (e.name or "").split(".")[0]
+        if library not in EXPORT_LIBRARIES:
+            raise
+        raise MissingDependencyError(library, extra="export", purpose="reading a checkpoint") from e

@@ -1,0 +1,133 @@
+"""Checkpoint → bundle, with its proof."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from medsa_deploy import __version__, bundle, manifest, verify
+from medsa_deploy.manifest import Manifest
+from medsa_deploy.runtime import load
+from medsa_deploy.verify import Case
+
+from .checkpoints import export_extra, read_checkpoint
+from .proof import Progress, cases, parity, reference_outputs
+
+if TYPE_CHECKING:
+    from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
+    from medsa_deploy.exporters.checkpoint import Checkpoint
+
+TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "segment-anything", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A bundle that was just made."""
+
+    bundle: Path
+    manifest: Manifest
+    guesses: tuple[Guess, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def export(
+    checkpoint: Path,
+    *,
+    output: Path | None,
+    base: Path | None,
+    images: Path | None,
+    overrides: Overrides,
+    force: bool,
+    on_step: Progress = lambda step: None,
+) -> Export:
+    """Checkpoint → bundle, proved equal to the checkpoint's own network.
+
+    ParityError, and no bundle, when relative L2 or the share of differing mask pixels exceeds the
+    limits of `verify` on the seeded images or the user's.
+    """
+    target = output or checkpoint.with_suffix(".medsa")
+    bundle.check_target(target, force=force)
+    start = perf_counter()
+    on_step("read the checkpoint")
+    loaded, architecture = read_checkpoint(checkpoint, base, overrides)
+    to_prove = cases(architecture.network, images)
+    with bundle.new_bundle(target) as folder:
+        made = _write_bundle(folder, loaded, architecture, to_prove, on_step)
+    return Export(
+        bundle=target,
+        manifest=made,
+        guesses=architecture.guesses,
+        notes=loaded.notes,
+        seconds=perf_counter() - start,
+    )
+
+
+def _write_bundle(
+    folder: Path,
+    loaded: Checkpoint,
+    architecture: Architecture,
+    to_prove: Sequence[Case],
+    on_step: Progress,
+) -> Manifest:
+    """Graphs, reference and manifest, in `folder`; ParityError unless the graphs are proved."""
+    with export_extra():
+        from medsa_deploy.exporters.folded import fold
+        from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs
+        from medsa_deploy.exporters.reference import build_reference
+    made = Manifest(
+        source=loaded.source,
+        network=architecture.network,
+        conventions=architecture.conventions,
+        graphs=contract(architecture.network),
+        files=(),
+        tools=_tools(),
+    )
+    reference = build_reference(architecture.network, loaded.tensors)
+    on_step("run the checkpoint's own network")
+    expected = reference_outputs(reference, made, to_prove)
+    folded = fold(reference)
+    del reference  # memory: the exporter makes copies of its own
+    graphs = export_graphs(
+        folded, made.graphs, folder, on_graph=lambda name: on_step(f"export the {name}")
+    )
+    del folded
+    files = [
+        manifest.describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
+        for name, paths in graphs.items()
+        for path, role in _roles(name, paths)
+    ]
+    saved = folder / "reference.npz"
+    verify.save_reference(saved, to_prove[0], expected[0])
+    files.append(manifest.describe_file(saved, folder, role="reference", precision="fp32"))
+    made = replace(made, files=tuple(files))
+    manifest.save(made, folder)
+    on_step("prove the graphs equal to it")
+    with load(folder) as session:
+        proof = parity(session, to_prove, [outputs.tensors for outputs in expected], "fp32")
+    verify.require(proof)
+    made = replace(made, parity=(proof,))
+    manifest.save(made, folder)
+    return made
+
+
+def _roles(name: str, paths: Sequence[Path]) -> Iterator[tuple[Path, manifest.Role]]:
+    """Each file of a graph with its role: the graph itself, then its external weights."""
+    graph, *weights = paths
+    yield graph, "encoder" if name == "encoder" else "decoder"
+    for path in weights:
+        yield path, "weights"
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what makes a bundle."""
+    return {
+        "medsa-deploy": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in TOOLS},
+    }

@@ -1,0 +1,58 @@
+"""What export and verify share: the cases of a proof, the checkpoint's outputs, the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medsa_deploy import verify
+from medsa_deploy.images import Image, find_images, read_image
+from medsa_deploy.manifest import Manifest, Network, Parity
+from medsa_deploy.runtime import Session
+from medsa_deploy.verify import Array, Case, Outputs
+
+if TYPE_CHECKING:
+    from medsa_deploy.exporters.reference import ReferenceNetwork
+
+SEEDS = (1, 2)
+"""Seeded images of every proof, besides the user's own."""
+
+Progress = Callable[[str], None]
+"""Called with the name of a step when it begins."""
+
+
+def cases(network: Network, images: Path | None) -> list[Case]:
+    """Seeded cases, then one for each of the user's images (a file, or a folder of them)."""
+    side = 4 * network.embedding_size
+    made = [verify.seeded_case(network.image_size, side, seed) for seed in SEEDS]
+    return made + [verify.image_case(image, side) for image in user_images(images)]
+
+
+def user_images(path: Path | None) -> Iterator[Image]:
+    """The images of a folder, or one file's."""
+    if path is not None:
+        for file in find_images(path) if path.is_dir() else [path]:
+            yield read_image(file)
+
+
+def reference_outputs(
+    reference: ReferenceNetwork, made: Manifest, cases: Sequence[Case]
+) -> list[Outputs]:
+    """What the checkpoint's own network gives for the cases, through the session's own code."""
+    from medsa_deploy.exporters.reference import ReferenceBackend
+
+    with Session(made, ReferenceBackend(reference)) as session:
+        return [verify.run_case(session, case) for case in cases]
+
+
+def parity(
+    session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]], precision: str
+) -> Parity:
+    """Run the cases and compare; one case's outputs are held at a time."""
+    comparisons = []
+    for case, tensors in zip(cases, expected, strict=True):
+        actual = verify.run_case(session, case)
+        wanted = Outputs(tensors=tensors, frame=actual.frame)
+        comparisons.append(verify.compare(case, wanted, actual, session.conventions.threshold))
+    return verify.summarise(cases, comparisons, precision=precision, backend=session.backend.name)

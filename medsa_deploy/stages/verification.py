@@ -1,0 +1,95 @@
+"""A bundle → how its graphs compare with its checkpoint's own network, here and now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medsa_deploy import manifest, verify
+from medsa_deploy.errors import InputError, UsageError
+from medsa_deploy.manifest import Manifest, Parity
+from medsa_deploy.runtime import load
+from medsa_deploy.verify import Array, Case
+
+from .checkpoints import export_extra
+from .proof import Progress, cases, parity, reference_outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How a bundle compares, precision by precision."""
+
+    bundle: Path
+    against: str
+    """`checkpoint`, or `saved reference`: what the checkpoint's network gave at export."""
+    parity: tuple[Parity, ...]
+    failures: tuple[str, ...]
+    """What exceeds the limits; empty when everything agrees."""
+
+
+def verify_bundle(
+    bundle: Path,
+    *,
+    checkpoint: Path | None,
+    base: Path | None,
+    images: Path | None,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    on_step: Progress = lambda step: None,
+) -> Verification:
+    """Compare a bundle with its checkpoint's network, or with what that gave at export.
+
+    Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed.
+    """
+    made = manifest.load(bundle)
+    on_step("compare every file with its SHA-256")
+    manifest.check_files(made, bundle)
+    if checkpoint is None:
+        if images is not None:
+            raise UsageError(
+                "--images compares with the checkpoint's own network: add --checkpoint FILE "
+                f"(this bundle was made from {made.source.checkpoint})"
+            )
+        case, tensors = verify.load_reference(bundle / made.file("reference").path)
+        to_run, expected, against = [case], [tensors], "saved reference"
+    else:
+        to_run, against = cases(made.network, images), "checkpoint"
+        on_step("run the checkpoint's own network")
+        expected = _checkpoint_outputs(made, checkpoint, base, to_run)
+    found = []
+    precisions = [entry.precision for entry in made.files if entry.role == "encoder"]
+    for name in [precision] if precision else precisions:
+        on_step(f"run the {name} graphs in {backend}")
+        with load(bundle, backend=backend, precision=name, threads=threads) as session:
+            found.append(parity(session, to_run, expected, name))
+    return Verification(
+        bundle=bundle,
+        against=against,
+        parity=tuple(found),
+        failures=tuple(problem for one in found for problem in verify.failures(one)),
+    )
+
+
+def _checkpoint_outputs(
+    made: Manifest, checkpoint: Path, base: Path | None, to_run: Sequence[Case]
+) -> list[dict[str, Array]]:
+    """Outputs of the checkpoint's own network, which must be the one the bundle was made from."""
+    source = made.source
+    for path, name, digest in (
+        (checkpoint, source.checkpoint, source.sha256),
+        (base, source.base, source.base_sha256),
+    ):
+        if path is not None and path.is_file() and manifest.sha256(path) != digest:
+            raise InputError(
+                f"{path} is not the file this bundle was made from: {name}, SHA-256 {digest}"
+            )
+    if source.base is not None and base is None:
+        raise UsageError(f"this bundle was made over {source.base}: add --base FILE")
+    with export_extra():
+        from medsa_deploy.exporters.checkpoint import load_checkpoint
+        from medsa_deploy.exporters.reference import build_reference
+    loaded = load_checkpoint(checkpoint, base=base)
+    reference = build_reference(made.network, loaded.tensors)
+    return [outputs.tensors for outputs in reference_outputs(reference, made, to_run)]

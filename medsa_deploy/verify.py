@@ -1,0 +1,237 @@
+"""Outputs of two networks on the same cases → how much they differ.
+
+A case is an image with prompt sets. The checkpoint's own network and a bundle's graphs run the same
+cases through the same session code; what differs is the network alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+
+from . import transforms
+from .errors import BundleError, ParityError
+from .images import Image
+from .manifest import Parity, TensorParity
+from .runtime.session import Session, decode
+from .transforms import Frame, Prompt
+
+Array = NDArray[np.float32]
+
+RELATIVE_L2_LIMIT = 1e-4
+"""Above this, an exported float32 graph is not the checkpoint's network."""
+MASK_PIXELS_LIMIT = 1e-4
+"""Largest share of mask pixels that may differ, in any mask."""
+TENSORS = ("image_embeddings", "low_res_masks", "iou_predictions")
+"""What is compared, in the order it is computed."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """An image and prompt sets on it."""
+
+    name: str
+    image: Image
+    prompts: Sequence[Prompt]
+    seeded: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outputs:
+    """What a network gave for one case."""
+
+    tensors: dict[str, Array]
+    """`image_embeddings` (1, 256, g, g), `low_res_masks` (P, K, 4g, 4g), `iou_predictions` (P, K)"""
+    frame: Frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How one case's outputs differ from the expected ones."""
+
+    case: str
+    tensors: dict[str, TensorParity]
+    mask_pixels_differing: float
+    """Share of pixels at the image's size, in the mask that differs most."""
+
+
+def seeded_image(size: int, seed: int) -> NDArray[np.uint8]:
+    """A smooth, detailed colour image of (size, size, 3) uint8: noise of several scales."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((size, size, 3), np.float32)
+    for octave, weight in ((4, 1.0), (12, 0.6), (48, 0.3)):
+        noise = rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8)
+        enlarged = PillowImage.fromarray(noise).resize((size, size), PillowImage.Resampling.BICUBIC)
+        total += weight * np.asarray(enlarged, np.float32)
+    low, high = total.min(), total.max()
+    return ((total - low) / (high - low) * 255).round().astype(np.uint8)
+
+
+def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[Prompt]:
+    """Prompt sets of every kind on an image: clicks, a box, a box with a click, a mask."""
+    rng = np.random.default_rng([seed, height, width])
+
+    def clicks(count: int) -> Array:
+        return (rng.random((count, 2)) * (width - 1, height - 1)).astype(np.float32)
+
+    def box() -> Array:
+        low, high = rng.random(2) * 0.4, 0.6 + rng.random(2) * 0.4
+        return np.concatenate([low, high]).astype(np.float32) * np.float32(
+            [width, height, width, height]
+        )
+
+    mask = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32)).resize(
+        (mask_size, mask_size), PillowImage.Resampling.BILINEAR
+    )
+    none: Array = np.zeros((0, 2), np.float32)
+    one = np.ones(1, np.float32)
+    return [
+        Prompt(points=clicks(1), labels=one, box=None, mask=None),
+        Prompt(points=clicks(3), labels=np.float32([1, 0, 1]), box=None, mask=None),
+        Prompt(points=none, labels=none[:, 0], box=box(), mask=None),
+        Prompt(points=clicks(1), labels=one, box=box(), mask=None),
+        Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32)),
+    ]
+
+
+def seeded_case(image_size: int, mask_size: int, seed: int) -> Case:
+    """A case made of nothing but a seed."""
+    return Case(
+        name=f"seed {seed}",
+        image=Image(pixels=seeded_image(image_size, seed), path=Path(f"seed-{seed}")),
+        prompts=seeded_prompts(image_size, image_size, mask_size, seed),
+        seeded=True,
+    )
+
+
+def image_case(image: Image, mask_size: int) -> Case:
+    """A case on a user's image, with prompts of every kind."""
+    height, width = image.pixels.shape[:2]
+    return Case(
+        name=image.path.name,
+        image=image,
+        prompts=seeded_prompts(height, width, mask_size, 0),
+        seeded=False,
+    )
+
+
+def run_case(session: Session, case: Case) -> Outputs:
+    """Encode the case's image and decode its prompt sets."""
+    embedding = session.encode(case.image)
+    masks, scores = decode(session.backend, session.manifest, embedding, case.prompts)
+    return Outputs(
+        tensors=dict(zip(TENSORS, (embedding.values, masks, scores), strict=True)),
+        frame=embedding.frame,
+    )
+
+
+def compare(case: Case, expected: Outputs, actual: Outputs, threshold: float) -> Comparison:
+    """Difference of two networks' outputs; `threshold` is the masks' probability."""
+    cut = transforms.probability_to_logit(threshold)
+    masks = [
+        transforms.upsample(outputs.tensors["low_res_masks"], outputs.frame) > cut
+        for outputs in (expected, actual)
+    ]
+    return Comparison(
+        case=case.name,
+        tensors={
+            name: difference(value, actual.tensors[name])
+            for name, value in expected.tensors.items()
+        },
+        mask_pixels_differing=float((masks[0] != masks[1]).mean(axis=(-2, -1)).max()),
+    )
+
+
+def difference(expected: Array, actual: Array) -> TensorParity:
+    """Relative L2 ‖a − e‖ / ‖e‖ and largest absolute difference."""
+    e, a = expected.astype(np.float64), actual.astype(np.float64)
+    return TensorParity(
+        relative_l2=float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)),
+        max_abs=float(np.abs(a - e).max()),
+    )
+
+
+def summarise(
+    cases: Sequence[Case], comparisons: Iterable[Comparison], *, precision: str, backend: str
+) -> Parity:
+    """The worst of all cases, as the manifest records it."""
+    found = list(comparisons)
+    return Parity(
+        precision=precision,
+        backend=backend,
+        images=sum(not case.seeded for case in cases),
+        seeded_images=sum(case.seeded for case in cases),
+        prompt_sets=sum(len(case.prompts) for case in cases),
+        tensors={
+            name: TensorParity(
+                relative_l2=max(c.tensors[name].relative_l2 for c in found),
+                max_abs=max(c.tensors[name].max_abs for c in found),
+            )
+            for name in found[0].tensors
+        },
+        mask_pixels_differing=max(c.mask_pixels_differing for c in found),
+    )
+
+
+def failures(parity: Parity) -> list[str]:
+    """What exceeds the limits of a float32 graph, in words; empty when the proof holds."""
+    found = [
+        f"{name}: relative L2 {tensor.relative_l2:.1e} > {RELATIVE_L2_LIMIT:.0e}"
+        for name, tensor in parity.tensors.items()
+        if not tensor.relative_l2 <= RELATIVE_L2_LIMIT
+    ]
+    if not parity.mask_pixels_differing <= MASK_PIXELS_LIMIT:
+        found.append(
+            f"{parity.mask_pixels_differing:.1e} of mask pixels differ > {MASK_PIXELS_LIMIT:.0e}"
+        )
+    return found
+
+
+def require(parity: Parity) -> None:
+    """ParityError when the graphs are not the checkpoint's network."""
+    if problems := failures(parity):
+        raise ParityError(
+            f"the {parity.precision} graphs in {parity.backend} are not the checkpoint's network: "
+            + "; ".join(problems)
+        )
+
+
+def save_reference(path: Path, case: Case, outputs: Outputs) -> None:
+    """Write a case and what the checkpoint's network gave for it, to verify against anywhere."""
+    arrays: dict[str, NDArray[np.generic]] = {"image": case.image.pixels, **outputs.tensors}
+    for i, prompt in enumerate(case.prompts):
+        parts = {"points": prompt.points, "labels": prompt.labels}
+        parts |= {} if prompt.box is None else {"box": prompt.box}
+        parts |= {} if prompt.mask is None else {"mask": prompt.mask}
+        arrays |= {f"prompt.{i}.{name}": part for name, part in parts.items()}
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def load_reference(path: Path) -> tuple[Case, dict[str, Array]]:
+    """A saved case and the tensors expected for it."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = dict(data)
+        sets = len({name.split(".")[1] for name in arrays if name.startswith("prompt.")})
+        case = Case(
+            name="saved reference",
+            image=Image(pixels=arrays["image"], path=path),
+            prompts=[
+                Prompt(
+                    points=arrays[f"prompt.{i}.points"],
+                    labels=arrays[f"prompt.{i}.labels"],
+                    box=arrays.get(f"prompt.{i}.box"),
+                    mask=arrays.get(f"prompt.{i}.mask"),
+                )
+                for i in range(sets)
+            ],
+            seeded=True,
+        )
+        return case, {name: arrays[name] for name in TENSORS}
+    except (OSError, ValueError, KeyError) as e:
+        raise BundleError(f"{path} is not a reference that medsa-deploy wrote: {e}") from e

@@ -1,0 +1,67 @@
+"""Checkpoints and bundles that several test modules share; each is made once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import GoldenCase
+
+from medsa_deploy import stages
+from medsa_deploy.exporters.architecture import Overrides
+
+Maker = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Golden case's name → its checkpoint, as the public code's training would save it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def make(name: str) -> Path:
+        path = folder / f"{name}.pth"
+        if not path.exists():
+            state = {k: torch.from_numpy(v) for k, v in GoldenCase(name).state_dict.items()}
+            torch.save(
+                {
+                    "epoch": 3,
+                    "model": "sam",
+                    "state_dict": state,
+                    "optimizer": {},
+                    "best_tol": 0.1,
+                    "path_helper": {"prefix": "logs"},
+                },
+                path,
+            )
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) -> Maker:
+    """Golden case's name → its bundle, exported once. Tests must not change it: copy it first."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def make(name: str) -> Path:
+        path = folder / f"{name}.medsa"
+        if not path.exists():
+            stages.export(
+                checkpoint_of(name),
+                output=path,
+                base=None,
+                images=None,
+                overrides=Overrides(classes=GoldenCase(name).classes),
+                force=False,
+            )
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of: Maker) -> Path:
+    """A small Med-SA bundle: 256×256, one class, trained by the public code (clicks are yx)."""
+    return bundle_of("medsa_2d")

@@ -1,0 +1,95 @@
+"""Golden cases → checkpoint tensors, inputs and expected outputs (see `golden/seeded.py`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "golden"
+
+_spec = importlib.util.spec_from_file_location("seeded", FOLDER / "seeded.py")
+assert _spec is not None
+assert _spec.loader is not None
+seeded = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(seeded)
+
+VIT_2D = (
+    "medsa_2d",
+    "medsa_2d_relpos",
+    "medsa_2d_box_mask_two_classes",
+    "medsa_2d_points_and_boxes",
+    "medsa_hyp_2d",
+    "medsa_hyp_2d_public_decoder",
+    "sam_plain",
+)
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One golden case: settings, seeded weights and inputs, expected outputs."""
+
+    name: str
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return json.loads((FOLDER / f"{self.name}.json").read_text())
+
+    @cached_property
+    def state_dict(self) -> dict[str, np.ndarray]:
+        s = self.settings
+        return seeded.state_dict(s["keys"], s["seed"], rel_pos_scale=s["rel_pos_scale"])
+
+    @cached_property
+    def expected(self) -> dict[str, np.ndarray]:
+        with np.load(FOLDER / f"{self.name}.npz") as data:
+            return dict(data)
+
+    @property
+    def size(self) -> int:
+        return self.settings["image_size"]
+
+    @property
+    def classes(self) -> int:
+        return self.settings.get("num_multimask_outputs", 1)
+
+    @property
+    def image(self) -> np.ndarray:
+        """(B, 3, S, S) float32, 0…1."""
+        return seeded.image(
+            self.settings["seed"], (self.settings["batch"], 3, self.size, self.size)
+        )
+
+    @property
+    def coords_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Points, then box corners, then the padding point where there is no box."""
+        s = self.settings
+        boxes = s.get("boxes")
+        sets = len(s["points"] or boxes)
+        coords = np.array(s["points"] or np.zeros((sets, 0, 2)), np.float32)
+        labels = np.array(s["labels"] or np.zeros((sets, 0)), np.float32)
+        if boxes:
+            more = np.array(boxes, np.float32).reshape(sets, 2, 2)
+            more_labels = np.tile(np.array([2, 3], np.float32), (sets, 1))
+        else:
+            more = np.zeros((sets, 1, 2), np.float32)
+            more_labels = np.full((sets, 1), -1, np.float32)
+        return np.concatenate([coords, more], 1), np.concatenate([labels, more_labels], 1)
+
+    @property
+    def mask_input(self) -> np.ndarray | None:
+        """(1, 1, S/4, S/4) float32 logits, or None."""
+        if not self.settings["mask_input"]:
+            return None
+        return seeded.mask_input(self.settings["seed"], self.size // 4)
+
+
+def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
+    """‖actual − expected‖ / ‖expected‖."""
+    difference = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(expected, np.float64)))

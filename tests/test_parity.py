@@ -1,0 +1,112 @@
+"""The spine: golden ≙ reference ≙ folded ≙ ONNX, from the checkpoint file through the command line.
+
+Limits against torch are tight because wrong readings of the network (a norm's eps) hide below 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from golden_cases import VIT_2D, GoldenCase, relative_l2
+
+from medsa_deploy import manifest
+from medsa_deploy.exporters.architecture import Overrides, infer
+from medsa_deploy.exporters.checkpoint import load_checkpoint
+from medsa_deploy.exporters.folded import fold
+from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
+
+TORCH_LIMIT = 3e-6
+TORCH_IOU_LIMIT = 3e-5
+ONNX_LIMIT = 2e-5
+ONNX_IOU_LIMIT = 1e-4
+
+
+def reference_of(case: GoldenCase, checkpoint: Path) -> ReferenceNetwork:
+    loaded = load_checkpoint(checkpoint)
+    network = infer(loaded, Overrides(classes=case.classes)).network
+    return build_reference(network, loaded.tensors)
+
+
+def assert_close(case: GoldenCase, actual: dict[str, np.ndarray], limit: float, iou: float) -> None:
+    for name, value in actual.items():
+        expected = case.expected[name]
+        assert value.shape == expected.shape
+        assert relative_l2(value, expected) <= (iou if name == "iou_predictions" else limit), name
+
+
+@pytest.mark.parametrize("name", VIT_2D)
+def test_reference_is_golden(name: str, checkpoint_of) -> None:
+    case = GoldenCase(name)
+    reference = reference_of(case, checkpoint_of(name))
+    coords, labels = map(torch.from_numpy, case.coords_and_labels)
+    mask = None if case.mask_input is None else torch.from_numpy(case.mask_input)
+    embeddings = reference.encode(torch.from_numpy(case.image))
+    logits, iou = reference.decode(embeddings, coords, labels, mask)
+    sparse = reference.prompt_encoder.sparse(coords, labels)
+    actual = {
+        "image_embeddings": embeddings,
+        "sparse_embeddings": sparse,
+        "low_res_logits": logits,
+        "iou_predictions": iou,
+    }
+    assert_close(case, {k: v.numpy() for k, v in actual.items()}, TORCH_LIMIT, TORCH_IOU_LIMIT)
+
+
+@pytest.mark.parametrize("name", VIT_2D)
+def test_folded_is_golden(name: str, checkpoint_of) -> None:
+    case = GoldenCase(name)
+    folded = fold(reference_of(case, checkpoint_of(name)))
+    coords, labels = map(torch.from_numpy, case.coords_and_labels)
+    side = case.size // 4
+    given = case.mask_input is not None
+    mask = case.mask_input if given else np.zeros((len(coords), 1, side, side), np.float32)
+    with torch.inference_mode():
+        embeddings = folded.encoder(torch.from_numpy(case.image))
+        logits, iou = folded.decoder(
+            embeddings, coords, labels, torch.from_numpy(mask), torch.tensor([float(given)])
+        )
+    actual = {"image_embeddings": embeddings, "low_res_logits": logits, "iou_predictions": iou}
+    assert_close(case, {k: v.numpy() for k, v in actual.items()}, TORCH_LIMIT, TORCH_IOU_LIMIT)
+
+
+@pytest.mark.parametrize("name", VIT_2D)
+def test_golden_through_the_command_line(name: str, checkpoint_of, tmp_path: Path) -> None:
+    case = GoldenCase(name)
+    bundle = tmp_path / "case.medsa"
+    command = ["-m", "medsa_deploy.cli", "export", str(checkpoint_of(name)), "-o", str(bundle)]
+    done = subprocess.run(
+        [sys.executable, *command, "--classes", str(case.classes), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made["manifest"]["network"]["classes"] == case.classes
+    assert manifest.load(bundle).parity[0].mask_pixels_differing <= 1e-4
+
+    encoder, decoder = (ort.InferenceSession(bundle / f"{n}.onnx") for n in ("encoder", "decoder"))
+    (embeddings,) = encoder.run(None, {"image": case.image})
+    coords, labels = case.coords_and_labels
+    side = case.size // 4
+    given = case.mask_input is not None
+    mask = case.mask_input if given else np.zeros((len(coords), 1, side, side), np.float32)
+    logits, iou = decoder.run(
+        ["low_res_masks", "iou_predictions"],
+        {
+            "image_embeddings": embeddings,
+            "point_coords": coords,
+            "point_labels": labels,
+            "mask_input": mask,
+            "has_mask_input": np.array([given], np.float32),
+        },
+    )
+    actual = {"image_embeddings": embeddings, "low_res_logits": logits, "iou_predictions": iou}
+    assert_close(case, actual, ONNX_LIMIT, ONNX_IOU_LIMIT)
