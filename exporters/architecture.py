@@ -7,36 +7,24 @@ and says which option overrules it.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isqrt
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from medsa_deploy.errors import CheckpointError, UsageError
-from medsa_deploy.manifest import (
-    Conventions,
-    Family,
-    Network,
-    Outputs,
-    PointFrame,
-    PointOrder,
-    ProfileName,
-    RelPos,
-    TwoWay,
-)
+from medsa_deploy.manifest import Conventions, Family, Network, Outputs, RelPos, TwoWay
 
+from . import encoders, sizes
 from .checkpoint import Checkpoint
+from .conventions import conventions_of
+from .encoders import EncoderFacts
+from .guesses import Guess, Overrides
 from .reference.network import ReferenceNetwork
 from .shapes import Shapes
 
-GLOBAL_LAYOUTS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}
-"""Global blocks of SAM's ViT-B, L and H by depth."""
-SAM_WINDOW = 14
-SAM_IMAGE_SIZE = 1024
-LITE_IMAGE_SIZE = 256
+__all__ = ["Architecture", "Guess", "Overrides", "infer"]
 
 UNUSED = re.compile(
     r"num_batches_tracked$|attention_bias_idxs$|^pixel_(mean|std)$"
@@ -44,34 +32,6 @@ UNUSED = re.compile(
     r"|^image_encoder\.blocks\.\d+\.Depth_Adapter\."
 )
 """Keys a checkpoint may carry that its network, used in 2D, does not run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overrides:
-    """What a user may set where a checkpoint does not say, or against what it suggests."""
-
-    heads: int | None = None
-    window_size: int | None = None
-    global_blocks: tuple[int, ...] | None = None
-    image_size: int | None = None
-    classes: int | None = None
-    preprocess: ProfileName | None = None
-    intensity_window: tuple[float, float] | None = None
-    point_order: PointOrder | None = None
-    point_frame: PointFrame | None = None
-    threshold: float | None = None
-    class_names: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guess:
-    """A fact the checkpoint does not settle."""
-
-    fact: str
-    value: str
-    because: str
-    option: str
-    """The option that overrules it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,213 +48,59 @@ def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
     shapes = checkpoint.shapes
     _refuse_unsupported(shapes)
     guesses: list[Guess] = []
-    if "image_encoder.layers.0.blocks.0.conv1.c.weight" in shapes:
-        encoder = _tiny_vit(shapes, overrides)
-    else:
-        encoder = _vit(shapes, overrides, guesses)
-    network = _network(checkpoint, shapes, encoder, overrides, guesses)
-    _check_keys(checkpoint.tensors, network, shapes)
-    conventions = _conventions(checkpoint, network, overrides, guesses)
+    tiny = "image_encoder.layers.0.blocks.0.conv1.c.weight" in shapes
+    whole = sizes.checked(shapes, "tiny_vit" if tiny else "vit", _two_way(shapes))
+    encoder = (encoders.tiny_vit if tiny else encoders.vit)(whole, overrides, guesses)
+    network = _network(checkpoint.tensors, shapes, encoder, overrides, guesses)
+    _check_keys(checkpoint.tensors, network, whole)
+    conventions = conventions_of(
+        network, overrides, guesses, public_training=checkpoint.public_training
+    )
     return Architecture(network=network, conventions=conventions, guesses=tuple(guesses))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Encoder:
-    """The encoder's part of `Network`."""
-
-    kind: str
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    windows: tuple[int, ...]
-    global_blocks: tuple[int, ...]
-    image_size: int
-    patch_size: int
 
 
 def _refuse_unsupported(shapes: Shapes) -> None:
     """Networks that are recognised, and said to be so, but not exported yet."""
-    found = None
-    if any(".lora_" in key for key in shapes):
-        found = "a LoRA or AdaLoRA variant"
-    elif "prompt_encoder.invalid_points.weight" in shapes:
-        found = "efficient_sam"
-    elif shapes.get("image_encoder.patch_embed.seq.0.c.weight", (0, 0, 1, 1))[2:] != (1, 1):
-        found = "mobile_sam"
-    if found:
-        raise CheckpointError(f"this checkpoint is {found}, which is not supported yet")
-
-
-def _tiny_vit(shapes: Shapes, overrides: Overrides) -> _Encoder:
-    """LiteMedSAM: everything but the image size is in the shapes."""
-    for option in ("heads", "window_size", "global_blocks"):
-        if getattr(overrides, option) is not None:
-            raise UsageError(f"--{option.replace('_', '-')} is for SAM ViTs; this is a TinyViT")
-    prefix = "image_encoder.layers"
-    stages = range(shapes.count(prefix))
-    tables = [shapes.get(f"{prefix}.{i}.blocks.0.attn.attention_biases", (0, 0)) for i in stages]
-    widths = [
-        shapes.get(f"{prefix}.{i}.blocks.0.attn.norm.weight")
-        or shapes[f"{prefix}.{i}.blocks.0.conv3.c.weight"]
-        for i in stages
-    ]
-    return _Encoder(
-        kind="tiny_vit",
-        widths=tuple(width[0] for width in widths),
-        depths=tuple(shapes.count(f"{prefix}.{i}.blocks") for i in stages),
-        heads=tuple(table[0] for table in tables),
-        windows=tuple(isqrt(table[1]) for table in tables),
-        global_blocks=(),
-        image_size=overrides.image_size or LITE_IMAGE_SIZE,
-        patch_size=4,
-    )
-
-
-def _vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> _Encoder:
-    """A SAM ViT: heads, windows and image size from the relative-position tables."""
-    width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
-    depth = shapes.count("image_encoder.blocks")
-    tables = [shapes.get(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(depth)]
-    rows = [None if table is None else table[0] for table in tables]
-    window, grid = _window_and_grid(rows, patch, overrides, guesses)
-    return _Encoder(
-        kind="vit",
-        widths=(width,),
-        depths=(depth,),
-        heads=(_heads(width, tables, overrides, guesses),),
-        windows=(window,),
-        global_blocks=_global_blocks(rows, window, grid, overrides, guesses),
-        image_size=grid * patch,
-        patch_size=patch,
-    )
-
-
-def _heads(
-    width: int,
-    tables: list[tuple[int, ...] | None],
-    overrides: Overrides,
-    guesses: list[Guess],
-) -> int:
-    """Attention heads: width over the tables' width, else SAM's head sizes."""
-    head_sizes = {table[1] for table in tables if table is not None}
-    if overrides.heads is not None:
-        heads = overrides.heads
-    elif len(head_sizes) == 1:
-        heads = width // head_sizes.pop()
-    else:
-        heads = width // (80 if width == 1280 else 64)
-        guesses.append(
-            Guess(
-                fact="heads",
-                value=str(heads),
-                because="no relative-position tables; SAM's head size for this width",
-                option="--heads",
-            )
-        )
-    if heads < 1 or width % heads:
-        raise UsageError(f"{heads} attention heads do not divide the embedding width {width}")
-    if head_sizes and head_sizes != {width // heads}:
-        raise UsageError(
-            f"--heads {heads} gives a head size of {width // heads}, but the relative-position "
-            f"tables are {sorted(head_sizes)} wide"
-        )
-    return heads
-
-
-def _window_and_grid(
-    rows: list[int | None], patch: int, overrides: Overrides, guesses: list[Guess]
-) -> tuple[int, int]:
-    """Window and token grid: a table has 2·window − 1 or 2·grid − 1 rows."""
-    lengths = sorted({n for n in rows if n is not None})
-    window = overrides.window_size
-    if window is None:
-        plain = 2 * SAM_WINDOW - 1
-        window = SAM_WINDOW if plain in lengths or len(lengths) != 2 else (lengths[0] + 1) // 2
-    if window < 1:
-        raise UsageError(f"--window-size {window} is not a window")
-    if overrides.image_size is not None:
-        if overrides.image_size < patch or overrides.image_size % patch:
-            raise UsageError(f"--image-size must be a multiple of the patch size {patch}")
-        return window, overrides.image_size // patch
-    others = [n for n in lengths if n != 2 * window - 1]
-    if len(others) > 1:
+    patch = shapes.get("image_encoder.patch_embed.seq.0.c.weight")
+    network = "a SAM ViT"
+    if "prompt_encoder.invalid_points.weight" in shapes:
+        network = "efficient_sam"
+    elif patch is not None and patch[2:] != (1, 1):
+        network = "mobile_sam"
+    adapted = any(".lora_" in key for key in shapes)
+    if adapted:
+        kind = "AdaLoRA" if any(".lora_E" in key for key in shapes) else "LoRA"
+        network = f"{network} with {kind}"
+    if adapted or network != "a SAM ViT":
         raise CheckpointError(
-            f"relative-position tables of {', '.join(map(str, lengths))} rows do not show the image "
-            "size: give --image-size and --window-size"
+            f"this checkpoint is {network}, which is not supported yet: supported are SAM ViTs "
+            "(Meta SAM, MedSAM, Med-SA with adapters or HyP-Adpt) and LiteMedSAM"
         )
-    if others or lengths:
-        return window, ((others or lengths)[0] + 1) // 2
-    guesses.append(
-        Guess(
-            fact="image size",
-            value=str(SAM_IMAGE_SIZE),
-            because="no relative-position tables; SAM's size",
-            option="--image-size",
-        )
-    )
-    return window, SAM_IMAGE_SIZE // patch
-
-
-def _global_blocks(
-    rows: list[int | None], window: int, grid: int, overrides: Overrides, guesses: list[Guess]
-) -> tuple[int, ...]:
-    """Blocks that attend over the whole grid: those whose tables are not a window's."""
-    depth = len(rows)
-    if overrides.global_blocks is not None:
-        if outside := [i for i in overrides.global_blocks if not 0 <= i < depth]:
-            raise UsageError(f"--global-blocks {outside} are not among blocks 0…{depth - 1}")
-        return tuple(sorted(set(overrides.global_blocks)))
-    if grid != window and None not in rows:
-        return tuple(i for i, n in enumerate(rows) if n != 2 * window - 1)
-    if depth not in GLOBAL_LAYOUTS:
-        raise CheckpointError(
-            f"the tables of this {depth}-block encoder do not tell windowed from global blocks: "
-            "give --global-blocks"
-        )
-    guesses.append(
-        Guess(
-            fact="global blocks",
-            value=", ".join(map(str, GLOBAL_LAYOUTS[depth])),
-            because=f"the tables cannot tell; SAM's layout for {depth} blocks",
-            option="--global-blocks",
-        )
-    )
-    return GLOBAL_LAYOUTS[depth]
 
 
 def _network(
-    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
     shapes: Shapes,
-    encoder: _Encoder,
+    encoder: EncoderFacts,
     overrides: Overrides,
     guesses: list[Guess],
 ) -> Network:
     """All facts about the network."""
     adapters = _adapters(shapes)
     two_way = _two_way(shapes)
-    outputs: Outputs = (
-        "classes" if encoder.kind == "vit" and (adapters or two_way == "public") else "sam"
-    )
+    public = encoder.encoder == "vit" and (adapters or two_way == "public")
+    outputs: Outputs = "classes" if public else "sam"
     mask_tokens = shapes["mask_decoder.mask_tokens.weight"][0]
-    used = {k: v for k, v in checkpoint.tensors.items() if not UNUSED.search(k)}
-    adapted = {k: v for k, v in used.items() if "_Adapter." in k}
+    used = {k: v.numel() for k, v in tensors.items() if not UNUSED.search(k)}
     lengths, prompt_length = _hyp_lengths(shapes)
-    family: Family = "medsa" if adapters else "litemedsam" if encoder.kind == "tiny_vit" else "sam"
+    family: Family = "litemedsam" if encoder.encoder == "tiny_vit" else "sam"
     return Network(
-        family=family,
-        encoder="tiny_vit" if encoder.kind == "tiny_vit" else "vit",
-        widths=encoder.widths,
-        depths=encoder.depths,
-        heads=encoder.heads,
-        windows=encoder.windows,
-        global_blocks=encoder.global_blocks,
-        image_size=encoder.image_size,
-        embedding_size=encoder.image_size // encoder.patch_size,
-        patch_size=encoder.patch_size,
-        rel_pos=_rel_pos(checkpoint.tensors),
+        **asdict(encoder),
+        family="medsa" if adapters else family,
+        rel_pos=_rel_pos(tensors),
         adapters=adapters,
-        parameters=sum(v.numel() for v in used.values()),
-        adapter_parameters=sum(v.numel() for v in adapted.values()),
+        parameters=sum(used.values()),
+        adapter_parameters=sum(n for key, n in used.items() if "_Adapter." in key),
         two_way=two_way,
         mask_tokens=mask_tokens,
         classes=_classes(mask_tokens, outputs, overrides, guesses),
@@ -333,15 +139,14 @@ def _rel_pos(tensors: Mapping[str, Tensor]) -> RelPos:
 
 
 def _hyp_lengths(shapes: Shapes) -> tuple[tuple[int, ...], int]:
-    """HyP-Adpt's widths L_0…L_K and prompt width, of the first two-way block."""
-    prefix = "mask_decoder.transformer.layers.0.HyP_Adapter"
-    if f"{prefix}.D_fc1.weight" not in shapes:
-        return (), 0
-    steps = range(shapes.count(f"{prefix}.norms"))
-    lengths = (shapes[f"{prefix}.D_fc1.weight"][0],) + tuple(
-        shapes[f"{prefix}.norms.{k}.weight"][0] for k in steps
-    )
-    return lengths, shapes[f"{prefix}.P_fc.weight"][0]
+    """HyP-Adpt's widths L_0…L_K and prompt width, of the first two-way block that has it."""
+    for i in range(shapes.count("mask_decoder.transformer.layers")):
+        prefix = f"mask_decoder.transformer.layers.{i}.HyP_Adapter"
+        if (first := shapes.get(f"{prefix}.D_fc1.weight")) is not None:
+            steps = range(shapes.count(f"{prefix}.norms"))
+            later = tuple(shapes[f"{prefix}.norms.{k}.weight"][0] for k in steps)
+            return first[:1] + later, shapes[f"{prefix}.P_fc.weight"][0]
+    return (), 0
 
 
 def _classes(mask_tokens: int, outputs: Outputs, overrides: Overrides, guesses: list[Guess]) -> int:
@@ -349,89 +154,51 @@ def _classes(mask_tokens: int, outputs: Outputs, overrides: Overrides, guesses: 
     if outputs == "sam":
         if overrides.classes not in (None, 1):
             raise UsageError(
-                "--classes is for networks of the public Med-SA code; this one has SAM's"
+                f"--classes {overrides.classes} is for networks of the public Med-SA code; this "
+                "one has SAM's outputs: leave the option out"
             )
         return 1
-    if mask_tokens > 4 and overrides.classes in (None, mask_tokens):
+    most = f"a decoder with {mask_tokens} mask tokens"
+    if mask_tokens > 4:
+        if overrides.classes not in (None, mask_tokens):
+            raise UsageError(f"--classes {overrides.classes}: {most} has {mask_tokens} classes")
         return mask_tokens
     if overrides.classes is None:
-        guesses.append(
-            Guess(
-                fact="classes",
-                value="1",
-                because="a decoder with 4 mask tokens may have 1 to 4 classes",
-                option="--classes",
-            )
-        )
+        because = f"{most} may have 1 to {mask_tokens} classes"
+        guesses.append(Guess(fact="classes", value="1", because=because, option="--classes"))
         return 1
-    if not 1 <= overrides.classes <= mask_tokens or mask_tokens > 4:
-        raise UsageError(
-            f"--classes {overrides.classes} does not fit a decoder with {mask_tokens} mask tokens"
-        )
+    if not 1 <= overrides.classes <= mask_tokens:
+        raise UsageError(f"--classes {overrides.classes}: {most} has 1 to {mask_tokens} classes")
     return overrides.classes
 
 
-def _conventions(
-    checkpoint: Checkpoint, network: Network, overrides: Overrides, guesses: list[Guess]
-) -> Conventions:
-    """Defaults by where the checkpoint comes from (`medsa.md` §5), each of them a guess."""
-    public = checkpoint.public_training or network.adapters or network.two_way == "public"
-    preprocess: ProfileName
-    order: PointOrder = "xy"
-    if network.family == "litemedsam":
-        preprocess, why = "litemedsam", "LiteMedSAM's network"
-    elif public:
-        preprocess, order, why = "medsa", "yx", "trained by the public Med-SA code"
-    else:
-        preprocess, why = "sam", "SAM's keys; MedSAM's files look the same and need medsam"
-    if overrides.preprocess is None:
-        guesses.append(
-            Guess(fact="preprocess", value=preprocess, because=why, option="--preprocess")
-        )
-    if overrides.point_order is None:
-        because = "clicks were sampled as (row, column)" if order == "yx" else why.split(";")[0]
-        guesses.append(
-            Guess(fact="point order", value=order, because=because, option="--point-order")
-        )
-    names = overrides.class_names or ()
-    if names and len(names) != network.classes:
-        raise UsageError(
-            f"--class-names has {len(names)} names ({', '.join(names)}) for {network.classes} "
-            "class(es): set --classes to match"
-        )
-    return Conventions(
-        preprocess=overrides.preprocess or preprocess,
-        point_order=overrides.point_order or order,
-        point_frame=overrides.point_frame or "network",
-        intensity_window=overrides.intensity_window,
-        threshold=0.5 if overrides.threshold is None else overrides.threshold,
-        class_names=names,
-    )
-
-
 def _check_keys(tensors: Mapping[str, Tensor], network: Network, shapes: Shapes) -> None:
-    """CheckpointError listing keys that are unknown, missing, or of the wrong shape."""
-    with torch.device("meta"):
-        wanted = {k: v.shape for k, v in ReferenceNetwork(network, shapes).state_dict().items()}
-    missing = [k for k in wanted if k not in tensors and not UNUSED.search(k)]
-    unknown = [k for k in tensors if k not in wanted and not UNUSED.search(k)]
+    """CheckpointError listing keys that are unknown, missing, or of the wrong shape or type."""
+    try:
+        with torch.device("meta"):
+            wanted = ReferenceNetwork(network, shapes).state_dict()
+    except Exception as e:  # what SAM's modules assert and divide by is theirs to say
+        raise CheckpointError(
+            f"no network can be built from the checkpoint's shapes: {type(e).__name__} {e}"
+        ) from e
+    there = [key for key in wanted if key in tensors]
     wrong = [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k])}"
-        for k in wanted
-        if k in tensors and tensors[k].shape != wanted[k]
+        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
+        for k in there
+        if tensors[k].shape != wanted[k].shape
+    ] + [
+        f"{k} holds {str(tensors[k].dtype).removeprefix('torch.')}, expected floating-point numbers"
+        for k in there
+        if wanted[k].is_floating_point() and not tensors[k].is_floating_point()
     ]
-    groups = {"missing keys": missing, "unknown keys": unknown, "wrong shapes": wrong}
-    problems = [f"{what}: {_listed(names)}" for what, names in groups.items() if names]
+    problems = sizes.misfit(
+        shapes,
+        missing=[key for key in wanted if key not in tensors and not UNUSED.search(key)],
+        unknown=[key for key in tensors if key not in wanted and not UNUSED.search(key)],
+        wrong=wrong,
+    )
     if problems:
         raise CheckpointError(
             f"the checkpoint does not fit the network its shapes suggest ({network.family}, "
-            f"{sum(network.depths)} blocks of width {network.widths[-1]}). " + "; ".join(problems)
+            f"{sum(network.depths)} blocks of width {network.widths[-1]}). {problems}"
         )
-
-
-def _listed(names: list[str], limit: int = 12) -> str:
-    """Names, with those that differ only by a block's number written once."""
-    merged = Counter(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names)
-    parts = [name if n == 1 else f"{name} ({n}×)" for name, n in merged.items()]
-    more = f" and {len(parts) - limit} more" if len(parts) > limit else ""
-    return ", ".join(parts[:limit]) + more

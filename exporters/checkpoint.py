@@ -7,13 +7,15 @@ Everything about the architecture is read later, from keys and shapes (`architec
 from __future__ import annotations
 
 import logging
-import pickle
+import pickletools
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,8 +27,20 @@ from .shapes import Shapes
 
 logger = logging.getLogger(__name__)
 
-ENCODER_STEM = ("image_encoder.patch_embed.", "prompt_encoder.", "mask_decoder.")
+STEMS = ("image_encoder.patch_embed.", "prompt_encoder.", "mask_decoder.")
 """What every complete checkpoint has keys under; an adapter-only file lacks at least one."""
+
+REL_POS = re.compile(r"(image_encoder\.blocks\.\d+\.attn\.)rel_(?:pos_)?([hw])\Z")
+"""A relative-position table: `rel_pos_h` in Meta's and old Med-SA files, `rel_h` in newer ones."""
+
+HARMLESS = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.nn\.parameter\.Parameter"
+    r"|torch\.(\w*Storage|storage\.\w+Storage|Size|Tensor|device|bool|(b?float|u?int)\d+)"
+)
+"""Objects torch rebuilds without running a file's code."""
+
+EXPECTED = "expected a checkpoint file (.pth, .pt or .safetensors)"
+SAVE_WEIGHTS = "save the weights alone, with torch.save(model.state_dict(), FILE)"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,23 +69,20 @@ def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
     """
     data = _read(path)
     state, container = _state_dict(data, path)
-    tensors = _named_as_sam(_only_tensors(state, path))
-    public_training = {"epoch", "path_helper"} <= set(data)
+    tensors = _tensors(state, path)
     notes: list[str] = []
     if base is not None:
-        tensors = _lay_over(tensors, _named_as_sam(_only_tensors(*_state_of(base))))
         container = "adapters over a base"
-        notes.append(f"laid over {base.name}: keys the checkpoint lacks come from it")
-    elif missing := [stem for stem in ENCODER_STEM if not any(k.startswith(stem) for k in tensors)]:
-        raise CheckpointError(_incomplete(path, tensors, missing))
-    dtype = _stored_dtype(tensors)
-    if dtype != torch.float32:
-        notes.append(f"{_name(dtype)} weights were made float32")
+        tensors = _lay_over(tensors, _tensors(_state_dict(_read(base), base)[0], base), base, notes)
+    _require_stems(tensors, path, base)
+    kinds = sorted({_name(v.dtype) for v in tensors.values() if v.is_floating_point()})
+    if narrow := [kind for kind in kinds if kind != "float32"]:
+        notes.append(f"{' and '.join(narrow)} weights were made float32")
     source = Source(
         checkpoint=path.name,
         sha256=sha256(path),
         container=container,
-        dtype=_name(dtype),
+        dtype=", ".join(kinds),
         base=None if base is None else base.name,
         base_sha256=None if base is None else sha256(base),
     )
@@ -80,53 +91,83 @@ def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
     return Checkpoint(
         source=source,
         tensors={k: v.float() if v.is_floating_point() else v for k, v in tensors.items()},
-        public_training=public_training,
+        public_training={"epoch", "path_helper"} <= set(data),
         notes=tuple(notes),
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[Any, Any]:
     """The dictionary a file holds, without running code it carries."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}: expected a checkpoint file (.pth, .pt, .safetensors)"
-        )
+        raise CheckpointError(f"{path} {what}: {EXPECTED}")
     if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        raise CheckpointError(f"{path} is empty: {EXPECTED}")
+    data = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     if not isinstance(data, dict):
         raise CheckpointError(
-            f"{path} holds a {type(data).__name__}, expected a state dict: "
-            "save it with torch.save(model.state_dict(), path)"
+            f"{path} holds a {type(data).__name__}, expected a state dict: {SAVE_WEIGHTS}"
         )
     return data
 
 
 def _read_torch(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        names = _code_in(path)
-        if names:
+        with warnings.catch_warnings():  # about how the file was written, not about what it holds
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as e:  # a damaged file makes a parser raise anything
+        if names := _code_in(path):
             raise CheckpointError(
-                f"{path} holds Python objects ({', '.join(names)}) and would have to run code to "
-                "be read, which is refused: save the weights alone with "
-                "torch.save(model.state_dict(), path)"
+                f"{path} holds Python objects ({_some(names)}) and would have to run code to be "
+                f"read, which is refused: {SAVE_WEIGHTS}"
             ) from e
-        raise CheckpointError(f"{path} is not a checkpoint that torch can read") from e
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {_first_line(e)}") from e
+        if "TorchScript" in str(e):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, expected its weights: {SAVE_WEIGHTS}"
+            ) from e
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {EXPECTED}") from e
 
 
 def _code_in(path: Path) -> list[str]:
-    """Names of the Python objects a pickle asks for beyond tensors; none if it cannot be parsed."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # a file that is no zip, or whose pickle is malformed: nothing to name
-        text = path.read_bytes()[:4096]
-        found = re.findall(rb"c([A-Za-z_][\w.]*)\n([A-Za-z_]\w*)\n", text)
-        return sorted({b".".join(pair).decode() for pair in found})
+    """Names of the Python objects a file asks for beyond tensors, as far as it can be parsed."""
+    names: set[str] = set()
+    with suppress(Exception):  # a damaged file makes a parser raise anything
+        if zipfile.is_zipfile(path):
+            names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        else:
+            with path.open("rb") as f:
+                names.update(_globals(f))
+    return sorted(name for name in names if not HARMLESS.fullmatch(name))
+
+
+def _globals(f: BinaryIO) -> Iterator[str]:
+    """Names a file of pickles would import, found by reading its opcodes, none of them executed.
+
+    torch's old format is four pickles, the third of them the state dict, followed by raw numbers.
+    """
+    for _ in range(4):
+        strings: list[Any] = ["", ""]
+        memo: dict[Any, Any] = {}
+        for opcode, value, _ in pickletools.genops(f):
+            if opcode.name in ("GLOBAL", "INST"):
+                yield str(value).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(map(str, strings[-2:]))
+            elif "PUT" in opcode.name or opcode.name == "MEMOIZE":
+                memo[len(memo) if value is None else value] = strings[-1]
+            elif "GET" in opcode.name:
+                strings.append(memo.get(value))
+            elif isinstance(value, str):
+                strings.append(value)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its suffix, or by its first bytes: the header's length, then JSON."""
+    with path.open("rb") as f:
+        return path.suffix.lower() == ".safetensors" or f.read(10)[8:] == b'{"'
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -135,50 +176,60 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     try:
         return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path} is truncated or not safetensors: {_first_line(e)}") from e
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {EXPECTED}") from e
 
 
-def _state_dict(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+def _state_dict(data: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], str]:
     """The state dict inside a container, and what the container is called."""
     for key in ("state_dict", "model"):
-        if isinstance(data.get(key), dict):
+        if isinstance(data.get(key), dict) and data[key]:
             training = "epoch" in data or "optimizer" in data
             return data[key], "training checkpoint" if training else f"state dict under '{key}'"
     if any(isinstance(value, Tensor) for value in data.values()):
         return data, "state dict"
     raise CheckpointError(
-        f"{path} holds no weights: found {_some(data)}, expected a state dict, or one under "
-        "'state_dict' or 'model'"
+        f"{path} holds no weights: found {_some(data) or 'nothing'}, expected a state dict, or one "
+        "under 'state_dict' or 'model'"
     )
 
 
-def _state_of(path: Path) -> tuple[dict[str, Any], Path]:
-    return _state_dict(_read(path), path)[0], path
+def _tensors(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """A state dict's tensors by SAM's names, as stored; CheckpointError for anything else."""
+    for what, is_so in FAULTS.items():
+        if found := [key for key, value in state.items() if is_so(key, value)]:
+            raise CheckpointError(
+                f"{path} has {what}: {_some(found)}; expected a state dict of finite tensors"
+            )
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = REL_POS.sub(r"\1rel_pos_\2", key.removeprefix("module."))
+        if name in tensors:
+            raise CheckpointError(f"{path} has two entries for {_some([name])}: expected one")
+        tensors[name] = value.detach()
+    return tensors
 
 
-def _only_tensors(state: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    if strange := [str(key) for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"{path}: entries of the state dict are not tensors: {_some(strange)}"
-        )
-    if broken := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise CheckpointError(f"{path}: weights hold NaN or Inf: {_some(broken)}")
-    return state
+def _is_finite(value: Tensor) -> bool:
+    """Whether a tensor is finite once it is float32."""
+    return not value.is_floating_point() or bool(value.float().isfinite().all())
 
 
-def _named_as_sam(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DataParallel's `module.` taken off; newer Med-SA table names made Meta's again."""
-    named = {}
-    for key, value in tensors.items():
-        key = key.removeprefix("module.")
-        key = re.sub(r"(image_encoder\.blocks\.\d+\.attn\.)rel_([hw])$", r"\1rel_pos_\2", key)
-        named[key] = value
-    return named
+FAULTS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "keys that are not names": lambda key, value: not isinstance(key, str),
+    "entries that are not tensors": lambda key, value: not isinstance(value, Tensor),
+    "sparse tensors": lambda key, value: value.layout != torch.strided,
+    "quantized tensors": lambda key, value: value.is_quantized,
+    "tensors without data": lambda key, value: value.is_meta,
+    "weights that are NaN or infinite": lambda key, value: not _is_finite(value),
+}
+"""What an entry of a state dict may be that cannot be used, tested in this order."""
 
 
-def _lay_over(adapters: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter-only state dict over a base SAM's.
+def _lay_over(
+    adapters: dict[str, Tensor], base: dict[str, Tensor], path: Path, notes: list[str]
+) -> dict[str, Tensor]:
+    """An adapter-only state dict over the one of a base SAM, read from `path`.
 
     A two-way block that brings the public code's MLP replaces Meta's, whose keys differ.
     """
@@ -190,36 +241,43 @@ def _lay_over(adapters: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str,
     kept = {
         key: value
         for key, value in base.items()
-        if not any(key.startswith(f"{block}.mlp.lin") for block in replaced)
+        if key not in adapters and not any(key.startswith(f"{b}.mlp.lin") for b in replaced)
     }
+    notes.append(f"laid over {path.name}: {len(kept)} of its {len(base)} tensors are used")
+    if any(REL_POS.match(key) and value.any() for key, value in kept.items()):
+        notes.append(
+            f"the relative-position tables are those of {path.name}; the public code since January "
+            "2024 trains without them: adapters from it need a base whose tables are zero"
+        )
     return kept | adapters
 
 
-def _incomplete(path: Path, tensors: Mapping[str, Tensor], missing: list[str]) -> str:
-    if any("_Adapter." in key or ".lora_" in key for key in tensors):
-        return (
-            f"{path} holds adapters only ({len(tensors)} tensors; nothing under "
-            f"{', '.join(missing)}): give the SAM checkpoint they were trained on with --base FILE"
+def _require_stems(tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> None:
+    """CheckpointError for what cannot be a whole network."""
+    missing = [s for s in STEMS if not any(key.startswith(s) for key in tensors)]
+    if not missing:
+        return
+    lacks = f"nothing under {', '.join(missing)}"
+    if base is not None:
+        raise CheckpointError(
+            f"{path} over {base} is not a SAM checkpoint: {lacks}; give the SAM checkpoint the "
+            "adapters were trained on with --base FILE"
         )
-    return f"{path} is not a SAM checkpoint: nothing under {', '.join(missing)}; found {_some(tensors)}"
-
-
-def _stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The narrowest floating-point type among the tensors."""
-    kinds = {value.dtype for value in tensors.values() if value.is_floating_point()}
-    return min(kinds, key=lambda d: torch.finfo(d).bits, default=torch.float32)
+    if any("_Adapter." in key or ".lora_" in key for key in tensors):
+        raise CheckpointError(
+            f"{path} holds adapters only ({len(tensors)} tensors; {lacks}): give the SAM "
+            "checkpoint they were trained on with --base FILE"
+        )
+    raise CheckpointError(f"{path} is not a SAM checkpoint: {lacks}; found {_some(tensors)}")
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
-
-
-def _some(names: Any, limit: int = 6) -> str:
-    """The first few of some names, and how many more there are."""
-    names = [str(name) for name in names]
+def _some(names: Iterable[Any], limit: int = 6) -> str:
+    """The first few of some names, and how many more there are, fit for one line."""
+    names = list(names)
+    shown = [repr(n)[1:-1][:100] if isinstance(n, str) else type(n).__name__ for n in names[:limit]]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(shown) + more

@@ -1,4 +1,4 @@
-"""The one place that imports `segment_anything`: its network modules, without its package `__init__`.
+"""The one place that imports `segment_anything`: its network modules, not its package `__init__`.
 
 `segment_anything/__init__.py` imports torchvision, which `segment_anything.modeling` does not need
 and which is often absent or broken beside a CPU build of torch. So the parent package is stood in
@@ -15,23 +15,28 @@ from types import ModuleType
 
 from medsa_deploy.errors import MissingDependencyError
 
+PARENT = "segment_anything"
+
 
 def _import_modeling() -> ModuleType:
     """`segment_anything.modeling`, imported without running `segment_anything/__init__.py`."""
-    parent = "segment_anything"
-    if parent in sys.modules:
-        return importlib.import_module(f"{parent}.modeling")
-    spec = importlib.util.find_spec(parent)
-    if spec is None or spec.submodule_search_locations is None:
+    try:
+        if sys.modules.get(PARENT) is not None:
+            return importlib.import_module(f"{PARENT}.modeling")
+        spec = importlib.util.find_spec(PARENT)
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"no package {PARENT}", name=PARENT)
+        sys.modules[PARENT] = importlib.util.module_from_spec(spec)
+        try:
+            return importlib.import_module(f"{PARENT}.modeling")
+        finally:
+            del sys.modules[PARENT]
+    except ModuleNotFoundError as e:
+        if not (e.name or "").startswith(PARENT):
+            raise
         raise MissingDependencyError(
             "segment-anything", extra="export", purpose="reading or exporting a checkpoint"
-        )
-    bare = importlib.util.module_from_spec(spec)
-    sys.modules[parent] = bare
-    try:
-        return importlib.import_module(f"{parent}.modeling")
-    finally:
-        del sys.modules[parent]
+        ) from e
 
 
 modeling = _import_modeling()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from medsa_deploy.errors import CheckpointError
+
+INDEX = re.compile(r"(?:0|[1-9]\d{0,2})\Z", re.ASCII)
+"""An entry's number in a key; a longer one is not taken for a number, so its key is unknown."""
 
 
 class Shapes(Mapping[str, tuple[int, ...]]):
@@ -36,4 +40,4 @@ class Shapes(Mapping[str, tuple[int, ...]]):
         """How many entries `prefix.0`, `prefix.1`, … there are: one more than the last index."""
         start = f"{prefix}."
         indices = {key[len(start) :].split(".", 1)[0] for key in self if key.startswith(start)}
-        return max((int(i) + 1 for i in indices if i.isdigit()), default=0)
+        return max((int(i) + 1 for i in indices if INDEX.match(i)), default=0)

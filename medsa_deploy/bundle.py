@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,10 +20,12 @@ def check_target(target: Path, *, force: bool) -> None:
         raise UsageError(f"{target.parent} is not a folder: make it, or name another output")
     if not os.access(target.parent, os.W_OK):
         raise UsageError(f"{target.parent} cannot be written to: name another output with -o")
-    if not target.exists():
+    if not os.path.lexists(target):
         return
-    if not (target / manifest.FILENAME).is_file():
-        raise UsageError(f"{target} exists and is not a bundle: name another output with -o")
+    if not _is_bundle(target):
+        raise UsageError(
+            f"{target} exists and is not a bundle: delete it, or name another output with -o"
+        )
     if not force:
         raise UsageError(f"{target} exists: replace it with --force, or name another with -o")
 
@@ -34,7 +37,10 @@ def new_bundle(target: Path) -> Iterator[Path]:
     An earlier bundle at `target` stays until then. Whatever ends the block early, an interrupt
     included, leaves neither folder nor change.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as e:
+        raise UsageError(f"{target} cannot be written ({e.strerror}): name another output") from e
     try:
         folder.chmod(0o777 & ~_umask())
         yield folder
@@ -43,20 +49,32 @@ def new_bundle(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle of any version, and so may be replaced; a guess must not be."""
+    try:
+        data = json.loads((path / manifest.FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"schema", "files"} <= set(data)
+
+
 def _replace(folder: Path, target: Path) -> None:
     """Rename `folder` to `target`, setting an earlier bundle aside until that is done."""
     if not target.exists():
         folder.rename(target)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(aside / target.name)
+    earlier = aside / target.name
     try:
+        target.rename(earlier)
         folder.rename(target)
     except BaseException:
-        (aside / target.name).rename(target)
+        if os.path.lexists(earlier) and not os.path.lexists(target):
+            earlier.rename(target)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

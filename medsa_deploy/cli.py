@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import signal
+import os
 import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from math import isfinite
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import typer
-from click.exceptions import Abort, ClickException, Exit
+try:
+    import typer
 
-from . import __version__, console, stages
-from .errors import MedsaError, MissingDependencyError, UsageError
-from .runtime import load
+    from . import __version__, console, stages
+    from .errors import UsageError
+    from .runtime import load
+except KeyboardInterrupt:  # these take a third of a second, and `main` is not there yet
+    raise SystemExit(130) from None
 
 app = typer.Typer(
     name="medsa-deploy",
     help="From a trained Medical SAM Adapter checkpoint to masks on a scanner.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
 )
+
+ParserError: Any = typer.BadParameter.__bases__[0]
+"""The parser's usage error: click's, or that of the copy of click that newer typers carry."""
 
 T = TypeVar("T", int, float)
 Checkpoint = Annotated[Path, typer.Argument(help="`.pth`, `.pt` or `.safetensors`")]
@@ -30,86 +38,107 @@ Bundle = Annotated[Path, typer.Argument(help="A bundle: the folder that export m
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout")]
 Base = Annotated[Path | None, typer.Option(help="SAM checkpoint an adapter-only file goes over")]
 Images = Annotated[Path | None, typer.Option(help="Your images, added to the proof")]
-Heads = Annotated[int | None, typer.Option(help="Attention heads of the ViT")]
-Window = Annotated[int | None, typer.Option(help="Attention window of the ViT, in tokens")]
-GlobalBlocks = Annotated[str | None, typer.Option(help="Global blocks, such as 2,5,8,11")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the network's input, in pixels")]
-Classes = Annotated[int | None, typer.Option(help="Classes the network was trained for")]
-Preprocess = Annotated[
-    Literal["medsa", "sam", "medsam", "litemedsam"] | None,
-    typer.Option(help="How images become the network's input"),
-]
 IntensityWindow = Annotated[
     str | None,
     typer.Option(metavar="LOW,HIGH", help="Intensities of black and white, such as -175,250"),
 ]
-PointOrder = Annotated[
-    Literal["xy", "yx"] | None, typer.Option(help="Order of coordinates the network was trained on")
-]
-PointFrame = Annotated[
-    Literal["network", "image"] | None, typer.Option(help="Frame of coordinates, likewise")
-]
 Threshold = Annotated[float | None, typer.Option(help="Probability above which a pixel is mask")]
-ClassNames = Annotated[str | None, typer.Option(help="Names of the classes, such as liver,spleen")]
 Backend = Annotated[str, typer.Option(help="What runs the graphs: onnxruntime")]
 Precision = Annotated[str, typer.Option(help="Precision of the graphs to run")]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverrideOptions:
+    """Options that overrule what a checkpoint shows, or say what it does not."""
+
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the ViT")] = None
+    window_size: Annotated[
+        int | None, typer.Option(help="Attention window of the ViT, in tokens")
+    ] = None
+    global_blocks: Annotated[
+        str | None, typer.Option(metavar="I,J,…", help="Global blocks, such as 2,5,8,11")
+    ] = None
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the network's input, in pixels")
+    ] = None
+    classes: Annotated[int | None, typer.Option(help="Classes the network was trained for")] = None
+    preprocess: Annotated[
+        Literal["medsa", "sam", "medsam", "litemedsam"] | None,
+        typer.Option(help="How images become the network's input"),
+    ] = None
+    intensity_window: IntensityWindow = None
+    point_order: Annotated[
+        Literal["xy", "yx"] | None,
+        typer.Option(help="Order of coordinates the network was trained on"),
+    ] = None
+    point_frame: Annotated[
+        Literal["network", "image"] | None, typer.Option(help="Frame of coordinates, likewise")
+    ] = None
+    threshold: Threshold = None
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Names of the classes: liver,spleen")
+    ] = None
+
+
+def with_overrides(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes `overrides`, as typer wants it: with a parameter for each option."""
+    options = signature(OverrideOptions, eval_str=True).parameters
+    own = signature(command, eval_str=True).parameters
+
+    @wraps(command)
+    def flat(**given: Any) -> None:
+        options_given = OverrideOptions(**{name: given.pop(name) for name in options})
+        command(**given, overrides=_overrides(options_given))
+
+    parameters = [p for name, p in own.items() if name != "overrides"] + [*options.values()]
+    flat.__dict__["__signature__"] = Signature(
+        [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters]
+    )
+    return flat
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"medsa-deploy {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version", callback=_print_version, is_eager=True),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from; goes anywhere")
+    ] = False,
 ) -> None:
     """From a trained Medical SAM Adapter checkpoint to masks on a scanner."""
 
 
 @app.command()
-def inspect(
-    checkpoint: Checkpoint,
-    base: Base = None,
-    heads: Heads = None,
-    window_size: Window = None,
-    global_blocks: GlobalBlocks = None,
-    image_size: ImageSize = None,
-    classes: Classes = None,
-    preprocess: Preprocess = None,
-    intensity_window: IntensityWindow = None,
-    point_order: PointOrder = None,
-    point_frame: PointFrame = None,
-    threshold: Threshold = None,
-    class_names: ClassNames = None,
-    json: Json = False,
-) -> None:
+@with_overrides
+def inspect(checkpoint: Checkpoint, overrides: Any, base: Base = None, json: Json = False) -> None:
     """Say what a checkpoint is, and what it does not settle.
 
     medsa-deploy inspect ckpt.pth
     """
-    overrides = _overrides(locals())
     found = stages.inspect(checkpoint, base=base, overrides=overrides)
     console.print_json(found) if json else console.print_inspection(found)
 
 
 @app.command()
+@with_overrides
 def export(
     checkpoint: Checkpoint,
+    overrides: Any,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The bundle to make")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle")] = False,
     base: Base = None,
     images: Images = None,
-    heads: Heads = None,
-    window_size: Window = None,
-    global_blocks: GlobalBlocks = None,
-    image_size: ImageSize = None,
-    classes: Classes = None,
-    preprocess: Preprocess = None,
-    intensity_window: IntensityWindow = None,
-    point_order: PointOrder = None,
-    point_frame: PointFrame = None,
-    threshold: Threshold = None,
-    class_names: ClassNames = None,
     json: Json = False,
 ) -> None:
     """Export a checkpoint as a bundle, proved equal to its own network.
@@ -120,7 +149,6 @@ def export(
 
     medsa-deploy export medsam_vit_b.pth --preprocess medsam
     """
-    overrides = _overrides(locals())
     with console.steps() as on_step:
         made = stages.export(
             checkpoint,
@@ -173,7 +201,7 @@ def run(
 
     medsa-deploy run ckpt.medsa image.png --point 120,88 --point 40,60,0 --box 30,40,200,210
 
-    medsa-deploy run ckpt.medsa volume.nii.gz --axis 2 --slice 90 --box 40,60,200,210 -o mask.nii.gz
+    medsa-deploy run ckpt.medsa volume.nii.gz --axis 2 --slice 90 --box 40,30,200,170 -o mask.nii.gz
 
     medsa-deploy run ckpt.medsa frames/ --point 256,256 -o masks/
     """
@@ -181,9 +209,10 @@ def run(
     prompts = stages.Prompts(
         points=tuple((x, y) for x, y, _ in clicks),
         labels=tuple(label for _, _, label in clicks),
-        boxes=tuple(_four(text) for text in box or ()),
+        boxes=tuple(_box(text) for text in box or ()),
         mask=mask_input,
     )
+    window = _window(intensity_window)
     default = Path("masks") if image.is_dir() else Path(f"{image.name}.mask.png")
     with (
         load(bundle, backend=backend, precision=precision, threads=threads) as session,
@@ -196,7 +225,7 @@ def run(
             stages.Outputs(mask=output or default, overlay=overlay, logits=save_logits),
             axis=axis,
             index=slice_,
-            intensity_window=_window(intensity_window),
+            intensity_window=window,
             threshold=threshold,
             multimask=multimask,
             on_image=on_image,
@@ -281,85 +310,54 @@ def demo(
 
 def main() -> None:
     """Entry point: every error becomes one line and an exit code."""
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    if "--version" in arguments:
-        print(f"medsa-deploy {__version__}")
-        raise SystemExit(0)
-    signal.signal(signal.SIGTERM, _interrupt)
-    logging.getLogger("medsa_deploy").addHandler(console.WarningLines())
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    console.prepare()
+    interrupts = console.catch_interrupts()
     try:
-        code = app([a for a in arguments if a != "--debug"], standalone_mode=False)
-    except Exit as e:
+        code = app(arguments or ["--help"], prog_name="medsa-deploy", standalone_mode=False)
+    except typer.Exit as e:
         code = e.exit_code
-    except (KeyboardInterrupt, Abort):
+    except (Exception, KeyboardInterrupt) as e:
+        if len(arguments) < len(sys.argv[1:]):
+            traceback.print_exc()
+        code = None if interrupts else console.print_failure(_usage_error(e))
+    if interrupts:  # whatever the libraries in between made of it
         console.print_error("interrupted: nothing half-written was left")
-        code = 130
-    except ClickException as e:
-        e.show()
-        code = 2
-    except Exception as e:
-        if debug:
-            raise
-        code = _report(e)
+        sys.stdout.flush()
+        os._exit(130)  # Python may end by a signal instead, if C code has seen the interrupt
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
-def _report(error: Exception) -> int:
-    """Print an error as one line; its exit code."""
-    if isinstance(error, MedsaError):
-        console.print_error(str(error))
-        return error.exit_code
-    if isinstance(error, OSError):
-        console.print_error(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        return 2
-    if isinstance(error, MemoryError):
-        console.print_error("out of memory: use a smaller image size or fewer prompts at a time")
-        return 3
-    console.print_error(
-        f"{type(error).__name__}: {error} (a fault in medsa-deploy; --debug shows where)"
-    )
-    return 3
+def _usage_error(error: BaseException) -> BaseException:
+    """The parser's complaint as ours, with where to look; any other error as it is."""
+    if not isinstance(error, ParserError):
+        return error
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "medsa-deploy"
+    return UsageError(f"{error.format_message().rstrip('.')}: see {command} --help")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """A polite kill ends like Ctrl-C, so that nothing half-written is left."""
-    raise KeyboardInterrupt
-
-
-def _overrides(given: dict[str, Any]) -> Any:
-    """The architecture and convention options of a command, by their names."""
-    try:
+def _overrides(options: OverrideOptions) -> Any:
+    """The options as `Overrides`, which come with torch."""
+    blocks, names = options.global_blocks, options.class_names
+    parsed = {
+        "global_blocks": None if blocks is None else _numbers(blocks, int, "--global-blocks"),
+        "intensity_window": _window(options.intensity_window),
+        "class_names": None if names is None else tuple(n.strip() for n in names.split(",")),
+    }
+    with stages.checkpoints.export_extra():
         from .exporters.architecture import Overrides
-    except ModuleNotFoundError as e:
-        raise MissingDependencyError(
-            (e.name or "torch").split(".")[0], extra="export", purpose="reading a checkpoint"
-        ) from e
-    names, blocks = given["class_names"], given["global_blocks"]
-    return Overrides(
-        heads=given["heads"],
-        window_size=given["window_size"],
-        global_blocks=None if blocks is None else tuple(_numbers(blocks, int, "--global-blocks")),
-        image_size=given["image_size"],
-        classes=given["classes"],
-        preprocess=given["preprocess"],
-        intensity_window=_window(given["intensity_window"]),
-        point_order=given["point_order"],
-        point_frame=given["point_frame"],
-        threshold=given["threshold"],
-        class_names=None if names is None else tuple(n.strip() for n in names.split(",")),
-    )
+    return Overrides(**asdict(options) | parsed)
 
 
 def _click(text: str) -> tuple[float, float, int]:
     """X,Y or X,Y,LABEL."""
     values = _numbers(text, float, "--point")
-    if len(values) not in (2, 3) or values[2:] not in ([], [0.0], [1.0]):
+    if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
         raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0")
     return values[0], values[1], int(values[2]) if len(values) == 3 else 1
 
 
-def _four(text: str) -> tuple[float, float, float, float]:
+def _box(text: str) -> tuple[float, float, float, float]:
     """X0,Y0,X1,Y1."""
     values = _numbers(text, float, "--box")
     if len(values) != 4:
@@ -377,13 +375,16 @@ def _window(text: str | None) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def _numbers(text: str, kind: type[T], option: str) -> list[T]:
-    """Numbers between commas."""
+def _numbers(text: str, kind: type[T], option: str) -> tuple[T, ...]:
+    """Finite numbers between commas."""
     try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as e:
+        values = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(isfinite, values)):
         what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{option} {text}: expected {what} between commas") from e
+        raise UsageError(f"{option} {text}: expected {what} between commas")
+    return values
 
 
 if __name__ == "__main__":

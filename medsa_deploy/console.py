@@ -1,14 +1,21 @@
-"""Results → text for a terminal, or JSON for a program. Results go to stdout, the rest to stderr."""
+"""Results → text for a terminal, or JSON for a program; errors and signals → a line, an exit code.
+
+Results go to stdout, the rest to stderr.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from .errors import MedsaError
 from .manifest import Conventions, Network, Parity
 from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
 
@@ -34,14 +42,60 @@ class WarningLines(logging.Handler):
         err.print(f"[yellow]{record.levelname.lower()}:[/] {escape(record.getMessage())}")
 
 
+def prepare() -> None:
+    """Send the package's warnings to stderr; let no character end a command it cannot print in."""
+    logger = logging.getLogger("medsa_deploy")
+    logger.handlers = [h for h in logger.handlers if not isinstance(h, WarningLines)]
+    logger.addHandler(WarningLines())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def catch_interrupts() -> list[float]:
+    """Make a polite kill end like Ctrl-C; the list fills with the times of interrupts.
+
+    Repeats within a second are ignored: Ctrl-C is often pressed twice, and cleaning up must end.
+    """
+    times: list[float] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if not times or monotonic() - times[-1] > 1:
+            times.append(monotonic())
+            raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        # what a parent ignores (nohup, a shell's background job) stays ignored
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    return times
+
+
 def print_json(result: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(result, default=_plain, indent=2, ensure_ascii=False))
+    print(json.dumps(result, default=_plain, indent=2))
 
 
 def print_error(message: str) -> None:
     """One line on stderr."""
     err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+
+
+def print_failure(error: BaseException) -> int:
+    """What ended a command, as one line; its exit code."""
+    if isinstance(error, MedsaError):
+        print_error(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        print_error(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return 2
+    if isinstance(error, MemoryError):
+        print_error("out of memory: use a smaller image size or fewer prompts at a time")
+        return 3
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    print_error(f"{what} (a fault in medsa-deploy; --debug shows where)")
+    return 3
 
 
 @contextmanager
@@ -69,7 +123,9 @@ def steps() -> Iterator[Callable[[str], None]]:
 def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar of images done, with the time left; nothing where it cannot be seen."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
+    with Progress(
+        *columns, console=err, transient=True, disable=not (shown and err.is_terminal)
+    ) as progress:
         task = progress.add_task("images", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import reprlib
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -31,7 +33,7 @@ ProfileName = Literal["medsa", "sam", "medsam", "litemedsam"]
 PointOrder = Literal["xy", "yx"]
 PointFrame = Literal["network", "image"]
 Role = Literal["encoder", "decoder", "weights", "reference"]
-"""`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify against."""
+"""`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by."""
 
 T = TypeVar("T")
 
@@ -44,9 +46,9 @@ class Source:
     """File name, without its folder."""
     sha256: str
     container: str
-    """How the file held its weights: `training checkpoint`, `state dict`, `adapters over a base`."""
+    """How the file held weights: `training checkpoint`, `state dict`, `adapters over a base`…"""
     dtype: str
-    """Floating-point type of the stored weights, before they were made float32."""
+    """Floating-point types of the stored weights, before they were made float32."""
     base: str | None = None
     """File name of the checkpoint an adapter-only file was laid over."""
     base_sha256: str | None = None
@@ -87,7 +89,7 @@ class Network:
     outputs: Outputs
     """`classes`: masks 0…N−1. `sam`: all mask tokens; mask 0 for one mask, 1… for several."""
     hyp_lengths: tuple[int, ...] = ()
-    """HyP-Adpt's widths L_0…L_K of the first two-way block; empty without HyP-Adpt."""
+    """HyP-Adpt's widths L_0…L_K of the first two-way block that has it; empty without."""
     hyp_prompt_length: int = 0
 
     @property
@@ -191,23 +193,32 @@ class Manifest:
 
 def to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`."""
-    return json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n"
+    data = dataclasses.asdict(manifest)
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Manifest:
     """A manifest from its text; BundleError says which field is wrong and how."""
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise BundleError(f"{FILENAME} is not JSON: {e}") from e
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as e:
+        raise BundleError(
+            f"{FILENAME} is not JSON ({e}): copy the bundle again or export it again"
+        ) from e
     if not isinstance(data, dict) or "schema" not in data:
         raise BundleError(f"{FILENAME} has no schema version: it is not a bundle's manifest")
     if data["schema"] != SCHEMA_VERSION:
         raise BundleError(
-            f"{FILENAME} has schema version {data['schema']!r}; this medsa-deploy reads version "
-            f"{SCHEMA_VERSION}: export the checkpoint again, or install a matching medsa-deploy"
+            f"{FILENAME} has schema version {reprlib.repr(data['schema'])}; this medsa-deploy "
+            f"reads version {SCHEMA_VERSION}: export the checkpoint again, or install a matching "
+            "medsa-deploy"
         )
     return _dataclass(Manifest, data, FILENAME)
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity, which Python's parser takes for JSON."""
+    raise ValueError(f"{name} is not a number")
 
 
 def save(manifest: Manifest, bundle: Path) -> None:
@@ -216,7 +227,7 @@ def save(manifest: Manifest, bundle: Path) -> None:
 
 
 def load(bundle: Path) -> Manifest:
-    """Read and validate a bundle's manifest; the files it lists are not opened (see `check_files`)."""
+    """Read and validate a bundle's manifest; the files it lists are not opened."""
     if not bundle.is_dir():
         what = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
         raise BundleError(f"{bundle} {what}: make a bundle with medsa-deploy export CHECKPOINT")
@@ -226,7 +237,7 @@ def load(bundle: Path) -> Manifest:
     except FileNotFoundError as e:
         raise BundleError(f"{bundle} has no {FILENAME}: it is not a bundle") from e
     except (OSError, UnicodeDecodeError) as e:
-        raise BundleError(f"{path} cannot be read: {e}") from e
+        raise BundleError(f"{path} cannot be read ({e}): copy the bundle again") from e
     try:
         return from_json(text)
     except BundleError as e:
@@ -242,14 +253,26 @@ def check_files(manifest: Manifest, bundle: Path) -> None:
 def check_file(entry: File, bundle: Path) -> Path:
     """Path of one file of the bundle, its size and SHA-256 compared with the manifest's."""
     path = bundle / entry.path
-    if not path.resolve().is_relative_to(bundle.resolve()):
-        raise BundleError(f"{bundle}: the manifest names a file outside the bundle: {entry.path}")
-    if not path.is_file():
-        raise BundleError(f"{bundle} lacks {entry.path}, which its manifest lists: export it again")
-    if path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
+    try:
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            raise BundleError(
+                f"{bundle}: its manifest names a file outside the bundle, {entry.path!r}: "
+                "use only bundles that medsa-deploy made"
+            )
+        if not path.is_file():
+            raise BundleError(
+                f"{bundle} lacks {entry.path!r}, which its manifest lists: copy the bundle again "
+                "or export it again"
+            )
+        size = path.stat().st_size
+        digest = sha256(path) if size == entry.bytes else None
+    except (OSError, ValueError, RuntimeError) as e:  # no path at all, or a loop of links
+        raise BundleError(f"{bundle}: {entry.path!r} cannot be read ({e})") from e
+    if digest != entry.sha256:
+        found = f"{size} bytes, expected {entry.bytes}" if digest is None else "its SHA-256 differs"
         raise BundleError(
-            f"{path} is not the file the manifest describes (size or SHA-256 differs): "
-            "copy the bundle again or export it again"
+            f"{path} is not the file the manifest describes ({found}): copy the bundle again or "
+            "export it again"
         )
     return path
 
@@ -277,7 +300,7 @@ def sha256(path: Path) -> str:
 def _dataclass(cls: type[T], data: object, where: str) -> T:
     """`cls` from decoded JSON; every field is checked against its annotation."""
     if not isinstance(data, dict):
-        raise BundleError(f"{where} should be an object, found {data!r}")
+        raise BundleError(f"{where} is {reprlib.repr(data)}, expected an object")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - set(fields)):
@@ -297,12 +320,8 @@ def _value(hint: Any, value: object, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _dataclass(typing.cast(type, hint), value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise BundleError(
-            f"{where} is {value!r}, expected one of: {', '.join(map(str, arguments))}"
-        )
+    if origin is Literal and value in arguments:
+        return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments, value, where)
     if origin is tuple and isinstance(value, list):
@@ -314,22 +333,42 @@ def _value(hint: Any, value: object, where: str) -> Any:
         )
     if origin is dict and isinstance(value, dict):
         return {k: _value(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and origin is None and type(value) is hint:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+    if hint in (int, str, bool, types.NoneType) and type(value) is hint:
         return value
-    raise BundleError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+    raise BundleError(f"{where} is {reprlib.repr(value)}, expected {_kind(hint)}")
 
 
 def _one_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
-    """`value` as the first of several annotations that takes it."""
-    if value is None and types.NoneType in hints:
-        return None
+    """`value` as the one of several annotations that is of its kind."""
     for hint in hints:
-        if hint is not types.NoneType:
-            try:
-                return _value(hint, value, where)
-            except BundleError:
-                if hint is hints[-1] or hints[-1] is types.NoneType:
-                    raise
-    raise BundleError(f"{where} is {value!r}, which is not allowed")
+        if type(value) in _json_types(hint):
+            return _value(hint, value, where)
+    expected = " or ".join(_kind(hint) for hint in hints)
+    raise BundleError(f"{where} is {reprlib.repr(value)}, expected {expected}")
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """What the JSON parser makes of values of an annotation."""
+    if dataclasses.is_dataclass(hint):
+        return (dict,)
+    origin = typing.get_origin(hint) or hint
+    return {tuple: (list,), Literal: (str,), float: (int, float)}.get(origin, (origin,))
+
+
+def _kind(hint: Any) -> str:
+    """An annotation in the words of JSON."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of: {', '.join(map(str, typing.get_args(hint)))}"
+    names = {
+        str: "a string",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        list: "a list",
+        dict: "an object",
+        types.NoneType: "null",
+    }
+    return names[_json_types(hint)[-1]]

@@ -46,7 +46,8 @@ class Outputs:
     """What a network gave for one case."""
 
     tensors: dict[str, Array]
-    """`image_embeddings` (1, 256, g, g), `low_res_masks` (P, K, 4g, 4g), `iou_predictions` (P, K)"""
+    """`image_embeddings` (1, 256, g, g), `low_res_masks` (P, K, 4g, 4g), `iou_predictions` (P, K)
+    """
     frame: Frame
 
 
@@ -133,22 +134,26 @@ def run_case(session: Session, case: Case) -> Outputs:
 def compare(case: Case, expected: Outputs, actual: Outputs, threshold: float) -> Comparison:
     """Difference of two networks' outputs; `threshold` is the masks' probability."""
     cut = transforms.probability_to_logit(threshold)
+    tensors = {
+        name: difference(value, actual.tensors[name]) for name, value in expected.tensors.items()
+    }
     masks = [
         transforms.upsample(outputs.tensors["low_res_masks"], outputs.frame) > cut
         for outputs in (expected, actual)
     ]
     return Comparison(
         case=case.name,
-        tensors={
-            name: difference(value, actual.tensors[name])
-            for name, value in expected.tensors.items()
-        },
+        tensors=tensors,
         mask_pixels_differing=float((masks[0] != masks[1]).mean(axis=(-2, -1)).max()),
     )
 
 
 def difference(expected: Array, actual: Array) -> TensorParity:
-    """Relative L2 ‖a − e‖ / ‖e‖ and largest absolute difference."""
+    """Relative L2 ‖a − e‖ / ‖e‖ and largest absolute difference; ParityError for other shapes."""
+    if expected.shape != actual.shape:
+        raise ParityError(
+            f"the networks give different shapes: {actual.shape}, expected {expected.shape}"
+        )
     e, a = expected.astype(np.float64), actual.astype(np.float64)
     return TensorParity(
         relative_l2=float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)),
@@ -213,7 +218,7 @@ def save_reference(path: Path, case: Case, outputs: Outputs) -> None:
 
 
 def load_reference(path: Path) -> tuple[Case, dict[str, Array]]:
-    """A saved case and the tensors expected for it."""
+    """A saved case and the tensors expected for it; BundleError for a file that is none."""
     try:
         with np.load(path, allow_pickle=False) as data:
             arrays = dict(data)
@@ -233,5 +238,7 @@ def load_reference(path: Path) -> tuple[Case, dict[str, Array]]:
             seeded=True,
         )
         return case, {name: arrays[name] for name in TENSORS}
-    except (OSError, ValueError, KeyError) as e:
-        raise BundleError(f"{path} is not a reference that medsa-deploy wrote: {e}") from e
+    except Exception as e:  # numpy and zipfile raise nearly anything over a damaged archive
+        raise BundleError(
+            f"{path} is not a reference that medsa-deploy wrote ({e}): export the checkpoint again"
+        ) from e

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from golden_cases import GoldenCase
+from hypothesis import settings
 
 from medsa_deploy import stages
 from medsa_deploy.exporters.architecture import Overrides
 
 Maker = Callable[[str], Path]
+
+# The first example pays for caches and imports, and the machines are shared.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +70,20 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) ->
 def bundle(bundle_of: Maker) -> Path:
     """A small Med-SA bundle: 256×256, one class, trained by the public code (clicks are yx)."""
     return bundle_of("medsa_2d")
+
+
+@pytest.fixture(scope="session")
+def sam_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle in Meta's form, with SAM's outputs and conventions (clicks are xy)."""
+    folder = tmp_path_factory.mktemp("sam")
+    tensors = GoldenCase("medsa_hyp_2d").state_dict.items()
+    state = {k: torch.from_numpy(v) for k, v in tensors if "_Adapter." not in k}
+    torch.save(state, folder / "sam.pth")
+    return stages.export(
+        folder / "sam.pth",
+        output=None,
+        base=None,
+        images=None,
+        overrides=Overrides(),
+        force=False,
+    ).bundle

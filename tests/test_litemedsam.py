@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def wheel() -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(wheel: Path) -> Iterator[nn.Module]:
+def oracle(wheel: Path) -> nn.Module:
     """The wheel's TinyViT, with the four names of timm it imports standing in for timm."""
     layers, registry = types.ModuleType("timm.models.layers"), types.ModuleType("registry")
     layers.DropPath = nn.Identity
@@ -60,7 +59,7 @@ def oracle(wheel: Path) -> Iterator[nn.Module]:
         window_sizes=[7, 7, 14, 7],
         drop_path_rate=0.0,
     )
-    yield encoder.eval()
+    return encoder
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,7 @@ def test_encoder_is_the_oracles(oracle, state, reference, image) -> None:
     prefix = "image_encoder."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     oracle.load_state_dict(weights)
+    oracle.eval()  # where it gathers its attention biases
     expected = oracle(image).numpy()
     assert relative_l2(reference.encode(image).numpy(), expected) <= LIMIT
     assert relative_l2(fold(reference).encoder(image).numpy(), expected) <= LIMIT
@@ -95,9 +95,7 @@ def test_decoder_is_sams(state, reference, image) -> None:
     prompts = modeling.PromptEncoder(
         embed_dim=256, image_embedding_size=(64, 64), input_image_size=(256, 256), mask_in_chans=16
     )
-    transformer = modeling.TwoWayTransformer(
-        depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8
-    )
+    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
     decoder = modeling.MaskDecoder(
         num_multimask_outputs=3, transformer=transformer, transformer_dim=256
     )

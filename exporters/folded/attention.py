@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.exporters.sd_trans import SDTrans
+
 from .linear import constant, linear
 
 
@@ -35,6 +37,7 @@ class GridAttention(nn.Module):
         heads: int,
         window: int,
         scores: nn.Module,
+        depth: DepthAttention | None = None,
     ) -> None:
         super().__init__()
         self.query = query
@@ -45,13 +48,23 @@ class GridAttention(nn.Module):
         """Side of a window in tokens; 0 attends over the whole grid."""
         self.scores = scores
         """(q, k) (M, heads, n, d) → attention scores (M, heads, n, n)."""
+        self.depth = depth
+        """SD-Trans's branch, which reuses this attention's queries, keys and values."""
 
-    def forward(self, n: Tensor) -> Tensor:
-        """(B, H, W, C) → (B, H, W, C)."""
+    def forward(self, n: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) → attention over space (B, H, W, C), over depth (B, H, W, C') or None."""
         grid = (n.shape[1], n.shape[2])
         q, k, v = (self._cut(layer(n)) for layer in (self.query, self.key, self.value))
-        scores = self.scores(q, k)
-        return self._join(scores.softmax(-1) @ v, grid)
+        space = (self.scores(q, k).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        if self.depth is None:
+            return self._join(space, grid), None
+        depth = self.depth(q, k, v, windows=self._windows(grid))
+        return self._join(space, grid), self._join(depth, grid)
+
+    def _windows(self, grid: tuple[int, int]) -> int:
+        """Windows a grid is cut into."""
+        side = self.window
+        return -(-grid[0] // side) * -(-grid[1] // side) if side else 1
 
     def _cut(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → (M, heads, n, C/heads): windows with zeros beyond the grid's edge."""
@@ -65,16 +78,38 @@ class GridAttention(nn.Module):
         return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, self.heads, side * side, c // self.heads)
 
     def _join(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(M, heads, n, C/heads) → (B, H, W, C): the inverse of `_cut`."""
+        """(M, n, C) → (B, H, W, C): windows put together, and what lies beyond the grid cut off."""
         h, w = grid
-        c = self.heads * x.shape[-1]
+        c = x.shape[-1]
         if not self.window:
-            return x.transpose(1, 2).reshape(-1, h, w, c)
+            return x.view(-1, h, w, c)
         side = self.window
         rows, columns = -(-h // side), -(-w // side)
-        x = x.view(-1, rows, columns, self.heads, side, side, x.shape[-1])
-        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, rows * side, columns * side, c)
-        return x[:, :h, :w]
+        x = x.view(-1, rows, columns, side, side, c).transpose(2, 3)
+        return x.reshape(-1, rows * side, columns * side, c)[:, :h, :w]
+
+
+class DepthAttention(nn.Module):
+    """SD-Trans's attention over depth, up to the hidden layer of its adapter.
+
+    It shares norm1 and qkv with the space branch, so it reuses that branch's queries, keys and
+    values, regrouped (folding 4); and since the Depth adapter has no skip, only fc1 ∘ projection
+    is needed of the projection, a quarter as wide (folding 3). What is regrouped back is that.
+    """
+
+    def __init__(self, sd_trans: SDTrans, scores: nn.Module, narrow: nn.Linear) -> None:
+        super().__init__()
+        self.sd_trans = sd_trans
+        self.scores = scores
+        self.narrow = narrow
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, windows: int) -> Tensor:
+        """(M, heads, n, e) three times → GELU(fc1(projection)), (M, n, C/4)."""
+        heads = q.shape[1]
+        q, k, v = (self.sd_trans.group(x, windows).flatten(1, 2) for x in (q, k, v))
+        y = (self.scores(q, k).softmax(-1) @ v).unflatten(1, (heads, -1))
+        hidden = F.gelu(self.narrow(y.permute(0, 2, 3, 1, 4).flatten(3)))
+        return self.sd_trans.ungroup(hidden, windows)
 
 
 class Scores(nn.Module):

@@ -12,12 +12,13 @@ import math
 from itertools import pairwise
 
 import torch
-from medsa_deploy.exporters.adapters import Adapter, HyperPromptAdapter
-from medsa_deploy.exporters.reference import decoder as reference
-from medsa_deploy.exporters.sam import TwoWayAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.exporters.adapters import Adapter, HyperPromptAdapter
+from medsa_deploy.exporters.reference import decoder as reference
+from medsa_deploy.exporters.reference import efficient_sam
+from medsa_deploy.exporters.sam import TwoWayAttention
 from medsa_deploy.manifest import TwoWay
 
 from .linear import constant, linear
@@ -30,13 +31,22 @@ LABELS = (-1, 0, 1, 2, 3)
 class SparsePrompts(nn.Module):
     """Points and labels → prompt tokens."""
 
-    def __init__(self, prompts: reference.PromptTokens) -> None:
+    def __init__(self, prompts: reference.PromptTokens | efficient_sam.PromptTokens) -> None:
         super().__init__()
         gaussian = prompts.pe_layer.positional_encoding_gaussian_matrix
         self.frequencies = constant(2 * math.pi * gaussian)
-        self.scale = 2 / prompts.input_image_size[0]
-        kinds = [prompts.not_a_point_embed, *prompts.point_embeddings]
-        self.kinds = constant(torch.cat([kind.weight for kind in kinds]))
+        if isinstance(prompts, efficient_sam.PromptTokens):
+            size, kinds = prompts.image_size, prompts.kinds()
+            has_position = torch.ones(len(LABELS))
+        else:
+            size = prompts.input_image_size[0]
+            embeddings = [prompts.not_a_point_embed, *prompts.point_embeddings]
+            kinds = dict(zip(LABELS, (e.weight for e in embeddings), strict=True))
+            has_position = torch.tensor(LABELS) != -1
+        nothing = torch.zeros(1, 2 * gaussian.shape[1])
+        self.scale = 2 / size
+        self.kinds = constant(torch.cat([kinds.get(label, nothing) for label in LABELS]))
+        self.has_position = constant(has_position[:, None])
         self.labels = constant(torch.tensor(LABELS))
 
     def forward(self, coords: Tensor, labels: Tensor) -> Tensor:
@@ -44,8 +54,7 @@ class SparsePrompts(nn.Module):
         angles = ((coords + 0.5) * self.scale - 1) @ self.frequencies
         positions = torch.cat([angles.sin(), angles.cos()], dim=-1)
         is_kind = (labels[..., None] == self.labels).to(positions.dtype)
-        is_point = (labels[..., None] != -1).to(positions.dtype)
-        return positions * is_point + is_kind @ self.kinds
+        return positions * (is_kind @ self.has_position) + is_kind @ self.kinds
 
 
 class DensePrompts(nn.Module):
@@ -219,25 +228,40 @@ class Upscaling(nn.Module):
     A 2×2 transposed convolution of stride 2 is a linear map of each pixel to four.
     """
 
-    def __init__(self, upscaling: nn.Sequential) -> None:
+    def __init__(
+        self, first: nn.ConvTranspose2d, norm: nn.Module, second: nn.ConvTranspose2d
+    ) -> None:
         super().__init__()
-        first, norm, self.act, second, _ = upscaling
-        self.first, self.norm, self.second = _as_linear(first), layer_norm(norm), _as_linear(second)
+        self.first, self.norm, self.second = _as_linear(first), norm, _as_linear(second)
         self.widths = (first.out_channels, second.out_channels)
 
     def forward(self, keys: Tensor) -> Tensor:
         """(B, g², 256) → (B, g² · 16, 32), in the order (token, 2, 2, 2, 2)."""
         x = self.first(keys).unflatten(-1, (4, self.widths[0]))
-        x = self.second(self.act(self.norm(x))).unflatten(-1, (4, self.widths[1]))
-        return self.act(x).flatten(1, 3)
+        x = self.second(F.gelu(self.norm(x))).unflatten(-1, (4, self.widths[1]))
+        return F.gelu(x).flatten(1, 3)
+
+
+class WholeNorm(nn.Module):
+    """A group norm of one group with channels last: over everything, then scaled by channel."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …, C) → (B, …, C)."""
+        flat = x.flatten(1)
+        return F.layer_norm(flat, flat.shape[1:], eps=self.eps).view_as(x) * self.weight + self.bias
 
 
 class MaskWeights(nn.Module):
     """The hypernetwork MLPs of K masks as one batched MLP: tokens (B, K, 256) → (B, K, 32)."""
 
-    def __init__(self, mlps: list[nn.Module]) -> None:
+    def __init__(self, mlps: list[list[nn.Linear]], act: nn.Module) -> None:
         super().__init__()
-        layers = list(zip(*(mlp.layers for mlp in mlps), strict=True))
+        layers = list(zip(*mlps, strict=True))
+        self.act = act
         self.weights = nn.ParameterList(
             constant(torch.stack([layer.weight.T for layer in step])) for step in layers
         )
@@ -251,7 +275,7 @@ class MaskWeights(nn.Module):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = x @ weight + bias.unsqueeze(-2)
             if i < len(self.weights) - 1:
-                x = F.relu(x)
+                x = self.act(x)
         return x.squeeze(-2)
 
 
@@ -259,43 +283,56 @@ class Decoder(nn.Module):
     """Prompts and embeddings → K low-resolution masks and their predicted IoU."""
 
     def __init__(
-        self, prompts: reference.PromptTokens, decoder: reference.Decoder, masks: int
+        self,
+        prompts: reference.PromptTokens | efficient_sam.PromptTokens,
+        decoder: reference.Decoder | efficient_sam.Decoder,
+        masks: int,
     ) -> None:
         super().__init__()
         transformer = decoder.transformer
         fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        image_pe = prompts.get_dense_pe()[0].flatten(1).T
+        image_pe = prompts.get_dense_pe()
+        tokens_pe = image_pe[0].flatten(1).T
         last = transformer.final_attn_token_to_image
-        self.side = prompts.image_embedding_size[0]
+        self.side = image_pe.shape[-1]
         self.masks = masks
-        self.sparse, self.dense = SparsePrompts(prompts), DensePrompts(prompts)
+        self.sparse = SparsePrompts(prompts)
+        self.dense = DensePrompts(prompts) if isinstance(decoder, reference.Decoder) else None
         self.fixed = constant(fixed)
-        self.blocks = nn.ModuleList(TwoWayBlock(b, image_pe, fixed) for b in transformer.layers)
+        self.blocks = nn.ModuleList(TwoWayBlock(b, tokens_pe, fixed) for b in transformer.layers)
         self.last_query = scaled_query(last)
-        self.last_key = ImageProjection(last.k_proj, image_pe)
+        self.last_key = ImageProjection(last.k_proj, tokens_pe)
         self.last_value = last.v_proj
         self.last = CrossAttention(last)
         self.norm = transformer.norm_final_attn
-        self.upscaling = Upscaling(decoder.output_upscaling)
-        self.mask_weights = MaskWeights(list(decoder.output_hypernetworks_mlps)[:masks])
-        self.iou = _first_outputs(decoder.iou_prediction_head, masks)
+        self.upscaling = _upscaling(decoder)
+        act = nn.ReLU() if isinstance(decoder, reference.Decoder) else nn.GELU()
+        heads = [_layers(mlp) for mlp in decoder.output_hypernetworks_mlps]
+        self.mask_weights = MaskWeights(heads[:masks], act)
+        self.iou = _first_outputs(_layers(decoder.iou_prediction_head), masks, act)
 
     def forward(
         self,
         image_embeddings: Tensor,
         point_coords: Tensor,
         point_labels: Tensor,
-        mask_input: Tensor,
-        has_mask_input: Tensor,
+        mask_input: Tensor | None = None,
+        has_mask_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(E, 256, g, g), (P, N, 2), (P, N), (P, 1, 4g, 4g), (1,) →
-        low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K)."""
-        image, coords, labels, mask = paired(
-            image_embeddings, point_coords, point_labels, mask_input
+        low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K).
+
+        EfficientSAM takes no mask prompt: neither `mask_input` nor `has_mask_input`.
+        """
+        masks_in = () if mask_input is None else (mask_input,)
+        image, coords, labels, *mask = paired(
+            image_embeddings, point_coords, point_labels, *masks_in
         )
         sparse = self.sparse(coords, labels)
         tokens = torch.cat([self.fixed.expand(sparse.shape[0], -1, -1), sparse], dim=1)
-        keys = image.flatten(2).transpose(1, 2) + self.dense(mask, has_mask_input)
+        keys = image.flatten(2).transpose(1, 2)
+        if self.dense is not None:
+            keys = keys + self.dense(*mask, has_mask_input)
 
         queries = tokens
         for block in self.blocks:
@@ -315,7 +352,7 @@ class Decoder(nn.Module):
         )
 
 
-def paired(image: Tensor, coords: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+def paired(image: Tensor, coords: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """E embeddings and P prompt sets repeated to max(E, P) of each; one of E and P is 1, or E = P.
 
     Written with an index, since the exporter takes E and P for one number where they broadcast.
@@ -326,7 +363,7 @@ def paired(image: Tensor, coords: Tensor, labels: Tensor, mask: Tensor) -> tuple
     # beyond its end, which the runtime refuses.
     return tuple(
         x.index_select(0, indices * torch.sym_min(x.shape[0] - 1, 1))
-        for x in (image, coords, labels, mask)
+        for x in (image, coords, *others)
     )
 
 
@@ -343,10 +380,21 @@ def _as_linear(conv: nn.ConvTranspose2d) -> nn.Linear:
     return linear(weight, conv.bias.repeat(4))
 
 
-def _first_outputs(mlp: nn.Module, count: int) -> nn.Sequential:
-    """SAM's IoU head, its last layer cut to the masks that leave."""
-    *hidden, last = mlp.layers
-    steps: list[nn.Module] = []
-    for layer in hidden:
-        steps += [layer, nn.ReLU()]
+def _upscaling(decoder: reference.Decoder | efficient_sam.Decoder) -> Upscaling:
+    if isinstance(decoder, reference.Decoder):
+        first, norm, _, second, _ = decoder.output_upscaling
+        return Upscaling(first, layer_norm(norm), second)
+    (first, norm, _), (second, _) = decoder.final_output_upscaling_layers
+    return Upscaling(first, WholeNorm(norm), second)
+
+
+def _layers(mlp: nn.Module) -> list[nn.Linear]:
+    """The linear layers of SAM's MLP, or of EfficientSAM's."""
+    return [*(layer[0] for layer in mlp.layers), mlp.fc] if hasattr(mlp, "fc") else [*mlp.layers]
+
+
+def _first_outputs(layers: list[nn.Linear], count: int, act: nn.Module) -> nn.Sequential:
+    """The IoU head, its last layer cut to the masks that leave."""
+    *hidden, last = layers
+    steps = [step for layer in hidden for step in (layer, act)]
     return nn.Sequential(*steps, linear(last.weight[:count], last.bias[:count]))

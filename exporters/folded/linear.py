@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from medsa_deploy.exporters.adapters import Adapter
 from torch import Tensor, nn
+
+from medsa_deploy.exporters.adapters import Adapter
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

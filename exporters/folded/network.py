@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from medsa_deploy.exporters.reference import ReferenceNetwork
 from medsa_deploy.exporters.reference import tiny_vit as reference_tiny_vit
-from torch import nn
 
 from . import tiny_vit, vit
 from .decoder import Decoder
@@ -29,7 +30,7 @@ def fold(reference: ReferenceNetwork) -> FoldedNetwork:
     encoder = reference.image_encoder
     return FoldedNetwork(
         encoder=(
-            tiny_vit.ImageEncoder(encoder)
+            tiny_vit.ImageEncoder(encoder, reference.network.image_size)
             if isinstance(encoder, reference_tiny_vit.ImageEncoder)
             else vit.ImageEncoder(encoder, reference.network.embedding_size)
         ).eval(),

@@ -1,18 +1,20 @@
-"""LiteMedSAM's TinyViT encoder, folded: image → embedding.
+"""TinyViT, the encoder of mobile_sam and LiteMedSAM, folded: image → embedding.
 
-Foldings 5 (padded tokens), 7 (attention biases gathered) and 10 (batch norms merged).
+Foldings 2 (Space adapter), 5 (padded tokens), 7 (attention biases gathered) and 10 (batch norms
+merged). The MLP adapter stays by itself: it sees its input without the MLP's norm.
 """
 
 from __future__ import annotations
 
 import torch
-from medsa_deploy.exporters.reference import tiny_vit as reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.exporters.reference import tiny_vit as reference
+
 from .attention import BiasedScores, GridAttention, folded_projections
 from .linear import linear, merged_norm, widened_mlp
-from .vit import Neck
+from .vit import AdaptedProjection, Neck
 
 
 class MBConv(nn.Module):
@@ -43,14 +45,20 @@ class Downsample(nn.Module):
 class Block(nn.Module):
     """Windowed attention, a depthwise convolution that replaces x, and an MLP."""
 
-    def __init__(self, block: reference.Block) -> None:
+    def __init__(self, block: reference.Block, side: int) -> None:
         super().__init__()
-        attention = block.attn
-        query, key, value, self.projection = folded_projections(
+        attention, space = block.attn, block.Space_Adapter
+        query, key, value, projection = folded_projections(
             _rows_by_kind(attention.qkv, attention.heads),
             attention.proj,
             attention.norm.bias,
             (attention.proj.out_features // attention.heads) ** -0.5,
+        )
+        one_window = side == attention.window
+        self.projection = (
+            projection
+            if space is None or one_window
+            else AdaptedProjection(projection, space.D_fc1, space.D_fc2)
         )
         self.norm1 = attention.norm
         self.attention = GridAttention(
@@ -58,32 +66,41 @@ class Block(nn.Module):
             key,
             value,
             heads=attention.heads,
-            window=attention.window,
+            window=0 if one_window else attention.window,
             scores=BiasedScores(attention.bias()),
         )
         self.local_conv = merged_norm(block.local_conv.c, block.local_conv.bn)
         self.norm2 = block.mlp.norm
         self.mlp = widened_mlp(block.mlp.fc1, block.mlp.fc2, None)
+        self.mlp_adapter = block.MLP_Adapter
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        x = x + self.projection(self.attention(self.norm1(x)))
+        attended, _ = self.attention(self.norm1(x))
+        x = x + self.projection(attended)
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.mlp(self.norm2(x))
+        y = x + self.mlp(self.norm2(x))
+        return y if self.mlp_adapter is None else y + 0.5 * self.mlp_adapter(x)
 
 
 class ImageEncoder(nn.Module):
     """Convolutions, windowed stages and neck."""
 
-    def __init__(self, encoder: reference.ImageEncoder) -> None:
+    def __init__(self, encoder: reference.ImageEncoder, image_size: int) -> None:
         super().__init__()
         first, act, second = encoder.patch_embed.seq
         stages: list[nn.Module] = [merged_norm(first.c, first.bn), act]
         stages.append(merged_norm(second.c, second.bn))
+        side = image_size // (first.c.stride[0] * second.c.stride[0])
         for stage in encoder.layers:
-            stages += [MBConv(b) for b in stage.blocks] if stage.convolutional else _tokens(stage)
+            if stage.convolutional:
+                stages += [MBConv(block) for block in stage.blocks]
+            else:
+                blocks = [Block(block, side) for block in stage.blocks]
+                stages += [ChannelsLast(), *blocks, ChannelsFirst()]
             if stage.downsample is not None:
                 stages.append(Downsample(stage.downsample))
+                side = -(-side // stage.downsample.conv2.c.stride[0])
         self.stages = nn.Sequential(*stages)
         self.neck = Neck(encoder.neck)
 
@@ -106,10 +123,6 @@ class ChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Permute."""
         return x.permute(0, 3, 1, 2)
-
-
-def _tokens(stage: reference.Stage) -> list[nn.Module]:
-    return [ChannelsLast(), *(Block(b) for b in stage.blocks), ChannelsFirst()]
 
 
 def _merged(module: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:

@@ -6,11 +6,19 @@ Made from the reference encoder and equal to it: foldings 1 (MLP adapter), 2 (Sp
 
 from __future__ import annotations
 
-from medsa_deploy.exporters.reference import vit as reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import GridAttention, RelativePositionScores, Scores, folded_projections
+from medsa_deploy.exporters.reference import vit as reference
+from medsa_deploy.exporters.sd_trans import closest_factors
+
+from .attention import (
+    DepthAttention,
+    GridAttention,
+    RelativePositionScores,
+    Scores,
+    folded_projections,
+)
 from .linear import composed, constant, linear, stacked, widened_mlp
 
 
@@ -43,24 +51,31 @@ class Block(nn.Module):
             attention.qkv, attention.proj, padded, attention.scale
         )
         self.norm1 = block.norm1
+        side = block.window or grid
         self.attention = GridAttention(
             query,
             key,
             value,
             heads=attention.num_heads,
             window=block.window,
-            scores=_scores(attention, block.window or grid),
+            scores=_scores(attention, (side, side)),
+            depth=_depth(block, projection, grid),
         )
         space = block.Space_Adapter
         self.projection = (
             projection if space is None else AdaptedProjection(projection, space.D_fc1, space.D_fc2)
         )
+        depth = block.Depth_Adapter
+        self.depth_fc2 = None if depth is None else linear(depth.D_fc2.weight, depth.D_fc2.bias)
         self.norm2 = block.norm2
         self.mlp = widened_mlp(block.mlp.lin1, block.mlp.lin2, block.MLP_Adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        x = x + self.projection(self.attention(self.norm1(x)))
+        space, depth = self.attention(self.norm1(x))
+        x = x + self.projection(space)
+        if self.depth_fc2 is not None:
+            x = x + self.depth_fc2(depth)
         return x + self.mlp(self.norm2(x))
 
 
@@ -105,11 +120,24 @@ def layer_norm(norm: nn.Module) -> nn.LayerNorm:
     return folded
 
 
-def _scores(attention: nn.Module, side: int) -> nn.Module:
+def _scores(attention: nn.Module, grid: tuple[int, int]) -> nn.Module:
     """Folding 6: all-zero tables add nothing, exactly."""
     if not attention.use_rel_pos:
         return Scores()
     rows, columns = attention.rel_pos_h, attention.rel_pos_w
     if not (rows.any() or columns.any()):
         return Scores()
-    return RelativePositionScores(rows, columns, (side, side), attention.scale)
+    return RelativePositionScores(rows, columns, grid, attention.scale)
+
+
+def _depth(block: reference.Block, projection: nn.Linear, grid: int) -> DepthAttention | None:
+    """SD-Trans's branch of a block; `projection` is the folded one, its bias included."""
+    if block.sd_trans is None or block.Depth_Adapter is None:
+        return None
+    windows = (-(-grid // block.window)) ** 2 if block.window else 1
+    d = block.sd_trans.size(windows)
+    return DepthAttention(
+        block.sd_trans,
+        _scores(block.attn, closest_factors(d)),
+        composed(block.Depth_Adapter.D_fc1, projection),
+    )

@@ -7,12 +7,11 @@ public Med-SA code's. Each may carry the decoder adapters of section 3.4 of the 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from medsa_deploy.exporters.adapters import adapter, hyper_prompt_adapter
 from medsa_deploy.exporters.sam import MaskDecoder, MLPBlock, PromptEncoder, TwoWayAttention
 from medsa_deploy.exporters.shapes import Shapes
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from medsa_deploy.manifest import TwoWay
 
 HEADS = 8
@@ -52,20 +51,23 @@ class PromptTokens(PromptEncoder):
 class PublicMLP(nn.Module):
     """The MLP of the public Med-SA code's two-way block: keys `layers.0.0` and `fc`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, act: type[nn.Module]) -> None:
         super().__init__()
+        self.act = act()
         self.layers = nn.ModuleList([nn.Sequential(nn.Linear(width, hidden))])
         self.fc = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
-        return self.fc(F.relu(self.layers[0](x)))
+        return self.fc(self.act(self.layers[0](x)))
 
 
 class TwoWayBlock(nn.Module):
     """Tokens attend to themselves, to the image, pass an MLP; then the image attends to them."""
 
-    def __init__(self, shapes: Shapes, index: int, *, form: TwoWay) -> None:
+    def __init__(
+        self, shapes: Shapes, index: int, *, form: TwoWay, act: type[nn.Module] = nn.ReLU
+    ) -> None:
         super().__init__()
         prefix = f"mask_decoder.transformer.layers.{index}"
         mlp_key = "mlp.lin1.weight" if form == "meta" else "mlp.layers.0.0.weight"
@@ -79,7 +81,7 @@ class TwoWayBlock(nn.Module):
         )
         self.norm2 = nn.LayerNorm(width)
         self.mlp = (
-            MLPBlock(width, hidden, act=nn.ReLU) if form == "meta" else PublicMLP(width, hidden)
+            MLPBlock(width, hidden, act=act) if form == "meta" else PublicMLP(width, hidden, act)
         )
         self.norm3 = nn.LayerNorm(width)
         self.cross_attn_image_to_token = two_way_attention(
@@ -127,11 +129,12 @@ class TwoWayBlock(nn.Module):
 class TwoWayTransformer(nn.Module):
     """The two-way blocks and the last attention from tokens to the image."""
 
-    def __init__(self, shapes: Shapes, *, form: TwoWay) -> None:
+    def __init__(self, shapes: Shapes, *, form: TwoWay, act: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
         prefix = "mask_decoder.transformer"
         self.layers = nn.ModuleList(
-            TwoWayBlock(shapes, i, form=form) for i in range(shapes.count(f"{prefix}.layers"))
+            TwoWayBlock(shapes, i, form=form, act=act)
+            for i in range(shapes.count(f"{prefix}.layers"))
         )
         self.final_attn_token_to_image = two_way_attention(
             shapes, f"{prefix}.final_attn_token_to_image"
@@ -168,10 +171,7 @@ class Decoder(MaskDecoder):
         low-resolution logits (max(E, P), M, 4g, 4g) and IoU predictions (max(E, P), M) of all M
         mask tokens."""
         outputs = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([outputs.expand(len(sparse), -1, -1), sparse], dim=1)
-        image = image_embeddings + dense
-        batch = max(len(image), len(tokens))
-        image, tokens = image.expand(batch, -1, -1, -1), tokens.expand(batch, -1, -1)
+        image, tokens = paired(image_embeddings + dense, outputs, sparse)
         b, c, h, w = image.shape
 
         hs, keys = self.transformer(
@@ -184,6 +184,13 @@ class Decoder(MaskDecoder):
         )
         masks = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
         return masks, self.iou_prediction_head(hs[:, 0])
+
+
+def paired(image: Tensor, outputs: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """E embeddings and P prompt sets, output tokens first, both repeated to max(E, P)."""
+    tokens = torch.cat([outputs.expand(len(sparse), -1, -1), sparse], dim=1)
+    batch = max(len(image), len(tokens))
+    return image.expand(batch, -1, -1, -1), tokens.expand(batch, -1, -1)
 
 
 def two_way_attention(shapes: Shapes, prefix: str) -> TwoWayAttention:

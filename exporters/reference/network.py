@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from medsa_deploy.exporters.shapes import Shapes
 from torch import Tensor, nn
 
+from medsa_deploy.exporters.shapes import Shapes
 from medsa_deploy.manifest import Network
 
 from . import tiny_vit, vit
@@ -62,6 +62,6 @@ def build_reference(network: Network, tensors: Mapping[str, Tensor]) -> Referenc
     shapes = Shapes({key: tuple(value.shape) for key, value in tensors.items()})
     with torch.device("meta"):
         reference = ReferenceNetwork(network, shapes)
-    wanted = reference.state_dict().keys()
-    reference.load_state_dict({key: tensors[key] for key in wanted}, assign=True)
+    wanted = {key for key in reference.state_dict() if not key.endswith("num_batches_tracked")}
+    reference.load_state_dict({key: tensors[key] for key in wanted}, strict=False, assign=True)
     return reference.eval().requires_grad_(False)

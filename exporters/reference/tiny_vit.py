@@ -1,4 +1,4 @@
-"""LiteMedSAM's TinyViT encoder, as its checkpoint carries it: image → embedding.
+"""TinyViT, the encoder of mobile_sam and LiteMedSAM, as a checkpoint carries it: image → embedding.
 
 Convolutional stage, then three stages of windowed attention; every convolution is followed by a
 batch norm. The keys of a checkpoint name the modules here.
@@ -9,10 +9,12 @@ from __future__ import annotations
 from math import isqrt
 
 import torch
-from medsa_deploy.exporters.sam import window_partition, window_unpartition
-from medsa_deploy.exporters.shapes import Shapes
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from medsa_deploy.exporters.adapters import adapter
+from medsa_deploy.exporters.sam import window_partition, window_unpartition
+from medsa_deploy.exporters.shapes import Shapes
 
 from .vit import neck
 
@@ -41,12 +43,15 @@ class ConvNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Two convolutions with a GELU between; of kernel 1, stride 1 in LiteMedSAM."""
+    """Two convolutions with a GELU between: 3×3 of stride 2, or LiteMedSAM's 1×1 of stride 1."""
 
     def __init__(self, shapes: Shapes, prefix: str) -> None:
         super().__init__()
+        stride = 2 if shapes[f"{prefix}.seq.0.c.weight"][2] == 3 else 1
         self.seq = nn.Sequential(
-            ConvNorm(shapes, f"{prefix}.seq.0"), nn.GELU(), ConvNorm(shapes, f"{prefix}.seq.2")
+            ConvNorm(shapes, f"{prefix}.seq.0", stride=stride),
+            nn.GELU(),
+            ConvNorm(shapes, f"{prefix}.seq.2", stride=stride),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,15 +139,30 @@ class Block(nn.Module):
     def __init__(self, shapes: Shapes, prefix: str) -> None:
         super().__init__()
         self.attn = Attention(shapes, f"{prefix}.attn")
+        self.Space_Adapter = adapter(shapes, f"{prefix}.Space_Adapter", skip=True)
         self.local_conv = ConvNorm(shapes, f"{prefix}.local_conv")
         self.mlp = MLP(shapes, f"{prefix}.mlp")
+        self.MLP_Adapter = adapter(shapes, f"{prefix}.MLP_Adapter", skip=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → (B, H, W, C). Padded tokens enter attention as zeros before its norm."""
-        windows, padded = window_partition(x, self.attn.window)
-        x = x + window_unpartition(self.attn(windows), self.attn.window, padded, x.shape[1:3])
+        x = x + self._attend(x)
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.mlp(x)
+        y = self.mlp(x)
+        if self.MLP_Adapter is not None:
+            y = y + 0.5 * self.MLP_Adapter(x)  # which sees x without the MLP's norm
+        return x + y
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """In windows, adapted; a map that is one window has no Space adapter."""
+        side = self.attn.window
+        if x.shape[1:3] == (side, side):
+            return self.attn(x)
+        windows, padded = window_partition(x, side)
+        y = self.attn(windows)
+        if self.Space_Adapter is not None:
+            y = self.Space_Adapter(y)
+        return window_unpartition(y, side, padded, x.shape[1:3])
 
 
 class Stage(nn.Module):
@@ -170,7 +190,7 @@ class Stage(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """TinyViT with SAM's neck. The image enters as it is; the embedding has side S/4."""
+    """TinyViT with SAM's neck; the embedding has side S/16, LiteMedSAM's S/4."""
 
     STRIDES = (2, 2, 1, None)
 
@@ -186,7 +206,7 @@ class ImageEncoder(nn.Module):
         self.neck = neck(width, out)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, 256, S/4, S/4)."""
+        """(B, 3, S, S) → (B, 256, g, g)."""
         x = self.patch_embed(image)
         for stage in self.layers:
             x = stage(x)

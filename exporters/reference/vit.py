@@ -1,4 +1,4 @@
-"""SAM's ViT encoder with Med-SA's adapters, as a checkpoint carries it: image → embedding.
+"""SAM's and EfficientSAM's ViT encoder with Med-SA's adapters, as a checkpoint carries it.
 
 This is the network the exported graphs are proved against, so it says the same as the published
 equations, step by step, and saves nothing.
@@ -6,7 +6,12 @@ equations, step by step, and saves nothing.
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from medsa_deploy.exporters.adapters import adapter
 from medsa_deploy.exporters.sam import (
     Attention,
@@ -16,27 +21,43 @@ from medsa_deploy.exporters.sam import (
     window_partition,
     window_unpartition,
 )
+from medsa_deploy.exporters.sd_trans import SDTrans, closest_factors
 from medsa_deploy.exporters.shapes import Shapes
-from torch import Tensor, nn
-from torch.nn import functional as F
+
+SCORES = 2**28
+"""Attention scores the reference holds at a time."""
 
 
 class Block(nn.Module):
     """One encoder block on tokens (B, H, W, C); `window` 0 attends over the whole grid.
 
     Without adapters this is SAM's block: norm1 first, so padded tokens enter attention as zeros.
-    With adapters (section 3.2) windows are cut first, so padded tokens enter as norm1(0).
+    With adapters (section 3.2) windows are cut first, so padded tokens enter as norm1(0). With
+    `sd_trans` (section 3.3) B counts slices, and the same attention also runs over depth.
     """
 
-    def __init__(self, shapes: Shapes, prefix: str, *, heads: int, window: int) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        prefix: str,
+        *,
+        heads: int,
+        window: int,
+        sd_trans: SDTrans | None,
+        eps: float,
+    ) -> None:
         super().__init__()
         hidden, width = shapes[f"{prefix}.mlp.lin1.weight"]
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = _attention(shapes, f"{prefix}.attn", width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLPBlock(width, hidden)
         self.Space_Adapter = adapter(shapes, f"{prefix}.Space_Adapter", skip=True)
         self.MLP_Adapter = adapter(shapes, f"{prefix}.MLP_Adapter", skip=False)
+        self.Depth_Adapter = (
+            None if sd_trans is None else adapter(shapes, f"{prefix}.Depth_Adapter", skip=False)
+        )
+        self.sd_trans = sd_trans
         self.window = window
 
     @property
@@ -57,24 +78,51 @@ class Block(nn.Module):
         """SAM: norm, cut into windows, attend."""
         n = self.norm1(x)
         if not self.window:
-            return self.attn(n)
+            return self._attend(n)
         windows, padded = window_partition(n, self.window)
-        return window_unpartition(self.attn(windows), self.window, padded, x.shape[1:3])
+        return window_unpartition(self._attend(windows), self.window, padded, x.shape[1:3])
 
     def _space_of_windows(self, x: Tensor) -> Tensor:
-        """Med-SA: cut into windows, norm, attend, adapt."""
+        """Med-SA: cut into windows, norm, attend, adapt; and attend over depth."""
         windows, padded = window_partition(x, self.window) if self.window else (x, None)
-        y = self.attn(self.norm1(windows))
+        y = self._attend(self.norm1(windows))
         if self.Space_Adapter is not None:
             y = self.Space_Adapter(y)
+        if self.sd_trans is not None:
+            y = y + self._depth(windows, self.sd_trans, len(windows) // len(x))
         return window_unpartition(y, self.window, padded, x.shape[1:3]) if self.window else y
+
+    def _depth(self, x: Tensor, sd_trans: SDTrans, windows: int) -> Tensor:
+        """SD-Trans on (M, h, w, C): the block's own attention over d slices, then its adapter."""
+        d = sd_trans.size(windows)
+        groups = sd_trans.group(x.flatten(1, 2), windows)
+        n = self.norm1(groups).reshape(-1, *closest_factors(d), x.shape[-1])
+        y = self.attn(n).view(groups.shape)
+        if self.Depth_Adapter is not None:
+            y = self.Depth_Adapter(y)
+        return sd_trans.ungroup(y, windows).view(x.shape)
+
+    def _attend(self, n: Tensor) -> Tensor:
+        """Attention, a few entries at a time: all scores of many slices would not fit in memory."""
+        scores = self.attn.num_heads * (n.shape[1] * n.shape[2]) ** 2
+        return torch.cat([self.attn(part) for part in n.split(max(1, SCORES // scores))])
 
 
 class ImageEncoder(nn.Module):
-    """Patch embedding, blocks and neck of SAM's ViT."""
+    """Patch embedding, blocks and neck.
+
+    SAM's `pos_embed` is (1, 64, 64, C); EfficientSAM's is (1, 197, C), a class token and 14×14, and
+    its norms have another eps.
+    """
 
     def __init__(
-        self, shapes: Shapes, *, heads: int, window: int, global_blocks: tuple[int, ...]
+        self,
+        shapes: Shapes,
+        *,
+        heads: int,
+        window: int,
+        global_blocks: tuple[int, ...],
+        sd_trans: SDTrans | None = None,
     ) -> None:
         super().__init__()
         prefix = "image_encoder"
@@ -83,12 +131,15 @@ class ImageEncoder(nn.Module):
             tuple(patch), tuple(patch), in_chans=channels, embed_dim=width
         )
         self.pos_embed = nn.Parameter(torch.empty(shapes[f"{prefix}.pos_embed"]))
+        self.efficient = self.pos_embed.ndim == 3
         self.blocks = nn.ModuleList(
             Block(
                 shapes,
                 f"{prefix}.blocks.{i}",
                 heads=heads,
                 window=0 if i in global_blocks else window,
+                sd_trans=sd_trans,
+                eps=1e-5 if self.efficient else 1e-6,
             )
             for i in range(shapes.count(f"{prefix}.blocks"))
         )
@@ -96,7 +147,11 @@ class ImageEncoder(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """`pos_embed` resized to the token grid: (1, H, W, C)."""
-        channels_first = self.pos_embed.permute(0, 3, 1, 2)
+        embedded = self.pos_embed
+        if self.efficient:
+            side = isqrt(embedded.shape[1] - 1)
+            embedded = embedded[:, 1:].unflatten(1, (side, side))
+        channels_first = embedded.permute(0, 3, 1, 2)
         if channels_first.shape[2:] != grid:
             channels_first = F.interpolate(
                 channels_first, grid, mode="bicubic", align_corners=False

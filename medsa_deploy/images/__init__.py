@@ -1,25 +1,40 @@
-"""Image files → `Image`; masks and overlays → files.
+"""Image files → `Image` or `Volume`; masks, overlays and segmentations → files.
 
 `read_image` reads one two-dimensional image from PNG, JPEG, TIFF, BMP, .npy, a slice of a NIfTI or
-a single-frame DICOM; `write_mask` and `write_overlay` write what came out. nibabel and pydicom load
-when the first file that needs them is met.
+a single-frame DICOM; `write_mask` and `write_overlay` write what came out. `read_volume` reads
+NIfTI, .npy, a folder with a DICOM series or a multi-frame DICOM, slice by slice;
+`write_segmentation` writes labels of the same geometry. nibabel, pydicom and highdicom load when
+the first file that needs them is met.
 """
 
 from __future__ import annotations
 
 from .image import Image, Plane
 from .overlay import check_overlay_suffix, draw_overlay, write_overlay
-from .read import find_images, read_image
-from .write import check_mask_suffix, write_mask
+from .read import find_images, is_volume, read_image, read_volume
+from .volume import Volume
+from .write import (
+    check_mask_suffix,
+    check_segmentation_suffix,
+    check_segmentation_target,
+    write_mask,
+    write_segmentation,
+)
 
 __all__ = [
     "Image",
     "Plane",
+    "Volume",
     "check_mask_suffix",
     "check_overlay_suffix",
+    "check_segmentation_suffix",
+    "check_segmentation_target",
     "draw_overlay",
     "find_images",
+    "is_volume",
     "read_image",
+    "read_volume",
     "write_mask",
     "write_overlay",
+    "write_segmentation",
 ]

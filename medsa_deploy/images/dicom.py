@@ -1,4 +1,4 @@
-"""A single-frame DICOM → `Image`, through pydicom (extra `dicom`).
+"""A frame of a DICOM → `Image`, through pydicom (extra `dicom`).
 
 The order is the standard's (PS3.4 N.2): stored values, modality transformation (rescale or LUT),
 values of interest (LUT or window), presentation. `pixels` are taken after the modality
@@ -40,13 +40,37 @@ PACKAGES = {
     "1.2.840.10008.1.2.4.203": "pylibjpeg pylibjpeg-openjpeg",
 }
 """Permissively licensed packages that decode a transfer syntax pydicom alone cannot."""
+RENDERING = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
 COLOURS = ("Red", "Green", "Blue")
 
 
 def read_dicom(path: Path) -> Image:
     """The one frame of a DICOM: greyscale, or colour of any photometric interpretation as RGB."""
-    dataset = _load(path)
-    stored, photometric = _decode(dataset, path)
+    dataset = load(path)
+    with reading(path, "DICOM"):
+        frames = frame_count(dataset)
+    if frames != 1:
+        raise ImageError(
+            f"{path} has {frames} frames; only single-frame DICOM is read, extract one frame "
+            "into a file of its own"
+        )
+    return frame_image(dataset, path)
+
+
+def frame_image(
+    dataset: Any,
+    path: Path,
+    frame: int = 0,
+    *,
+    dtype: np.dtype | None = None,
+    rendering: Any = None,
+) -> Image:
+    """Frame `frame`, counted from 0, of a dataset that holds pixels.
+
+    Of a volume: `dtype` is what every slice's intensities become, and `rendering` the attributes
+    that hold the LUT or window for all of them.
+    """
+    stored, photometric = _decode(dataset, path, frame)
     with reading(path, "DICOM"):  # pydicom parses a value, and fails over it, when it is asked for
         if photometric == "PALETTE COLOR":
             return Image(pixels=_palette(stored, dataset), path=path)
@@ -57,8 +81,11 @@ def read_dicom(path: Path) -> Image:
                 f"{path} has photometric interpretation {photometric or 'none'}; "
                 "convert it to RGB or MONOCHROME2"
             )
-        values = _modality(stored, dataset)
-        display = _values_of_interest(values, dataset, path)
+        values = _modality(stored, dataset, frame)
+        values = values if dtype is None else values.astype(dtype, copy=False)
+        if rendering is None:
+            rendering = functional_group(dataset, "FrameVOILUTSequence", frame)
+        display = _values_of_interest(values, rendering, dataset, path)
         pixels = _eight_bit(values, dataset)
         inverted = photometric == "MONOCHROME1"
         if inverted and display is None and pixels.dtype == np.uint8:
@@ -68,8 +95,8 @@ def read_dicom(path: Path) -> Image:
         return Image(pixels=pixels, path=path, display=display, inverted=inverted)
 
 
-def _load(path: Path) -> Any:
-    """The dataset of one frame of pixels; ImageError if the file holds none, or several."""
+def load(path: Path) -> Any:
+    """The dataset of a file that holds pixels; ImageError if it holds none."""
     with reading(path, "DICOM"):
         # Forced: old files lack the preamble and name no transfer syntax; pydicom works it out.
         dataset = pydicom.dcmread(path, force=True)
@@ -81,20 +108,39 @@ def _load(path: Path) -> Any:
             kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
             found = f"it is {kind.name}" if kind else "it does not look like DICOM"
             raise ImageError(f"{path} holds no pixel data ({found}); give a DICOM image")
-        frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames != 1:
-        raise ImageError(
-            f"{path} has {frames} frames; only single-frame DICOM is read, extract one frame "
-            "into a file of its own"
-        )
     return dataset
 
 
-def _decode(dataset: Any, path: Path) -> tuple[np.ndarray, str]:
+def load_header(path: Path, names: list[str] | None = None) -> Any:
+    """All attributes but the pixels, or those named; ImageError if it only claims to be DICOM."""
+    with reading(path, "DICOM"):
+        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
+        if "SOPClassUID" not in header and "Rows" not in header:
+            raise ImageError(f"{path} does not look like DICOM; take it out of the folder")
+    return header
+
+
+def rendering_of(dataset: Any, frame: int) -> Any:
+    """A copy of the attributes that hold the LUT or window of a frame; empty without one."""
+    group = functional_group(dataset, "FrameVOILUTSequence", frame)
+    rendering = pydicom.Dataset()
+    for name in RENDERING:
+        if name in group:
+            rendering[name] = group[name]
+    return rendering
+
+
+def frame_count(dataset: Any) -> int:
+    """The number of frames a dataset announces, 1 where it says nothing."""
+    return int(dataset.get("NumberOfFrames") or 1)
+
+
+def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
     """Stored values, (H, W) or (H, W, 3), and what they mean: YBR has become RGB by then."""
     with reading(path, "DICOM"):
         syntax = dataset.file_meta.TransferSyntaxUID
         named = f"transfer syntax {syntax.name} ({syntax})"
+        index = frame if frame_count(dataset) > 1 else None
         try:
             decoder = get_decoder(syntax)
         except NotImplementedError as e:
@@ -106,7 +152,7 @@ def _decode(dataset: Any, path: Path) -> tuple[np.ndarray, str]:
         raise ImageError(f"{path} has {named}; to decode it: pip install {package}")
     try:
         with reading(path, "DICOM"):
-            pixels, meta = decoder.as_array(dataset)
+            pixels, meta = decoder.as_array(dataset, index=index)
     except ImageError as e:
         if not syntax.is_encapsulated:
             raise
@@ -118,26 +164,32 @@ def _decode(dataset: Any, path: Path) -> tuple[np.ndarray, str]:
     return pixels, str(meta["photometric_interpretation"])
 
 
-def _modality(stored: np.ndarray, dataset: Any) -> np.ndarray:
+def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
     """Stored values → intensities: LUT, or slope and intercept as float32, or as they are."""
-    group = _functional_group(dataset, "PixelValueTransformationSequence")
+    group = functional_group(dataset, "PixelValueTransformationSequence", frame)
     if luts := group.get("ModalityLUTSequence"):
         return _look_up(stored, luts[0].LUTDescriptor, luts[0].LUTData, dataset).astype(np.uint16)
-    slope, intercept = _number(group, "RescaleSlope"), _number(group, "RescaleIntercept")
-    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    slope, intercept = rescale(group)
     if (slope, intercept) == (1.0, 0.0):
         return stored
     return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
 
 
-def _values_of_interest(values: np.ndarray, dataset: Any, path: Path) -> np.ndarray | None:
-    """Intensities → float32 0…255 through the file's VOI LUT, or its first window; None without."""
-    group = _functional_group(dataset, "FrameVOILUTSequence")
+def rescale(group: Any) -> tuple[float, float]:
+    """(slope, intercept) of the dataset or functional group that holds them, else (1, 0)."""
+    slope, intercept = number(group, "RescaleSlope"), number(group, "RescaleIntercept")
+    return 1.0 if slope is None else slope, intercept or 0.0
+
+
+def _values_of_interest(
+    values: np.ndarray, group: Any, dataset: Any, path: Path
+) -> np.ndarray | None:
+    """Intensities → float32 0…255 through a group's VOI LUT, or its first window; None without."""
     if luts := group.get("VOILUTSequence"):
         shown = _look_up(values, luts[0].LUTDescriptor, luts[0].LUTData, dataset)
         top = 2 ** int(luts[0].LUTDescriptor[2]) - 1
         return np.asarray(np.minimum(shown, top) * (255 / top), np.float32)
-    centre, width = _number(group, "WindowCenter"), _number(group, "WindowWidth")
+    centre, width = number(group, "WindowCenter"), number(group, "WindowWidth")
     if centre is None or width is None:
         return None
     function = str(group.get("VOILUTFunction") or "LINEAR").strip().upper()
@@ -210,16 +262,17 @@ def _look_up(values: np.ndarray, descriptor: Any, data: Any, dataset: Any) -> np
     return looked_up
 
 
-def _functional_group(dataset: Any, name: str) -> Any:
+def functional_group(dataset: Any, name: str, frame: int) -> Any:
     """What holds a group of attributes: enhanced objects nest it, per frame or shared."""
-    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-        for item in dataset.get(groups) or ():
-            if item.get(name):
-                return item[name][0]
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
+    shared = dataset.get("SharedFunctionalGroupsSequence") or ()
+    for item in (*per_frame[frame : frame + 1], *shared[:1]):
+        if item.get(name):
+            return item[name][0]
     return dataset
 
 
-def _number(dataset: Any, name: str) -> float | None:
+def number(dataset: Any, name: str) -> float | None:
     """The first value of a numeric attribute; None if it is absent or empty."""
     value = dataset.get(name)
     if value is None or value == "":

@@ -62,19 +62,8 @@ def check_image(image: Image) -> Image:
 
     That is: without pixels, with NaN or infinite values, or with the same value everywhere.
     """
+    image = check_values(image, str(image.path))
     pixels = image.pixels
-    if pixels.size == 0:
-        raise ImageError(f"{image.path} has no pixels: its shape is {pixels.shape}")
-    if pixels.dtype.kind == "f":
-        with np.errstate(
-            over="ignore"
-        ):  # what float32 cannot hold is infinite, and refused as such
-            pixels = pixels.astype(np.float32)
-        if bad := int(np.count_nonzero(~np.isfinite(pixels))):
-            raise ImageError(
-                f"{image.path} has {bad} NaN or infinite values out of {pixels.size}: "
-                "replace them before segmenting"
-            )
     if (pixels == pixels[0, 0]).all():
         value = pixels[0, 0].tolist()
         raise ImageError(f"{image.path}: every pixel is {value}: nothing to segment")
@@ -83,5 +72,26 @@ def check_image(image: Image) -> Image:
             "%s: the window the file asks for shows one flat grey; its values span %g to %g",
             image.path, pixels.min(), pixels.max(),
         )  # fmt: skip
+    return image
+
+
+def check_values(image: Image, name: str) -> Image:
+    """`image` in native byte order and floats as float32, as a whole image or a volume's slice.
+
+    ImageError, which calls it `name`, without pixels or with NaN or infinite values.
+    """
+    pixels = image.pixels
+    if pixels.size == 0:
+        raise ImageError(f"{name} has no pixels: its shape is {pixels.shape}")
+    if pixels.dtype.kind == "f":
+        with np.errstate(
+            over="ignore"
+        ):  # what float32 cannot hold is infinite, and refused as such
+            pixels = pixels.astype(np.float32)
+        if bad := int(np.count_nonzero(~np.isfinite(pixels))):
+            raise ImageError(
+                f"{name} has {bad} NaN or infinite values out of {pixels.size}: "
+                "replace them before segmenting"
+            )
     native = pixels.astype(pixels.dtype.newbyteorder("="), order="C", copy=False)
     return dataclasses.replace(image, pixels=native)

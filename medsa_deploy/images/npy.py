@@ -1,7 +1,8 @@
-""".npy → `Image`: (H, W), (H, W, 1|3|4), or one slice of a volume."""
+""".npy → `Image`: (H, W), (H, W, 1|3|4), or one slice of a volume; (X, Y, Z) → `Volume`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .image import Image, choose_slice
+from .volume import Volume
 
 CHANNELS = (1, 3, 4)
 
@@ -20,17 +22,71 @@ def read_npy(path: Path, *, axis: int | None, index: int | None) -> Image:
     A three-dimensional array whose last axis is 1, 3 or 4 long is a picture with channels, unless a
     slice is asked for; any other is a volume and needs `index`, along axis 0 by default.
     """
-    with reading(path, "a .npy array"):
-        # Mapped, so that one slice of a large volume costs one slice; it never unpickles anything.
-        array = np.lib.format.open_memmap(path, mode="r")
-    if array.dtype.kind not in "biuf":
-        raise ImageError(f"{path} holds {array.dtype} values; expected real numbers or booleans")
+    array = _map(path)
     pixels = np.array(_picture(path, array, axis, index))
     if pixels.ndim == 3:
         pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * 255
-    return Image(pixels=pixels, path=path)
+    return Image(pixels=_numbers(pixels), path=path)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NpySlices:
+    """The slices of an array that is mapped, not loaded."""
+
+    path: Path
+    array: np.ndarray
+    """(X, Y, Z)"""
+    axis: int
+
+    def read(self, index: int) -> Image:
+        """The slice; bool becomes 0 and 255."""
+        pixels = np.array(np.moveaxis(self.array, self.axis, 0)[index])
+        return Image(pixels=_numbers(pixels), path=self.path)
+
+
+def is_npy_volume(path: Path) -> bool:
+    """Whether `read_npy` would need a slice to be named, or more than that, by the header."""
+    array = _map(path)
+    return array.ndim > 3 or (array.ndim == 3 and array.shape[2] not in CHANNELS)
+
+
+def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
+    """(X, Y, Z) of any real type, sliced along axis 0 by default, with spacing 1."""
+    array = _map(path)
+    if array.ndim != 3 or 0 in array.shape:
+        raise ImageError(
+            f"{path} has shape {array.shape}; expected a volume (X, Y, Z) of one number a voxel"
+        )
+    shape = (array.shape[0], array.shape[1], array.shape[2])
+    axis = 0 if axis is None else axis
+    choose_slice(path, shape, axis, 0)
+    rows, columns = (k for k in range(3) if k != axis)
+    stored = np.dtype(np.uint8) if array.dtype == np.bool_ else array.dtype.newbyteorder("=")
+    return Volume(
+        path=path,
+        kind="npy",
+        files=(path,),
+        shape=shape,
+        axis=axis,
+        plane_axes=(rows, columns),
+        spacing_mm=(1.0, 1.0, 1.0),
+        affine=None,
+        dtype=np.dtype(np.float32) if stored.kind == "f" else stored,
+        slices=NpySlices(path=path, array=array, axis=axis),
+    )
+
+
+def _map(path: Path) -> np.ndarray:
+    """The array in a file, mapped: one slice of a large volume costs one slice. Never unpickled."""
+    with reading(path, "a .npy array"):
+        array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype.kind not in "biuf":
+        raise ImageError(f"{path} holds {array.dtype} values; expected real numbers or booleans")
+    return array
+
+
+def _numbers(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels
 
 
 def _picture(path: Path, array: np.ndarray, axis: int | None, index: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A path → an `Image`: which format a file holds, and the reader of that format."""
+"""A path → an `Image` or a `Volume`: which format a file holds, and the reader of that format."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from medsa_deploy.errors import ImageError
 
 from .files import suffix
 from .image import Image, check_image
+from .volume import Volume, check_volume
 
 Format = Literal["raster", "npy", "nifti", "dicom"]
 
@@ -58,6 +59,44 @@ def read_image(
     return check_image(_read(path, file_format, axis, index))
 
 
+def read_volume(
+    path: str | os.PathLike[str], *, axis: int | None = None, volume: int | None = None
+) -> Volume:
+    """The volume in a NIfTI, .npy or DICOM file, or in a folder that holds one DICOM series.
+
+    `axis` is the one slices are taken along: by default the one of largest spacing in a NIfTI (the
+    last among equals), the first of an .npy, and always the third, the slices, of a DICOM. `volume`
+    chooses one of a 4-D NIfTI. A lone image is a volume of one slice. ImageError if it cannot be
+    read, is no volume, or has the same value everywhere; NaN and infinite values are refused when
+    their slice is read.
+    """
+    path = Path(path)
+    file_format = "series" if path.is_dir() else _format(path)
+    if file_format == "raster":
+        raise ImageError(f"{path} is a picture; expected a NIfTI, a DICOM series or a .npy volume")
+    if volume is not None and file_format != "nifti":
+        raise ImageError(f"{path}: volume {volume} was given; only a 4-D NIfTI holds several")
+    return check_volume(_read_volume(path, file_format, axis, volume))
+
+
+def is_volume(path: str | os.PathLike[str]) -> bool:
+    """Whether `read_volume` is the reader for a path, judged by headers alone.
+
+    So are a NIfTI whose first three axes are all longer than 1, or that holds several volumes; an
+    .npy that `read_image` would want a slice of; a DICOM with several frames; and a folder without
+    other images where two DICOM files are slices of one series. What cannot be read is no volume.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            images = find_images(path)
+            dicoms = [image for image in images if _is_dicom(image)]
+            return len(dicoms) == len(images) and _is_volume(path, "series", dicoms)
+        return _is_volume(path, _format(path), [])
+    except ImageError:
+        return False
+
+
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """Files directly in `folder` that look like images, sorted by name; ImageError if none do.
 
@@ -83,6 +122,13 @@ def _looks_like_image(path: Path) -> bool:
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
     return suffix(path) in SUFFIXES or _signature(path) == "dicom"
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        return suffix(path) == ".dcm" or _signature(path) == "dicom"
+    except OSError as e:
+        raise ImageError(f"{path} cannot be opened: {e.strerror}") from e
 
 
 def _format(path: Path) -> Format:
@@ -134,3 +180,39 @@ def _read(path: Path, file_format: Format, axis: int | None, index: int | None) 
     from .raster import read_raster
 
     return read_raster(path)
+
+
+def _read_volume(
+    path: Path, file_format: Format | Literal["series"], axis: int | None, volume: int | None
+) -> Volume:
+    """Hand over to the reader of a format."""
+    if file_format == "nifti":
+        from .nifti import read_nifti_volume
+
+        return read_nifti_volume(path, axis=axis, volume=volume)
+    if file_format == "npy":
+        from .npy import read_npy_volume
+
+        return read_npy_volume(path, axis=axis)
+    from .series import read_dicom_volume, read_series
+
+    if file_format == "dicom":
+        return read_dicom_volume(path, axis=axis)
+    return read_series(path, [p for p in find_images(path) if _is_dicom(p)], axis=axis)
+
+
+def _is_volume(path: Path, file_format: Format | Literal["series"], dicoms: list[Path]) -> bool:
+    """Ask the reader of a format; `dicoms` are the files of a folder."""
+    if file_format == "nifti":
+        from .nifti import is_nifti_volume
+
+        return is_nifti_volume(path)
+    if file_format == "npy":
+        from .npy import is_npy_volume
+
+        return is_npy_volume(path)
+    if file_format == "raster":
+        return False
+    from .series import is_dicom_volume, is_series
+
+    return is_dicom_volume(path) if file_format == "dicom" else is_series(dicoms)

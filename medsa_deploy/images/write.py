@@ -1,8 +1,12 @@
-"""A mask → .png, .npy, .nii or .nii.gz, under a temporary name until it is whole."""
+"""A mask → .png, .npy, .nii or .nii.gz, and the labels of a volume → .npy, .nii, .nii.gz or .dcm.
+
+Everything is written under a temporary name until it is whole.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,10 @@ from medsa_deploy.errors import ImageError, UsageError
 
 from .files import check_suffix, suffix, whole_file
 from .image import Image
+from .volume import Volume
 
 SUFFIXES = (".png", ".npy", ".nii", ".nii.gz")
+SEGMENTATION_SUFFIXES = (".nii", ".nii.gz", ".npy", ".dcm")
 
 
 def check_mask_suffix(path: str | os.PathLike[str]) -> None:
@@ -52,3 +58,73 @@ def _write(path: Path, mask: np.ndarray, image: Image) -> None:
         from .nifti import write_nifti_mask  # nibabel loads only here
 
         write_nifti_mask(path, mask.astype(np.uint8), image)
+
+
+def check_segmentation_suffix(path: str | os.PathLike[str]) -> None:
+    """UsageError unless `write_segmentation` knows the format `path` asks for."""
+    check_suffix(Path(path), SEGMENTATION_SUFFIXES, "segmentation")
+
+
+def check_segmentation_target(path: str | os.PathLike[str], volume: Volume) -> None:
+    """Refuse what `write_segmentation` would refuse whatever the labels; for before they are made.
+
+    UsageError for another suffix, for a file of the volume itself, and for a DICOM segmentation of
+    anything but a DICOM; ImageError for a DICOM that lacks what a segmentation must repeat.
+    """
+    _check_target(Path(path), volume)
+    if suffix(Path(path)) == ".dcm":
+        from .dicom_seg import check_dicom_source
+
+        check_dicom_source(Path(path), volume)
+
+
+def write_segmentation(
+    path: str | os.PathLike[str],
+    labels: np.ndarray,
+    volume: Volume,
+    *,
+    names: Sequence[str] = (),
+    tool: str = "medsa-deploy",
+) -> None:
+    """Write the labels of `volume`, (X, Y, Z) uint8 in its stored order, as `path`'s suffix says.
+
+    0 is background; label k is called `names[k - 1]`. NIfTI: shape, affine, spacing, codes and
+    units of a NIfTI, or the affine of a DICOM series. .npy: the array. .dcm: a DICOM segmentation
+    by `tool`, semi-automatic, with a segment for each label; names are kept only here.
+    """
+    path = Path(path)
+    if labels.dtype != np.uint8:
+        raise ImageError(f"{path}: the labels have dtype {labels.dtype}; expected uint8")
+    if labels.shape != volume.shape:
+        raise ImageError(f"{path}: the labels have shape {labels.shape}, expected {volume.shape}")
+    if names and labels.max() > len(names):
+        raise ImageError(
+            f"{path}: the labels go up to {labels.max()}, but there are {len(names)} names: "
+            "give one for each"
+        )
+    _check_target(path, volume)
+    if suffix(path) == ".dcm":
+        from .dicom_seg import save, segmentation
+
+        dataset = segmentation(path, labels, volume, names=names, tool=tool)
+        with whole_file(path) as temporary:
+            save(dataset, temporary, path)
+        return
+    with whole_file(path) as temporary:
+        if suffix(path) == ".npy":
+            np.save(temporary, np.ascontiguousarray(labels), allow_pickle=False)
+        else:
+            from .nifti import write_nifti_labels
+
+            write_nifti_labels(temporary, labels, volume)
+
+
+def _check_target(path: Path, volume: Volume) -> None:
+    check_segmentation_suffix(path)
+    if path.exists() and any(file.exists() and path.samefile(file) for file in volume.files):
+        raise UsageError(f"{path} is part of the volume itself: write to another file")
+    if suffix(path) == ".dcm" and volume.kind != "dicom":
+        raise UsageError(
+            f"{path}: a DICOM segmentation refers to DICOM images, and {volume.path} is none; "
+            "write .nii.gz or .npy"
+        )

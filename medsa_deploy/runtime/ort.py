@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from medsa_deploy.errors import BundleError, DeviceError
 from medsa_deploy.manifest import Graph
 
 from .backend import Array
+
+DTYPES = {"tensor(float)": "float32"}
+"""ONNX Runtime's names of the contract's types."""
 
 
 class OnnxRuntimeBackend:
@@ -74,13 +78,7 @@ class OnnxRuntimeBackend:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime raises classes of its own that share no base
             raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
-        found = {tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())}
-        wanted = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
-        if found != wanted:
-            raise BundleError(
-                f"{path} has tensors {', '.join(sorted(found))}; "
-                f"the manifest says {', '.join(sorted(wanted))}"
-            )
+        _check_contract(path, session, graph)
         return session
 
     def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
@@ -91,6 +89,29 @@ class OnnxRuntimeBackend:
         return outputs
 
 
+def _check_contract(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
+    """BundleError unless the file's tensors have the manifest's names, types and fixed axes."""
+    opened = (*session.get_inputs(), *session.get_outputs())
+    described = (*graph.inputs, *graph.outputs)
+    found = {t.name: f"{DTYPES.get(t.type, t.type)} {_axes(t.shape)}" for t in opened}
+    wanted = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
+    differing = [
+        f"{name} is {found.get(name, 'absent')}, the manifest says {wanted.get(name, 'absent')}"
+        for name in wanted | found
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise BundleError(
+            f"{path} is not the graph its manifest describes: {'; '.join(differing)}: "
+            "export the checkpoint again"
+        )
+
+
+def _axes(shape: Sequence[int | str | None]) -> str:
+    """A shape in words; a dynamic axis is *, whatever its name."""
+    return f"({', '.join(str(axis) if isinstance(axis, int) else '*' for axis in shape)})"
+
+
 def _shape_of(graph: Graph, name: str) -> tuple[int, ...]:
     """The fixed axes of one input."""
     (tensor,) = (t for t in graph.inputs if t.name == name)
@@ -98,4 +119,5 @@ def _shape_of(graph: Graph, name: str) -> tuple[int, ...]:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:300]
+    """The first line of what ONNX Runtime said; its type where it said nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]

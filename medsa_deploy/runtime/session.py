@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
-from medsa_deploy.errors import DeviceError, UsageError
+from medsa_deploy.errors import DeviceError, ImageError, PromptError, UsageError
 from medsa_deploy.images.image import Image, check_image
 from medsa_deploy.manifest import Conventions, Manifest, check_file
 from medsa_deploy.manifest import load as load_manifest
@@ -112,7 +112,7 @@ class Session:
         backend = self.backend
         start = perf_counter()
         source = image if isinstance(image, Image) else _from_array(image)
-        pixels, window = intensities(check_image(source), self.conventions, intensity_window)
+        pixels, window = intensities(source, self.conventions, intensity_window)
         network_image, frame = transforms.preprocess(
             pixels, self.conventions.preprocess, self.manifest.network.image_size
         )
@@ -244,6 +244,9 @@ def decode(
     """
     network = manifest.network
     side = 4 * network.embedding_size
+    _check_embedding(embedding, manifest)
+    if not prompts or not all(map(_says_anything, prompts)):
+        raise PromptError("a prompt set is empty: give points, a box or a mask")
     groups: dict[tuple[int, bool], list[int]] = {}
     tokens = []
     for i, prompt in enumerate(prompts):
@@ -272,33 +275,82 @@ def intensities(
     """The values a profile takes, and the window they were mapped with (None: no window).
 
     A window the caller gives goes before the bundle's, that before the file's own rendering.
+    ImageError for an image that cannot be segmented, or that the window shows as one flat grey.
     """
+    _check_pixels(image)
+    image = check_image(image)
     if window is None and image.pixels.dtype != np.uint8:
         window = conventions.intensity_window
-    if window is None:
-        if image.display is not None:
-            return image.display, None
-        if image.pixels.dtype == np.uint8:
-            return (255 - image.pixels if image.inverted else image.pixels), None
-        low, high = float(image.pixels.min()), float(image.pixels.max())
-        window = (low, high)
-        if not transforms.PROFILES[conventions.preprocess].min_max:
-            logger.warning(
-                "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
-                "set an intensity window to fix the scale",
-                image.path,
-                image.pixels.dtype,
-                low,
-                high,
-            )
-    return transforms.display_values(image.pixels, window, inverted=image.inverted), window
+    if window is not None:
+        return _windowed(image, window), window
+    if image.display is not None:
+        return image.display, None
+    if image.pixels.dtype == np.uint8:
+        return (255 - image.pixels if image.inverted else image.pixels), None
+    low, high = float(image.pixels.min()), float(image.pixels.max())
+    if not transforms.PROFILES[conventions.preprocess].min_max:
+        logger.warning(
+            "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
+            "set an intensity window to fix the scale",
+            image.path,
+            image.pixels.dtype,
+            low,
+            high,
+        )
+    return _windowed(image, (low, high)), (low, high)
+
+
+def _windowed(image: Image, window: tuple[float, float]) -> NDArray[np.float32]:
+    """Display values of an image under a window."""
+    if len(window) != 2:
+        raise UsageError(f"the intensity window {window} cannot be used: give (low, high)")
+    values = transforms.display_values(image.pixels, window, inverted=image.inverted)
+    if np.ptp(values) == 0:
+        raise ImageError(
+            f"{image.path}: its values {image.pixels.min():g}…{image.pixels.max():g} lie outside "
+            f"the intensity window {window[0]:g}…{window[1]:g}, which shows one flat grey: "
+            "choose another window"
+        )
+    return values
 
 
 def _from_array(array: ArrayLike) -> Image:
     """An array as an image without a file."""
-    pixels = np.asarray(array)
+    try:
+        pixels = np.asarray(array)
+    except ValueError as e:
+        raise ImageError(
+            "the image's rows differ in length, expected the shape (H, W) or (H, W, 3)"
+        ) from e
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
     return Image(pixels=pixels, path=Path("array"))
+
+
+def _check_pixels(image: Image) -> None:
+    """ImageError unless pixels are real numbers of shape (H, W) or (H, W, 3)."""
+    shape = image.pixels.shape
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+        raise ImageError(f"{image.path} has shape {shape}, expected (H, W) or (H, W, 3)")
+    if image.pixels.dtype.kind not in "uif":
+        raise ImageError(f"{image.path} holds {image.pixels.dtype}, expected integers or floats")
+
+
+def _says_anything(prompt: Prompt) -> bool:
+    """Whether a prompt set holds more than the padding point that every set without a box gets."""
+    return len(prompt.points) > 0 or prompt.box is not None or prompt.mask is not None
+
+
+def _check_embedding(embedding: Embedding, manifest: Manifest) -> None:
+    """UsageError for an embedding that cannot be this network's."""
+    network = manifest.network
+    (tensor,) = manifest.graphs["encoder"].outputs
+    expected = (1, *tensor.shape[1:])
+    found, size = embedding.values.shape, embedding.frame.network_size
+    if found != expected or size != network.image_size:
+        raise UsageError(
+            f"the embedding has shape {found} and frame {size}, this network's have {expected} and "
+            f"{network.image_size}: encode the image with this session"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
     from medsa_deploy.exporters.checkpoint import Checkpoint
 
-EXPORT_LIBRARIES = {"torch", "onnx", "onnxscript", "segment_anything", "safetensors"}
+EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "segment_anything", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,12 @@ def read_checkpoint(
 
 @contextmanager
 def export_extra() -> Iterator[None]:
-    """Around imports of the exporters: a missing library is named with the extra that brings it."""
-    try:
-        yield
-    except ModuleNotFoundError as e:
-        library = (e.name or "").split(".")[0]
-        if library not in EXPORT_LIBRARIES:
-            raise
-        raise MissingDependencyError(library, extra="export", purpose="reading a checkpoint") from e
+    """Around imports of the exporters: a missing library is named with the extra that brings it.
+
+    All of them, before anything runs: torch asks for onnxscript only after minutes of work.
+    """
+    for library in EXPORT_LIBRARIES:
+        if find_spec(library) is None:
+            name = library.replace("_", "-")
+            raise MissingDependencyError(name, extra="export", purpose="reading a checkpoint")
+    yield

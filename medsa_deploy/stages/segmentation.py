@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.errors import InputError, PromptError, UsageError
+from medsa_deploy.errors import InputError, MissingDependencyError, PromptError, UsageError
 from medsa_deploy.images import (
     Image,
     check_mask_suffix,
@@ -20,6 +20,7 @@ from medsa_deploy.images import (
     write_mask,
     write_overlay,
 )
+from medsa_deploy.images.files import suffix, whole_file
 from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.runtime.session import intensities
 
@@ -93,52 +94,56 @@ def run(
     In a folder an image that cannot be segmented is reported in its place. `on_image` is told how
     many images are done, and of how many.
     """
-    options: dict[str, Any] = {"threshold": threshold, "multimask": multimask}
+    options: dict[str, Any] = {
+        "points": prompts.points or None,
+        "labels": prompts.labels or None,
+        "box": prompts.boxes or None,
+        "mask": None if prompts.mask is None else _read_logits(prompts.mask),
+        "threshold": threshold,
+        "multimask": multimask,
+    }
+
+    def segment(file: Path, targets: Outputs) -> Segmentation:
+        found = read_image(file, axis=axis, index=index)
+        embedding = session.encode(found, intensity_window=intensity_window)
+        prediction = session.segment(embedding, **options)
+        return _write(session, found, embedding, prediction, prompts, targets)
+
     if not image.is_dir():
-        targets = _file_targets(image, outputs)
-        found = read_image(image, axis=axis, index=index)
-        return [_segment(session, found, prompts, targets, intensity_window, options)]
+        _check_file_targets(image, outputs)
+        return [segment(image, outputs)]
     files = find_images(image)
-    _check_folders(outputs)
+    _check_folder_targets(image, outputs)
     results = []
     for done, file in enumerate(files):
         on_image(done, len(files))
         try:
-            targets = _folder_targets(file, image, outputs)
-            found = read_image(file, axis=axis, index=index)
-            results.append(_segment(session, found, prompts, targets, intensity_window, options))
-        except InputError as e:
+            results.append(segment(file, _folder_targets(file, outputs)))
+        except (InputError, MissingDependencyError) as e:
             results.append(Segmentation(image=file, error=str(e)))
     on_image(len(files), len(files))
     return results
 
 
-def _segment(
+def _write(
     session: Session,
     image: Image,
+    embedding: Embedding,
+    prediction: Prediction,
     prompts: Prompts,
     targets: Outputs,
-    window: tuple[float, float] | None,
-    options: dict[str, Any],
 ) -> Segmentation:
-    """One image: encode, decode, write."""
-    embedding = session.encode(image, intensity_window=window)
-    prediction = session.segment(
-        embedding,
-        points=prompts.points or None,
-        labels=prompts.labels or None,
-        box=prompts.boxes or None,
-        mask=None if prompts.mask is None else _read_logits(prompts.mask),
-        **options,
-    )
+    """Write what came of one image, and report it. Folders are made when there is a mask."""
     labels = _labels(prediction)
+    for path in _named(targets):
+        path.parent.mkdir(exist_ok=True)
     if targets.mask is not None:
         write_mask(targets.mask, labels, image)
     if targets.overlay is not None:
-        _write_overlay(targets.overlay, session, image, labels, prompts, window)
+        _write_overlay(targets.overlay, session, image, embedding, labels, prompts)
     if targets.logits is not None:
-        with targets.logits.open("wb") as f:
-            np.save(f, prediction.low_res_logits)
+        with whole_file(targets.logits) as temporary:
+            np.save(temporary, prediction.low_res_logits)
     return _report(session, image, embedding, prediction, labels, targets)
 
 
@@ -188,11 +193,11 @@ def _write_overlay(
     path: Path,
     session: Session,
     image: Image,
+    embedding: Embedding,
     labels: NDArray[Any],
     prompts: Prompts,
-    window: tuple[float, float] | None,
 ) -> None:
-    background, _ = intensities(image, session.conventions, window)
+    background, _ = intensities(image, session.conventions, embedding.intensity_window)
     signs = prompts.labels or (1,) * len(prompts.points)
     write_overlay(
         path, background, labels, points=prompts.points, labels=signs, boxes=prompts.boxes
@@ -201,8 +206,11 @@ def _write_overlay(
 
 def _read_logits(path: Path) -> Array:
     """(4g, 4g) logits of one mask, saved by `--save-logits` or by hand."""
+    if not path.is_file():
+        raise PromptError(f"{path} does not exist: --mask-input takes a .npy file of logits")
     try:
-        logits = np.load(path, allow_pickle=False)
+        with path.open("rb") as f:
+            logits = np.lib.format.read_array(f, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise PromptError(f"{path} is not a .npy file of logits: {e}") from e
     while logits.ndim > 2 and len(logits) == 1:
@@ -215,38 +223,51 @@ def _read_logits(path: Path) -> Array:
     return np.asarray(logits, np.float32)
 
 
-def _file_targets(image: Path, outputs: Outputs) -> Outputs:
-    """Outputs of one image, their suffixes checked before anything is computed."""
-    for path in (outputs.mask, outputs.overlay, outputs.logits):
-        if path is not None and not path.parent.is_dir():
+def _named(outputs: Outputs) -> list[Path]:
+    """The outputs that are wanted."""
+    return [path for path in (outputs.mask, outputs.overlay, outputs.logits) if path is not None]
+
+
+def _check_file_targets(image: Path, outputs: Outputs) -> None:
+    """Refuse outputs that one image cannot be written to, before anything is computed."""
+    for path in _named(outputs):
+        if not path.parent.is_dir():
             raise UsageError(f"{path.parent} is not a folder: make it first")
-        if path is not None and path.resolve() == image.resolve():
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; for one image, name a file")
+        if path.resolve() == image.resolve():
             raise UsageError(f"{path} is the input image: name another output")
+    if len(set(_named(outputs))) < len(_named(outputs)):
+        raise UsageError("two outputs have the same name: give each its own")
     if outputs.mask is not None:
         check_mask_suffix(outputs.mask)
     if outputs.overlay is not None:
         check_overlay_suffix(outputs.overlay)
-    if outputs.logits is not None and outputs.logits.suffix != ".npy":
+    if outputs.logits is not None and suffix(outputs.logits) != ".npy":
         raise UsageError(f"{outputs.logits}: logits are written as .npy")
-    return outputs
 
 
-def _check_folders(outputs: Outputs) -> None:
-    for path in (outputs.mask, outputs.overlay, outputs.logits):
-        if path is not None and path.exists() and not path.is_dir():
+def _check_folder_targets(image: Path, outputs: Outputs) -> None:
+    """Refuse outputs that a folder of images cannot be written to."""
+    for path in _named(outputs):
+        if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; for a folder of images, name a folder")
+        if not path.exists() and path.suffix:
+            raise UsageError(
+                f"{path} looks like a file; for a folder of images, name a folder, "
+                "or make this one first"
+            )
+        if not path.parent.is_dir():
+            raise UsageError(f"{path.parent} is not a folder: make it first")
+        if path.resolve() == image.resolve():
+            raise UsageError(f"{path} is the input folder: name another for the outputs")
 
 
-def _folder_targets(file: Path, folder: Path, outputs: Outputs) -> Outputs:
+def _folder_targets(file: Path, outputs: Outputs) -> Outputs:
     """One image's outputs in the output folders, named after the whole file name."""
 
-    def named(target: Path | None, ending: str) -> Path | None:
-        if target is None:
-            return None
-        target.mkdir(parents=True, exist_ok=True)
-        if target.resolve() == folder.resolve():
-            raise UsageError(f"{target} is the input folder: name another for the outputs")
-        return target / f"{file.name}{ending}"
+    def named(folder: Path | None, ending: str) -> Path | None:
+        return None if folder is None else folder / f"{file.name}{ending}"
 
     return Outputs(
         mask=named(outputs.mask, ".mask.png"),

@@ -77,16 +77,19 @@ def _checkpoint_outputs(
 ) -> list[dict[str, Array]]:
     """Outputs of the checkpoint's own network, which must be the one the bundle was made from."""
     source = made.source
+    if source.base is not None and base is None:
+        raise UsageError(f"this bundle was made over {source.base}: add --base FILE")
+    if source.base is None and base is not None:
+        raise UsageError(f"this bundle was made from {source.checkpoint} alone: leave --base out")
     for path, name, digest in (
         (checkpoint, source.checkpoint, source.sha256),
         (base, source.base, source.base_sha256),
     ):
-        if path is not None and path.is_file() and manifest.sha256(path) != digest:
+        if path is not None and path.is_file() and (found := manifest.sha256(path)) != digest:
             raise InputError(
-                f"{path} is not the file this bundle was made from: {name}, SHA-256 {digest}"
+                f"{path} (SHA-256 {found}) is not the file this bundle was made from: "
+                f"{name} (SHA-256 {digest})"
             )
-    if source.base is not None and base is None:
-        raise UsageError(f"this bundle was made over {source.base}: add --base FILE")
     with export_extra():
         from medsa_deploy.exporters.checkpoint import load_checkpoint
         from medsa_deploy.exporters.reference import build_reference

@@ -1,0 +1,255 @@
+"""Keys and shapes → the facts about an image encoder: heads, windows, global blocks, image size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+from medsa_deploy.errors import CheckpointError, UsageError
+from medsa_deploy.manifest import EncoderKind
+
+from .guesses import Guess, Overrides
+from .shapes import Shapes
+
+GLOBAL_LAYOUTS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}
+"""Global blocks of SAM's ViT-B, L and H by depth."""
+SAM_WINDOW = 14
+SAM_IMAGE_SIZE = 1024
+LITE_IMAGE_SIZE = 256
+
+Rows = list[int | None]
+"""Rows of each block's relative-position tables; None for a block without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """The encoder's part of `manifest.Network`."""
+
+    encoder: EncoderKind
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    windows: tuple[int, ...]
+    global_blocks: tuple[int, ...]
+    image_size: int
+    embedding_size: int
+    patch_size: int
+
+
+def tiny_vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
+    """LiteMedSAM: everything but the image size is in the shapes."""
+    for option in ("heads", "window_size", "global_blocks"):
+        if getattr(overrides, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} is for SAM ViTs; this is a TinyViT")
+    prefix = "image_encoder.layers"
+    stages = range(1, shapes.count(prefix))
+    widths = [shapes[f"{prefix}.{i}.blocks.0.attn.norm.weight"][0] for i in stages]
+    tables = [shapes[f"{prefix}.{i}.blocks.0.attn.attention_biases"] for i in stages]
+    for i, width, (heads, offsets) in zip(stages, widths, tables, strict=True):
+        if width % heads or isqrt(offsets) ** 2 != offsets:
+            raise CheckpointError(
+                f"wrong shapes: {prefix}.{i}.blocks.0.attn.attention_biases is {(heads, offsets)}, "
+                f"expected (a divisor of the width {width}, a square)"
+            )
+    patch = 4  # a stage halves the resolution twice; the patch embedding keeps it
+    size = overrides.image_size
+    if size is None:
+        size = LITE_IMAGE_SIZE
+        guesses.append(_image_size_guess(size, "no key shows it; LiteMedSAM's size"))
+    _whole_patches(size, patch)
+    return EncoderFacts(
+        encoder="tiny_vit",
+        widths=(shapes[f"{prefix}.0.blocks.0.conv3.c.weight"][0], *widths),
+        depths=tuple(shapes.count(f"{prefix}.{i}.blocks") for i in (0, *stages)),
+        heads=(0, *(table[0] for table in tables)),
+        windows=(0, *(isqrt(table[1]) for table in tables)),
+        global_blocks=(),
+        image_size=size,
+        embedding_size=size // patch,
+        patch_size=patch,
+    )
+
+
+def vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
+    """A SAM ViT: heads, windows and image size from the relative-position tables."""
+    width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
+    depth = shapes.count("image_encoder.blocks")
+    tables = [shapes.get(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(depth)]
+    rows: Rows = [None if table is None else table[0] for table in tables]
+    if even := sorted({n for n in rows if n is not None and n % 2 == 0}):
+        raise CheckpointError(
+            f"relative-position tables have {_counted(even)} rows, expected 2·n − 1, an odd number"
+        )
+    head_size = next((table[1] for table in tables if table is not None), None)
+    window = _window(rows, overrides, guesses)
+    grid = _grid(rows, window, patch, overrides, guesses)
+    return EncoderFacts(
+        encoder="vit",
+        widths=(width,),
+        depths=(depth,),
+        heads=(_heads(width, head_size, overrides, guesses),),
+        windows=(window,),
+        global_blocks=_global_blocks(rows, window, grid, overrides, guesses),
+        image_size=grid * patch,
+        embedding_size=grid,
+        patch_size=patch,
+    )
+
+
+def _heads(width: int, head_size: int | None, overrides: Overrides, guesses: list[Guess]) -> int:
+    """Attention heads: width over the tables' width, else over SAM's head size."""
+    if overrides.heads is not None:
+        heads = overrides.heads
+        if heads < 1 or width % heads:
+            raise UsageError(f"--heads {heads} does not divide the embedding width {width}")
+        if head_size not in (None, width // heads):
+            raise UsageError(
+                f"--heads {heads} gives a head size of {width // heads}, but the relative-position "
+                f"tables are {head_size} wide: leave the option out"
+            )
+        return heads
+    size = head_size or (80 if width == 1280 else 64)
+    if width % size:
+        raise CheckpointError(
+            f"the relative-position tables are {size} wide, which does not divide the embedding "
+            f"width {width}: the checkpoint is damaged, or not a SAM ViT"
+            if head_size
+            else f"SAM's head size {size} does not divide the embedding width {width}, and there "
+            "are no relative-position tables to show another: give --heads"
+        )
+    if head_size is None:
+        guesses.append(
+            Guess(
+                fact="heads",
+                value=str(width // size),
+                because=f"no relative-position tables; SAM's head size {size}",
+                option="--heads",
+            )
+        )
+    return width // size
+
+
+def _window(rows: Rows, overrides: Overrides, guesses: list[Guess]) -> int:
+    """Side of a window in tokens: a windowed block's tables have 2·window − 1 rows."""
+    lengths = _lengths(rows)
+    sam = 2 * SAM_WINDOW - 1
+    if overrides.window_size is not None:
+        window = overrides.window_size
+        if window < 1:
+            raise UsageError(f"--window-size {window} is not a window: give its side in tokens")
+        if lengths and None not in rows and 2 * window - 1 not in lengths:
+            raise UsageError(
+                f"--window-size {window} needs relative-position tables of {2 * window - 1} rows; "
+                f"the checkpoint's have {_counted(lengths)}"
+            )
+        return window
+    if length := _windowed_by_layout(rows):
+        return (length + 1) // 2
+    if sam in lengths or len(lengths) != 2:
+        window, because = SAM_WINDOW, "SAM's window"
+    else:
+        window, because = (lengths[0] + 1) // 2, "the shorter taken for the windows'"
+    shown = lengths[:1] == [sam] or (len(lengths) == 1 and None not in rows)
+    if not shown:
+        found = f"tables of {_counted(lengths)} rows" if lengths else "no relative-position tables"
+        guesses.append(
+            Guess(
+                fact="window",
+                value=str(window),
+                because=f"{found}; {because}",
+                option="--window-size",
+            )
+        )
+    return window
+
+
+def _windowed_by_layout(rows: Rows) -> int | None:
+    """Rows of the windowed blocks' tables, if the tables change exactly where SAM's layout does."""
+    layout = GLOBAL_LAYOUTS.get(len(rows), ())
+    windowed = {n for i, n in enumerate(rows) if i not in layout}
+    whole = {n for i, n in enumerate(rows) if i in layout}
+    return windowed.pop() if len(windowed) == len(whole) == 1 and windowed != whole else None
+
+
+def _grid(rows: Rows, window: int, patch: int, overrides: Overrides, guesses: list[Guess]) -> int:
+    """Side of the token grid: a global block's tables have 2·grid − 1 rows."""
+    if overrides.image_size is not None:
+        return _whole_patches(overrides.image_size, patch) // patch
+    lengths = _lengths(rows)
+    others = [n for n in lengths if n != 2 * window - 1]
+    if len(others) > 1 or (lengths and not others and None in rows):
+        raise CheckpointError(
+            f"relative-position tables of {_counted(lengths)} rows do not show the image size: "
+            "expected those of a window and of the whole grid; give --image-size"
+        )
+    if lengths:
+        return ((others or lengths)[0] + 1) // 2
+    grid = SAM_IMAGE_SIZE // patch
+    guesses.append(_image_size_guess(grid * patch, "no relative-position tables; SAM's size"))
+    return grid
+
+
+def _global_blocks(
+    rows: Rows, window: int, grid: int, overrides: Overrides, guesses: list[Guess]
+) -> tuple[int, ...]:
+    """Blocks that attend over the whole grid: those whose tables are not a window's.
+
+    A windowed block's tables must be its window's; a global one's are resized to the grid.
+    """
+    blocks = _chosen_global_blocks(rows, window, grid, overrides, guesses)
+    for i, n in enumerate(rows):
+        if i not in blocks and n not in (None, 2 * window - 1):
+            raise UsageError(
+                f"block {i} would be windowed, but its relative-position tables have {n} rows, not "
+                f"a window's {2 * window - 1}: change --global-blocks or --window-size"
+            )
+    return blocks
+
+
+def _chosen_global_blocks(
+    rows: Rows, window: int, grid: int, overrides: Overrides, guesses: list[Guess]
+) -> tuple[int, ...]:
+    depth = len(rows)
+    if overrides.global_blocks is not None:
+        if outside := sorted(i for i in overrides.global_blocks if not 0 <= i < depth):
+            raise UsageError(
+                f"--global-blocks {', '.join(map(str, outside))}: the encoder has blocks "
+                f"0…{depth - 1}"
+            )
+        return tuple(sorted(set(overrides.global_blocks)))
+    if None not in rows and _lengths(rows) != [2 * window - 1]:
+        return tuple(i for i, n in enumerate(rows) if n != 2 * window - 1)
+    if depth in GLOBAL_LAYOUTS:
+        guesses.append(
+            Guess(
+                fact="global blocks",
+                value=", ".join(map(str, GLOBAL_LAYOUTS[depth])),
+                because=f"the tables cannot tell; SAM's layout for {depth} blocks",
+                option="--global-blocks",
+            )
+        )
+        return GLOBAL_LAYOUTS[depth]
+    if grid == window:  # one window is the whole grid: every block computes the same either way
+        return ()
+    raise CheckpointError(
+        f"the tables of this {depth}-block encoder do not tell windowed from global blocks: "
+        "give --global-blocks"
+    )
+
+
+def _whole_patches(image_size: int, patch: int) -> int:
+    if image_size < patch or image_size % patch:
+        raise UsageError(f"--image-size {image_size} is not a multiple of the patch size {patch}")
+    return image_size
+
+
+def _image_size_guess(size: int, because: str) -> Guess:
+    return Guess(fact="image size", value=str(size), because=because, option="--image-size")
+
+
+def _lengths(rows: Rows) -> list[int]:
+    return sorted({n for n in rows if n is not None})
+
+
+def _counted(lengths: list[int]) -> str:
+    return " and ".join(map(str, lengths))

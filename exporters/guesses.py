@@ -1,0 +1,38 @@
+"""What a checkpoint does not settle: the options that set it, and the guesses made without them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medsa_deploy.manifest import PointFrame, PointOrder, ProfileName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """What a user may set where a checkpoint does not say, or against what it suggests."""
+
+    heads: int | None = None
+    window_size: int | None = None
+    """Attention window in tokens."""
+    global_blocks: tuple[int, ...] | None = None
+    image_size: int | None = None
+    """Side of the network's input in pixels."""
+    classes: int | None = None
+    preprocess: ProfileName | None = None
+    intensity_window: tuple[float, float] | None = None
+    point_order: PointOrder | None = None
+    point_frame: PointFrame | None = None
+    threshold: float | None = None
+    """A probability."""
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """A fact the checkpoint does not settle."""
+
+    fact: str
+    value: str
+    because: str
+    option: str
+    """The option that overrules it."""

@@ -1,0 +1,191 @@
+"""Labels of a DICOM volume → a DICOM Segmentation object, through highdicom (extra `dicom`).
+
+Of the two types BINARY is written, one segment for each label: every viewer and reader takes it,
+LABELMAP (2023) few. A frame where a segment is empty is left out; only if there is not one voxel
+are they all written, because a segmentation without frames is no valid object. It repeats the
+patient and study of its source, as the standard wants: it belongs to that patient's record.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medsa_deploy.errors import ImageError, MissingDependencyError
+
+from .dicom import load_header
+from .files import one_line, reading
+from .series import DicomSlices
+from .volume import Volume
+
+log = logging.getLogger(__name__)
+
+NEEDED = (
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID",
+)  # fmt: skip
+MAY_BE_EMPTY = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
+    "StudyDate", "StudyTime", "ReferringPhysicianName",
+)  # fmt: skip
+"""Attributes the standard wants present, if empty; anonymisers remove them."""
+LABEL_LENGTH = 64
+"""Of DICOM's long strings, in characters."""
+
+
+def check_dicom_source(path: Path, volume: Volume) -> None:
+    """Make a segmentation of one voxel for `path`, so that what would be refused is so at once.
+
+    ImageError if the source lacks, or has a strange value in, what a segmentation must repeat.
+    """
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[0, 0, 0] = 1
+    segmentation(path, labels, volume, names=(), tool="medsa-deploy")
+
+
+def segmentation(
+    path: Path, labels: np.ndarray, volume: Volume, *, names: Sequence[str], tool: str
+) -> Any:
+    """`labels` (columns, rows, slices) uint8 as a dataset for `path`, which only messages name.
+
+    Label k is segment k, called `names[k - 1]`.
+    """
+    highdicom = _highdicom()
+    sources = _sources(path, volume)
+    frames = _slices(volume).frames
+    planes = labels.transpose(2, 1, 0)
+    if len(sources) == 1 and len(frames) > 1:  # of a multi-frame file, in the file's order
+        planes = planes[np.argsort([frame.number or 0 for frame in frames])]
+    with _writing(path):
+        dataset = highdicom.seg.Segmentation(
+            source_images=sources,
+            pixel_array=np.ascontiguousarray(planes),
+            segmentation_type="BINARY",
+            segment_descriptions=_segments(highdicom, int(labels.max()), names, tool),
+            series_instance_uid=highdicom.UID(),
+            series_number=int(sources[0].get("SeriesNumber") or 0) % 10**6 + 1000,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer=tool,
+            manufacturer_model_name=tool,
+            software_versions=_version(),
+            device_serial_number="0",
+            content_label="SEGMENTATION",
+            content_description=f"Segmentation by {tool}",
+            series_description=f"Segmentation by {tool}",
+            omit_empty_frames=bool(labels.any()),
+        )
+        dataset.SpecificCharacterSet = "ISO_IR 192"  # whatever the source has, for any class name
+    return dataset
+
+
+def save(dataset: Any, temporary: Path, path: Path) -> None:
+    """Write a segmentation under a temporary name; messages say `path`."""
+    with _writing(path):
+        dataset.save_as(temporary, enforce_file_format=True)
+
+
+def _highdicom() -> Any:
+    """The library, imported when the first segmentation is written: it takes a second."""
+    try:
+        import highdicom
+    except ImportError as e:
+        raise MissingDependencyError(
+            "highdicom", extra="dicom", purpose="writing DICOM segmentations"
+        ) from e
+    return highdicom
+
+
+def _slices(volume: Volume) -> DicomSlices:
+    assert isinstance(volume.slices, DicomSlices)  # what makes a volume's kind "dicom"
+    return volume.slices
+
+
+def _sources(path: Path, volume: Volume) -> list[Any]:
+    """The headers of the source images, in slice order, complete; a single multi-frame is one."""
+    if volume.affine is None:
+        raise ImageError(
+            f"{path}: a DICOM segmentation needs slices with a place in the patient, and "
+            f"{volume.path} gives them none; write .npy or .nii.gz"
+        )
+    if _slices(volume).frames[0].spacing is None:
+        raise ImageError(
+            f"{path}: a DICOM segmentation needs the PixelSpacing of its source, and "
+            f"{volume.path} has none; write .npy or .nii.gz"
+        )
+    sources = []
+    for file, frame in dict.fromkeys((f.path, f.uid) for f in _slices(volume).frames):
+        source = load_header(file)
+        with reading(file, "DICOM"):
+            if str(source.get("SOPInstanceUID", "")) != frame:
+                raise ImageError(f"{file} has changed since it was read: run again")
+            if missing := [name for name in NEEDED if not source.get(name)]:
+                raise ImageError(
+                    f"{path}: a DICOM segmentation needs {', '.join(missing)} of its source, which "
+                    f"{file} lacks; write .npy or .nii.gz"
+                )
+            for name in MAY_BE_EMPTY:
+                if name not in source:
+                    setattr(source, name, "")
+        sources.append(source)
+    return sources
+
+
+def _segments(highdicom: Any, highest: int, names: Sequence[str], tool: str) -> list[Any]:
+    """One description for every label up to the highest, and for every name; at least one."""
+    from pydicom.sr.codedict import codes
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name=tool,
+        family=codes.DCM.ArtificialIntelligence,
+        version=_version(),
+    )
+    return [
+        highdicom.seg.SegmentDescription(
+            segment_number=k + 1,
+            segment_label=_label(names[k] if k < len(names) else f"segment {k + 1}"),
+            # What a class is called does not say what it is in coded terms: the widest there are.
+            segmented_property_category=codes.SCT.Tissue,
+            segmented_property_type=codes.SCT.Tissue,
+            algorithm_type="SEMIAUTOMATIC",
+            algorithm_identification=algorithm,
+        )
+        for k in range(max(highest, len(names), 1))
+    ]
+
+
+def _version() -> str:
+    """This package's, from its installation: its root knows modules this one must not import."""
+    try:
+        return version("medsa-deploy")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _label(name: str) -> str:
+    """A class name as DICOM can hold it: one line without backslashes, at most 64 characters."""
+    return " ".join(name.replace("\\", "/").split())[:LABEL_LENGTH] or "unnamed"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn whatever highdicom refuses into one ImageError; its warnings go to the log."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except OSError:
+        raise
+    except Exception as e:
+        raise ImageError(
+            f"{path} cannot be written as a DICOM segmentation: {one_line(e)}; "
+            "write .npy or .nii.gz"
+        ) from e
+    for warning in caught:
+        log.info("%s: %s", path, warning.message)

@@ -1,0 +1,121 @@
+"""Invented checkpoints: keys and shapes of SAM ViTs of any size, and checkpoints that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from golden_cases import GoldenCase, seeded
+
+from medsa_deploy.exporters.checkpoint import Checkpoint
+from medsa_deploy.manifest import Source
+
+Keys = dict[str, tuple[int, ...]]
+Rows = Sequence[int | None]
+
+
+def rows(depth: int, window: int, grid: int, global_blocks: Iterable[int]) -> list[int]:
+    """Rows of each block's tables: 2·n − 1, n the window's side or the grid's."""
+    return [2 * (grid if i in global_blocks else window) - 1 for i in range(depth)]
+
+
+def vit_keys(
+    *,
+    width: int = 64,
+    head_size: int = 16,
+    tables: Rows = (27, 15, 27, 15),
+    spelling: str = "rel_pos_",
+    adapters: Mapping[str, Iterable[int]] | None = None,
+    form: str = "meta",
+    mask_tokens: int = 4,
+    hyp: Mapping[int, Sequence[int]] | None = None,
+) -> Keys:
+    """Keys and shapes of a SAM ViT whose blocks have relative-position tables of `tables` rows.
+
+    adapters: kind (Space, MLP, Depth) → blocks. hyp: two-way block → HyP-Adpt's prompt width, then
+    its lengths.
+    """
+    keys: Keys = {
+        "image_encoder.pos_embed": (1, 64, 64, width),
+        "image_encoder.patch_embed.proj.weight": (width, 3, 16, 16),
+        "image_encoder.patch_embed.proj.bias": (width,),
+        "image_encoder.neck.0.weight": (256, width, 1, 1),
+        **_norm("image_encoder.neck.1", 256),
+        "image_encoder.neck.2.weight": (256, 256, 3, 3),
+        **_norm("image_encoder.neck.3", 256),
+    }
+    for i, length in enumerate(tables):
+        block = f"image_encoder.blocks.{i}"
+        if length is not None:
+            keys |= {f"{block}.attn.{spelling}{axis}": (length, head_size) for axis in "hw"}
+        keys |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width)
+        keys |= _linear(f"{block}.attn.qkv", 3 * width, width)
+        keys |= _linear(f"{block}.attn.proj", width, width)
+        keys |= _linear(f"{block}.mlp.lin1", 4 * width, width)
+        keys |= _linear(f"{block}.mlp.lin2", width, 4 * width)
+        for kind, blocks in (adapters or {}).items():
+            if i in blocks:
+                keys |= adapter_keys(f"{block}.{kind}_Adapter", width)
+    keys |= _decoder(form, mask_tokens)
+    for i, (prompt, *lengths) in (hyp or {}).items():
+        keys |= _hyp(f"mask_decoder.transformer.layers.{i}", prompt, lengths)
+    return keys
+
+
+def adapter_keys(prefix: str, width: int) -> Keys:
+    """An adapter with a hidden layer of a quarter of its width."""
+    down, up = f"{prefix}.D_fc1", f"{prefix}.D_fc2"
+    return _linear(down, width // 4, width) | _linear(up, width, width // 4)
+
+
+def weights(keys: Keys, *, rel_pos: float = 0.0, seed: int = 5) -> dict[str, torch.Tensor]:
+    """Seeded weights; `rel_pos` scales the relative-position tables."""
+    state = seeded.state_dict(keys, seed, rel_pos_scale=rel_pos)
+    return {key: torch.from_numpy(value) for key, value in state.items()}
+
+
+def hollow(keys: Keys, *, public_training: bool = False) -> Checkpoint:
+    """A checkpoint of zeros that take no memory, for whatever is read from keys and shapes."""
+    return checkpoint(
+        {key: torch.zeros(()).expand(shape) for key, shape in keys.items()},
+        public_training=public_training,
+    )
+
+
+def checkpoint(tensors: Mapping[str, torch.Tensor], *, public_training: bool = False) -> Checkpoint:
+    """Tensors as a checkpoint that was read from a file."""
+    source = Source(checkpoint="x.pth", sha256="0" * 64, container="state dict", dtype="float32")
+    return Checkpoint(source=source, tensors=tensors, public_training=public_training, notes=())
+
+
+def _decoder(form: str, mask_tokens: int) -> Keys:
+    """Prompt encoder and decoder: a golden case's, in either form, with any number of tokens."""
+    keys: Keys = {}
+    mlps = "mask_decoder.output_hypernetworks_mlps"
+    for key, shape in GoldenCase("medsa_2d").settings["keys"].items():
+        if key.startswith(f"{mlps}.0."):
+            keys |= {key.replace(".0.", f".{i}.", 1): tuple(shape) for i in range(mask_tokens)}
+        elif not key.startswith((mlps, "image_encoder.")):
+            meta = key.replace(".mlp.layers.0.0.", ".mlp.lin1.").replace(".mlp.fc.", ".mlp.lin2.")
+            keys[meta if form == "meta" else key] = tuple(shape)
+    keys["mask_decoder.mask_tokens.weight"] = (mask_tokens, 256)
+    return keys | _linear("mask_decoder.iou_prediction_head.layers.2", mask_tokens, 256)
+
+
+def _hyp(block: str, prompt: int, lengths: Sequence[int]) -> Keys:
+    """The three decoder adapters of a two-way block."""
+    prefix = f"{block}.HyP_Adapter"
+    keys = adapter_keys(f"{block}.MLP_Adapter", 256) | adapter_keys(f"{block}.Image_Adapter", 256)
+    keys |= _linear(f"{prefix}.D_fc1", lengths[0], 256) | _linear(f"{prefix}.P_fc", prompt, 256)
+    for k, (a, b) in enumerate(pairwise(lengths)):
+        keys |= _linear(f"{prefix}.hyper.{k}", a * b, prompt) | _norm(f"{prefix}.norms.{k}", b)
+    return keys | _linear(f"{prefix}.D_fc2", 256, lengths[-1])
+
+
+def _linear(name: str, out: int, inner: int) -> Keys:
+    return {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
+
+
+def _norm(name: str, width: int) -> Keys:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}

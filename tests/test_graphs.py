@@ -1,0 +1,228 @@
+"""The exported graphs: contract, dynamic axes, operators that must survive, sizes beyond golden."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from golden_cases import GoldenCase, relative_l2, seeded
+
+from medsa_deploy import manifest, stages
+from medsa_deploy.exporters import graphs
+from medsa_deploy.exporters.architecture import Overrides, infer
+from medsa_deploy.exporters.checkpoint import load_checkpoint
+from medsa_deploy.exporters.folded import fold
+from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.verify import difference
+
+ONNX_LIMIT = 2e-5
+
+
+@pytest.fixture(scope="module")
+def hyp(bundle_of) -> Path:
+    return bundle_of("medsa_hyp_2d")
+
+
+def session(path: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(path, options)
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_the_files_keep_the_manifests_contract(hyp: Path, name: str) -> None:
+    contract = manifest.load(hyp).graphs[name]
+    model = onnx.load(hyp / f"{name}.onnx")
+    onnx.checker.check_model(model)
+    for values, tensors in (
+        (model.graph.input, contract.inputs),
+        (model.graph.output, contract.outputs),
+    ):
+        for value, tensor in zip(values, tensors, strict=True):
+            axes = value.type.tensor_type.shape.dim
+            assert value.name == tensor.name
+            assert tuple(axis.dim_param or axis.dim_value for axis in axes) == tensor.shape
+            assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert model.opset_import[0].version == graphs.OPSET
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "sets", "points"),
+    [(*pair, n) for pair in ((1, 1), (1, 3), (3, 1), (3, 3), (2, 2)) for n in (1, 2, 7)],
+)
+def test_embeddings_and_prompt_sets_broadcast(
+    hyp: Path, embeddings: int, sets: int, points: int
+) -> None:
+    """Every pair of E and P equals the same prompts decoded one embedding and one set at a time."""
+    decoder = session(hyp / "decoder.onnx")
+    rng = np.random.default_rng([embeddings, sets, points])
+    e = rng.normal(0, 0.5, (embeddings, 256, 16, 16)).astype(np.float32)
+    coords = rng.uniform(0, 256, (sets, points, 2)).astype(np.float32)
+    labels = rng.integers(-1, 4, (sets, points)).astype(np.float32)
+    mask = rng.normal(0, 4, (sets, 1, 64, 64)).astype(np.float32)
+
+    def decode(i: slice, j: slice) -> list[np.ndarray]:
+        inputs = {
+            "image_embeddings": e[i],
+            "point_coords": coords[j],
+            "point_labels": labels[j],
+            "mask_input": mask[j],
+            "has_mask_input": np.ones(1, np.float32),
+        }
+        return decoder.run(["low_res_masks", "iou_predictions"], inputs)
+
+    together = decode(slice(None), slice(None))
+    count = max(embeddings, sets)
+    assert together[0].shape == (count, 1, 64, 64)
+    for k in range(count):
+        i, j = min(k, embeddings - 1), min(k, sets - 1)
+        alone = decode(slice(i, i + 1), slice(j, j + 1))
+        for one, many in zip(alone, together, strict=True):
+            assert relative_l2(many[k : k + 1], one) <= ONNX_LIMIT
+
+
+def test_embeddings_and_prompt_sets_that_do_not_match_are_refused(hyp: Path) -> None:
+    inputs = {
+        "image_embeddings": np.zeros((2, 256, 16, 16), np.float32),
+        "point_coords": np.zeros((3, 1, 2), np.float32),
+        "point_labels": np.zeros((3, 1), np.float32),
+        "mask_input": np.zeros((3, 1, 64, 64), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+    }
+    with pytest.raises(Exception, match="out of data bounds"):
+        session(hyp / "decoder.onnx").run(None, inputs)
+
+
+def test_a_mask_prompt_counts_only_when_it_is_announced(hyp: Path) -> None:
+    decoder = session(hyp / "decoder.onnx")
+    inputs = {
+        "image_embeddings": np.zeros((1, 256, 16, 16), np.float32),
+        "point_coords": np.zeros((1, 1, 2), np.float32),
+        "point_labels": np.ones((1, 1), np.float32),
+        "mask_input": np.full((1, 1, 64, 64), np.nan, np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+    }
+    ignored = decoder.run(["low_res_masks"], inputs)[0]
+    assert np.isfinite(ignored).all()
+    assert np.isnan(
+        decoder.run(["low_res_masks"], inputs | {"has_mask_input": np.ones(1, "f")})[0]
+    ).any()
+
+
+def test_encoder_batch_is_dynamic(hyp: Path) -> None:
+    encoder = session(hyp / "encoder.onnx")
+    images = seeded.image(4, (3, 3, 256, 256))
+    (together,) = encoder.run(None, {"image": images})
+    for i in range(3):
+        (alone,) = encoder.run(None, {"image": images[i : i + 1]})
+        assert relative_l2(together[i : i + 1], alone) <= ONNX_LIMIT
+
+
+def test_norms_and_gelus_survive_the_exporter(hyp: Path) -> None:
+    encoder, decoder = operators(hyp / "encoder.onnx"), operators(hyp / "decoder.onnx")
+    blocks = 4
+    assert encoder["LayerNormalization"] == 2 * blocks + 2
+    assert encoder["Gelu"] == 2 * blocks  # one MLP with its adapter, one Space adapter
+    assert decoder["LayerNormalization"] > 0
+    assert not {"Erf", "ReduceMean", "Pow"} & (set(encoder) | set(decoder))
+
+
+def test_the_adapters_gemms_are_merged(hyp: Path) -> None:
+    """A block: q, k, v, [projection; fc1], fc2, [lin1; fc1], [lin2, fc2], two of attention."""
+    blocks, neck = 4, 1
+    assert operators(hyp / "encoder.onnx")["MatMul"] == 9 * blocks + neck
+
+
+def test_hyper_weights_of_fixed_tokens_are_constants(hyp: Path) -> None:
+    model = onnx.load(hyp / "decoder.onnx")
+    shapes = [tuple(tensor.dims) for tensor in model.graph.initializer]
+    assert shapes.count((5, 64, 64)) == 4  # two adapters of two steps, on iou and mask tokens
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "depth", "window", "size", "global_blocks", "rel_pos", "padded"),
+    [
+        (64, 1, 2, 7, 128, (1,), 0.3, True),
+        (128, 2, 3, 14, 224, (0, 2), 0.2, False),
+        (160, 2, 2, 5, 336, (1,), 0.2, True),
+        (80, 1, 12, 14, 512, (2, 5, 8, 11), 0.0, True),
+    ],
+)
+def test_other_sizes(
+    tmp_path: Path, width, heads, depth, window, size, global_blocks, rel_pos, padded
+) -> None:
+    """Nothing is tied to the golden sizes: widths, heads, windows, image sizes, head size 80."""
+    grid = size // 16
+    assert padded == bool(grid % window)
+    keys = vit_keys(width, width // heads, depth, window, grid, global_blocks)
+    path = tmp_path / "other.pth"
+    state = seeded.state_dict(keys, 31, rel_pos_scale=rel_pos)
+    torch.save({k: torch.from_numpy(v) for k, v in state.items()}, path)
+    overrides = Overrides(heads=heads, global_blocks=global_blocks, classes=3)
+    made = stages.export(
+        path, output=None, base=None, images=None, overrides=overrides, force=False
+    ).manifest
+    assert made.network.image_size == size
+    assert made.network.windows == (window,)
+    assert made.network.masks == 3
+    for tensor in made.parity[0].tensors.values():
+        assert tensor.relative_l2 <= ONNX_LIMIT
+
+    loaded = load_checkpoint(path)
+    reference = build_reference(infer(loaded, overrides).network, loaded.tensors)
+    image = torch.from_numpy(seeded.image(8, (1, 3, size, size)))
+    with torch.inference_mode():
+        folded = fold(reference).encoder(image).numpy()
+    assert difference(reference.encode(image).numpy(), folded).relative_l2 <= 3e-6
+
+
+def vit_keys(
+    width: int, head: int, depth: int, window: int, grid: int, global_blocks: tuple[int, ...]
+) -> dict[str, list[int]]:
+    """Keys and shapes of a Med-SA checkpoint, from a golden case's by scaling its encoder."""
+    golden = GoldenCase("medsa_2d").settings["keys"]
+    golden_width, block = 96, "image_encoder.blocks.0."
+    keys = {}
+    for name, shape in golden.items():
+        if name.startswith(block):
+            for i in range(depth):
+                rows = 2 * (grid if i in global_blocks else window) - 1
+                scaled = [rows, head] if "rel_" in name else _scaled(shape, width, golden_width)
+                keys[name.replace(".blocks.0.", f".blocks.{i}.")] = scaled
+        elif name.startswith("image_encoder.") and ".blocks." not in name:
+            keys[name] = [width if n == golden_width else n for n in shape]
+        elif not name.startswith("image_encoder."):
+            keys[name] = shape
+    return keys
+
+
+def _scaled(shape: list[int], width: int, golden_width: int) -> list[int]:
+    return [n * width // golden_width for n in shape]
+
+
+def test_weights_over_the_limit_go_to_a_file_of_their_own(
+    tmp_path: Path, checkpoint_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "EXTERNAL_DATA_BYTES", 1_000_000)
+    case = GoldenCase("medsa_2d")
+    made = stages.export(
+        checkpoint_of(case.name),
+        output=tmp_path / "external.medsa",
+        base=None,
+        images=None,
+        overrides=Overrides(),
+        force=False,
+    )
+    roles = {entry.path: entry.role for entry in made.manifest.files}
+    assert roles["encoder.onnx.data"] == roles["decoder.onnx.data"] == "weights"
+    (embeddings,) = session(made.bundle / "encoder.onnx").run(None, {"image": case.image})
+    assert relative_l2(embeddings, case.expected["image_embeddings"]) <= ONNX_LIMIT

@@ -1,0 +1,88 @@
+"""The README's commands and code run as written, on files of the names it uses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of a language; the empty name for those without one."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every medsa-deploy line of the README's plain blocks, without its comment."""
+    lines = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("medsa-deploy ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_of) -> Path:
+    """A user's working folder, holding what the README names."""
+    import pydicom.data
+
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(checkpoint_of("medsa_2d"), folder / "ckpt.pth")
+    ultrasound = pydicom.data.get_testdata_file("examples_ybr_color.dcm", download=False)
+    frame = pydicom.dcmread(ultrasound)
+    pixels = frame.pixel_array[0] if frame.pixel_array.ndim == 4 else frame.pixel_array
+    dicom = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm", download=False))
+    grey = np.asarray(PIL.Image.fromarray(pixels).convert("L").resize((320, 240)))
+    dicom.Rows, dicom.Columns = grey.shape
+    dicom.PixelData = grey.astype(np.int16).tobytes()
+    dicom.save_as(folder / "image.dcm")
+    spec = importlib.util.find_spec("nilearn")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    data = Path(spec.submodule_search_locations[0]) / "datasets/data"
+    template = data / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+    shutil.copy(template, folder / "volume.nii.gz")
+    for name in ("image.png", "my-images/a.png", "frames/1.png", "frames/2.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(pixels).resize((320, 280)).save(folder / name)
+    return folder
+
+
+def test_every_command_runs_as_written(folder: Path) -> None:
+    found = commands()
+    assert [line.split()[1] for line in found].count("export") == 1
+    program = Path(sys.executable).parent / "medsa-deploy"
+    for line in found:
+        done = subprocess.run(
+            [program, *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    written = ["ckpt.medsa", "mask.png", "overlay.png", "mask.nii.gz", "masks/1.png.mask.png"]
+    assert all((folder / name).exists() for name in written)
+
+
+def test_the_python_example_runs(folder: Path, bundle: Path) -> None:
+    if not (folder / "ckpt.medsa").exists():
+        shutil.copytree(bundle, folder / "ckpt.medsa")
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "encode" not in done.stdout
+    assert "decode" in done.stdout
+
+
+def test_the_tables_are_the_results() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks/tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.with_tables(README) == README
