@@ -29,7 +29,7 @@ __all__ = ["Architecture", "Guess", "Overrides", "infer"]
 UNUSED = re.compile(
     r"num_batches_tracked$|attention_bias_idxs$|^pixel_(mean|std)$"
     r"|^image_encoder\.(norm_head|head)\."
-    r"|^image_encoder\.blocks\.\d+\.Depth_Adapter\."
+    r"|^image_encoder\.(layers\.\d+\.)?blocks\.\d+\.Depth_Adapter\."
 )
 """Keys a checkpoint may carry that its network, used in 2D, does not run."""
 
@@ -46,12 +46,21 @@ class Architecture:
 def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
     """The network's facts and conventions; CheckpointError lists keys that do not fit them."""
     shapes = checkpoint.shapes
-    _refuse_unsupported(shapes)
+    if "prompt_encoder.invalid_points.weight" in shapes:
+        raise CheckpointError(
+            "this checkpoint is efficient_sam, which is not supported yet: supported are SAM ViTs, "
+            "mobile_sam (both with adapters or LoRA) and LiteMedSAM"
+        )
     guesses: list[Guess] = []
     tiny = "image_encoder.layers.0.blocks.0.conv1.c.weight" in shapes
+    if checkpoint.lora and not tiny and overrides.image_size is None:
+        raise UsageError(
+            "a LoRA checkpoint does not show its image size (its tables always have 127 rows): "
+            "give --image-size"
+        )
     whole = sizes.checked(shapes, "tiny_vit" if tiny else "vit", _two_way(shapes))
     encoder = (encoders.tiny_vit if tiny else encoders.vit)(whole, overrides, guesses)
-    network = _network(checkpoint.tensors, shapes, encoder, overrides, guesses)
+    network = _network(checkpoint, shapes, encoder, overrides, guesses)
     _check_keys(checkpoint.tensors, network, whole)
     conventions = conventions_of(
         network, overrides, guesses, public_training=checkpoint.public_training
@@ -59,48 +68,30 @@ def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
     return Architecture(network=network, conventions=conventions, guesses=tuple(guesses))
 
 
-def _refuse_unsupported(shapes: Shapes) -> None:
-    """Networks that are recognised, and said to be so, but not exported yet."""
-    patch = shapes.get("image_encoder.patch_embed.seq.0.c.weight")
-    network = "a SAM ViT"
-    if "prompt_encoder.invalid_points.weight" in shapes:
-        network = "efficient_sam"
-    elif patch is not None and patch[2:] != (1, 1):
-        network = "mobile_sam"
-    adapted = any(".lora_" in key for key in shapes)
-    if adapted:
-        kind = "AdaLoRA" if any(".lora_E" in key for key in shapes) else "LoRA"
-        network = f"{network} with {kind}"
-    if adapted or network != "a SAM ViT":
-        raise CheckpointError(
-            f"this checkpoint is {network}, which is not supported yet: supported are SAM ViTs "
-            "(Meta SAM, MedSAM, Med-SA with adapters or HyP-Adpt) and LiteMedSAM"
-        )
-
-
 def _network(
-    tensors: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
     shapes: Shapes,
     encoder: EncoderFacts,
     overrides: Overrides,
     guesses: list[Guess],
 ) -> Network:
     """All facts about the network."""
-    adapters = _adapters(shapes)
+    tensors = checkpoint.tensors
+    adapters = _adapters(shapes) + tuple(sorted({one.kind.split()[0] for one in checkpoint.lora}))
     two_way = _two_way(shapes)
     public = encoder.encoder == "vit" and (adapters or two_way == "public")
     outputs: Outputs = "classes" if public else "sam"
     mask_tokens = shapes["mask_decoder.mask_tokens.weight"][0]
     used = {k: v.numel() for k, v in tensors.items() if not UNUSED.search(k)}
     lengths, prompt_length = _hyp_lengths(shapes)
-    family: Family = "litemedsam" if encoder.encoder == "tiny_vit" else "sam"
     return Network(
         **asdict(encoder),
-        family="medsa" if adapters else family,
+        family=_family(encoder, adapters),
         rel_pos=_rel_pos(tensors),
         adapters=adapters,
         parameters=sum(used.values()),
-        adapter_parameters=sum(n for key, n in used.items() if "_Adapter." in key),
+        adapter_parameters=sum(n for key, n in used.items() if "_Adapter." in key)
+        + sum(one.parameters for one in checkpoint.lora),
         two_way=two_way,
         mask_tokens=mask_tokens,
         classes=_classes(mask_tokens, outputs, overrides, guesses),
@@ -108,6 +99,13 @@ def _network(
         hyp_lengths=lengths,
         hyp_prompt_length=prompt_length,
     )
+
+
+def _family(encoder: EncoderFacts, adapters: tuple[str, ...]) -> Family:
+    """What the network is called."""
+    if encoder.encoder == "tiny_vit":
+        return "litemedsam" if encoder.patch_size == encoders.LITE_PATCH else "mobile_sam"
+    return "medsa" if adapters else "sam"
 
 
 def _adapters(shapes: Shapes) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from medsa_deploy.errors import CheckpointError
 from medsa_deploy.manifest import Source, sha256
 
+from .lora import LoRA, merge
 from .shapes import Shapes
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ class Checkpoint:
 
     source: Source
     tensors: Mapping[str, Tensor]
-    """SAM's key → float32 tensor; integer tensors as they are."""
+    """SAM's key → float32 tensor, low-rank updates merged; integer tensors as they are."""
     public_training: bool
     """Whether the file is a training container of the public Med-SA code."""
     notes: tuple[str, ...]
     """What was changed on the way in, to be said aloud."""
+    lora: tuple[LoRA, ...] = ()
+    """The linear layers that carried a low-rank update."""
 
     @property
     def shapes(self) -> Shapes:
@@ -88,9 +91,11 @@ def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
     )
     for note in notes:
         logger.warning("%s: %s", path.name, note)
+    merged, lora = merge({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     return Checkpoint(
         source=source,
-        tensors={k: v.float() if v.is_floating_point() else v for k, v in tensors.items()},
+        tensors=merged,
+        lora=lora,
         public_training={"epoch", "path_helper"} <= set(data),
         notes=tuple(notes),
     )

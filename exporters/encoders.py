@@ -15,7 +15,7 @@ GLOBAL_LAYOUTS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}
 """Global blocks of SAM's ViT-B, L and H by depth."""
 SAM_WINDOW = 14
 SAM_IMAGE_SIZE = 1024
-LITE_IMAGE_SIZE = 256
+LITE_IMAGE_SIZE, LITE_PATCH = 256, 4
 
 Rows = list[int | None]
 """Rows of each block's relative-position tables; None for a block without."""
@@ -37,7 +37,7 @@ class EncoderFacts:
 
 
 def tiny_vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
-    """LiteMedSAM: everything but the image size is in the shapes."""
+    """mobile_sam and LiteMedSAM: everything but the image size is in the shapes."""
     for option in ("heads", "window_size", "global_blocks"):
         if getattr(overrides, option) is not None:
             raise UsageError(f"--{option.replace('_', '-')} is for SAM ViTs; this is a TinyViT")
@@ -51,11 +51,13 @@ def tiny_vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> Enco
                 f"wrong shapes: {prefix}.{i}.blocks.0.attn.attention_biases is {(heads, offsets)}, "
                 f"expected (a divisor of the width {width}, a square)"
             )
-    patch = 4  # a stage halves the resolution twice; the patch embedding keeps it
+    # Two stages halve the resolution; LiteMedSAM's patch embedding keeps it, mobile_sam's quarters.
+    lite = shapes["image_encoder.patch_embed.seq.0.c.weight"][2] == 1
+    patch = LITE_PATCH if lite else 4 * LITE_PATCH
     size = overrides.image_size
     if size is None:
-        size = LITE_IMAGE_SIZE
-        guesses.append(_image_size_guess(size, "no key shows it; LiteMedSAM's size"))
+        size, whose = (LITE_IMAGE_SIZE, "LiteMedSAM") if lite else (SAM_IMAGE_SIZE, "mobile_sam")
+        guesses.append(_image_size_guess(size, f"no key shows it; {whose}'s size"))
     _whole_patches(size, patch)
     return EncoderFacts(
         encoder="tiny_vit",

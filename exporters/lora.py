@@ -26,6 +26,8 @@ class LoRA:
     rank: int
     kind: str
     """`lora`, `lora on first and last third`, `adalora`."""
+    parameters: int
+    """Weights of the update before it was merged."""
 
 
 def merge(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[LoRA, ...]]:
@@ -67,4 +69,5 @@ def _update(tensors: Mapping[str, Tensor], linear: str) -> tuple[Tensor, LoRA]:
             f"{linear}: a low-rank update of shape {tuple(update.shape)} does not fit its weight "
             f"{tuple(weight.shape)} (lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)})"
         )
-    return update, LoRA(linear=linear, rank=rank, kind=kind)
+    parameters = a.numel() + b.numel() + (rank if kind == "adalora" else 0)
+    return update, LoRA(linear=linear, rank=rank, kind=kind, parameters=parameters)

@@ -24,8 +24,8 @@ VIT = {
 }
 
 TINY_VIT = {
-    "image_encoder.patch_embed.seq.0.c.weight": "c 3 1 1",
-    "image_encoder.patch_embed.seq.2.c.weight": "W0 c 1 1",
+    "image_encoder.patch_embed.seq.0.c.weight": "c 3 k k",
+    "image_encoder.patch_embed.seq.2.c.weight": "W0 c k k",
     "image_encoder.layers.0.blocks.#.conv1.c.weight": "H W0 1 1",
     "image_encoder.layers.0.blocks.#.conv2.c.weight": "H 1 3 3",
     "image_encoder.layers.0.blocks.#.conv3.c.weight": "W0 H 1 1",
@@ -69,6 +69,11 @@ OPTIONAL = {
     "mask_decoder.transformer.layers.#.MLP_Adapter.D_fc1.weight": "* 256",
     "mask_decoder.transformer.layers.#.Image_Adapter.D_fc1.weight": "* 256",
 }
+for _i in range(1, 4):
+    OPTIONAL |= {
+        f"image_encoder.layers.{_i}.blocks.#.Space_Adapter.D_fc1.weight": f"* W{_i}",
+        f"image_encoder.layers.{_i}.blocks.#.MLP_Adapter.D_fc1.weight": f"* W{_i}",
+    }
 
 
 def checked(shapes: Shapes, encoder: EncoderKind, form: TwoWay) -> Shapes:

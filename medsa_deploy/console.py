@@ -30,7 +30,13 @@ from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-FAMILIES = {"medsa": "Med-SA", "sam": "SAM", "litemedsam": "LiteMedSAM"}
+FAMILIES = {
+    "medsa": "Med-SA",
+    "sam": "SAM",
+    "litemedsam": "LiteMedSAM",
+    "mobile_sam": "mobile_sam",
+    "efficient_sam": "efficient_sam",
+}
 ENCODERS = {"vit": "SAM ViT", "tiny_vit": "TinyViT"}
 
 

@@ -24,7 +24,7 @@ from .errors import BundleError
 SCHEMA_VERSION = 1
 FILENAME = "manifest.json"
 
-Family = Literal["medsa", "sam", "litemedsam"]
+Family = Literal["medsa", "sam", "litemedsam", "mobile_sam", "efficient_sam"]
 EncoderKind = Literal["vit", "tiny_vit"]
 RelPos = Literal["zero", "real", "none"]
 TwoWay = Literal["meta", "public"]

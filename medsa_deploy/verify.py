@@ -69,8 +69,8 @@ def seeded_image(size: int, seed: int) -> NDArray[np.uint8]:
         noise = rng.integers(0, 256, (octave, octave, 3), dtype=np.uint8)
         enlarged = PillowImage.fromarray(noise).resize((size, size), PillowImage.Resampling.BICUBIC)
         total += weight * np.asarray(enlarged, np.float32)
-    low, high = total.min(), total.max()
-    return ((total - low) / (high - low) * 255).round().astype(np.uint8)
+    low, high = float(total.min()), float(total.max())
+    return np.asarray(np.rint((total - low) / (high - low) * 255), np.uint8)
 
 
 def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[Prompt]:
@@ -82,18 +82,18 @@ def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[P
 
     def box() -> Array:
         low, high = rng.random(2) * 0.4, 0.6 + rng.random(2) * 0.4
-        return np.concatenate([low, high]).astype(np.float32) * np.float32(
-            [width, height, width, height]
-        )
+        corners = np.concatenate([low, high]) * (width, height, width, height)
+        return corners.astype(np.float32)
 
     mask = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32)).resize(
         (mask_size, mask_size), PillowImage.Resampling.BILINEAR
     )
     none: Array = np.zeros((0, 2), np.float32)
     one = np.ones(1, np.float32)
+    mixed = np.array([1, 0, 1], np.float32)
     return [
         Prompt(points=clicks(1), labels=one, box=None, mask=None),
-        Prompt(points=clicks(3), labels=np.float32([1, 0, 1]), box=None, mask=None),
+        Prompt(points=clicks(3), labels=mixed, box=None, mask=None),
         Prompt(points=none, labels=none[:, 0], box=box(), mask=None),
         Prompt(points=clicks(1), labels=one, box=box(), mask=None),
         Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32)),
@@ -156,7 +156,7 @@ def difference(expected: Array, actual: Array) -> TensorParity:
         )
     e, a = expected.astype(np.float64), actual.astype(np.float64)
     return TensorParity(
-        relative_l2=float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)),
+        relative_l2=float(np.linalg.norm(a - e)) / max(float(np.linalg.norm(e)), 1e-30),
         max_abs=float(np.abs(a - e).max()),
     )
 
@@ -220,7 +220,7 @@ def save_reference(path: Path, case: Case, outputs: Outputs) -> None:
 def load_reference(path: Path) -> tuple[Case, dict[str, Array]]:
     """A saved case and the tensors expected for it; BundleError for a file that is none."""
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as data:
             arrays = dict(data)
         sets = len({name.split(".")[1] for name in arrays if name.startswith("prompt.")})
         case = Case(

@@ -30,6 +30,10 @@ VIT_2D = (
 )
 
 
+TABLELESS_2D = ("medsa_lora", "medsa_mobile")
+"""Cases whose checkpoints do not show their image size."""
+
+
 @dataclass(frozen=True)
 class GoldenCase:
     """One golden case: settings, seeded weights and inputs, expected outputs."""

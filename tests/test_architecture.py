@@ -16,6 +16,7 @@ from invented import Keys, checkpoint, hollow, rows, vit_keys, weights
 
 from medsa_deploy.errors import CheckpointError, MedsaError, UsageError
 from medsa_deploy.exporters.architecture import Architecture, Overrides, infer
+from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.reference import build_reference
 
@@ -350,18 +351,30 @@ def test_zero_tables_are_told_from_real_ones(table: str, value: float, kind: str
     assert infer(checkpoint(tensors), Overrides()).network.rel_pos == kind
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("medsa_lora", "a SAM ViT with LoRA"),
-        ("medsa_mobile", "mobile_sam"),
-        ("medsa_efficient", "efficient_sam"),
-        ("medsa_efficient_adalora", "efficient_sam with AdaLoRA"),
-    ],
-)
-def test_networks_not_supported_yet_are_named(name: str, words: str) -> None:
+@pytest.mark.parametrize("name", ["medsa_efficient", "medsa_efficient_adalora"])
+def test_networks_not_supported_yet_are_named(name: str) -> None:
     message = refusal(GoldenCase(name).settings["keys"], CheckpointError)
-    assert f"is {words}, which is not supported yet: supported are" in message
+    assert "is efficient_sam, which is not supported yet: supported are" in message
+
+
+def test_lora_needs_its_image_size(checkpoint_of) -> None:
+    loaded = load_checkpoint(checkpoint_of("medsa_lora"))
+    with pytest.raises(UsageError, match="give --image-size"):
+        infer(loaded, Overrides())
+    found = infer(loaded, Overrides(image_size=256))
+    assert found.network.adapters == ("lora",)
+    assert found.network.outputs == "classes"
+    assert found.conventions.point_order == "yx"
+    assert {one.rank for one in loaded.lora} == {4}
+
+
+def test_mobile_sam_is_told_from_litemedsam_by_its_patch_embedding(checkpoint_of) -> None:
+    found = infer(load_checkpoint(checkpoint_of("medsa_mobile")), Overrides())
+    assert found.network.family == "mobile_sam"
+    assert found.network.image_size == 1024
+    assert found.network.embedding_size == 64
+    assert found.network.outputs == "sam"
+    assert "--image-size" in {guess.option for guess in found.guesses}
 
 
 def changed(changes: dict[str, tuple[int, ...] | None]) -> Keys:

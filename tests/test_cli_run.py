@@ -300,7 +300,7 @@ def files(tmp_path: Path) -> Path:
     Path("empty.png").write_bytes(b"")
     Path("notes.txt").write_text("not an image")
     picture(np.full((20, 30), 7, np.uint8), Path("constant.png"))
-    nan = np.where(CT > 900, np.nan, CT)
+    nan = np.where(CT > 0, np.nan, CT)
     array(nan, Path("nan.npy"))
     array(np.zeros((4, 5, 6, 7)), Path("four.npy"))
     array(np.arange(7.0), Path("line.npy"))
@@ -369,7 +369,7 @@ def bad(arguments: str, message: str):
         bad("good.png --point 5,5 --save-logits nowhere/l.npy", "nowhere is not a folder"),
         bad("good.png --point 5,5 -o m.gif", "m.gif: a mask cannot be written as '.gif'"),
         bad("good.png --point 5,5 -o m", "m: a mask cannot be written as ''"),
-        bad("good.png --point 5,5 --overlay o.bmp", "a overlay cannot be written as '.bmp'"),
+        bad("good.png --point 5,5 --overlay o.bmp", "overlay cannot be written as '.bmp'"),
         bad("good.png --point 5,5 --save-logits l.png", "l.png: logits are written as .npy"),
         bad("good.png --point 5,5 -o images", "images is a folder; for one image, name a file"),
         bad("good.png --point 5,5 -o good.png", "good.png is the input image"),

@@ -57,6 +57,8 @@ class PromptTokens(nn.Module):
 class Positions(nn.Module):
     """SAM's random Fourier features of coordinates in 0…1."""
 
+    positional_encoding_gaussian_matrix: Tensor
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.empty(shape))

@@ -133,6 +133,8 @@ def _sources(path: Path, volume: Volume) -> list[Any]:
             for name in MAY_BE_EMPTY:
                 if name not in source:
                     setattr(source, name, "")
+            if not source.get("SliceThickness") and "SharedFunctionalGroupsSequence" not in source:
+                source.SliceThickness = f"{volume.spacing_mm[2]:.6g}"
         sources.append(source)
     return sources
 

@@ -173,6 +173,7 @@ def _volume(path: Path, stacked: Stack, axis: int | None, dataset: Any = None) -
         rendering = rendering_of(held, middle.number or 0)
     slices = DicomSlices(frames=frames, dtype=dtype, rendering=rendering, dataset=dataset)
     shown = slices.read(len(frames) // 2)
+    stored = shown.pixels.dtype.newbyteorder("=")
     rows, columns = middle.size
     return Volume(
         path=path,
@@ -183,7 +184,7 @@ def _volume(path: Path, stacked: Stack, axis: int | None, dataset: Any = None) -
         plane_axes=(1, 0),
         spacing_mm=stacked.spacing_mm,
         affine=stacked.affine,
-        dtype=np.dtype(np.float32) if shown.pixels.dtype.kind == "f" else shown.pixels.dtype,
+        dtype=np.dtype(np.float32) if stored.kind == "f" else stored,
         colour=shown.pixels.ndim == 3,
         inverted=shown.inverted,
         rendered=shown.display is not None,

@@ -78,8 +78,8 @@ def stack(path: Path, frames: Sequence[Frame]) -> Stack:
     unplaced = [f for f in frames if f.position is None or f.orientation is None]
     if unplaced:
         raise ImageError(
-            f"{path}: {_names(unplaced)} has no ImagePositionPatient or no "
-            "ImageOrientationPatient, so that its place among the slices is unknown; take it out"
+            f"{path}: ImagePositionPatient or ImageOrientationPatient is missing in "
+            f"{_names(unplaced)}, whose place among the slices is unknown; take them out"
         )
     _require_one(path, frames, "frames of reference", [f.reference for f in frames])
     orientations = [f.orientation or () for f in frames]
@@ -130,7 +130,7 @@ def _normal(path: Path, frame: Frame) -> np.ndarray:
 
 
 def _check_places(path: Path, ordered: list[Frame], normal: np.ndarray) -> None:
-    """Refuse two slices at one place, missing slices, and slices out of line."""
+    """Refuse two slices at one place, missing slices, and slices out of line, in `ordered`."""
     if len(ordered) < 2:
         return
     steps = np.diff(np.array([f.position for f in ordered]), axis=0)
@@ -141,14 +141,21 @@ def _check_places(path: Path, ordered: list[Frame], normal: np.ndarray) -> None:
         copies = one.uid == other.uid and one.number is None
         why = "are copies of one image" if copies else "lie at the same place"
         raise ImageError(
-            f"{path}: {one.name} and {other.name} {why}, and {len(same)} such pairs there are; "
+            f"{path}: {one.name} and {other.name} {why} (pairs of this kind: {len(same)}); "
             "keep one image for each place (one phase, one echo)"
         )
-    # The lower median is a step that occurs, and no sum of two.
-    usual = steps[np.argsort(gaps, kind="stable")[(len(gaps) - 1) // 2]]
-    spacing = float(usual @ normal)
+    _check_even(path, ordered, steps, normal)
+
+
+def _check_even(path: Path, ordered: list[Frame], steps: np.ndarray, normal: np.ndarray) -> None:
+    """Refuse steps (N - 1, 3) between slices that are not all alike."""
+    gaps = steps @ normal
+    # The lower median is a gap that occurs, and no sum of two.
+    spacing = float(np.sort(gaps)[(len(gaps) - 1) // 2])
     tolerance = max(0.01 * spacing, min(LEAST_TOLERANCE_MM, 0.1 * spacing))
-    odd = np.flatnonzero(np.linalg.norm(steps - usual, axis=1) > tolerance)
+    sideways = steps - gaps[:, None] * normal
+    shifts = np.linalg.norm(sideways - np.median(sideways, axis=0), axis=1)
+    odd = np.flatnonzero((np.abs(gaps - spacing) > tolerance) | (shifts > tolerance))
     if not odd.size:
         return
     one, other, gap = ordered[odd[0]], ordered[odd[0] + 1], gaps[odd[0]]

@@ -64,7 +64,7 @@ class Prediction:
     @property
     def best(self) -> NDArray[np.intp]:
         """(P,) the candidate with the highest score."""
-        return np.argmax(self.scores, axis=1)
+        return np.asarray(self.scores.argmax(axis=1))
 
     def label_map(self) -> NDArray[np.uint8]:
         """(H, W): 0 where no mask is, else a number from 1; the highest logit wins an overlap.
@@ -217,10 +217,7 @@ def load(
     """
     folder = Path(bundle)
     manifest = load_manifest(folder)
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, expected 1 or more")
+    check_options(backend, threads)
     paths = {
         role: check_file(manifest.file(role, precision), folder) for role in ("encoder", "decoder")
     }
@@ -233,6 +230,14 @@ def load(
         manifest,
         OnnxRuntimeBackend(paths["encoder"], paths["decoder"], manifest.graphs, threads=threads),
     )
+
+
+def check_options(backend: str, threads: int | None) -> None:
+    """UsageError for a backend that is not there, or less than one thread."""
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, expected 1 or more")
 
 
 def decode(
@@ -257,12 +262,12 @@ def decode(
     logits = np.empty((len(prompts), network.masks, side, side), np.float32)
     scores = np.empty((len(prompts), network.masks), np.float32)
     for (_, has_mask), members in groups.items():
-        masks = [prompts[i].mask for i in members] if has_mask else None
+        masks = [mask for i in members if (mask := prompts[i].mask) is not None]
         logits[members], scores[members] = backend.decode(
             embedding.values,
             np.stack([tokens[i][0] for i in members]),
             np.stack([tokens[i][1] for i in members]),
-            None if masks is None else np.stack(masks)[:, None].astype(np.float32),
+            np.stack(masks)[:, None] if has_mask else None,
         )
     if not (np.isfinite(logits).all() and np.isfinite(scores).all()):
         raise DeviceError(f"{backend.name} gave masks with NaN or Inf: nothing returned")

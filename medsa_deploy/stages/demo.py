@@ -69,9 +69,9 @@ def demonstrate(folder: Path, *, on_step: Progress = lambda step: None) -> Demon
         kind: _file_in("nilearn", f"datasets/data/{TEMPLATE.format(kind)}")
         for kind in ("t1", "wm", "gm")
     }
-    folder.mkdir(parents=True, exist_ok=True)
     with export_extra():
         from medsa_deploy.exporters.architecture import Overrides
+    folder.mkdir(parents=True, exist_ok=True)
     made = export(
         weights,
         output=folder / "litemedsam.medsa",

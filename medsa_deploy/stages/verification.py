@@ -10,6 +10,7 @@ from medsa_deploy import manifest, verify
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
 from medsa_deploy.runtime import load
+from medsa_deploy.runtime.session import check_options
 from medsa_deploy.verify import Array, Case
 
 from .checkpoints import export_extra
@@ -44,6 +45,12 @@ def verify_bundle(
     Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed.
     """
     made = manifest.load(bundle)
+    check_options(backend, threads)
+    precisions = (
+        [precision] if precision else [f.precision for f in made.files if f.role == "encoder"]
+    )
+    for name in precisions:
+        made.file("encoder", name)  # refused here, not after minutes of the checkpoint's network
     on_step("compare every file with its SHA-256")
     manifest.check_files(made, bundle)
     if checkpoint is None:
@@ -59,8 +66,7 @@ def verify_bundle(
         on_step("run the checkpoint's own network")
         expected = _checkpoint_outputs(made, checkpoint, base, to_run)
     found = []
-    precisions = [entry.precision for entry in made.files if entry.role == "encoder"]
-    for name in [precision] if precision else precisions:
+    for name in precisions:
         on_step(f"run the {name} graphs in {backend}")
         with load(bundle, backend=backend, precision=name, threads=threads) as session:
             found.append(parity(session, to_run, expected, name))

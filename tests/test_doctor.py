@@ -1,0 +1,100 @@
+"""`medsa-deploy doctor`: what this machine has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import onnxruntime
+import pytest
+from command_line import call
+
+from medsa_deploy import __version__
+from medsa_deploy.stages import doctor
+
+
+@pytest.fixture
+def not_installed(monkeypatch: pytest.MonkeyPatch):
+    """Makes distributions look absent."""
+
+    def hide(*names: str) -> None:
+        def found(name: str) -> str:
+            if name in names:
+                raise PackageNotFoundError(name)
+            return "1.0"
+
+        monkeypatch.setattr(doctor, "version", found)
+
+    return hide
+
+
+def test_the_diagnosis_as_json() -> None:
+    done = call("doctor", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = done.json
+    assert set(found) == {
+        *("medsa_deploy", "python", "system", "processor", "cores", "memory_gb"),
+        *("libraries", "providers", "nvidia_driver", "problems"),
+    }
+    assert found["medsa_deploy"] == __version__
+    assert found["python"] == platform.python_version()
+    assert platform.machine() in found["system"]
+    assert 1 <= found["cores"] <= os.cpu_count()
+    assert found["memory_gb"] is None or found["memory_gb"] > 0
+    assert found["providers"] == onnxruntime.get_available_providers()
+    assert isinstance(found["nvidia_driver"], bool)
+    assert found["problems"] == []
+    assert {"runtime", "export", "dicom", "demo", "gpu"} <= set(found["libraries"])
+    assert found["libraries"]["runtime"]["numpy"] == version("numpy")
+    for libraries in found["libraries"].values():
+        assert all(v is None or v[0].isdigit() for v in libraries.values())
+
+
+def test_the_diagnosis_in_words() -> None:
+    done = call("doctor")
+    assert (done.code, done.err) == (0, "")
+    for part in (f"medsa-deploy   {__version__}", "cores", "ONNX Runtime", "CPUExecution", "numpy"):
+        assert part in done.out
+
+
+def test_what_an_extra_lacks_is_named_with_the_extra(not_installed) -> None:
+    not_installed("pydicom", "torch")
+    done = call("doctor")
+    assert done.code == 0, "an extra is optional"
+    assert "missing pydicom: pip install 'medsa-deploy[dicom]'" in done.out
+    assert "missing torch: pip install 'medsa-deploy[export]'" in done.out
+
+
+def test_what_the_plain_install_lacks_is_a_problem(not_installed) -> None:
+    not_installed("nibabel")
+    done = call("doctor", "--json")
+    assert done.code == 1
+    assert done.json["problems"] == ["nibabel is missing: pip install medsa-deploy"]
+    said = call("doctor")
+    assert said.code == 1
+    assert "error: nibabel is missing: pip install medsa-deploy" in said.err
+
+
+def test_the_gpu_build_of_onnxruntime_counts(not_installed) -> None:
+    not_installed("onnxruntime")
+    assert call("doctor").code == 0
+
+
+def test_a_broken_onnxruntime_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    done = call("doctor", "--json")
+    assert done.code == 1
+    assert done.json["providers"] == []
+    (problem,) = done.json["problems"]
+    assert "onnxruntime does not load" in problem
+    assert problem.endswith("reinstall it")
+
+
+def test_every_extra_of_the_package_is_known() -> None:
+    """An extra that doctor forgets would never be reported as missing."""
+    from importlib.metadata import metadata
+
+    extras = set(metadata("medsa-deploy").get_all("Provides-Extra")) - {"dev"}
+    assert extras <= set(doctor.LIBRARIES)
