@@ -9,14 +9,16 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, perf_counter
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +28,9 @@ from rich.table import Table
 from .errors import MedsaError
 from .manifest import Conventions, Network, Parity
 from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
+
+if TYPE_CHECKING:
+    from .exporters.lora import LoRA
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -142,6 +147,12 @@ def print_inspection(found: Inspection) -> None:
     over = f" over {source.base}" if source.base else ""
     out.print(f"[bold]{escape(source.checkpoint)}[/]  {source.container}{over}, {source.dtype}")
     _print_facts(_network_facts(found.network) | _convention_facts(found.conventions))
+    if found.lora:
+        out.print("\nLow-rank updates, merged into:")
+        table = _table()
+        for (linear, kind, rank), count in Counter(map(_alike, found.lora)).items():
+            table.add_row(f"{count}×", escape(linear), kind, f"rank {rank}")
+        out.print(table)
     print_guesses(found.guesses)
 
 
@@ -235,6 +246,11 @@ def print_demonstration(found: Demonstration) -> None:
     )
     out.print(f"bundle  {escape(str(found.bundle))}")
     out.print(f"overlay {escape(str(found.overlay))}")
+
+
+def _alike(lora: LoRA) -> tuple[str, str, int]:
+    """Linear layers that differ only by their block's number count as one kind."""
+    return re.sub(r"\.\d+\.", ".*.", lora.linear), lora.kind, lora.rank
 
 
 def _network_facts(network: Network) -> dict[str, str]:

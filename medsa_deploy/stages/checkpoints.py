@@ -15,6 +15,7 @@ from medsa_deploy.errors import MissingDependencyError
 if TYPE_CHECKING:
     from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
     from medsa_deploy.exporters.checkpoint import Checkpoint
+    from medsa_deploy.exporters.lora import LoRA
 
 EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "segment_anything", "safetensors")
 
@@ -30,6 +31,8 @@ class Inspection:
     """Facts the checkpoint does not settle."""
     notes: tuple[str, ...]
     """What was changed on the way in."""
+    lora: tuple[LoRA, ...]
+    """The linear layers that carried a low-rank update, which is merged."""
 
 
 def inspect(checkpoint: Path, *, base: Path | None, overrides: Overrides) -> Inspection:
@@ -41,6 +44,7 @@ def inspect(checkpoint: Path, *, base: Path | None, overrides: Overrides) -> Ins
         conventions=architecture.conventions,
         guesses=architecture.guesses,
         notes=loaded.notes,
+        lora=loaded.lora,
     )
 
 
