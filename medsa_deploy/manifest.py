@@ -163,7 +163,7 @@ class Parity:
     prompt_sets: int
     tensors: dict[str, TensorParity]
     mask_pixels_differing: float
-    """Share of mask pixels that differ, worst over all masks."""
+    """Share of a case's mask pixels that differ, worst over all cases."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def test_another_networks_decoder_is_detected(
 ) -> None:
     """Same shapes, other weights, and a manifest that lists it: only the proof can tell."""
     copy = copied(bundle, tmp_path)
-    shutil.copy(bundle_of("medsa_2d_relpos") / "decoder.onnx", copy / "decoder.onnx")
+    shutil.copy(bundle_of("medsa_hyp_2d") / "decoder.onnx", copy / "decoder.onnx")
     accept_changes(copy)
     given = ["--checkpoint", checkpoint_of("medsa_2d")] if with_checkpoint else []
     done = call("verify", copy, *given, "--json")
