@@ -163,7 +163,9 @@ def print_guesses(guesses: Sequence[Any]) -> None:
     out.print("\nNot settled by the checkpoint; an option overrules each:")
     table = _table()
     for guess in guesses:
-        table.add_row(guess.fact, f"[bold]{guess.value}[/]", escape(guess.because), guess.option)
+        table.add_row(
+            guess.fact, f"[bold]{escape(guess.value)}[/]", escape(guess.because), guess.option
+        )
     out.print(table)
 
 
