@@ -587,10 +587,18 @@ def test_options_litemedsam_has_not(lite_keys: Keys, options: dict[str, Any], wo
     assert words in refusal(lite_keys, UsageError, **options)
 
 
+def test_litemedsam_may_lack_what_only_training_counts(lite_keys: Keys) -> None:
+    slim = {k: shape for k, shape in lite_keys.items() if not k.endswith("num_batches_tracked")}
+    loaded = checkpoint({key: torch.zeros(shape) for key, shape in slim.items()})
+    reference = build_reference(infer(loaded, Overrides()).network, loaded.tensors)
+    assert reference.encode(torch.zeros(1, 3, 256, 256)).shape == (1, 256, 64, 64)
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_damaged_litemedsam_is_refused(lite_keys: Keys, data: st.DataObject) -> None:
-    used = [k for k in sorted(lite_keys) if "attention_bias_idxs" not in k]
+    unused = ("attention_bias_idxs", "num_batches_tracked")
+    used = [k for k in sorted(lite_keys) if not k.endswith(unused)]
     key = data.draw(st.sampled_from(used))
     shape = data.draw(st.none() | st.lists(st.integers(0, 70), max_size=5).map(tuple))
     if shape == lite_keys[key]:

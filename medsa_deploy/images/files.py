@@ -24,7 +24,7 @@ def check_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
     """UsageError unless `path` ends in one of `suffixes`."""
     if suffix(path) not in suffixes:
         raise UsageError(
-            f"{path}: a {what} cannot be written as '{suffix(path)}'; "
+            f"{path}: no {what} can be written as '{suffix(path)}'; "
             f"use one of: {', '.join(suffixes)}"
         )
 
