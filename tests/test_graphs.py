@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from golden_cases import GoldenCase, relative_l2, seeded
+from invented import rows, vit_keys, weights
 
 from medsa_deploy import manifest, stages
 from medsa_deploy.exporters import graphs
@@ -163,10 +164,16 @@ def test_other_sizes(
     """Nothing is tied to the golden sizes: widths, heads, windows, image sizes, head size 80."""
     grid = size // 16
     assert padded == bool(grid % window)
-    keys = vit_keys(width, width // heads, depth, window, grid, global_blocks)
+    keys = vit_keys(
+        width=width,
+        head_size=width // heads,
+        tables=rows(depth, window, grid, global_blocks),
+        spelling="rel_",
+        adapters={kind: range(depth) for kind in ("Space", "MLP", "Depth")},
+        form="public",
+    )
     path = tmp_path / "other.pth"
-    state = seeded.state_dict(keys, 31, rel_pos_scale=rel_pos)
-    torch.save({k: torch.from_numpy(v) for k, v in state.items()}, path)
+    torch.save(weights(keys, rel_pos=rel_pos, seed=31), path)
     overrides = Overrides(heads=heads, global_blocks=global_blocks, classes=3)
     made = stages.export(
         path, output=None, base=None, images=None, overrides=overrides, force=False
@@ -183,30 +190,6 @@ def test_other_sizes(
     with torch.inference_mode():
         folded = fold(reference).encoder(image).numpy()
     assert difference(reference.encode(image).numpy(), folded).relative_l2 <= 3e-6
-
-
-def vit_keys(
-    width: int, head: int, depth: int, window: int, grid: int, global_blocks: tuple[int, ...]
-) -> dict[str, list[int]]:
-    """Keys and shapes of a Med-SA checkpoint, from a golden case's by scaling its encoder."""
-    golden = GoldenCase("medsa_2d").settings["keys"]
-    golden_width, block = 96, "image_encoder.blocks.0."
-    keys = {}
-    for name, shape in golden.items():
-        if name.startswith(block):
-            for i in range(depth):
-                rows = 2 * (grid if i in global_blocks else window) - 1
-                scaled = [rows, head] if "rel_" in name else _scaled(shape, width, golden_width)
-                keys[name.replace(".blocks.0.", f".blocks.{i}.")] = scaled
-        elif name.startswith("image_encoder.") and ".blocks." not in name:
-            keys[name] = [width if n == golden_width else n for n in shape]
-        elif not name.startswith("image_encoder."):
-            keys[name] = shape
-    return keys
-
-
-def _scaled(shape: list[int], width: int, golden_width: int) -> list[int]:
-    return [n * width // golden_width for n in shape]
 
 
 def test_weights_over_the_limit_go_to_a_file_of_their_own(

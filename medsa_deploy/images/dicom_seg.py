@@ -9,7 +9,6 @@ patient and study of its source, as the standard wants: it belongs to that patie
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +20,7 @@ import numpy as np
 from medsa_deploy.errors import ImageError, MissingDependencyError
 
 from .dicom import load_header
-from .files import one_line, reading
+from .files import logged_warnings, one_line, reading
 from .series import DicomSlices
 from .volume import Volume
 
@@ -179,8 +178,7 @@ def _label(name: str) -> str:
 def _writing(path: Path) -> Iterator[None]:
     """Turn whatever highdicom refuses into one ImageError; its warnings go to the log."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with logged_warnings(path):
             yield
     except OSError:
         raise
@@ -189,5 +187,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written as a DICOM segmentation: {one_line(e)}; "
             "write .npy or .nii.gz"
         ) from e
-    for warning in caught:
-        log.info("%s: %s", path, warning.message)

@@ -38,13 +38,20 @@ def reading(path: Path, what: str) -> Iterator[None]:
     warnings, mostly about metadata, go to the log.
     """
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with logged_warnings(path):
             yield
     except MedsaError:
         raise
     except Exception as e:
         raise ImageError(f"{path} cannot be read as {what}: {one_line(e)}") from e
+
+
+@contextlib.contextmanager
+def logged_warnings(path: Path) -> Iterator[None]:
+    """A library's warnings about a file, as log records."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
     for warning in caught:
         log.info("%s: %s", path, warning.message)
 
