@@ -22,12 +22,26 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .errors import MedsaError
 from .manifest import Conventions, Network, Parity
-from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
+from .stages import (
+    Demonstration,
+    Diagnosis,
+    Export,
+    Inspection,
+    Segmentation,
+    Verification,
+    VolumeSegmentation,
+)
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -131,14 +145,14 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of images done, with the time left; nothing where it cannot be seen."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress(shown: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of things done, with the time left; nothing where it cannot be seen."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
     with Progress(
         *columns, console=err, transient=True, disable=not (shown and err.is_terminal)
-    ) as progress:
-        task = progress.add_task("images", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_inspection(found: Inspection) -> None:
@@ -208,6 +222,28 @@ def print_segmentation(result: Segmentation) -> None:
     out.print(f"[bold]{escape(str(result.image))}[/]  {escape(masks)}  predicted IoU {scores}")
     out.print(f"  {times}", style="dim")
     for path in (result.mask, result.overlay, result.logits):
+        if path is not None:
+            out.print(f"  → {escape(str(path))}")
+
+
+def print_volume(result: VolumeSegmentation) -> None:
+    """What came of one volume."""
+    shape = "×".join(map(str, result.shape))
+    total = result.shape[result.axis]
+    out.print(
+        f"[bold]{escape(str(result.volume))}[/]  {shape} voxels, {len(result.slices)} of {total} "
+        f"slices along axis {result.axis} segmented in {result.seconds:.1f} s"
+    )
+    table = _table("label", "name", "voxels", "ml")
+    for label in result.labels:
+        volume = "" if label.millilitres is None else f"{label.millilitres:.2f}"
+        table.add_row(str(label.label), escape(label.name), str(label.voxels), volume)
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result.timings_ms.items())
+    window = result.intensity_window
+    shown = "" if window is None else f"; intensities {window[0]:g}…{window[1]:g}"
+    out.print(f"  {times} a slice (medians){shown}", style="dim")
+    for path in (result.mask, result.overlay):
         if path is not None:
             out.print(f"  → {escape(str(path))}")
 
