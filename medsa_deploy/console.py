@@ -38,6 +38,7 @@ from .stages import (
     Diagnosis,
     Export,
     Inspection,
+    LiteMedSAMDemonstration,
     Segmentation,
     Verification,
     VolumeSegmentation,
@@ -273,6 +274,25 @@ def print_diagnosis(found: Diagnosis) -> None:
 
 def print_demonstration(found: Demonstration) -> None:
     """What the demonstration measured."""
+    _print_parity(found.parity, "the checkpoint's own network")
+    clicks = ", ".join(f"({x:g}, {y:g}, {z:g})" for x, y, z in found.clicks)
+    out.print(
+        "\nA small Med-SA (HyP-Adpt, SD-Trans) on slices of the MNI T1 template (an average of 152 "
+        f"heads)\nthat it was not trained on, from {len(found.clicks)} clicks at {clicks}:"
+    )
+    table = _table("structure", "Dice")
+    for name, dice in found.dice.items():
+        table.add_row(name, f"{dice:.3f}")
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.timings_ms.items())
+    out.print(f"{times} a slice (medians, ONNX Runtime on this CPU)")
+    out.print(f"bundle       {escape(str(found.bundle))}")
+    out.print(f"segmentation {escape(str(found.segmentation))}")
+    out.print(f"montage      {escape(str(found.montage))}")
+
+
+def print_litemedsam(found: LiteMedSAMDemonstration) -> None:
+    """What the demonstration with LiteMedSAM measured, on slices of the MNI T1 template."""
     _print_parity(found.parity, "LiteMedSAM's own network")
     table = _table("slice", "structure", "prompt", "Dice")
     for result in found.results:
