@@ -3,13 +3,15 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
-demo.py          the first five minutes
+quantization.py  further precisions            demo.py          the first five minutes
+float16.py       float16 graphs                trials.py        candidates against float32
 """
 
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .doctor import Diagnosis, diagnose
 from .export import Export, export
+from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
 
@@ -20,12 +22,14 @@ __all__ = [
     "Inspection",
     "Outputs",
     "Prompts",
+    "Quantization",
     "Segmentation",
     "Verification",
     "demonstrate",
     "diagnose",
     "export",
     "inspect",
+    "quantize",
     "run",
     "verify_bundle",
 ]
