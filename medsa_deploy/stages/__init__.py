@@ -4,8 +4,9 @@ checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on 
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
+quantization.py  further precisions            float16.py       float16 graphs
+trials.py        candidates against float32    template.py      the demonstrations' image
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
-template.py      the demonstrations' image
 """
 
 from medsa_deploy.runtime import VolumeOptions
@@ -15,6 +16,7 @@ from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
 from .export import Export, export
+from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
 from .volumes import (
@@ -32,6 +34,7 @@ __all__ = [
     "LiteMedSAMDemonstration",
     "Outputs",
     "Prompts",
+    "Quantization",
     "Segmentation",
     "Verification",
     "VolumeOptions",
@@ -41,6 +44,7 @@ __all__ = [
     "diagnose",
     "export",
     "inspect",
+    "quantize",
     "run",
     "run_volume",
     "structures_of",
