@@ -43,8 +43,12 @@ IntensityWindow = Annotated[
     typer.Option(metavar="LOW,HIGH", help="Intensities of black and white, such as -175,250"),
 ]
 Threshold = Annotated[float | None, typer.Option(help="Probability above which a pixel is mask")]
-Backend = Annotated[str, typer.Option(help="What runs the graphs: onnxruntime")]
-Precision = Annotated[str, typer.Option(help="Precision of the graphs to run")]
+Backend = Annotated[
+    str, typer.Option(help="onnxruntime, openvino, or auto: what doctor --tune found")
+]
+Precision = Annotated[
+    str, typer.Option(help="Precision of the graphs to run; bf16: float32 graphs in bfloat16")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
 
 
@@ -403,11 +407,24 @@ def verify(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    tune: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Measure its backends here, for --backend auto"),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Say what this machine has, and what is missing.
 
     medsa-deploy doctor
+
+    medsa-deploy doctor --tune ckpt.medsa
     """
+    if tune is not None:
+        with console.steps() as on_step:
+            tuned = stages.tune(tune, on_step=on_step)
+        console.print_json(tuned) if json else console.print_tuning(tuned)
+        return
     found = stages.diagnose()
     console.print_json(found) if json else console.print_diagnosis(found)
     if found.problems:

@@ -42,6 +42,7 @@ from .stages import (
     LiteMedSAMDemonstration,
     Quantization,
     Segmentation,
+    Tuning,
     Verification,
     VolumeSegmentation,
 )
@@ -298,6 +299,11 @@ def print_diagnosis(found: Diagnosis) -> None:
             "NVIDIA driver": "found" if found.nvidia_driver else "not found",
         }
     )
+    for choice in found.tuning:
+        out.print(
+            f"[bold]auto[/] for {escape(choice.bundle)} is {choice.backend} with {choice.threads} "
+            f"threads: {choice.first_click_ms:.0f} ms a first click on {choice.measured}"
+        )
     for extra, libraries in found.libraries.items():
         missing = [name for name, version in libraries.items() if version is None]
         there = ", ".join(f"{name} {version}" for name, version in libraries.items() if version)
@@ -307,6 +313,27 @@ def print_diagnosis(found: Diagnosis) -> None:
             out.print(escape(f"    missing {', '.join(missing)}{hint}"), style="yellow")
     for problem in found.problems:
         print_error(problem)
+
+
+def print_tuning(found: Tuning) -> None:
+    """Backends and threads, measured."""
+    table = _table("backend", "threads", "first click")
+    for candidate in found.candidates:
+        chosen = (candidate.backend, candidate.threads) == (
+            found.choice.backend,
+            found.choice.threads,
+        )
+        mark = "  [bold green]auto[/]" if chosen else ""
+        table.add_row(
+            candidate.backend,
+            str(candidate.threads),
+            f"{candidate.first_click_ms:.1f} ms{mark}",
+        )
+    out.print(table)
+    out.print(
+        "medians, ONNX Runtime with all cores unless another is clearly faster; "
+        f"stored in {escape(str(found.stored_in))}"
+    )
 
 
 def print_demonstration(found: Demonstration) -> None:

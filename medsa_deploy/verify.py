@@ -42,6 +42,7 @@ class Limits:
 FLOAT32_LIMITS = Limits(relative_l2=RELATIVE_L2_LIMIT, mask_pixels=MASK_PIXELS_LIMIT)
 LIMITS = {
     "fp16": Limits(dice_mean=0.995, dice_worst=0.98),
+    "bf16": Limits(dice_mean=0.995, dice_worst=0.98),
     "int8": Limits(dice_mean=0.99),
     "int8-cpu": Limits(dice_mean=0.99),
 }

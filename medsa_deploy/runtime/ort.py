@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from medsa_deploy.errors import BundleError, DeviceError
 from medsa_deploy.manifest import Graph
 
 from .backend import Array
+from .contract import check_contract, decoder_inputs, mask_shape
 
 DTYPES = {"tensor(float)": "float32"}
 """ONNX Runtime's names of the contract's types."""
@@ -27,7 +26,7 @@ class OnnxRuntimeBackend:
         self, encoder: Path, decoder: Path, graphs: dict[str, Graph], *, threads: int | None = None
     ) -> None:
         self.threads = threads
-        self._mask_shape = _shape_of(graphs["decoder"], "mask_input")
+        self._mask_shape = mask_shape(graphs["decoder"])
         self._encoder = self._open(encoder, graphs["encoder"])
         self._decoder = self._open(decoder, graphs["decoder"])
 
@@ -40,19 +39,10 @@ class OnnxRuntimeBackend:
         self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
     ) -> tuple[Array, Array]:
         """See `Backend.decode`."""
-        given = mask is not None
-        if mask is None:
-            mask = np.zeros((len(point_coords), *self._mask_shape), np.float32)
-        masks, iou = self._run(
-            self._decoder,
-            {
-                "image_embeddings": image_embeddings,
-                "point_coords": point_coords,
-                "point_labels": point_labels,
-                "mask_input": mask,
-                "has_mask_input": np.array([given], np.float32),
-            },
+        inputs = decoder_inputs(
+            image_embeddings, point_coords, point_labels, mask, self._mask_shape
         )
+        masks, iou = self._run(self._decoder, inputs)
         return masks, iou
 
     def facts(self) -> dict[str, Any]:
@@ -78,7 +68,9 @@ class OnnxRuntimeBackend:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime raises classes of its own that share no base
             raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
-        _check_contract(path, session, graph)
+        tensors = (*session.get_inputs(), *session.get_outputs())
+        opened = [(t.name, DTYPES.get(t.type, t.type), t.shape) for t in tensors]
+        check_contract(path, opened, graph)
         return session
 
     def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
@@ -87,35 +79,6 @@ class OnnxRuntimeBackend:
         except Exception as e:  # as above
             raise DeviceError(f"ONNX Runtime failed: {_line(e)}") from e
         return outputs
-
-
-def _check_contract(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
-    """BundleError unless the file's tensors have the manifest's names, types and fixed axes."""
-    opened = (*session.get_inputs(), *session.get_outputs())
-    described = (*graph.inputs, *graph.outputs)
-    found = {t.name: f"{DTYPES.get(t.type, t.type)} {_axes(t.shape)}" for t in opened}
-    wanted = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
-    differing = [
-        f"{name} is {found.get(name, 'absent')}, the manifest says {wanted.get(name, 'absent')}"
-        for name in wanted | found
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise BundleError(
-            f"{path} is not the graph its manifest describes: {'; '.join(differing)}: "
-            "export the checkpoint again"
-        )
-
-
-def _axes(shape: Sequence[int | str | None]) -> str:
-    """A shape in words; a dynamic axis is *, whatever its name."""
-    return f"({', '.join(str(axis) if isinstance(axis, int) else '*' for axis in shape)})"
-
-
-def _shape_of(graph: Graph, name: str) -> tuple[int, ...]:
-    """The fixed axes of one input."""
-    (tensor,) = (t for t in graph.inputs if t.name == name)
-    return tuple(axis for axis in tensor.shape if isinstance(axis, int))
 
 
 def _line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ proof.py         what export and verify share  doctor.py        what this machin
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
 quantization.py  further precisions            float16.py       float16 graphs
 trials.py        candidates against float32    template.py      the demonstrations' image
+tuning.py        the fastest backend here
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
 """
 
@@ -18,6 +19,7 @@ from .doctor import Diagnosis, diagnose
 from .export import Export, export
 from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
+from .tuning import Tuning, tune
 from .verification import Verification, verify_bundle
 from .volumes import (
     VolumeSegmentation,
@@ -36,6 +38,7 @@ __all__ = [
     "Prompts",
     "Quantization",
     "Segmentation",
+    "Tuning",
     "Verification",
     "VolumeOptions",
     "VolumeSegmentation",
@@ -49,5 +52,6 @@ __all__ = [
     "run_volume",
     "structures_of",
     "takes_volume",
+    "tune",
     "verify_bundle",
 ]

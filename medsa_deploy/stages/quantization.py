@@ -18,7 +18,7 @@ from medsa_deploy import manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
-from medsa_deploy.runtime.session import check_options
+from medsa_deploy.runtime.loading import check_options
 
 from .calibration import find_sources
 from .float16 import Made, make_float16

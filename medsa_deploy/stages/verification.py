@@ -10,7 +10,7 @@ from medsa_deploy import manifest, verify
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
 from medsa_deploy.runtime import load
-from medsa_deploy.runtime.session import check_options
+from medsa_deploy.runtime.loading import check_options, files_precision
 from medsa_deploy.verify import Array, Case
 
 from .checkpoints import export_extra
@@ -45,12 +45,14 @@ def verify_bundle(
     Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed.
     """
     made = manifest.load(bundle)
-    check_options(backend, threads)
+    check_options(backend, threads, precision or "fp32")
     precisions = (
         [precision] if precision else [f.precision for f in made.files if f.role == "encoder"]
     )
     for name in precisions:
-        made.file("encoder", name)  # refused here, not after minutes of the checkpoint's network
+        made.file(
+            "encoder", files_precision(name)
+        )  # refused here, not after minutes of the checkpoint's network
     on_step("compare every file with its SHA-256")
     manifest.check_files(made, bundle)
     if checkpoint is None:
