@@ -22,6 +22,10 @@ class Overrides:
     intensity_window: tuple[float, float] | None = None
     point_order: PointOrder | None = None
     point_frame: PointFrame | None = None
+    point_scale: float | None = None
+    """What coordinates are multiplied by."""
+    pad_points: int | None = None
+    """Points a set is padded to, for efficient_sam; 0 for no padding."""
     threshold: float | None = None
     """A probability."""
     class_names: tuple[str, ...] | None = None

@@ -75,6 +75,12 @@ class OverrideOptions:
     point_frame: Annotated[
         Literal["network", "image"] | None, typer.Option(help="Frame of coordinates, likewise")
     ] = None
+    point_scale: Annotated[
+        float | None, typer.Option(help="What training multiplied coordinates by")
+    ] = None
+    pad_points: Annotated[
+        int | None, typer.Option(help="Points efficient_sam's prompts are padded to; 0 for none")
+    ] = None
     threshold: Threshold = None
     class_names: Annotated[
         str | None, typer.Option(metavar="A,B,…", help="Names of the classes: liver,spleen")

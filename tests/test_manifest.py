@@ -69,6 +69,8 @@ def full() -> Manifest:
             preprocess="medsa",
             point_order="yx",
             point_frame="image",
+            point_scale=0.5,
+            pad_points=6,
             intensity_window=(-175.0, 250.0),
             threshold=0.25,
             class_names=("Leber", "rein gauche é"),

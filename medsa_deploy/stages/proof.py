@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 def cases(network: Network, images: Path | None) -> list[Case]:
     """Seeded cases, then one for each of the user's images (a file, or a folder of them)."""
-    side = 4 * network.embedding_size
+    side = network.mask_prompt_size
     made = [verify.seeded_case(network.image_size, side, seed) for seed in SEEDS]
     return made + [verify.image_case(image, side) for image in user_images(images)]
 
