@@ -195,7 +195,7 @@ def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> N
 def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object) -> None:
     data = document()
     right = at(data, path)[path[-1]]
-    optional = {"base", "base_sha256", "intensity_window", "opset"}
+    optional = {"base", "base_sha256", "intensity_window", "opset", "pad_points"}
     if (wrong is None and path[-1] in optional) or (wrong == 2.5 and isinstance(right, float)):
         return
     at(data, path)[path[-1]] = wrong
