@@ -65,16 +65,22 @@ def vit_keys(
 
 
 def efficient_keys(
-    *, width: int = 64, depth: int = 2, grid: int | None = 6, adapted: bool = True
+    *,
+    width: int = 64,
+    depth: int = 2,
+    grid: int | None = 6,
+    spelling: str = "rel_pos_",
+    adapted: bool = True,
 ) -> Keys:
     """Keys and shapes of an efficient_sam of up to 12 blocks; `grid` None: without tables."""
     sizes = {192: width, 576: 3 * width, 768: 4 * width, 48: width // 4, 31: 2 * (grid or 1) - 1}
     keys = _cut("medsa_efficient", {"blocks": depth}, adapted=adapted)
-    return {
-        key: tuple(sizes.get(n, n) for n in shape) if key.startswith("image_encoder.") else shape
+    encoder = {
+        key.replace(".rel_", f".{spelling}"): tuple(sizes.get(n, n) for n in shape)
         for key, shape in keys.items()
-        if grid is not None or not re.search(r"\.rel_[hw]$", key)
+        if key.startswith("image_encoder.") and (grid is not None or ".rel_" not in key)
     }
+    return encoder | {k: v for k, v in keys.items() if not k.startswith("image_encoder.")}
 
 
 def mobile_keys(*, depths: Sequence[int] = (1, 1, 1, 1), adapted: bool = True) -> Keys:
@@ -84,7 +90,7 @@ def mobile_keys(*, depths: Sequence[int] = (1, 1, 1, 1), adapted: bool = True) -
 
 
 def low_rank_keys(keys: Keys, kind: str, rank: int) -> Keys:
-    """Keys and shapes of the updates, `lora` or `adalora`, of the linears the public code trains."""
+    """Keys and shapes of updates, `lora` or `adalora`, of the linears the public code adapts."""
     parts: Keys = {}
     for key, shape in keys.items():
         if not re.match(r"image_encoder\..*\.(qkv|lin[12]|fc[12])\.weight$", key):

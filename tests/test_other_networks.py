@@ -125,7 +125,7 @@ def direct_embedding(t: dict[str, Tensor], image: Tensor, heads: int) -> Tensor:
 @pytest.mark.parametrize(("width", "grid"), [(64, 6), (128, 14), (192, 20)])
 @torch.inference_mode()
 def test_efficient_sams_encoder_is_its_equations(tmp_path: Path, width: int, grid: int) -> None:
-    keys = efficient_keys(width=width, grid=grid)
+    keys = efficient_keys(width=width, grid=grid, spelling="rel_")
     path = saved(tmp_path / "x.pth", keys, seed=grid)
     image = torch.from_numpy(seeded.image(3, (1, 3, 16 * grid, 16 * grid)))
     expected = direct_embedding(weights(keys, rel_pos=0.2, seed=grid), image, width // 64)
