@@ -33,6 +33,9 @@ ENCODERS: Mapping[Kind, Callable[[Shapes, Overrides, list[Guess]], EncoderFacts]
     "efficient_sam": encoders.efficient_sam,
 }
 
+EFFICIENT_SAM_PROMPTS = ("prompt_encoder.invalid_points.", "prompt_encoder.bbox_")
+"""What only EfficientSAM's keys begin with."""
+
 UNUSED = re.compile(
     r"num_batches_tracked$|attention_bias_idxs$|^pixel_(mean|std)$"
     r"|^image_encoder\.(norm_head|head)\."
@@ -106,9 +109,9 @@ def _network(
 
 def _kind(shapes: Shapes) -> Kind:
     """Which keys the network has; CheckpointError for EfficientSAM's own, which differ."""
-    if "image_encoder.layers.0.blocks.0.conv1.c.weight" in shapes:
+    if shapes.count("image_encoder.layers"):
         return "tiny_vit"
-    if "prompt_encoder.invalid_points.weight" not in shapes:
+    if not any(key.startswith(EFFICIENT_SAM_PROMPTS) for key in shapes):
         return "vit"
     if "image_encoder.blocks.0.mlp.fc1.weight" in shapes:
         raise CheckpointError(
