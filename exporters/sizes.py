@@ -75,7 +75,7 @@ TWO_WAY_MLP = {
     "public": {"mask_decoder.transformer.layers.#.mlp.layers.0.0.weight": "* 256"},
 }
 
-REQUIRED: Mapping[Kind, Mapping[str, str]] = {
+REQUIRED: dict[Kind, dict[str, str]] = {
     "vit": VIT | SAM_DECODER | TRANSFORMER,
     "tiny_vit": TINY_VIT | SAM_DECODER | TRANSFORMER,
     "efficient_sam": VIT

@@ -55,12 +55,9 @@ class ReferenceNetwork(nn.Module):
         EfficientSAM takes no mask prompt.
         """
         prompts = self.prompt_encoder
-        masks, iou = self.mask_decoder(
-            image_embeddings,
-            prompts.get_dense_pe(),
-            prompts.sparse(point_coords, point_labels),
-            *([] if self.network.mask_prompt_size is None else [prompts.dense(mask_input)]),
-        )
+        dense = [prompts.dense(mask_input)] if isinstance(prompts, PromptTokens) else []
+        sparse = prompts.sparse(point_coords, point_labels)
+        masks, iou = self.mask_decoder(image_embeddings, prompts.get_dense_pe(), sparse, *dense)
         return masks[:, : self.network.masks], iou[:, : self.network.masks]
 
 
