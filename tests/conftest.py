@@ -58,7 +58,9 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) ->
                 output=path,
                 base=None,
                 images=None,
-                overrides=Overrides(classes=GoldenCase(name).classes),
+                overrides=Overrides(
+                    classes=GoldenCase(name).classes, image_size=GoldenCase(name).shown_size
+                ),
                 force=False,
             )
         return path
