@@ -302,7 +302,7 @@ def print_diagnosis(found: Diagnosis) -> None:
     for choice in found.tuning:
         out.print(
             f"[bold]auto[/] for {escape(choice.bundle)} is {choice.backend} with {choice.threads} "
-            f"threads: {choice.first_click_ms:.0f} ms a first click on {choice.measured}"
+            f"thread(s): {choice.first_click_ms:.0f} ms a first click on {choice.measured}"
         )
     for extra, libraries in found.libraries.items():
         missing = [name for name, version in libraries.items() if version is None]

@@ -27,7 +27,7 @@ class Work:
 
 def seeded_work(network: Network) -> Work:
     """Images of the network's own size, made of nothing but a seed, and a click."""
-    case = verify.seeded_case(network.image_size, 4 * network.embedding_size, 1, network.chunk)
+    case = verify.seeded_case(network.image_size, network.mask_prompt_size, 1, network.chunk)
     return Work(images=case.images, prompt=case.prompts[0])
 
 

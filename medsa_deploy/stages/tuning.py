@@ -57,7 +57,7 @@ def tune(bundle: Path, *, on_step: Progress = lambda step: None) -> Tuning:
     samples: dict[tuple[str, int], list[float]] = {setting: [] for setting in settings}
     for turn in range(ROUNDS):
         for backend, threads in settings:
-            on_step(f"round {turn + 1} of {ROUNDS}: {backend}, {threads} threads")
+            on_step(f"round {turn + 1} of {ROUNDS}: {backend}, {threads} thread(s)")
             samples[backend, threads] += _turn(bundle, work, backend, threads)
     candidates = tuple(
         Candidate(backend=b, threads=t, first_click_ms=median(ms), samples_ms=tuple(ms))
@@ -92,7 +92,7 @@ def _settings() -> list[tuple[str, int]]:
 
 def _turn(bundle: Path, work: Work, backend: str, threads: int) -> list[float]:
     """Milliseconds of first clicks."""
-    found = []
+    found: list[float] = []
     with load(bundle, backend=backend, threads=threads) as session:
         run_once(session, work)
         start = perf_counter()
