@@ -18,6 +18,7 @@ try:
 
     from . import __version__, console, stages
     from .errors import UsageError
+    from .profile_table import print_profile
     from .runtime import load
 except KeyboardInterrupt:  # these take a third of a second, and `main` is not there yet
     raise SystemExit(130) from None
@@ -409,6 +410,59 @@ def verify(
         )
     console.print_json(found) if json else console.print_verification(found)
     if found.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    bundle: Bundle,
+    runs: Annotated[int, typer.Option(help="Runs that are measured")] = 20,
+    image: Annotated[
+        Path | None, typer.Option(help="Your image or volume; default a seeded one")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER.json", help="An earlier profile, made with -o")
+    ] = None,
+    max_slowdown: Annotated[
+        float | None, typer.Option(help="Exit with 1 beyond this ratio to it; default 1.1")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The profile, with every sample: .json")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="A page with plots: .html")] = None,
+    backend: Backend = "onnxruntime",
+    precision: Precision = "fp32",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Measure how long loading, encoding and clicks take here, and where the time goes.
+
+    medsa-deploy profile ckpt.medsa -o profile.json --html profile.html
+
+    medsa-deploy profile ckpt.medsa --backend openvino --threads 4 --runs 50
+
+    medsa-deploy profile ckpt.medsa --compare profile.json --max-slowdown 1.05
+    """
+    if max_slowdown is not None and compare is None:
+        raise UsageError("--max-slowdown goes with --compare OTHER.json")
+    options = stages.ProfileOptions(
+        bundle=str(bundle),
+        backend=backend,
+        precision=precision,
+        threads=threads,
+        runs=runs,
+        image=None if image is None else str(image),
+    )
+    outputs = stages.ProfileOutputs(
+        other=compare,
+        json=output,
+        html=html,
+        **({} if max_slowdown is None else {"max_slowdown": max_slowdown}),
+    )
+    with console.steps() as on_step:
+        found = stages.profile_bundle(bundle, options, outputs, on_step=on_step)
+    console.print_json(found) if json else print_profile(found)
+    if found.comparison is not None and found.comparison.regressions:
         raise typer.Exit(1)
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from . import transforms
-from .errors import BundleError, ParityError
-from .images import Image
+from .errors import BundleError, ImageError, ParityError
+from .images import Image, read_volume
 from .manifest import Parity, TensorParity
 from .runtime.session import Session, decode
 from .transforms import Frame, Prompt
@@ -157,6 +157,18 @@ def image_case(name: str, images: Sequence[Image], mask_size: int | None) -> Cas
         prompts=seeded_prompts(height, width, mask_size, 0),
         seeded=False,
     )
+
+
+def middle_slices(path: Path, chunk: int) -> list[Image]:
+    """`chunk` slices from the middle of a volume."""
+    volume = read_volume(path)
+    if len(volume) < chunk:
+        raise ImageError(
+            f"{path} has {len(volume)} slices; this network sees {chunk} at a time: give a volume "
+            "of as many"
+        )
+    start = (len(volume) - chunk) // 2
+    return [volume.slice(start + i) for i in range(chunk)]
 
 
 def run_case(session: Session, case: Case) -> Outputs:

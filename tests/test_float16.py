@@ -20,7 +20,8 @@ from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
 from medsa_deploy.graph.islands import OPERATORS, islands, value_types
 from medsa_deploy.graph.ranges import HIGH, LOW, SAMPLE, SAMPLE_STRIDE, computed_values, watch
-from medsa_deploy.graph.scopes import block_of, kind_of, module_of
+from medsa_deploy.graph.scopes import module_of
+from medsa_deploy.scopes import block_of, kind_of
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 SIDE = 4

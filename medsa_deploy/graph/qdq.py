@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medsa_deploy.scopes import block_of, kind_of
+
 from .files import import_onnx
 from .float16 import Change
-from .scopes import block_of, kind_of, module_of
+from .scopes import module_of
 
 LEVELS = 127
 """Symmetric INT8 uses −127…127."""

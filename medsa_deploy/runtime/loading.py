@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from medsa_deploy.errors import MissingDependencyError, UsageError
 from medsa_deploy.manifest import Manifest, check_file
 from medsa_deploy.manifest import load as load_manifest
 
 from . import tuning
-from .backend import Backend
 from .session import Session
+
+if TYPE_CHECKING:
+    from .openvino import OpenVINOBackend
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,14 @@ def load(
     backend: str = DEFAULT,
     precision: str = "fp32",
     threads: int | None = None,
+    time_layers: bool = False,
 ) -> Session:
     """Open a bundle. The files it runs are compared with the manifest's SHA-256 first.
 
     `backend`: `onnxruntime`, `openvino`, or `auto` for what `medsa-deploy doctor --tune` stored.
     `precision`: of the files; and `bf16`, in which OpenVINO computes the encoder of float32 files.
-    `threads`: threads of one run, default all cores. BundleError for a bundle that is missing,
+    `threads`: threads of one run, default all cores. `time_layers`: have the backend be a
+    `TimesLayers`, which makes it slower. BundleError for a bundle that is missing,
     changed or of another version. MissingDependencyError for a backend that is not installed.
     """
     folder = Path(bundle)
@@ -48,10 +53,13 @@ def load(
             check_file(entry, folder)
     if backend == AUTO:
         backend, threads = _tuned(manifest, held, threads)
-    return Session(
-        manifest,
-        _open(backend, paths["encoder"], paths["decoder"], manifest, precision, threads),
-    )
+    options: dict[str, Any] = {"threads": threads, "time_layers": time_layers}
+    files = (paths["encoder"], paths["decoder"], manifest.graphs)
+    if backend == "openvino":
+        return Session(manifest, _openvino()(*files, bf16=precision == "bf16", **options))
+    from .ort import OnnxRuntimeBackend
+
+    return Session(manifest, OnnxRuntimeBackend(*files, **options))
 
 
 def check_options(backend: str, threads: int | None, precision: str = "fp32") -> None:
@@ -82,25 +90,12 @@ def _tuned(manifest: Manifest, precision: str, threads: int | None) -> tuple[str
     return choice.backend, threads or choice.threads
 
 
-def _open(
-    backend: str,
-    encoder: Path,
-    decoder: Path,
-    manifest: Manifest,
-    precision: str,
-    threads: int | None,
-) -> Backend:
-    """A backend on two files; its library is imported here."""
-    if backend == "openvino":
-        try:
-            from .openvino import OpenVINOBackend
-        except ImportError as e:
-            raise MissingDependencyError(
-                "openvino", extra="openvino", purpose="the backend openvino"
-            ) from e
-        return OpenVINOBackend(
-            encoder, decoder, manifest.graphs, threads=threads, bf16=precision == "bf16"
-        )
-    from .ort import OnnxRuntimeBackend
-
-    return OnnxRuntimeBackend(encoder, decoder, manifest.graphs, threads=threads)
+def _openvino() -> type[OpenVINOBackend]:
+    """The backend, whose library is imported here; MissingDependencyError without it."""
+    try:
+        from .openvino import OpenVINOBackend
+    except ImportError as e:
+        raise MissingDependencyError(
+            "openvino", extra="openvino", purpose="the backend openvino"
+        ) from e
+    return OpenVINOBackend

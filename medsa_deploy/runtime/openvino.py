@@ -17,7 +17,7 @@ from typing import Any
 from medsa_deploy.errors import BundleError, DeviceError, UsageError
 from medsa_deploy.manifest import Graph
 
-from .backend import Array
+from .backend import Array, Layer
 from .contract import check_contract, decoder_inputs, mask_shape
 
 TELEMETRY = "openvino_telemetry"
@@ -52,6 +52,8 @@ class _Compiled:
 
     model: Any
     idle: list[Any] = field(default_factory=list)
+    times: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    """Layer's name and operator → milliseconds of each run, where layers are timed."""
 
 
 class OpenVINOBackend:
@@ -67,9 +69,10 @@ class OpenVINOBackend:
         *,
         threads: int | None = None,
         bf16: bool = False,
+        time_layers: bool = False,
     ) -> None:
         """UsageError for bfloat16 on a processor without it."""
-        self.threads = threads
+        self.threads, self._time_layers = threads, time_layers
         self._core = openvino.Core()
         if bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             name = self._core.get_property("CPU", "FULL_DEVICE_NAME")
@@ -102,6 +105,16 @@ class OpenVINOBackend:
             "threads": self.threads or "all",
         }
 
+    def layers(self) -> dict[str, list[Layer]]:
+        """See `TimesLayers.layers`; empty lists if not opened for it."""
+        return {
+            name: [
+                Layer(name=layer, operator=operator, samples_ms=tuple(ms))
+                for (layer, operator), ms in graph.times.items()
+            ]
+            for name, graph in (("encoder", self._encoder), ("decoder", self._decoder))
+        }
+
     def close(self) -> None:
         """Release both graphs."""
         del self._encoder, self._decoder, self._core
@@ -113,6 +126,7 @@ class OpenVINOBackend:
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if bf16 else "ACCURACY",
+            "PERF_COUNT": self._time_layers,
         }
         if self.threads is not None:
             options["INFERENCE_NUM_THREADS"] = self.threads
@@ -132,10 +146,20 @@ class OpenVINOBackend:
             request = graph.model.create_infer_request()
         try:
             found = request.infer(inputs)
+            if self._time_layers:
+                _note(request.get_profiling_info(), graph.times)
         except Exception as e:  # as above
             raise DeviceError(f"OpenVINO failed: {_line(e)}") from e
         graph.idle.append(request)
         return {output.get_any_name(): value for output, value in found.items()}
+
+
+def _note(found: Any, times: dict[tuple[str, str], list[float]]) -> None:
+    """Add the times of one run's layers."""
+    for layer in found:
+        if layer.status == openvino.ProfilingInfo.Status.EXECUTED:
+            key = (layer.node_name, layer.node_type)
+            times.setdefault(key, []).append(layer.real_time.total_seconds() * 1e3)
 
 
 def _described(tensor: Any) -> tuple[str, str, list[int | None]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import onnxruntime as ort
 from medsa_deploy.errors import BundleError, DeviceError
 from medsa_deploy.manifest import Graph
 
-from .backend import Array
+from .backend import Array, Layer
 from .contract import check_contract, decoder_inputs, mask_shape
 
 DTYPES = {"tensor(float)": "float32"}
 """ONNX Runtime's names of the contract's types."""
+KERNEL = "_kernel_time"
+"""What its profiler adds to the name of a node that ran."""
 
 
 class OnnxRuntimeBackend:
@@ -23,9 +28,17 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def __init__(
-        self, encoder: Path, decoder: Path, graphs: dict[str, Graph], *, threads: int | None = None
+        self,
+        encoder: Path,
+        decoder: Path,
+        graphs: dict[str, Graph],
+        *,
+        threads: int | None = None,
+        time_layers: bool = False,
     ) -> None:
         self.threads = threads
+        self._times = Path(tempfile.mkdtemp(prefix="medsa-")) if time_layers else None
+        """Folder ONNX Runtime writes layer times into."""
         self._mask_shape = mask_shape(graphs["decoder"])
         self._encoder = self._open(encoder, graphs["encoder"])
         self._decoder = self._open(decoder, graphs["decoder"])
@@ -54,9 +67,18 @@ class OnnxRuntimeBackend:
             "threads": self.threads or "all",
         }
 
+    def layers(self) -> dict[str, list[Layer]]:
+        """See `TimesLayers.layers`; empty if not opened for it."""
+        if self._times is None:
+            return {}
+        sessions = {"encoder": self._encoder, "decoder": self._decoder}
+        return {name: _layers(Path(s.end_profiling())) for name, s in sessions.items()}
+
     def close(self) -> None:
         """Release both sessions."""
         del self._encoder, self._decoder
+        if self._times is not None:
+            shutil.rmtree(self._times, ignore_errors=True)
 
     def _open(self, path: Path, graph: Graph) -> ort.InferenceSession:
         """A session whose tensors are the contract's."""
@@ -64,6 +86,9 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 4  # failures are raised; the log would say them twice
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        if self._times is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._times / path.stem)
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime raises classes of its own that share no base
@@ -79,6 +104,17 @@ class OnnxRuntimeBackend:
         except Exception as e:  # as above
             raise DeviceError(f"ONNX Runtime failed: {_line(e)}") from e
         return outputs
+
+
+def _layers(path: Path) -> list[Layer]:
+    """Layers in a file of ONNX Runtime's profiler: events of one kernel each, in microseconds."""
+    samples: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(path.read_text(encoding="utf-8")):
+        name = event["name"].removesuffix(KERNEL)
+        if event["cat"] == "Node" and name != event["name"]:
+            key = (name, event["args"]["op_name"])
+            samples.setdefault(key, []).append(event["dur"] / 1e3)
+    return [Layer(name=n, operator=op, samples_ms=tuple(ms)) for (n, op), ms in samples.items()]
 
 
 def _line(error: BaseException) -> str:

@@ -6,17 +6,20 @@ proof.py         what export and verify share  doctor.py        what this machin
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
 quantization.py  further precisions            float16.py       float16 graphs
 trials.py        candidates against float32    template.py      the demonstrations' image
-tuning.py        the fastest backend here
+tuning.py        the fastest backend here      profile.py       how long everything takes
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
 """
 
 from medsa_deploy.runtime import VolumeOptions
+from medsa_deploy.timing import Options as ProfileOptions
 
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
 from .export import Export, export
+from .profile import Outputs as ProfileOutputs
+from .profile import profile_bundle
 from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .tuning import Tuning, tune
@@ -35,6 +38,8 @@ __all__ = [
     "Inspection",
     "LiteMedSAMDemonstration",
     "Outputs",
+    "ProfileOptions",
+    "ProfileOutputs",
     "Prompts",
     "Quantization",
     "Segmentation",
@@ -47,6 +52,7 @@ __all__ = [
     "diagnose",
     "export",
     "inspect",
+    "profile_bundle",
     "quantize",
     "run",
     "run_volume",

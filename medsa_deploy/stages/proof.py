@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medsa_deploy import verify
-from medsa_deploy.errors import ImageError
-from medsa_deploy.images import Image, find_images, is_volume, read_image, read_volume
+from medsa_deploy.images import Image, find_images, is_volume, read_image
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.backend import Backend
@@ -42,19 +41,7 @@ def _users(path: Path | None, chunk: int) -> Iterator[tuple[str, list[Image]]]:
     if path is None:
         return
     for file in find_images(path) if path.is_dir() and not is_volume(path) else [path]:
-        yield file.name, [read_image(file)] if chunk == 1 else middle_slices(file, chunk)
-
-
-def middle_slices(path: Path, chunk: int) -> list[Image]:
-    """`chunk` slices from the middle of a volume."""
-    volume = read_volume(path)
-    if len(volume) < chunk:
-        raise ImageError(
-            f"{path} has {len(volume)} slices; this network sees {chunk} at a time: give a volume "
-            "of as many"
-        )
-    start = (len(volume) - chunk) // 2
-    return [volume.slice(start + i) for i in range(chunk)]
+        yield file.name, [read_image(file)] if chunk == 1 else verify.middle_slices(file, chunk)
 
 
 def reference_outputs(

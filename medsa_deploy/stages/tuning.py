@@ -10,10 +10,10 @@ from statistics import median
 from time import perf_counter
 
 from medsa_deploy import machine, manifest
-from medsa_deploy.profiling import Work, run_once, seeded_work
 from medsa_deploy.runtime import load, tuning
 from medsa_deploy.runtime.loading import BACKENDS, DEFAULT
 from medsa_deploy.runtime.tuning import Choice
+from medsa_deploy.timing import Work, run_once, seeded_work
 
 from .proof import Progress
 
