@@ -459,8 +459,8 @@ def profile(
         html=html,
         **({} if max_slowdown is None else {"max_slowdown": max_slowdown}),
     )
-    with console.steps() as on_step:
-        found = stages.profile_bundle(bundle, options, outputs, on_step=on_step)
+    with console.steps_of_images() as (on_step, on_run):
+        found = stages.profile_bundle(bundle, options, outputs, on_step=on_step, on_run=on_run)
     console.print_json(found) if json else print_profile(found)
     if found.comparison is not None and found.comparison.regressions:
         raise typer.Exit(1)

@@ -7,8 +7,10 @@ from html import escape
 from math import ceil, floor, log10
 
 from . import page
-from .profiling import Profile
+from .profiling import Distribution, Profile
 
+HEADERS = ("", "n", "mean ms", "p50", "p90", "p95", "p99", "max", "CV", "a slice")
+"""Of a table of latencies; the last for volumes only. CV: coefficient of variation."""
 LONGEST = 20
 """Layers that are listed."""
 BAR_SHARE = 0.86
@@ -21,7 +23,10 @@ def profile_page(profile: Profile) -> str:
     parts += [f"<p>⚠ {escape(warning)}</p>" for warning in profile.warnings]
     parts += ["<h2>Latency</h2>", _latencies(profile)]
     if profile.slices > 1:
-        text = f"Encoding is of {profile.slices} slices together; the last column is p50 a slice."
+        text = (
+            f"Preprocessing and encoding are of {profile.slices} slices together, as is the first "
+            "click’s share of them; a slice: p50 over their number. Decoding is of one slice."
+        )
         parts.append(page.note(text))
     parts += ["<h2>Every sample</h2>", _samples(profile)]
     parts.append(page.note("Milliseconds on a logarithmic axis; the upright lines are medians."))
@@ -30,8 +35,9 @@ def profile_page(profile: Profile) -> str:
         if not graph.layers:
             continue
         parts += [f"<h2>Where the {escape(name)}’s time goes</h2>"]
-        parts.append(_bars(graph.blocks, f"{name} by block, ms"))
-        parts.append(_bars(graph.kinds, f"{name} by kind, ms"))
+        for kind, times in (("block", graph.blocks), ("kind of layer", graph.kinds)):
+            parts.append(page.note(f"Milliseconds by {kind}, a run:"))
+            parts.append(_bars(times, f"Milliseconds of the {name} by {kind}"))
         longest = sorted(graph.layers, key=lambda layer: -layer.medianMs)[:LONGEST]
         rows = [
             (one.name, one.operator, f"{one.medianMs:.3f}", f"{one.percentage:.1f}")
@@ -50,52 +56,60 @@ def facts(profile: Profile) -> dict[str, str]:
     """What was measured where, in words."""
     machine = profile.machine
     memory = "" if machine.get("memory_gb") is None else f", {machine['memory_gb']:g} GB"
-    held = ""
+    held = "not measured on this system"
     if profile.peak_mb is not None and profile.loaded_mb is not None:
         held = f"{profile.peak_mb:.0f} MB at most, {profile.loaded_mb:.0f} MB when loaded"
     return {
-        "what": f"{profile.precision} in {profile.backend}, {profile.work}",
+        "bundle": profile.bundle,
+        "what": f"{profile.precision} in {profile.backend}; image: {profile.work}",
         "threads": "all cores" if profile.threads is None else str(profile.threads),
         "machine": f"{machine['processor']}, {machine['cores']} cores{memory}; {machine['system']}",
         "versions": ", ".join(f"{name} {number}" for name, number in profile.versions.items()),
-        "loading": f"{profile.load_ms / 1e3:.2f} s in a new process, SHA-256 of the files included",
-        **({"memory": held} if held else {}),
+        "cold load": f"{profile.load_ms / 1e3:.2f} s in a new process, checking of files included",
+        "memory": held,
         "measured": f"{profile.measured}, after {profile.warm_up} runs to warm up",
     }
 
 
+def milliseconds(value: float) -> str:
+    """Three to five digits."""
+    return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f}"
+
+
+def figures(one: Distribution) -> list[str]:
+    """A stage's row, from `count` on; the last is empty for what is of one slice."""
+    values = (one.mean_ms, one.p50_ms, one.p90_ms, one.p95_ms, one.p99_ms, one.max_ms)
+    each = "" if one.per_slice_ms is None else milliseconds(one.per_slice_ms)
+    return [str(one.count), *map(milliseconds, values), f"{100 * one.cv:.1f} %", each]
+
+
 def _verdict(profile: Profile) -> str:
-    if profile.comparison is None:
+    found = profile.comparison
+    if found is None:
         return ""
-    slower = profile.comparison.regressions
+    other, slower = escape(found.other), escape(", ".join(found.regressions))
     if slower:
-        return f'<p class="verdict bad">Slower than before: {escape(", ".join(slower))}</p>'
-    return '<p class="verdict good">No slower than before</p>'
+        return f'<p class="verdict bad">Slower than {other}: {slower}</p>'
+    return f'<p class="verdict good">No regression against {other}</p>'
 
 
 def _latencies(profile: Profile) -> str:
-    headers = ["stage", "n", "mean ms", "p50", "p90", "p95", "p99", "max", "CV %"]
-    volume = profile.slices > 1
-    rows = []
-    for name, one in profile.stages.items():
-        values = (one.mean_ms, one.p50_ms, one.p90_ms, one.p95_ms, one.p99_ms, one.max_ms)
-        each = "" if one.per_slice_ms is None else f"{one.per_slice_ms:.2f}"
-        figures = [f"{value:.2f}" for value in values]
-        rows.append([name, str(one.count), *figures, f"{100 * one.cv:.1f}", *([each] * volume)])
-    return page.table([*headers, *(["a slice"] * volume)], rows, numbers=1)
+    shown = len(HEADERS) if profile.slices > 1 else len(HEADERS) - 1
+    rows = [[name, *figures(one)][:shown] for name, one in profile.stages.items()]
+    return page.table(("stage", *HEADERS[1:shown]), rows, numbers=1)
 
 
 def _samples(profile: Profile) -> str:
     """A row for each stage, a dot for each run; decades as grid."""
-    shown = [ms for one in profile.stages.values() for ms in one.samples_ms if ms > 0] or [1.0]
+    shown = [ms for one in profile.stages.values() for ms in one.samples_ms]
     low, high = floor(log10(min(shown))), ceil(log10(max(shown)))
     high = max(high, low + 1)
 
-    def at(milliseconds: float) -> float:
-        return page.across((log10(max(milliseconds, 10.0**low)) - low) / (high - low))
+    def at(value: float) -> float:
+        return page.across((log10(value) - low) / (high - low))
 
     count = len(profile.stages)
-    marks = [page.grid(at(10.0**k), f"{10.0**k:g} ms", count) for k in range(low, high + 1)]
+    marks = [page.grid(at(10.0**k), f"{10.0**k:g}", count) for k in range(low, high + 1)]
     for row, (name, one) in enumerate(profile.stages.items()):
         y = page.down(row)
         marks.append(page.label(name, y))
@@ -125,12 +139,13 @@ def _compared(profile: Profile) -> list[str]:
         (stage, f"{r.ratio:.3f}", f"{r.low:.3f}…{r.high:.3f}", "slower" if r.regression else "")
         for stage, r in found.ratios.items()
     ]
+    rows += [(what, f"{ratio:.3f}", "measured once", "") for what, ratio in found.once.items()]
     return [
         f"<h2>Against {escape(found.other)}</h2>",
         page.table(("stage", "time, now / then", "95 % interval", ""), rows, numbers=1),
         *(f"<p>⚠ {escape(difference)}</p>" for difference in found.differences),
         page.note(
-            "Ratios of p50 with bootstrap intervals. A click is slower above "
-            f"{found.max_slowdown:g} with an interval above 1."
+            "Ratios of p50 with bootstrap intervals. A click is slower beyond "
+            f"{found.max_slowdown:g} with all of its interval above 1."
         ),
     ]

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import err, out
-from .profile_page import facts
+from .profile_page import HEADERS, facts, figures
 from .profiling import Profile
 
 LONGEST = 6
@@ -31,16 +31,12 @@ def print_profile(profile: Profile) -> None:
 
 
 def _latencies(profile: Profile) -> Table:
-    headers = ("", "n", "mean ms", "p50", "p90", "p95", "p99", "max", "CV", "p50 a slice")
+    shown = len(HEADERS) if profile.slices > 1 else len(HEADERS) - 1
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for header in headers if profile.slices > 1 else headers[:-1]:
-        table.add_column(header, justify="right" if header else "left")
+    for header in HEADERS[:shown]:
+        table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for name, one in profile.stages.items():
-        values = (one.mean_ms, one.p50_ms, one.p90_ms, one.p95_ms, one.p99_ms, one.max_ms)
-        each = "" if one.per_slice_ms is None else f"{one.per_slice_ms:.2f}"
-        figures = [f"{value:.2f}" for value in values]
-        row = [name, str(one.count), *figures, f"{100 * one.cv:.1f} %", each]
-        table.add_row(*(row if profile.slices > 1 else row[:-1]))
+        table.add_row(*[name, *figures(one)][:shown])
     return table
 
 
@@ -63,6 +59,8 @@ def _print_comparison(profile: Profile) -> None:
         table.add_column(header)
     for stage, one in found.ratios.items():
         table.add_row(stage, f"{one.ratio:.3f}", f"{one.low:.3f}…{one.high:.3f}")
+    for what, ratio in found.once.items():
+        table.add_row(what, f"{ratio:.3f}", "[dim]measured once[/]")
     out.print(table)
     for stage in found.regressions:
         ratio = found.ratios[stage].ratio

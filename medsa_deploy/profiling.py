@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
@@ -24,8 +24,8 @@ CLICKS = ("first click", "next click")
 RESAMPLES = 2000
 
 KINDS = {
-    "matrix product": "MatMul FusedMatMul Gemm FullyConnected MatMulInteger QGemm QLinearMatMul "
-    "MatMulIntegerToFloat DynamicQuantizeMatMul",
+    "matrix product": "MatMul FusedMatMul Gemm FusedGemm FullyConnected MatMulInteger QGemm "
+    "QLinearMatMul MatMulIntegerToFloat DynamicQuantizeMatMul",
     "attention": "Attention MultiHeadAttention ScaledDotProductAttention MHA",
     "softmax": "Softmax SoftMax",
     "norm": "LayerNormalization SkipLayerNormalization MVN RMS InstanceNormalization BatchNorm",
@@ -35,8 +35,10 @@ KINDS = {
     "layout": "Reshape Transpose Slice StridedSlice Pad Concat Split VariadicSplit Gather Expand "
     "Squeeze Unsqueeze ReorderInput ReorderOutput Reorder Tile Broadcast Cast Convert Shape "
     "ShapeOf Range Flatten",
+    "fused subgraph": "Subgraph",
 }
-"""Kind → operators, in the words of every backend; the rest are `elementwise and others`."""
+"""Kind → operators, in the words of every backend; the rest are `elementwise and others`. OpenVINO
+compiles whole attentions and runs of elementwise operators, and calls either a subgraph."""
 OTHERS = "elementwise and others"
 KIND_OF = {operator: kind for kind, names in KINDS.items() for operator in names.split()}
 
@@ -87,7 +89,7 @@ class GraphLayers:
     layers: tuple[LayerTime, ...]
     """In the order they run."""
     blocks: dict[str, float]
-    """Sums of medians, ms, in the order they run."""
+    """Sums of medians, ms, in the order their longest layers run."""
     kinds: dict[str, float]
     """Likewise, largest first."""
 
@@ -115,6 +117,8 @@ class Comparison:
     differences: tuple[str, ...]
     """What else differs between the two, which the ratios then measure as well."""
     ratios: dict[str, Ratio]
+    once: dict[str, float]
+    """Ratios of what is measured once: `cold load`, `peak memory`."""
 
     @property
     def regressions(self) -> list[str]:
@@ -212,10 +216,11 @@ def graph_layers(found: Sequence[Mapping[str, Any]]) -> GraphLayers:
                 percentage=100 * total / max(sum(totals), 1e-12),
             )
         )
+    longest = {one.block: i for i, one in sorted(enumerate(layers), key=lambda p: p[1].medianMs)}
     return GraphLayers(
         count=max((len(layer["samples_ms"]) for layer in found), default=0),
         layers=tuple(layers),
-        blocks=blocks,
+        blocks=dict(sorted(blocks.items(), key=lambda item: longest[item[0]])),
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
     )
 
@@ -237,7 +242,7 @@ def noise(stages: Mapping[str, Distribution], *, load: float | None, cores: int)
     if load is not None and load > cores:
         found.append(
             f"the load average was {load:.1f} on {cores} core(s) before it began: something else "
-            "was running"
+            "was running, or had just been"
         )
     return found
 
@@ -253,26 +258,38 @@ def compare(
             max_slowdown if stage in CLICKS else math.inf,
         )
         for stage, here in profile.stages.items()
-        if stage in other["stages"]
     }
-    facts = {
-        "bundle": "encoder_sha256",
-        "backend": "backend",
-        "precision": "precision",
-        "threads": "threads",
-        "image": "work",
-        "machine": "machine",
-        "versions": "versions",
-    }
-    differences = []
-    for what, key in facts.items():
+    return Comparison(
+        other=name,
+        max_slowdown=max_slowdown,
+        differences=tuple(_differences(profile, other)),
+        ratios=ratios,
+        once={
+            what: now / then
+            for what, now, then in (
+                ("cold load", profile.load_ms, other.get("load_ms")),
+                ("peak memory", profile.peak_mb, other.get("peak_mb")),
+            )
+            if now is not None and type(then) in (int, float) and then > 0
+        },
+    )
+
+
+def _differences(profile: Profile, other: Mapping[str, Any]) -> Iterator[str]:
+    """What is not the same in two profiles, then and now."""
+    if other.get("encoder_sha256") != profile.encoder_sha256:
+        yield f"another bundle: {other.get('bundle')} then, {profile.bundle} now"
+    words = {"backend": "backend", "precision": "precision", "threads": "number of threads"}
+    for key, what in (words | {"work": "image"}).items():
         then, now = other.get(key), getattr(profile, key)
         if then != now:
-            shown = "" if what == "bundle" else f": {_brief(then)} then, {_brief(now)} now"
-            differences.append(f"another {what}{shown}")
-    return Comparison(
-        other=name, max_slowdown=max_slowdown, differences=tuple(differences), ratios=ratios
-    )
+            yield f"another {what}: {then or 'all cores'} then, {now or 'all cores'} now"
+    for key, what in {"machine": "machine", "versions": "version"}.items():
+        theirs = other.get(key)
+        for name, now in getattr(profile, key).items():
+            then = theirs.get(name, now) if isinstance(theirs, Mapping) else None
+            if then != now:
+                yield f"another {what}: {name} {then} then, {now} now"
 
 
 def ratio_of(here: Sequence[float], there: Sequence[float], max_slowdown: float) -> Ratio:
@@ -287,10 +304,3 @@ def ratio_of(here: Sequence[float], there: Sequence[float], max_slowdown: float)
 def _medians(samples: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:
     values = np.asarray(samples, np.float64)
     return np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
-
-
-def _brief(value: Any) -> str:
-    """A fact in words; a table of them as its values."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {one}" for key, one in value.items())
-    return "none" if value is None else str(value)

@@ -7,6 +7,7 @@ every profiler and viewer shows what it is about; nodes between modules are name
 from __future__ import annotations
 
 import ast
+import re
 
 METADATA = "pkg.torch.onnx.name_scopes"
 """Where the exporter says which modules a node came from, outermost first, then the operation."""
@@ -34,8 +35,15 @@ def node_name(module: str, name: str) -> str:
 
 
 def module_named(name: str) -> str | None:
-    """The module in a node's name, whatever a backend added to it; None in a name without one."""
-    module, slash, _ = name.partition("/")
+    """The module in a node's name, whatever a backend added to it; None in a name without one.
+
+    ONNX Runtime puts `fused ` before what it fuses. OpenVINO calls a change of layout
+    `A_abcd_acdb_B`, between A and B, of which this takes B.
+
+    >>> module_named("image_abcd_acdb_patch_embed/node_conv2d/WithoutBiases")
+    'patch_embed'
+    """
+    module, slash, _ = re.sub(r"^(fused |.*_[a-f]{3,6}_[a-f]{3,6}_)", "", name).partition("/")
     return module if slash else None
 
 

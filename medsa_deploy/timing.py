@@ -7,15 +7,19 @@ are those of a program that embeds the runtime and nothing else.
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from . import verify
-from .errors import DeviceError, MedsaError
+from .errors import DeviceError, InputError, MedsaError
 from .images import Image, read_image
 from .images.files import one_line
 from .manifest import Network
@@ -31,6 +35,11 @@ WARM_UP = 2
 LAYER_RUNS = 10
 """Runs with the backend's own profiler, at most."""
 
+Progress = Callable[[str], None]
+"""Told the name of each step as it begins."""
+Count = Callable[[int, int], None]
+"""Told, in the steps that count, how many runs of how many are done."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -40,8 +49,11 @@ class Options:
     backend: str
     precision: str
     threads: int | None
+    """None for all cores."""
     runs: int
+    """Those that count."""
     image: str | None
+    """An image or a volume; None for a seeded one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,28 +71,25 @@ class Work:
 
 def seeded_work(network: Network) -> Work:
     """Images of the network's own size, made of nothing but a seed."""
-    case = verify.seeded_case(network.image_size, network.mask_prompt_size, 1, network.chunk)
-    return _work(f"a seeded image, {network.image_size}×{network.image_size}", case.images)
+    case = verify.seeded_case(network.image_size, None, 1, network.chunk)
+    return _work("seeded", case.images)
 
 
 def image_work(network: Network, path: Path) -> Work:
     """A user's image, or a chunk from the middle of a volume."""
     chunk = network.chunk
     images = [read_image(path)] if chunk == 1 else verify.middle_slices(path, chunk)
-    height, width = images[0].pixels.shape[:2]
-    return _work(f"{path.name}, {width}×{height}", images)
+    return _work(path.name, images)
 
 
-def _work(name: str, images: Sequence[Image]) -> Work:
+def _work(source: str, images: Sequence[Image]) -> Work:
+    """Clicks in the middle of the images, on either side; the second is background."""
     height, width = images[0].pixels.shape[:2]
-    case = verify.image_case(name, images, None)
-    clicks = case.prompts[1]
-    assert len(clicks.points) > 1, (height, width)
-    first, two = (
-        Prompt(points=clicks.points[:n], labels=clicks.labels[:n], box=None, mask=None)
-        for n in (1, 2)
-    )
-    return Work(name=name, images=images, first=first, next=two)
+    points = np.array([[0.4 * width, 0.5 * height], [0.6 * width, 0.5 * height]], np.float32)
+    labels = np.array([1, 0], np.float32)
+    first, two = (Prompt(points=points[:n], labels=labels[:n], box=None, mask=None) for n in (1, 2))
+    slices = "" if len(images) == 1 else f", {len(images)} slices"
+    return Work(name=f"{source}, {width}×{height}{slices}", images=images, first=first, next=two)
 
 
 def run_once(session: Session, work: Work) -> dict[str, float]:
@@ -96,7 +105,7 @@ def run_once(session: Session, work: Work) -> dict[str, float]:
     return {**encoding, **first.timings_ms, **clicks}
 
 
-def measure(options: Options, on_step: Callable[[str], None]) -> dict[str, Any]:
+def measure(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any]:
     """Everything that one process can measure, as JSON has it.
 
     Loading comes first, while nothing of the backend has been imported; layers come last, so that
@@ -118,26 +127,36 @@ def measure(options: Options, on_step: Callable[[str], None]) -> dict[str, Any]:
         for _ in range(WARM_UP):
             run_once(session, work)
         on_step(f"measure {options.runs} runs")
-        samples: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        for _ in range(options.runs):
-            for stage, milliseconds in run_once(session, work).items():
-                samples[stage].append(milliseconds)
-    found |= {"peak_mb": _memory_mb("VmHWM"), "samples_ms": samples}
+        found["samples_ms"] = _samples(session, work, options.runs, on_run)
+    found["peak_mb"] = _memory_mb("VmHWM")
     runs = min(options.runs, LAYER_RUNS)
     on_step(f"time the layers, {runs} runs")
     with load(options.bundle, **opening, threads=options.threads, time_layers=True) as session:
-        found["layers"] = _layers(session, work, runs)
+        found["layers"] = _layers(session, work, runs, on_run)
     return found
 
 
-def _layers(session: Session, work: Work, runs: int) -> dict[str, list[dict[str, Any]]]:
-    """Layers of both graphs, each run once for each embedding and each first click."""
+def _samples(session: Session, work: Work, runs: int, on_run: Count) -> dict[str, list[float]]:
+    """Milliseconds of every run, by stage."""
+    samples: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for run in range(runs):
+        for stage, milliseconds in run_once(session, work).items():
+            samples[stage].append(milliseconds)
+        on_run(run + 1, runs)
+    return samples
+
+
+def _layers(
+    session: Session, work: Work, runs: int, on_run: Count
+) -> dict[str, list[dict[str, Any]]]:
+    """Layers of both graphs over `runs` runs, after one to warm up, of a first click each."""
     backend = session.backend
     if not isinstance(backend, TimesLayers):
         return {}
-    for _ in range(1 + runs):
+    for run in range(1 + runs):
         embeddings = session.encode_slices(work.images)
         session.segment_sets(embeddings[0], [work.first])
+        on_run(run, runs)
     return {
         graph: [asdict(layer) | {"samples_ms": layer.samples_ms[-runs:]} for layer in layers]
         for graph, layers in backend.layers().items()
@@ -155,23 +174,38 @@ def _memory_mb(name: str) -> float | None:
     return None
 
 
+class _Said(logging.Handler):
+    """Warnings as lines of JSON."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one record."""
+        _say(warning=record.getMessage())
+
+
+def _say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
 def main() -> int:
-    """Options as JSON in, one line of JSON for each step and for the result out."""
+    """Options as JSON in; a line of JSON for each step, run and warning, and for the result out.
 
-    def say(**what: Any) -> None:
-        print(json.dumps(what), flush=True)
-
+    In place of a result there is an `error` with the name of its class, its `kind`.
+    """
+    logging.getLogger("medsa_deploy").addHandler(_Said(logging.WARNING))
     try:
         options = Options(**json.loads(sys.argv[1]))
-        say(result=measure(options, lambda step: say(step=step)))
-    except KeyboardInterrupt:
-        return 130
+        found = measure(
+            options, lambda step: _say(step=step), lambda done, of: _say(done=done, of=of)
+        )
+        _say(result=found)
     except MedsaError as e:
-        say(error=str(e), kind=type(e).__name__)
+        _say(error=str(e), kind=type(e).__name__)
     except MemoryError:
-        say(error="out of memory", kind=DeviceError.__name__)
+        _say(error="out of memory: use a smaller network", kind=DeviceError.__name__)
     except OSError as e:
-        say(error=f"{e.strerror or one_line(e)}: {e.filename}", kind="InputError")
+        _say(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
+    except Exception as e:
+        _say(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
     return 0
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from medsa_deploy import __version__, errors, machine, manifest, profiling
 from medsa_deploy.errors import DeviceError, InputError, UsageError
@@ -22,13 +25,15 @@ from medsa_deploy.manifest import File
 from medsa_deploy.profile_page import profile_page
 from medsa_deploy.profiling import Profile
 from medsa_deploy.runtime.loading import check_options, files_precision
-from medsa_deploy.timing import WARM_UP, Options
+from medsa_deploy.timing import STAGES, WARM_UP, Count, Options, Progress
 
-from .proof import Progress
+logger = logging.getLogger(__name__)
 
-LIBRARIES = ("numpy", "onnxruntime", "openvino")
 SHARED = ("preprocess", "encode")
 """Stages that are of all slices of a chunk together."""
+KILLED = -9
+LONGEST_MS = 1e9
+"""Samples beyond it (11 days) are no samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,12 @@ class Outputs:
 
 
 def profile_bundle(
-    bundle: Path, options: Options, outputs: Outputs, *, on_step: Progress = lambda step: None
+    bundle: Path,
+    options: Options,
+    outputs: Outputs,
+    *,
+    on_step: Progress = lambda step: None,
+    on_run: Count = lambda done, of: None,
 ) -> Profile:
     """Measure a bundle, compare with an earlier profile, write JSON and a page.
 
@@ -53,7 +63,7 @@ def profile_bundle(
     encoder = _check(bundle, options, outputs)
     earlier = None if outputs.other is None else read_profile(outputs.other)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found = measured(options, on_step)
+    found = measured(options, on_step, on_run)
     profile = _profile(bundle, encoder, options, found, load)
     if earlier is not None and outputs.other is not None:
         compared = profiling.compare(profile, earlier, outputs.other.name, outputs.max_slowdown)
@@ -86,37 +96,67 @@ def read_profile(path: Path) -> dict[str, Any]:
             f"{profiling.SCHEMA_VERSION}: measure again"
         )
     stages = found.get("stages")
-    if not (isinstance(stages, dict) and stages and all(map(_has_samples, stages.values()))):
-        raise InputError(f"{path} has no samples of every stage: measure again")
+    for stage in STAGES:
+        if not (isinstance(stages, dict) and _has_samples(stages.get(stage))):
+            raise InputError(f"{path} has no samples of the stage {stage!r}: measure again")
     return found
 
 
-def measured(options: Options, on_step: Progress) -> dict[str, Any]:
-    """What `timing.measure` finds in a process of its own; its errors are raised here."""
+def measured(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any]:
+    """What `timing.measure` finds in a process of its own; its errors are raised here.
+
+    The process is out of reach of the terminal's Ctrl-C, and is killed together with its temporary
+    files instead.
+    """
     command = [sys.executable, "-P", "-m", "medsa_deploy.timing", json.dumps(asdict(options))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    assert process.stdout is not None
-    with process:  # waits, and closes the pipe
+    with (
+        tempfile.TemporaryDirectory(prefix="medsa-") as scratch,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "TMPDIR": scratch},
+            start_new_session=True,
+        ) as process,  # waits, and closes the pipe
+    ):
+        assert process.stdout is not None
         try:
             for line in process.stdout:
                 said = json.loads(line)
                 if "result" in said:
                     result: dict[str, Any] = said["result"]
                     return result
-                if "error" in said:
-                    raise _error(said["kind"], said["error"])
-                on_step(said["step"])
+                _pass_on(said, on_step, on_run)
         except BaseException:
             process.kill()
             raise
-    raise DeviceError(f"the measuring process ended early, with status {process.returncode}")
+    raise DeviceError(_ended(process.returncode))
 
 
-def _error(kind: str, message: str) -> Exception:
-    """An error of another process, of its class; some have constructors of their own."""
-    cls = getattr(errors, kind)
-    error: Exception = cls.__new__(cls, message)
-    return error
+def _pass_on(said: Mapping[str, Any], on_step: Progress, on_run: Count) -> None:
+    """A line of the measuring process, to whom it is for; its errors are raised."""
+    match said:
+        case {"error": message, "kind": kind}:
+            cls = getattr(errors, kind)  # some have constructors of their own
+            raise cls.__new__(cls, message)
+        case {"fault": what, "traceback": lines}:
+            fault = RuntimeError(what)
+            fault.add_note(lines)
+            raise fault
+        case {"warning": message}:
+            logger.warning(message)
+        case {"done": done, "of": of}:
+            on_run(done, of)
+        case {"step": step}:
+            on_step(step)
+
+
+def _ended(code: int) -> str:
+    """Why there is no result."""
+    if code == KILLED:
+        return "the measuring process was killed, most often for lack of memory"
+    return f"the measuring process ended early, with status {code}"
 
 
 def _check(bundle: Path, options: Options, outputs: Outputs) -> File:
@@ -160,7 +200,12 @@ def _profile(
             "memory_gb": machine.memory_gb(),
             "system": machine.system(),
         },
-        versions=_versions(),
+        versions={
+            "medsa-deploy": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            facts["backend"]: facts["version"],
+        },
         measured=datetime.now().astimezone().isoformat(timespec="seconds"),
         load_ms=found["load_ms"],
         loaded_mb=found["loaded_mb"],
@@ -171,21 +216,11 @@ def _profile(
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {"medsa-deploy": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _has_samples(stage: object) -> bool:
     """Whether a stage of a document has positive numbers for samples."""
     samples = stage.get("samples_ms") if isinstance(stage, dict) else None
     return (
         isinstance(samples, list)
         and len(samples) > 0
-        and all(type(ms) in (int, float) and isfinite(ms) and ms > 0 for ms in samples)
+        and all(type(ms) in (int, float) and 0 < ms < LONGEST_MS for ms in samples)
     )
