@@ -128,10 +128,17 @@ def _example(tensor: Contract, batch: int) -> Tensor:
 
 
 def _name_nodes(model: Any) -> None:
-    """Name nodes by their modules; drop what else the exporter says, such as paths of sources."""
+    """Name nodes by their modules, and what they make, which optimizers name new nodes after.
+
+    What else the exporter says is dropped, such as paths of sources.
+    """
     for node in model.graph.all_nodes():
         scopes = node.metadata_props.get(METADATA, "")
-        node.name = node_name(innermost(scopes), node.name)
+        module = innermost(scopes)
+        node.name = node_name(module, node.name)
+        for value in node.outputs:
+            if value.name and not value.is_graph_output():
+                value.name = node_name(module, value.name)
         node.metadata_props.clear()
         node.metadata_props[METADATA] = scopes
 

@@ -1,7 +1,8 @@
 """A node of a graph ⇄ the module of the network it came from.
 
-Exported nodes are named `MODULE/NODE`, such as `blocks.3.attention.query/node_MatMul_165`, so that
-every profiler and viewer shows what it is about; nodes between modules are named `/NODE`.
+Exported nodes and the values they make are named `MODULE/NODE`, such as
+`blocks.3.attention.query/node_MatMul_165`, so that every profiler and viewer shows what it is
+about; between modules they are named `/NODE`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 
 METADATA = "pkg.torch.onnx.name_scopes"
 """Where the exporter says which modules a node came from, outermost first, then the operation."""
+ADDED = re.compile(r"^(fused |cast_|InsertedPrecisionFreeCast_|.*_[a-f]{3,6}_[a-f]{3,6}_)+")
+"""What ONNX Runtime, this package and OpenVINO put before a name."""
 REST = "rest"
 """Nodes between modules."""
 
@@ -37,13 +40,13 @@ def node_name(module: str, name: str) -> str:
 def module_named(name: str) -> str | None:
     """The module in a node's name, whatever a backend added to it; None in a name without one.
 
-    ONNX Runtime puts `fused ` before what it fuses. OpenVINO calls a change of layout
-    `A_abcd_acdb_B`, between A and B, of which this takes B.
+    Casts are named after what they cast. OpenVINO calls a change of layout `A_abcd_acdb_B`, between
+    A and B, of which this takes B.
 
     >>> module_named("image_abcd_acdb_patch_embed/node_conv2d/WithoutBiases")
     'patch_embed'
     """
-    module, slash, _ = re.sub(r"^(fused |.*_[a-f]{3,6}_[a-f]{3,6}_)", "", name).partition("/")
+    module, slash, _ = ADDED.sub("", name).partition("/")
     return module if slash else None
 
 

@@ -169,9 +169,14 @@ def _check(bundle: Path, options: Options, outputs: Outputs) -> File:
         raise UsageError(
             f"--max-slowdown {outputs.max_slowdown:g}: expected a number above 0, such as 1.1"
         )
-    for path in (outputs.json, outputs.html):
-        if path is not None and not path.parent.is_dir():
+    written = [path for path in (outputs.json, outputs.html) if path is not None]
+    for path in written:
+        if not path.parent.is_dir():
             raise UsageError(f"{path.parent} is not a folder: make it, or name another output")
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file")
+    if len(written) > len({path.resolve() for path in written}):
+        raise UsageError(f"{written[0]} cannot be both the profile and its page")
     return made.file("encoder", files_precision(options.precision))
 
 
