@@ -272,7 +272,7 @@ def run(
                     threshold=threshold,
                     overlap=overlap or 0,
                     propagate=propagate,
-                    **({} if margin is None else {"margin": margin}),
+                    margin=margin,
                 ),
                 mask=output,
                 overlay=overlay,
@@ -455,7 +455,7 @@ def _click(text: str) -> tuple[float, float, int]:
     """X,Y or X,Y,LABEL."""
     values = _numbers(text, float, "--point")
     if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
-        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0")
+        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image")
     return values[0], values[1], int(values[2]) if len(values) == 3 else 1
 
 
@@ -463,7 +463,7 @@ def _box(text: str) -> tuple[float, float, float, float]:
     """X0,Y0,X1,Y1."""
     values = _numbers(text, float, "--box")
     if len(values) != 4:
-        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1")
+        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1 in an image")
     return values[0], values[1], values[2], values[3]
 
 
