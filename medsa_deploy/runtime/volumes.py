@@ -207,8 +207,9 @@ class _Run:
                 self._label(index, structure, pixels)
         for index, structure, logits, pixels in self._followed(prompted, upwards[::-1], margin):
             other = from_below.pop((index, structure), None)
-            mean = pixels if other is None else self._pixels((logits + other) / 2)
-            self._label(index, structure, mean)
+            if other is not None:
+                pixels = self._pixels(np.mean([logits, other], axis=0, dtype=np.float32))
+            self._label(index, structure, pixels)
         for (index, structure), logits in from_below.items():
             self._label(index, structure, self._pixels(logits))
 
