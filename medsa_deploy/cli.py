@@ -250,6 +250,19 @@ def run(
     medsa-deploy run ckpt.medsa ct.nii.gz --point 120,88,40 --propagate -o seg.nii.gz
 
     medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
+
+    prompts.json, in voxels:
+
+    ```
+    {"structures": [
+      {"name": "liver", "points": [[120, 88, 40], [60, 90, 40, 0]]},
+      {"name": "spleen", "boxes": [[30, 40, 38, 90, 110, 52]]}
+    ]}
+    ```
+
+    A point is x, y, z and its label, 1 (default) or 0; a box x0, y0, z0, x1, y1, z1, in the slices
+    z0 to z1 - 1. "class" instead of "name" takes one class of a network of several; without
+    either, a structure gives all of them.
     """
     window = _window(intensity_window)
     if stages.takes_volume(image, slice_):
