@@ -19,6 +19,7 @@ from medsa_deploy.manifest import Conventions, Family, Network, Outputs, RelPos,
 from . import encoders, sizes
 from .checkpoint import Checkpoint
 from .conventions import conventions_of
+from .depth import DepthFacts, depth_of
 from .encoders import EncoderFacts
 from .guesses import Guess, Overrides
 from .reference.network import ReferenceNetwork
@@ -29,9 +30,11 @@ __all__ = ["Architecture", "Guess", "Overrides", "infer"]
 UNUSED = re.compile(
     r"num_batches_tracked$|attention_bias_idxs$|^pixel_(mean|std)$"
     r"|^image_encoder\.(norm_head|head)\."
-    r"|^image_encoder\.(layers\.\d+\.)?blocks\.\d+\.Depth_Adapter\."
+    r"|^image_encoder\.layers\.\d+\.blocks\.\d+\.Depth_Adapter\."
 )
-"""Keys a checkpoint may carry that its network, used in 2D, does not run."""
+"""Keys a checkpoint may carry that its network does not run."""
+DEPTH = re.compile(r"^image_encoder\.blocks\.\d+\.Depth_Adapter\.")
+"""Keys that a network runs in 3D only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
         )
     whole = sizes.checked(shapes, "tiny_vit" if tiny else "vit", _two_way(shapes))
     encoder = (encoders.tiny_vit if tiny else encoders.vit)(whole, overrides, guesses)
-    network = _network(checkpoint, shapes, encoder, overrides, guesses)
+    depth = depth_of(shapes, encoder, overrides, guesses)
+    network = _network(checkpoint, shapes, encoder, depth, overrides, guesses)
     _check_keys(checkpoint.tensors, network, whole)
     conventions = conventions_of(
         network, overrides, guesses, public_training=checkpoint.public_training
@@ -72,20 +76,24 @@ def _network(
     checkpoint: Checkpoint,
     shapes: Shapes,
     encoder: EncoderFacts,
+    depth: DepthFacts,
     overrides: Overrides,
     guesses: list[Guess],
 ) -> Network:
     """All facts about the network."""
     tensors = checkpoint.tensors
-    adapters = _adapters(shapes) + tuple(sorted({one.kind.split()[0] for one in checkpoint.lora}))
+    in_3d = depth.sd_trans is not None
+    adapters = _adapters(shapes, in_3d=in_3d)
+    adapters += tuple(sorted({one.kind.split()[0] for one in checkpoint.lora}))
     two_way = _two_way(shapes)
     public = encoder.encoder == "vit" and (adapters or two_way == "public")
     outputs: Outputs = "classes" if public else "sam"
     mask_tokens = shapes["mask_decoder.mask_tokens.weight"][0]
-    used = {k: v.numel() for k, v in tensors.items() if not UNUSED.search(k)}
+    used = {k: v.numel() for k, v in tensors.items() if not _unused(k, in_3d=in_3d)}
     lengths, prompt_length = _hyp_lengths(shapes)
     return Network(
         **asdict(encoder),
+        **asdict(depth),
         family=_family(encoder, adapters),
         rel_pos=_rel_pos(tensors),
         adapters=adapters,
@@ -108,8 +116,13 @@ def _family(encoder: EncoderFacts, adapters: tuple[str, ...]) -> Family:
     return "medsa" if adapters else "sam"
 
 
-def _adapters(shapes: Shapes) -> tuple[str, ...]:
-    """Kinds of adapter that run in 2D."""
+def _unused(key: str, *, in_3d: bool) -> bool:
+    """Whether the network does not run a key that its checkpoint may carry."""
+    return bool(UNUSED.search(key)) or (not in_3d and bool(DEPTH.match(key)))
+
+
+def _adapters(shapes: Shapes, *, in_3d: bool) -> tuple[str, ...]:
+    """Kinds of adapter that run."""
     marks = {
         "space": r"image_encoder\..*\.Space_Adapter\.",
         "mlp": r"image_encoder\..*\.MLP_Adapter\.",
@@ -117,6 +130,8 @@ def _adapters(shapes: Shapes) -> tuple[str, ...]:
         "decoder-mlp": r"mask_decoder\..*\.MLP_Adapter\.",
         "decoder-image": r"mask_decoder\..*\.Image_Adapter\.",
     }
+    if in_3d:
+        marks["depth"] = DEPTH.pattern
     return tuple(kind for kind, mark in marks.items() if any(re.match(mark, key) for key in shapes))
 
 
@@ -179,6 +194,7 @@ def _check_keys(tensors: Mapping[str, Tensor], network: Network, shapes: Shapes)
         raise CheckpointError(
             f"no network can be built from the checkpoint's shapes: {type(e).__name__} {e}"
         ) from e
+    in_3d = network.sd_trans is not None
     there = [key for key in wanted if key in tensors]
     wrong = [
         f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
@@ -191,8 +207,8 @@ def _check_keys(tensors: Mapping[str, Tensor], network: Network, shapes: Shapes)
     ]
     problems = sizes.misfit(
         shapes,
-        missing=[key for key in wanted if key not in tensors and not UNUSED.search(key)],
-        unknown=[key for key in tensors if key not in wanted and not UNUSED.search(key)],
+        missing=[k for k in wanted if k not in tensors and not _unused(k, in_3d=in_3d)],
+        unknown=[k for k in tensors if k not in wanted and not _unused(k, in_3d=in_3d)],
         wrong=wrong,
     )
     if problems:

@@ -34,10 +34,16 @@ def conventions_of(
         guesses.append(
             Guess(fact="point order", value=order, because=because, option="--point-order")
         )
+    if network.chunk > 1 and overrides.prompt_scope is None:
+        because = "the public code gives a chunk the clicks of all its slices in one set"
+        guesses.append(
+            Guess(fact="prompt scope", value="chunk", because=because, option="--prompt-scope")
+        )
     return Conventions(
         preprocess=overrides.preprocess or profile,
         point_order=overrides.point_order or order,
         point_frame=overrides.point_frame or "network",
+        prompt_scope=overrides.prompt_scope or "chunk",
         intensity_window=_intensity_window(overrides.intensity_window),
         threshold=0.5 if overrides.threshold is None else _threshold(overrides.threshold),
         class_names=_class_names(overrides.class_names or (), network.classes),

@@ -36,8 +36,9 @@ WIDTH = 256
 def contract(network: Network) -> dict[str, Graph]:
     """Tensor contract of the two graphs of a network."""
     side, g = network.image_size, network.embedding_size
-    image = Contract(name="image", dtype="float32", shape=("B", 3, side, side))
-    made = Contract(name="image_embeddings", dtype="float32", shape=("B", WIDTH, g, g))
+    batch = network.slices or "B"
+    image = Contract(name="image", dtype="float32", shape=(batch, 3, side, side))
+    made = Contract(name="image_embeddings", dtype="float32", shape=(batch, WIDTH, g, g))
     given = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
     prompts = (
         Contract(name="point_coords", dtype="float32", shape=("P", "N", 2)),
@@ -61,23 +62,25 @@ def export_graphs(
     graphs: Mapping[str, Graph],
     folder: Path,
     *,
+    chunk: int = 1,
     on_graph: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[Path]]:
     """Write both graphs into `folder`; the files of each, the ONNX file first.
 
-    `on_graph` is called with a graph's name before it is exported.
+    `chunk`: slices that are encoded together, in 3D. `on_graph` is called with a graph's name
+    before it is exported.
     """
     modules = {"encoder": folded.encoder, "decoder": folded.decoder}
     files = {}
     for name, module in modules.items():
         on_graph(name)
-        files[name] = _export(module, graphs[name], folder / f"{name}.onnx")
+        files[name] = _export(module, graphs[name], folder / f"{name}.onnx", 2 * chunk)
     return files
 
 
-def _export(module: nn.Module, graph: Graph, path: Path) -> list[Path]:
+def _export(module: nn.Module, graph: Graph, path: Path, batch: int) -> list[Path]:
     """One module as an ONNX file, and its weights' file where they are too large for one."""
-    examples = tuple(_example(tensor) for tensor in graph.inputs)
+    examples = tuple(_example(tensor, batch) for tensor in graph.inputs)
     dynamic = tuple(
         {axis: name for axis, name in enumerate(tensor.shape) if isinstance(name, str)} or None
         for tensor in graph.inputs
@@ -103,9 +106,12 @@ def _export(module: nn.Module, graph: Graph, path: Path) -> list[Path]:
     return [path, *([path.with_name(f"{path.name}.data")] if external else [])]
 
 
-def _example(tensor: Contract) -> Tensor:
-    """An example input; dynamic axes differ and exceed 1, or the exporter fixes or merges them."""
-    sizes = {"B": 2, "E": 3, "P": 2, "N": 5}
+def _example(tensor: Contract, batch: int) -> Tensor:
+    """An example input; dynamic axes differ and exceed 1, or the exporter fixes or merges them.
+
+    So does the number of chunks in the batch.
+    """
+    sizes = {"B": batch, "E": 3, "P": 2, "N": 5}
     return torch.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape])
 
 

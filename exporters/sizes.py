@@ -63,6 +63,7 @@ OPTIONAL = {
     "image_encoder.blocks.#.attn.rel_pos_w": "* d",
     "image_encoder.blocks.#.Space_Adapter.D_fc1.weight": "* C",
     "image_encoder.blocks.#.MLP_Adapter.D_fc1.weight": "* C",
+    "image_encoder.blocks.#.Depth_Adapter.D_fc1.weight": "* C",
     "mask_decoder.transformer.layers.#.HyP_Adapter.D_fc1.weight": "* 256",
     "mask_decoder.transformer.layers.#.HyP_Adapter.P_fc.weight": "* 256",
     "mask_decoder.transformer.layers.#.HyP_Adapter.norms.#.weight": "*",

@@ -63,6 +63,17 @@ class OverrideOptions:
         int | None, typer.Option(help="Side of the network's input, in pixels")
     ] = None
     classes: Annotated[int | None, typer.Option(help="Classes the network was trained for")] = None
+    depth_chunk: Annotated[
+        str | None,
+        typer.Option(metavar="D|none", help="3D: slices that see each other; none: all --slices"),
+    ] = None
+    slices: Annotated[
+        int | None, typer.Option(help="3D: slices of the graph, with --depth-chunk none")
+    ] = None
+    sd_trans: Annotated[
+        Literal["public", "paper"] | None,
+        typer.Option(help="3D: how slices are grouped; checkpoints of the public code: public"),
+    ] = None
     preprocess: Annotated[
         Literal["medsa", "sam", "medsam", "litemedsam"] | None,
         typer.Option(help="How images become the network's input"),
@@ -74,6 +85,10 @@ class OverrideOptions:
     ] = None
     point_frame: Annotated[
         Literal["network", "image"] | None, typer.Option(help="Frame of coordinates, likewise")
+    ] = None
+    prompt_scope: Annotated[
+        Literal["chunk", "slice"] | None,
+        typer.Option(help="3D: whether prompts are for their chunk of slices, or their slice"),
     ] = None
     threshold: Threshold = None
     class_names: Annotated[
@@ -148,6 +163,8 @@ def export(
     medsa-deploy export adapters.pth --base sam_vit_b_01ec64.pth --images my-images/
 
     medsa-deploy export medsam_vit_b.pth --preprocess medsam
+
+    medsa-deploy export volumes.pth --depth-chunk 8 --intensity-window -175,250
     """
     with console.steps() as on_step:
         made = stages.export(
@@ -340,6 +357,7 @@ def _overrides(options: OverrideOptions) -> Any:
     """The options as `Overrides`, which come with torch."""
     blocks, names = options.global_blocks, options.class_names
     parsed = {
+        "depth_chunk": _depth_chunk(options.depth_chunk),
         "global_blocks": None if blocks is None else _numbers(blocks, int, "--global-blocks"),
         "intensity_window": _window(options.intensity_window),
         "class_names": None if names is None else tuple(n.strip() for n in names.split(",")),
@@ -347,6 +365,16 @@ def _overrides(options: OverrideOptions) -> Any:
     with stages.checkpoints.export_extra():
         from .exporters.architecture import Overrides
     return Overrides(**asdict(options) | parsed)
+
+
+def _depth_chunk(text: str | None) -> int | str | None:
+    """D or `none`."""
+    if text is None or text == "none":
+        return text
+    values = _numbers(text, int, "--depth-chunk")
+    if len(values) != 1:
+        raise UsageError(f"--depth-chunk {text}: expected a number of slices, or none")
+    return values[0]
 
 
 def _click(text: str) -> tuple[float, float, int]:

@@ -146,7 +146,7 @@ def print_inspection(found: Inspection) -> None:
     source = found.source
     over = f" over {source.base}" if source.base else ""
     out.print(f"[bold]{escape(source.checkpoint)}[/]  {source.container}{over}, {source.dtype}")
-    _print_facts(_network_facts(found.network) | _convention_facts(found.conventions))
+    _print_facts(_facts(found.network, found.conventions))
     if found.lora:
         out.print("\nLow-rank updates, merged into:")
         table = _table()
@@ -173,7 +173,7 @@ def print_export(made: Export) -> None:
     """A bundle that was just made."""
     network = made.manifest.network
     out.print(f"[bold green]{escape(str(made.bundle))}[/]  in {made.seconds:.0f} s")
-    _print_facts(_network_facts(network) | _convention_facts(made.manifest.conventions))
+    _print_facts(_facts(network, made.manifest.conventions))
     print_guesses(made.guesses)
     _print_files([(f.path, f.bytes) for f in made.manifest.files])
     for parity in made.manifest.parity:
@@ -255,6 +255,11 @@ def _alike(lora: LoRA) -> tuple[str, str, int]:
     return re.sub(r"\.\d+\.", ".*.", lora.linear), lora.kind, lora.rank
 
 
+def _facts(network: Network, conventions: Conventions) -> dict[str, str]:
+    scope = {"prompts": f"for their {conventions.prompt_scope}"} if network.chunk > 1 else {}
+    return _network_facts(network) | _convention_facts(conventions) | scope
+
+
 def _network_facts(network: Network) -> dict[str, str]:
     share = 100 * network.adapter_parameters / network.parameters
     vit = network.encoder == "vit"
@@ -282,6 +287,10 @@ def _network_facts(network: Network) -> dict[str, str]:
             "real": "real tables",
             "none": "no tables",
         }[network.rel_pos]
+    if network.sd_trans is not None:
+        chunk = f"chunks of {network.depth_chunk} slices" if network.depth_chunk else "no chunks"
+        exactly = f", exactly {network.slices} slices" if network.slices else ""
+        facts["3D"] = f"SD-Trans, {network.sd_trans} grouping, {chunk}{exactly}"
     if network.hyp_lengths:
         facts["HyP-Adpt"] = (
             f"lengths {_list(network.hyp_lengths)}, prompt length {network.hyp_prompt_length}"

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from .errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILENAME = "manifest.json"
 
 Family = Literal["medsa", "sam", "litemedsam", "mobile_sam", "efficient_sam"]
@@ -32,6 +32,8 @@ Outputs = Literal["classes", "sam"]
 ProfileName = Literal["medsa", "sam", "medsam", "litemedsam"]
 PointOrder = Literal["xy", "yx"]
 PointFrame = Literal["network", "image"]
+DepthGrouping = Literal["public", "paper"]
+PromptScope = Literal["chunk", "slice"]
 Role = Literal["encoder", "decoder", "weights", "reference"]
 """`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by."""
 
@@ -91,6 +93,18 @@ class Network:
     hyp_lengths: tuple[int, ...] = ()
     """HyP-Adpt's widths L_0…L_K of the first two-way block that has it; empty without."""
     hyp_prompt_length: int = 0
+    sd_trans: DepthGrouping | None = None
+    """How SD-Trans groups what attends over depth; None for a network that sees single images."""
+    depth_chunk: int | None = None
+    """D: neighbouring slices that attend to each other; the encoder's batch is a multiple of it.
+    None with SD-Trans: the depth branch spans every window of exactly `slices` slices."""
+    slices: int | None = None
+    """Slices the encoder takes, no more and no less, where there is no `depth_chunk`."""
+
+    @property
+    def chunk(self) -> int:
+        """Slices that are encoded together: 1 for a network that sees single images."""
+        return self.depth_chunk or self.slices or 1
 
     @property
     def masks(self) -> int:
@@ -107,6 +121,9 @@ class Conventions:
     """`yx`: the network was trained on (row, column) clicks. Callers always give x, y."""
     point_frame: PointFrame = "network"
     """`image`: coordinates go in as the image's own pixels, unscaled."""
+    prompt_scope: PromptScope = "chunk"
+    """In 3D, whom a prompt set is for: all slices of its chunk, with the clicks and boxes of all of
+    them in one set, as the public code trains; or its own slice alone."""
     intensity_window: tuple[float, float] | None = None
     """Intensities mapped to black and white, for images that are not 8-bit."""
     threshold: float = 0.5

@@ -30,6 +30,8 @@ VIT_2D = (
 )
 
 
+VIT_3D = ("medsa_3d_chunk6", "medsa_3d_no_chunk", "medsa_hyp_3d")
+
 TABLELESS_2D = ("medsa_lora", "medsa_mobile")
 """Cases whose checkpoints do not show their image size."""
 

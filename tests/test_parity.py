@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from golden_cases import TABLELESS_2D, VIT_2D, GoldenCase, relative_l2
+from golden_cases import TABLELESS_2D, VIT_2D, VIT_3D, GoldenCase, relative_l2
 
 from medsa_deploy import manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
@@ -22,6 +22,7 @@ from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
 
+CASES = VIT_2D + VIT_3D + TABLELESS_2D
 TORCH_LIMIT = 3e-6
 TORCH_IOU_LIMIT = 3e-5
 ONNX_LIMIT = 2e-5
@@ -31,7 +32,11 @@ ONNX_IOU_LIMIT = 1e-4
 def overrides_of(case: GoldenCase) -> Overrides:
     """What the case's checkpoint does not say."""
     size = case.size if case.name in TABLELESS_2D else None
-    return Overrides(classes=None if case.name == "medsa_mobile" else case.classes, image_size=size)
+    classes = None if case.name == "medsa_mobile" else case.classes
+    if case.name not in VIT_3D:
+        return Overrides(classes=classes, image_size=size)
+    chunk, slices = case.settings["chunk"], case.settings["batch"]
+    return Overrides(classes=classes, depth_chunk=chunk or "none", slices=None if chunk else slices)
 
 
 def reference_of(case: GoldenCase, checkpoint: Path) -> ReferenceNetwork:
@@ -49,7 +54,7 @@ def assert_close(case: GoldenCase, actual: dict[str, np.ndarray], limit: float, 
         assert relative_l2(value, expected) <= (iou if name == "iou_predictions" else limit), name
 
 
-@pytest.mark.parametrize("name", VIT_2D + TABLELESS_2D)
+@pytest.mark.parametrize("name", CASES)
 def test_reference_is_golden(name: str, checkpoint_of) -> None:
     case = GoldenCase(name)
     reference = reference_of(case, checkpoint_of(name))
@@ -67,7 +72,7 @@ def test_reference_is_golden(name: str, checkpoint_of) -> None:
     assert_close(case, {k: v.numpy() for k, v in actual.items()}, TORCH_LIMIT, TORCH_IOU_LIMIT)
 
 
-@pytest.mark.parametrize("name", VIT_2D + TABLELESS_2D)
+@pytest.mark.parametrize("name", CASES)
 def test_folded_is_golden(name: str, checkpoint_of) -> None:
     case = GoldenCase(name)
     folded = fold(reference_of(case, checkpoint_of(name)))
@@ -84,13 +89,16 @@ def test_folded_is_golden(name: str, checkpoint_of) -> None:
     assert_close(case, {k: v.numpy() for k, v in actual.items()}, TORCH_LIMIT, TORCH_IOU_LIMIT)
 
 
-@pytest.mark.parametrize("name", VIT_2D + TABLELESS_2D)
+@pytest.mark.parametrize("name", CASES)
 def test_golden_through_the_command_line(name: str, checkpoint_of, tmp_path: Path) -> None:
     case = GoldenCase(name)
     bundle = tmp_path / "case.medsa"
     overrides = overrides_of(case)
-    options = [f"--classes={overrides.classes}"] if overrides.classes else []
-    options += [f"--image-size={overrides.image_size}"] if overrides.image_size else []
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name in ("classes", "image_size", "depth_chunk", "slices")
+        if (value := getattr(overrides, name)) is not None
+    ]
     command = ["-m", "medsa_deploy.cli", "export", str(checkpoint_of(name)), "-o", str(bundle)]
     done = subprocess.run(
         [sys.executable, *command, *options, "--json"], capture_output=True, text=True, check=False

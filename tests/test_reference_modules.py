@@ -15,8 +15,9 @@ from medsa_deploy.exporters.folded import decoder as folded_decoder
 from medsa_deploy.exporters.folded import vit as folded_vit
 from medsa_deploy.exporters.lora import merge
 from medsa_deploy.exporters.reference import efficient_sam, vit
-from medsa_deploy.exporters.sd_trans import Grouping, SDTrans
+from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
+from medsa_deploy.manifest import DepthGrouping
 
 LIMIT = 3e-6
 
@@ -46,20 +47,8 @@ def vit_of(case: GoldenCase, sd_trans: SDTrans | None, **sizes: object) -> vit.I
     return encoder
 
 
-@pytest.mark.parametrize("name", ["medsa_3d_chunk6", "medsa_3d_no_chunk", "medsa_hyp_3d"])
-def test_sd_trans_encoder_is_golden(name: str) -> None:
-    case = GoldenCase(name)
-    chunk = case.settings["chunk"]
-    sd_trans = SDTrans(grouping="public", chunk=chunk, slices=case.settings["batch"])
-    encoder = vit_of(case, sd_trans, heads=4, window=14, global_blocks=(1, 3))
-    image, expected = torch.from_numpy(case.image), case.expected["image_embeddings"]
-    folded = folded_vit.ImageEncoder(encoder, case.size // 16)
-    assert relative_l2(encoder(image).numpy(), expected) <= LIMIT
-    assert relative_l2(folded(image).detach().numpy(), expected) <= LIMIT
-
-
 @pytest.mark.parametrize("grouping", ["public", "paper"])
-def test_folded_chunks_are_the_references(grouping: Grouping) -> None:
+def test_folded_chunks_are_the_references(grouping: DepthGrouping) -> None:
     """Two chunks at once, in both groupings; each chunk is by itself."""
     case = GoldenCase("medsa_hyp_3d")
     sd_trans = SDTrans(grouping=grouping, chunk=2)

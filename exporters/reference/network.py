@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
 from medsa_deploy.manifest import Network
 
@@ -28,6 +29,7 @@ class ReferenceNetwork(nn.Module):
                 heads=network.heads[0],
                 window=network.windows[0],
                 global_blocks=network.global_blocks,
+                sd_trans=SDTrans.of(network),
             )
         )
         self.prompt_encoder = PromptTokens(
