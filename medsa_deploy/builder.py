@@ -23,7 +23,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 from . import errors, trt
-from .engine import Recipe, Shape
+from .engine import Options, Shape
 from .errors import BuildError, BundleError, MedsaError, MissingDependencyError, UsageError
 from .manifest import decode
 
@@ -41,7 +41,7 @@ class Job:
 
     onnx: str
     output: str
-    recipe: Recipe
+    options: Options
     profile: dict[str, tuple[Shape, Shape, Shape]]
     """Input → its smallest, optimal and largest shape."""
     timing_cache: str | None = None
@@ -130,18 +130,18 @@ def main() -> None:
 def _build(job: Job, on_progress: OnProgress) -> Outcome:
     """Build and write one engine, in this process."""
     start = perf_counter()
-    recipe = job.recipe
-    library = trt.load(recipe.flavor)
-    complaints = _prepare_polygraphy(recipe.flavor)
+    options = job.options
+    library = trt.load(options.flavor)
+    complaints = _prepare_polygraphy(options.flavor)
     from polygraphy.backend.trt import engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
-    name = trt.NAMES[recipe.flavor]
+    name = trt.NAMES[options.flavor]
     try:
         network = network_from_onnx_path(job.onnx, strongly_typed=True)
     except PolygraphyException as e:
         raise BundleError(f"{job.onnx} cannot be parsed by {name}: {_said(complaints, e)}") from e
-    if not recipe.fused_attention:
+    if not options.fused_attention:
         _keep_attention_plain(library, network[1])
     try:
         config = _config(job, library, on_progress)
@@ -151,7 +151,7 @@ def _build(job: Job, on_progress: OnProgress) -> Outcome:
             f"{name} {library.__version__} cannot build {Path(job.onnx).name}: "
             f"{_said(complaints, e)}"
         ) from e
-    attention = _attention(recipe, plan)
+    attention = _attention(options, plan)
     Path(job.output).write_bytes(plan)
     return Outcome(attention=attention, seconds=round(perf_counter() - start, 3))
 
@@ -186,31 +186,31 @@ def _config(job: Job, library: Any, on_progress: OnProgress) -> Callable[..., An
     """What Polygraphy makes the builder's configuration with."""
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 
-    recipe = job.recipe
+    options = job.options
     profile = Profile()
     for name, shapes in job.profile.items():
         profile.add(name, *shapes)
-    options: dict[str, Any] = {
+    common: dict[str, Any] = {
         "profiles": [profile],
         "progress_monitor": _monitor(library, on_progress),
     }
-    if recipe.workspace_gb is not None:
-        limit = int(recipe.workspace_gb * GIB)
-        options["memory_pool_limits"] = {library.MemoryPoolType.WORKSPACE: limit}
-    if recipe.flavor == "rtx":
+    if options.workspace_gb is not None:
+        limit = int(options.workspace_gb * GIB)
+        common["memory_pool_limits"] = {library.MemoryPoolType.WORKSPACE: limit}
+    if options.flavor == "rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-        capabilities = [divmod(int(target[2:]), 10) for target in recipe.targets]
-        create = CreateConfigRTX(compute_capabilities=capabilities, **options)
+        capabilities = [divmod(int(target[2:]), 10) for target in options.targets]
+        create = CreateConfigRTX(compute_capabilities=capabilities, **common)
     else:
         create = CreateConfig(
-            builder_optimization_level=recipe.optimization_level,
+            builder_optimization_level=options.optimization_level,
             load_timing_cache=job.timing_cache,
-            **options,
+            **common,
         )
 
     def set_tf32(builder: Any, network: Any, config: Any) -> None:
-        change = config.set_flag if recipe.tf32 else config.clear_flag
+        change = config.set_flag if options.tf32 else config.clear_flag
         change(library.BuilderFlag.TF32)
 
     return PostprocessConfig(create, set_tf32)
@@ -267,13 +267,13 @@ def _keep_attention_plain(library: Any, network: Any) -> None:
                     layer.set_input(i, relu.get_output(0))
 
 
-def _attention(recipe: Recipe, plan: Any) -> Attention:
+def _attention(options: Options, plan: Any) -> Attention:
     """Whether an engine holds fused attention; BuildError where that was not wanted."""
-    if recipe.flavor != "rtx":
+    if options.flavor != "rtx":
         return "unknown"
     if FUSED_KERNEL not in bytes(plan):
         return "plain"
-    if not recipe.fused_attention:
+    if not options.fused_attention:
         raise BuildError(
             "TensorRT-RTX fused attention in spite of --no-fused-attention: no engine was written"
         )

@@ -22,12 +22,28 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .errors import MedsaError
 from .manifest import Conventions, Network, Parity
-from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
+from .stages import (
+    Demonstration,
+    Diagnosis,
+    EngineBuild,
+    EnginePlan,
+    Export,
+    Inspection,
+    Segmentation,
+    Verification,
+)
+from .trt import NAMES
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -131,6 +147,28 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
+def steps_with_shares() -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
+    """As `steps`, with a bar of how much of the step is done, once that is known."""
+    columns = (TextColumn("{task.description} …"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("")
+        started: list[tuple[str, float]] = []
+
+        def finish() -> None:
+            if started:
+                name, begun = started[-1]
+                progress.console.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
+
+        def begin(name: str) -> None:
+            finish()
+            started.append((name, perf_counter()))
+            progress.reset(task, total=None, description=escape(name))
+
+        yield begin, lambda share: progress.update(task, total=1, completed=share)
+        finish()
+
+
+@contextmanager
 def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar of images done, with the time left; nothing where it cannot be seen."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -180,6 +218,39 @@ def print_export(made: Export) -> None:
         _print_parity(parity, "the checkpoint's own network")
 
 
+def print_note(note: str) -> None:
+    """A choice that was made for the user, on stderr."""
+    err.print(escape(note))
+
+
+def print_engines(made: EngineBuild) -> None:
+    """Engines that were built, are up to date, or would be built."""
+    plan, found = made.plan, made.engine
+    if found is None:
+        what = "would be built" if plan.reasons else "up to date"
+    else:
+        what = f"built in {made.seconds:.0f} s" if made.built else "up to date"
+    out.print(f"[bold green]{escape(str(plan.folder))}[/]  {what}")
+    for reason in plan.reasons:
+        out.print(f"  because: {escape(reason)}", style="dim")
+    _print_facts(_engine_facts(plan))
+    table = _table("input", "smallest", "optimal", "largest")
+    for planned in plan.engines:
+        for name, shapes in planned.profile.items():
+            cells = ["×".join(map(str, shape)) for shape in shapes]
+            table.add_row(f"{planned.role} {name}", *cells)
+    out.print(table)
+    if found is not None:
+        out.print()
+        table = _table("engine", "size", "attention", "built in")
+        for file in found.files:
+            size = f"{file.bytes / 1e6:.1f} MB"
+            table.add_row(file.path, size, file.attention, f"{file.seconds:.1f} s")
+        out.print(table)
+        if found.state == "built":
+            out.print("built, not run: nothing is known of their masks until a GPU has run them")
+
+
 def print_verification(found: Verification) -> None:
     """How a bundle compares."""
     against = {
@@ -188,6 +259,8 @@ def print_verification(found: Verification) -> None:
     }[found.against]
     for parity in found.parity:
         _print_parity(parity, against)
+    for engine in found.engines:
+        out.print(escape(f"{engine.folder}: {engine.state}"))
     if found.failures:
         for failure in found.failures:
             print_error(failure)
@@ -307,6 +380,26 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
         "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
         "class names": ", ".join(conventions.class_names) or "none",
     }
+
+
+def _engine_facts(plan: EnginePlan) -> dict[str, str]:
+    options = plan.options
+    switches = {
+        "TF32": options.tf32,
+        "fused attention": options.fused_attention,
+    }
+    facts = {
+        "library": f"{NAMES[plan.library.flavor]} {plan.library.version}",
+        "precision": options.precision + (", made first" if plan.makes_graphs else ""),
+        "targets": ", ".join(options.targets),
+        "allowed": ", ".join(name for name, on in switches.items() if on)
+        or "neither TF32 nor fused attention",
+    }
+    if options.workspace_gb is not None:
+        facts["workspace"] = f"{options.workspace_gb:g} GB"
+    if options.optimization_level is not None:
+        facts["optimization level"] = str(options.optimization_level)
+    return facts
 
 
 def _print_parity(parity: Parity, against: str) -> None:

@@ -44,8 +44,8 @@ class Range:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What was asked of the builder; another recipe makes another engine."""
+class Options:
+    """What was asked of the builder; another options makes another engine."""
 
     flavor: Flavor
     precision: str
@@ -79,9 +79,9 @@ class EngineFile:
     """File name, in the folder of `engine.json`."""
     bytes: int
     sha256: str
-    onnx: str
-    """Relative to the bundle, as in its manifest."""
-    onnx_sha256: str
+    sources: dict[str, str]
+    """The ONNX file it was built from, then its weights' file where they are apart, as the bundle's
+    manifest names them → SHA-256."""
     profile: dict[str, tuple[Shape, Shape, Shape]]
     """Input → its smallest, optimal and largest shape."""
     attention: Literal["fused", "plain", "unknown"]
@@ -94,7 +94,7 @@ class EngineFile:
 class Engine:
     """Everything `engine.json` holds."""
 
-    recipe: Recipe
+    options: Options
     version: str
     """Of TensorRT or TensorRT-RTX; an engine loads in the same version only."""
     device: str | None
@@ -110,14 +110,14 @@ class Engine:
         return found
 
 
-def folder_name(recipe: Recipe) -> str:
+def folder_name(options: Options) -> str:
     """FLAVOR-PRECISION-TARGETS, such as `rtx-fp16-sm86+sm89`."""
-    return f"{recipe.flavor}-{recipe.precision}-{'+'.join(recipe.targets)}"
+    return f"{options.flavor}-{options.precision}-{'+'.join(options.targets)}"
 
 
-def profile(inputs: tuple[Tensor, ...], recipe: Recipe) -> dict[str, tuple[Shape, Shape, Shape]]:
+def profile(inputs: tuple[Tensor, ...], options: Options) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Smallest, optimal and largest shape of each input of a graph."""
-    axes = {"B": recipe.batch, "E": recipe.embeddings, "P": recipe.prompts, "N": recipe.points}
+    axes = {"B": options.batch, "E": options.embeddings, "P": options.prompts, "N": options.points}
 
     def shape(tensor: Tensor, size: Literal["min", "opt", "max"]) -> Shape:
         return tuple(
@@ -170,41 +170,59 @@ def check_loadable(
     engines to build.
     """
     engine = load(folder)
-    again = f"build them with {command(engine.recipe, folder.parent.parent, library, device)}"
+    again = f"build them with {command(engine.options, folder.parent.parent, library, device)}"
     _check_library(engine, folder, library, again)
     _check_device(engine, folder, device, again)
     if role := stale(engine, made):
         raise EngineStaleError(
-            f"{folder}: its {role} was built from another {engine.file(role).onnx} than the bundle "
-            f"holds now: {again}"
+            f"{folder}: its {role} was built from another {next(iter(engine.file(role).sources))} "
+            f"than the bundle holds now: {again}"
         )
-    for file in engine.files:
-        _check_bytes(file, folder, again)
+    check_files(engine, folder, again)
     return engine
+
+
+def check_files(engine: Engine, folder: Path, again: str) -> None:
+    """EngineChangedError, ending in `again`, unless the engines are those that were built.
+
+    Reads every byte.
+    """
+    for file in engine.files:
+        path = folder / file.path
+        try:
+            size = path.stat().st_size
+            digest = sha256(path) if size == file.bytes else None
+        except OSError as e:
+            raise EngineChangedError(f"{path} cannot be read ({e.strerror}): {again}") from e
+        if digest != file.sha256:
+            wrong = f"{size} bytes, expected {file.bytes}" if digest is None else "another SHA-256"
+            raise EngineChangedError(
+                f"{path} is not the engine that {FILENAME} describes ({wrong}): {again}"
+            )
 
 
 def stale(engine: Engine, made: Manifest) -> Role | None:
     """The engine whose ONNX file the bundle no longer holds; None when both are there."""
     held = {file.path: file.sha256 for file in made.files}
-    return next((f.role for f in engine.files if held.get(f.onnx) != f.onnx_sha256), None)
+    return next((f.role for f in engine.files if not f.sources.items() <= held.items()), None)
 
 
 def command(
-    recipe: Recipe, bundle: Path, library: trt.Library, device: cuda.Device | None = None
+    options: Options, bundle: Path, library: trt.Library, device: cuda.Device | None = None
 ) -> str:
     """The command line that builds engines like these for `library`, and for `device` if given."""
-    words = ["medsa-deploy build-engine", str(bundle), f"--{recipe.precision}"]
+    words = ["medsa-deploy build-engine", str(bundle), f"--{options.precision}"]
     words.append(f"--flavor {library.flavor}")
     if library.flavor == "rtx":
-        targets = (device.capability,) if device else recipe.targets
+        targets = (device.capability,) if device else options.targets
         words += [f"--target {target}" for target in targets]
     return " ".join(words)
 
 
 def _check_library(engine: Engine, folder: Path, library: trt.Library, again: str) -> None:
-    if engine.recipe.flavor != library.flavor:
+    if engine.options.flavor != library.flavor:
         raise EngineFlavorError(
-            f"{folder} holds {trt.NAMES[engine.recipe.flavor]} engines; "
+            f"{folder} holds {trt.NAMES[engine.options.flavor]} engines; "
             f"{trt.NAMES[library.flavor]} is to load them: {again}"
         )
     if engine.version != library.version:
@@ -220,23 +238,8 @@ def _check_device(engine: Engine, folder: Path, device: cuda.Device | None, agai
             f"{folder}: no NVIDIA driver or GPU was found, and engines run on one: install the "
             "driver, or run the bundle with --backend onnxruntime"
         )
-    if device.capability not in engine.recipe.targets:
+    if device.capability not in engine.options.targets:
         raise EngineDeviceError(
-            f"{folder} was built for {', '.join(engine.recipe.targets)}; this machine's "
+            f"{folder} was built for {', '.join(engine.options.targets)}; this machine's "
             f"{device.name} is {device.capability}: {again}"
-        )
-
-
-def _check_bytes(file: EngineFile, folder: Path, again: str) -> None:
-    path = folder / file.path
-    try:
-        size = path.stat().st_size
-        digest = sha256(path) if size == file.bytes else None
-    except OSError as e:
-        raise EngineChangedError(f"{path} cannot be read ({e.strerror}): {again}") from e
-    if digest != file.sha256:
-        found = f"{size} bytes, expected {file.bytes}" if digest is None else "its SHA-256 differs"
-        raise EngineChangedError(
-            f"{path} is not the engine that {FILENAME} describes ({found}): copy the bundle again "
-            f"or {again}"
         )

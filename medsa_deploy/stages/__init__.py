@@ -3,12 +3,13 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
-demo.py          the first five minutes
+engines.py       bundle → engines              demo.py          the first five minutes
 """
 
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .doctor import Diagnosis, diagnose
+from .engines import EngineBuild, EnginePlan, EngineRequest, EngineState, build_engines
 from .export import Export, export
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
@@ -16,12 +17,17 @@ from .verification import Verification, verify_bundle
 __all__ = [
     "Demonstration",
     "Diagnosis",
+    "EngineBuild",
+    "EnginePlan",
+    "EngineRequest",
+    "EngineState",
     "Export",
     "Inspection",
     "Outputs",
     "Prompts",
     "Segmentation",
     "Verification",
+    "build_engines",
     "demonstrate",
     "diagnose",
     "export",

@@ -14,6 +14,7 @@ from medsa_deploy.runtime.session import check_options
 from medsa_deploy.verify import Array, Case
 
 from .checkpoints import export_extra
+from .engines import EngineState, engine_states
 from .proof import Progress, cases, parity, reference_outputs
 
 
@@ -27,6 +28,8 @@ class Verification:
     parity: tuple[Parity, ...]
     failures: tuple[str, ...]
     """What exceeds the limits; empty when everything agrees."""
+    engines: tuple[EngineState, ...]
+    """Engines in the bundle, which are not run here."""
 
 
 def verify_bundle(
@@ -75,6 +78,7 @@ def verify_bundle(
         against=against,
         parity=tuple(found),
         failures=tuple(problem for one in found for problem in verify.failures(one)),
+        engines=engine_states(bundle, made),
     )
 
 
