@@ -32,7 +32,7 @@ FUSED_KERNEL = b"fused_multihead"
 """Stands in a TensorRT-RTX engine for each fused attention kernel: it carries their sources."""
 
 Attention = Literal["fused", "plain", "unknown"]
-OnProgress = Callable[[float], None]
+OnProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class Outcome:
     seconds: float
 
 
-def build(job: Job, *, on_progress: OnProgress = lambda share: None) -> Outcome:
-    """Build one engine in a process of its own; `on_progress` is called with the share done.
+def build(job: Job, *, on_progress: OnProgress = lambda percent: None) -> Outcome:
+    """Build one engine in a process of its own; `on_progress` is called with the percent done.
 
     BundleError where the ONNX file cannot be parsed, BuildError where it cannot be compiled,
     OSError where the engine cannot be written; `job.output` is then incomplete or absent.
@@ -119,7 +119,7 @@ def main() -> None:
 
     try:
         job = decode(Job, json.loads(sys.argv[1]), "job")
-        send(dataclasses.asdict(_build(job, lambda share: send({"progress": share}))))
+        send(dataclasses.asdict(_build(job, lambda percent: send({"progress": percent}))))
     except MedsaError as e:
         kind = UsageError if isinstance(e, MissingDependencyError) else type(e)
         send({"error": kind.__name__, "message": str(e)})
@@ -217,13 +217,13 @@ def _config(job: Job, library: Any, on_progress: OnProgress) -> Callable[..., An
 
 
 def _monitor(library: Any, on_progress: OnProgress) -> Any:
-    """The builder's nested phases as one share of the whole, for every full percent."""
+    """The builder's nested phases as percent of the whole."""
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self.phases: list[list[Any]] = []  # name, steps done, steps; the innermost last
-            self.said = 0.0
+            self.said = 0
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.phases.append([phase, 0, max(steps, 1)])
@@ -235,10 +235,10 @@ def _monitor(library: Any, on_progress: OnProgress) -> Any:
             share, width = 0.0, 1.0
             for _, done, steps in self.phases:
                 share, width = share + width * done / steps, width / steps
-            if share >= self.said + 0.01:
-                self.said = share
+            if (percent := int(100 * share)) > self.said:
+                self.said = percent
                 try:
-                    on_progress(round(min(share, 1.0), 3))
+                    on_progress(percent)
                 except OSError:  # nobody reads any more: stop building
                     return False
             return True

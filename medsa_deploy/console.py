@@ -26,13 +26,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
 from .errors import MedsaError
-from .manifest import Conventions, Network, Parity
+from .manifest import Conventions, Network, Parity, Recipe
 from .stages import (
     Demonstration,
     Diagnosis,
@@ -40,6 +41,7 @@ from .stages import (
     EnginePlan,
     Export,
     Inspection,
+    Quantization,
     Segmentation,
     Verification,
 )
@@ -147,28 +149,6 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def steps_with_shares() -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
-    """As `steps`, with a bar of how much of the step is done, once that is known."""
-    columns = (TextColumn("{task.description} …"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        task = progress.add_task("")
-        started: list[tuple[str, float]] = []
-
-        def finish() -> None:
-            if started:
-                name, begun = started[-1]
-                progress.console.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
-
-        def begin(name: str) -> None:
-            finish()
-            started.append((name, perf_counter()))
-            progress.reset(task, total=None, description=escape(name))
-
-        yield begin, lambda share: progress.update(task, total=1, completed=share)
-        finish()
-
-
-@contextmanager
 def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar of images done, with the time left; nothing where it cannot be seen."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -177,6 +157,31 @@ def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     ) as progress:
         task = progress.add_task("images", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def steps_of_images() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """As `steps`, with a bar of images done in the steps that count them."""
+    started: list[tuple[str, float]] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+
+    def finish() -> None:
+        if started:
+            name, begun = started[-1]
+            err.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
+
+    with Progress(
+        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def begin(name: str) -> None:
+            finish()
+            started.append((name, perf_counter()))
+            progress.reset(task, description=escape(name), total=None)
+
+        yield begin, lambda done, total: progress.update(task, completed=done, total=total)
+        finish()
 
 
 def print_inspection(found: Inspection) -> None:
@@ -249,6 +254,16 @@ def print_engines(made: EngineBuild) -> None:
         out.print(table)
         if found.state == "built":
             out.print("built, not run: nothing is known of their masks until a GPU has run them")
+
+
+def print_quantization(made: Quantization) -> None:
+    """A precision that was just added to a bundle."""
+    out.print(
+        f"[bold green]{escape(str(made.bundle))}[/]  {made.precision} in {made.seconds:.0f} s"
+    )
+    _print_facts(_recipe_facts(made.recipe))
+    _print_files([(f.path, f.bytes) for f in made.files])
+    _print_parity(made.parity, "the float32 graphs")
 
 
 def print_verification(found: Verification) -> None:
@@ -402,6 +417,21 @@ def _engine_facts(plan: EnginePlan) -> dict[str, str]:
     return facts
 
 
+def _recipe_facts(recipe: Recipe) -> dict[str, str]:
+    kept = ", ".join(f"{island.reason} ({island.nodes})" for island in recipe.islands)
+    facts = {
+        "made for": "any backend" if recipe.target == "any" else recipe.target,
+        "float32 nodes": kept or "none",
+        "float32 blocks": ", ".join(recipe.float32_blocks) or "none",
+    }
+    if recipe.rounded_dice_mean is not None and recipe.rounded_dice_worst is not None:
+        facts["mask Dice"] = (
+            f"mean {recipe.rounded_dice_mean:.4f}, worst {recipe.rounded_dice_worst:.4f}, "
+            "with every result rounded to float16"
+        )
+    return facts
+
+
 def _print_parity(parity: Parity, against: str) -> None:
     images = f"{parity.images} image(s), " if parity.images else ""
     out.print(
@@ -413,6 +443,9 @@ def _print_parity(parity: Parity, against: str) -> None:
         table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
     table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
     out.print(table)
+    if parity.mask_dice_mean is not None and parity.mask_dice_worst is not None:
+        said = f"mean {parity.mask_dice_mean:.4f}, worst {parity.mask_dice_worst:.4f}"
+        out.print(f"mask Dice {said}; NaN or infinite values: {parity.nan_count}")
 
 
 def _print_files(files: Sequence[tuple[str, int]]) -> None:

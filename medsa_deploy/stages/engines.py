@@ -15,6 +15,7 @@ from medsa_deploy.manifest import Manifest, Network, Role
 from medsa_deploy.trt import Flavor, Library
 
 from .proof import Progress
+from .quantization import quantize
 
 ROLES: tuple[Role, Role] = ("encoder", "decoder")
 RTX_IGNORES = {
@@ -23,8 +24,8 @@ RTX_IGNORES = {
 }
 """Options without effect on TensorRT-RTX: it leaves the choice of kernels to the device."""
 
-Share = Callable[[float], None]
-"""Called with the share of a step that is done."""
+Counts = Callable[[int, int], None]
+"""Called with how much of a step is done, and how much there is: images, or percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def build_engines(
     dry_run: bool = False,
     on_note: Progress = lambda note: None,
     on_step: Progress = lambda step: None,
-    on_share: Share = lambda share: None,
+    on_progress: Counts = lambda done, total: None,
 ) -> EngineBuild:
     """Build the engines of a bundle, where they are missing or something they depend on changed.
 
@@ -119,9 +120,9 @@ def build_engines(
     found = None
     if not dry_run and plan.reasons:
         if plan.makes_graphs:
-            _make_graphs(plan, request, on_step, on_share)
+            _make_graphs(plan, request, on_step, on_progress)
             plan = plan_engines(bundle, request, force=force)
-        found = _build(plan, request.timing_cache, on_step, on_share)
+        found = _build(plan, request.timing_cache, on_step, on_progress)
     elif not dry_run:
         found = engine.load(plan.folder)
     return EngineBuild(
@@ -348,22 +349,20 @@ def _text(value: object) -> str:
 
 
 def _make_graphs(
-    plan: EnginePlan, request: EngineRequest, on_step: Progress, on_share: Share
+    plan: EnginePlan, request: EngineRequest, on_step: Progress, on_progress: Counts
 ) -> None:
     """Add graphs of the plan's precision to the bundle."""
-    from .quantization import quantize
-
     quantize(
         plan.bundle,
         precision=plan.options.precision,
         calibration=request.calibration if plan.options.precision == "int8" else (),
         on_step=on_step,
-        on_image=lambda done, total: on_share(done / total),
+        on_image=on_progress,
     )
 
 
 def _build(
-    plan: EnginePlan, timing_cache: Path | None, on_step: Progress, on_share: Share
+    plan: EnginePlan, timing_cache: Path | None, on_step: Progress, on_progress: Counts
 ) -> Engine:
     """Build into a temporary folder, which takes the plan's name when it is whole."""
     parent = plan.folder.parent
@@ -373,7 +372,7 @@ def _build(
             files = []
             for planned in plan.engines:
                 on_step(f"build the {planned.role}")
-                files.append(_build_one(plan, planned, folder, timing_cache, on_share))
+                files.append(_build_one(plan, planned, folder, timing_cache, on_progress))
             device = cuda.device() if plan.library.flavor == "tensorrt" else None
             made = Engine(
                 options=plan.options,
@@ -394,7 +393,7 @@ def _build_one(
     planned: PlannedEngine,
     folder: Path,
     timing_cache: Path | None,
-    on_share: Share,
+    on_progress: Counts,
 ) -> EngineFile:
     """Build one engine into `folder`."""
     onnx = plan.bundle / next(iter(planned.sources))
@@ -407,7 +406,7 @@ def _build_one(
             profile=planned.profile,
             timing_cache=None if timing_cache is None else str(timing_cache),
         ),
-        on_progress=on_share,
+        on_progress=lambda percent: on_progress(percent, 100),
     )
     return EngineFile(
         role=planned.role,
