@@ -182,7 +182,7 @@ def _said(complaints: list[str], error: Exception) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
-def _config(job: Job, library: Any, on_progress: OnProgress) -> Callable[..., Any]:
+def _config(job: Job, library: Any, on_progress: OnProgress) -> Any:
     """What Polygraphy makes the builder's configuration with."""
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 

@@ -34,14 +34,14 @@ def device() -> Device | None:
     handle, version, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
     calls = (
-        lambda: driver.cuInit(0),
-        lambda: driver.cuDriverGetVersion(ctypes.byref(version)),
-        lambda: driver.cuDeviceGet(ctypes.byref(handle), 0),
-        lambda: driver.cuDeviceGetName(name, len(name), handle),
-        lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), MAJOR, handle),
-        lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), MINOR, handle),
+        (driver.cuInit, 0),
+        (driver.cuDriverGetVersion, ctypes.byref(version)),
+        (driver.cuDeviceGet, ctypes.byref(handle), 0),
+        (driver.cuDeviceGetName, name, len(name), handle),
+        (driver.cuDeviceGetAttribute, ctypes.byref(major), MAJOR, handle),
+        (driver.cuDeviceGetAttribute, ctypes.byref(minor), MINOR, handle),
     )
-    if any(call() for call in calls):  # each gives 0, or the number of an error
+    if any(function(*given) for function, *given in calls):  # each gives 0, or an error's number
         return None
     return Device(
         name=name.value.decode(errors="replace"),

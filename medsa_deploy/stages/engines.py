@@ -362,7 +362,7 @@ def _make_graphs(
     """Add graphs of the plan's precision to the bundle."""
     quantize(
         plan.bundle,
-        precision=plan.options.precision,
+        precision="fp16" if plan.options.precision == "fp16" else "int8",
         calibration=request.calibration if plan.options.precision == "int8" else (),
         on_step=on_step,
         on_image=on_progress,
