@@ -424,6 +424,13 @@ def _recipe_facts(recipe: Recipe) -> dict[str, str]:
         "float32 nodes": kept or "none",
         "float32 blocks": ", ".join(recipe.float32_blocks) or "none",
     }
+    if recipe.calibration is not None:
+        count = len(recipe.quantized) + len(recipe.left_out)
+        facts["INT8 layers"] = f"{len(recipe.quantized)} of {count}"
+        facts["left out"] = ", ".join(recipe.left_out) or "none"
+        facts["calibration"] = f"{recipe.calibration.images} images, {recipe.calibration.method}"
+        facts["codes"] = f"weights {recipe.weights}; activations {recipe.activations}"
+    facts["runs"] = f"{recipe.runs} of the verification cases"
     if recipe.rounded_dice_mean is not None and recipe.rounded_dice_worst is not None:
         facts["mask Dice"] = (
             f"mean {recipe.rounded_dice_mean:.4f}, worst {recipe.rounded_dice_worst:.4f}, "

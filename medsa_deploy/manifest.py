@@ -266,6 +266,10 @@ class Manifest:
             f"the bundle has no {role} in {precision}; it has: {', '.join(there) or 'none'}"
         )
 
+    def recipe(self, precision: str) -> Recipe | None:
+        """How a precision's graphs were made; None for float32, which was exported."""
+        return next((r for r in self.recipes if r.precision == precision), None)
+
 
 def to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`."""

@@ -9,7 +9,7 @@ CPU computes float16 graphs in float32 between operators, and would hide both ro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from medsa_deploy.manifest import Island, Parity, Recipe
 from medsa_deploy.runtime import Session
 
 from .proof import Progress
-from .trials import Trials, WatchingBackend
+from .trials import Trial, Trials, WatchingBackend
 
 GRAPHS = ("encoder", "decoder")
 PRECISION = "fp16"
@@ -39,7 +39,9 @@ class Made:
     """A precision's graphs, not yet in the bundle."""
 
     graphs: dict[str, list[Path]]
-    """`encoder` and `decoder` → files, the graph first, then its weights."""
+    """`encoder`, and `decoder` where there is a new one → files, the graph first."""
+    decoder_of: str | None = None
+    """The precision whose decoder this one uses."""
     recipe: Recipe
     parity: Parity
 
@@ -51,30 +53,31 @@ def make_float16(trials: Trials, folder: Path, on_step: Progress) -> Made:
     on_step("run with every result rounded to float16")
     rounded = _measure(trials, folder, ranges, ())
     blocks: tuple[str, ...] = ()
-    if verify.failures(rounded):
+    if rounded.failures:
         on_step("measure what each block costs")
         order = _costly_blocks(trials, folder, ranges)
-        while verify.failures(rounded) and len(blocks) < len(order):
+        while rounded.failures and len(blocks) < len(order):
             blocks = order[: len(blocks) + 1]
             on_step(f"return {blocks[-1]} to float32")
             rounded = _measure(trials, folder, ranges, blocks)
     on_step("run the float16 graphs in onnxruntime")
-    files, counts = {}, Counter[str]()
+    files, reasons = {}, list[str]()
     for name in GRAPHS:
         model = load_graph(getattr(trials, name))
-        kept = islands(model, blocks=_of(name, blocks), ranges=ranges[name])
+        kept = islands(model, blocks=of_graph(name, blocks), ranges=ranges[name])
         change = to_float16(model, kept)
         require_changed(name, change)
-        counts.update(kept.values())
+        reasons += kept.values()
         files[name] = save_graph(model, folder / f"{name}.{PRECISION}.onnx")
-    parity = trials.measure(files["encoder"][0], files["decoder"][0], PRECISION)
+    parity = trials.measure(files["encoder"][0], files["decoder"][0], PRECISION).parity
     verify.require(parity)
+    dice = rounded.parity
     recipe = Recipe(
         precision=PRECISION,
-        islands=tuple(Island(reason=r, nodes=n) for r, n in sorted(counts.items())),
+        islands=counted(reasons),
         float32_blocks=blocks,
-        rounded_dice_mean=rounded.mask_dice_mean,
-        rounded_dice_worst=rounded.mask_dice_worst,
+        rounded_dice_mean=dice.mask_dice_mean,
+        rounded_dice_worst=dice.mask_dice_worst,
         runs=trials.runs,
     )
     return Made(graphs=files, recipe=recipe, parity=parity)
@@ -109,16 +112,22 @@ def largest_values(trials: Trials, folder: Path) -> Ranges:
     return found
 
 
+def counted(reasons: Iterable[str]) -> tuple[Island, ...]:
+    """The reasons of single nodes, as the manifest has them."""
+    return tuple(Island(reason=r, nodes=n) for r, n in sorted(Counter(reasons).items()))
+
+
 def require_changed(name: str, change: Change) -> None:
     """ParityError where nothing could be converted."""
     if not change.changed:
-        raise ParityError(f"the {name} has no float16 form ({change.what}): use fp32")
+        raise ParityError(f"the {name} cannot be converted ({change.what}): use fp32")
 
 
-def _measure(trials: Trials, folder: Path, ranges: Ranges, blocks: tuple[str, ...]) -> Parity:
+def _measure(trials: Trials, folder: Path, ranges: Ranges, blocks: tuple[str, ...]) -> Trial:
     """The masks when all but the islands and `blocks` rounds to float16."""
     paths = {
-        name: _rounded(trials, folder, name, _of(name, blocks), ranges[name]) for name in GRAPHS
+        name: _rounded(trials, folder, name, of_graph(name, blocks), ranges[name])
+        for name in GRAPHS
     }
     return trials.measure(paths["encoder"], paths["decoder"], PRECISION)
 
@@ -133,7 +142,7 @@ def _costly_blocks(trials: Trials, folder: Path, ranges: Ranges) -> tuple[str, .
             others = tuple(other for other in blocks if other != block)
             path = _rounded(trials, folder, name, others, ranges[name])
             pair = {graph: getattr(trials, graph) for graph in GRAPHS} | {name: path}
-            costs[f"{name} {block}"] = cost(trials.measure(**pair, precision=PRECISION))
+            costs[f"{name} {block}"] = cost(trials.measure(**pair, precision=PRECISION).parity)
     return tuple(sorted(costs, key=lambda block: costs[block], reverse=True))
 
 
@@ -155,6 +164,6 @@ def _rounded(
     return save_graph(model, folder / f"{name}.rounded.onnx")[0]
 
 
-def _of(name: str, blocks: tuple[str, ...]) -> tuple[str, ...]:
+def of_graph(name: str, blocks: tuple[str, ...]) -> tuple[str, ...]:
     """The blocks of one graph, without its name."""
     return tuple(b.removeprefix(f"{name} ") for b in blocks if b.startswith(f"{name} "))

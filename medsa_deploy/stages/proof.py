@@ -15,7 +15,7 @@ from medsa_deploy.images import Image, find_images, is_volume, read_image, read_
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.backend import Backend
-from medsa_deploy.verify import Array, Case, Outputs
+from medsa_deploy.verify import Array, Case, Comparison, Outputs
 
 if TYPE_CHECKING:
     from medsa_deploy.exporters.reference import ReferenceNetwork
@@ -106,6 +106,15 @@ def parity(
     session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]], precision: str
 ) -> Parity:
     """Run the cases and compare; one case's outputs are held at a time."""
+    comparisons, nan_count = compare_all(session, cases, expected)
+    found = verify.summarise(cases, comparisons, precision=precision, backend=session.backend.name)
+    return replace(found, nan_count=nan_count)
+
+
+def compare_all(
+    session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]]
+) -> tuple[list[Comparison], int]:
+    """Every case's comparison, and how many values were NaN or infinite."""
     backend = FiniteBackend(session.backend)
     counting = Session(session.manifest, backend)
     threshold = session.conventions.threshold
@@ -114,5 +123,4 @@ def parity(
         actual = verify.run_case(counting, case)
         wanted = Outputs(tensors=tensors, frame=actual.frame)
         comparisons.append(verify.compare(case, wanted, actual, threshold))
-    found = verify.summarise(cases, comparisons, precision=precision, backend=backend.name)
-    return replace(found, nan_count=backend.count)
+    return comparisons, backend.count

@@ -20,7 +20,9 @@ from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
 from medsa_deploy.runtime.session import check_options
 
+from .calibration import find_sources
 from .float16 import Made, make_float16
+from .int8 import Base, make_int8
 from .proof import Progress, cases
 from .trials import Trials
 
@@ -65,6 +67,7 @@ def quantize(
         raise UsageError("calibration images are for int8; float16 needs none")
     check_options("onnxruntime", threads)
     import_onnx()
+    sources = find_sources(calibration) if precision == "int8" else []
     made = manifest.load(bundle)
     on_step("compare every file with its SHA-256")
     manifest.check_files(made, bundle)
@@ -72,8 +75,20 @@ def quantize(
     with bundles.workplace(bundle) as folder:
         on_step("run the float32 graphs")
         trials = Trials(bundle, made, to_run, threads)
-        added = make_float16(trials, folder, on_step)
-        result = _add(bundle, [added])
+        additions = []
+        if precision == "int8" and target == "cpu":
+            base = Base(precision="fp32", decoder=trials.decoder)
+        elif precision == "int8" and (recipe := made.recipe("fp16")):
+            decoder = bundle / made.file("decoder", "fp16").path
+            base = Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
+        else:
+            additions.append(make_float16(trials, folder, on_step))
+            decoder, recipe = additions[0].graphs["decoder"][0], additions[0].recipe
+            base = Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
+        if precision == "int8":
+            additions.append(make_int8(trials, folder, base, sources, on_step, on_image))
+        result = _add(bundle, additions)
+    added = additions[-1]
     return Quantization(
         bundle=bundle,
         precision=added.recipe.precision,
@@ -140,4 +155,7 @@ def _entries(made: Manifest, added: Made) -> list[File]:
                     opset=opset if i == 0 else None,
                 )
             )
+    if added.decoder_of is not None:
+        shared = made.file("decoder", added.decoder_of)
+        entries.append(replace(shared, precision=added.recipe.precision))
     return entries

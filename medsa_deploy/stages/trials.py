@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,19 @@ from medsa_deploy.runtime.backend import Array
 from medsa_deploy.runtime.ort import OnnxRuntimeBackend
 from medsa_deploy.verify import Case
 
-from .proof import parity
+from .proof import compare_all
 
 Watcher = Callable[[str, Array], None]
 """Called with the name of a further output and its value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How a candidate compares."""
+
+    parity: Parity
+    failures: tuple[str, ...]
+    """What exceeds the limits of its precision, over all cases or on the saved reference's."""
 
 
 class Trials:
@@ -43,11 +53,25 @@ class Trials:
         backend = OnnxRuntimeBackend(encoder, decoder, graphs, threads=self.threads)
         return Session(self.manifest, backend)
 
-    def measure(self, encoder: Path, decoder: Path, precision: str) -> Parity:
+    def measure(self, encoder: Path, decoder: Path, precision: str) -> Trial:
         """Run every case on two files and compare with float32."""
         self.runs += 1
         with self.open(encoder, decoder) as session:
-            return parity(session, self.cases, self._expected, precision)
+            comparisons, nan_count = compare_all(session, self.cases, self._expected)
+
+        def summary(count: int) -> Parity:
+            found = verify.summarise(
+                self.cases[:count],
+                comparisons[:count],
+                precision=precision,
+                backend=OnnxRuntimeBackend.name,
+            )
+            return replace(found, nan_count=nan_count)
+
+        parity = summary(len(self.cases))
+        # the first case alone too: it is the bundle's saved reference, which verify goes by
+        failures = dict.fromkeys((*verify.failures(parity), *verify.failures(summary(1))))
+        return Trial(parity=parity, failures=tuple(failures))
 
 
 class WatchingBackend(OnnxRuntimeBackend):
