@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def build(job: Job, *, on_progress: OnProgress = lambda percent: None) -> Outcom
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, text],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closes when this process ends, however it does
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -90,6 +91,8 @@ def build(job: Job, *, on_progress: OnProgress = lambda percent: None) -> Outcom
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def _outcome(message: dict[str, Any]) -> Outcome:
@@ -113,6 +116,7 @@ def main() -> None:
     """Build the job on the command line; messages for `build`, one JSON document a line."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print must not stand between the messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def send(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=channel, flush=True)
@@ -125,6 +129,12 @@ def main() -> None:
         send({"error": kind.__name__, "message": str(e)})
     except OSError as e:
         send({"errno": e.errno or errno.EIO, "file": str(e.filename or job.output)})
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked for the engine is gone."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def _build(job: Job, on_progress: OnProgress) -> Outcome:
@@ -237,10 +247,7 @@ def _monitor(library: Any, on_progress: OnProgress) -> Any:
                 share, width = share + width * done / steps, width / steps
             if (percent := int(100 * share)) > self.said:
                 self.said = percent
-                try:
-                    on_progress(percent)
-                except OSError:  # nobody reads any more: stop building
-                    return False
+                on_progress(percent)
             return True
 
         def phase_finish(self, phase: str) -> None:

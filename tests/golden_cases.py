@@ -95,6 +95,22 @@ class GoldenCase:
         return seeded.mask_input(self.settings["seed"], self.size // 4)
 
 
+def export_options(name: str) -> dict[str, Any]:
+    """What a case's checkpoint does not say, as fields of `Overrides`."""
+    case = GoldenCase(name)
+    options: dict[str, Any] = {}
+    if name != "medsa_mobile":
+        options["classes"] = case.classes
+    if name in TABLELESS_2D:
+        options["image_size"] = case.size
+    if name in VIT_3D:
+        chunk = case.settings["chunk"]
+        options["depth_chunk"] = chunk or "none"
+        if not chunk:
+            options["slices"] = case.settings["batch"]
+    return options
+
+
 def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
     """‖actual − expected‖ / ‖expected‖."""
     difference = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)

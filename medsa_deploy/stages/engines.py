@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from time import perf_counter
 
@@ -249,6 +250,8 @@ def _options(
     for name, option in RTX_IGNORES.items():
         if library.flavor == "rtx" and getattr(request, name) is not None:
             raise UsageError(f"{option} has no effect on TensorRT-RTX: leave it out")
+    if request.workspace_gb is not None and not 0 < request.workspace_gb < inf:
+        raise UsageError(f"--workspace {request.workspace_gb:g}: expected more than 0 GB")
     ranges = _ranges(made.network, request)
     return Options(
         flavor=library.flavor,
