@@ -70,15 +70,22 @@ def export_graphs(
     `chunk`: slices that are encoded together, in 3D. `on_graph` is called with a graph's name
     before it is exported.
     """
-    modules = {"encoder": folded.encoder, "decoder": folded.decoder}
     files = {}
-    for name, module in modules.items():
-        on_graph(name)
-        files[name] = _export(module, graphs[name], folder / f"{name}.onnx", 2 * chunk)
+    on_graph("encoder")
+    files["encoder"] = export_encoder(
+        folded.encoder, graphs["encoder"], folder / "encoder.onnx", chunk=chunk
+    )
+    on_graph("decoder")
+    files["decoder"] = _export(folded.decoder, graphs["decoder"], folder / "decoder.onnx")
     return files
 
 
-def _export(module: nn.Module, graph: Graph, path: Path, batch: int) -> list[Path]:
+def export_encoder(encoder: nn.Module, graph: Graph, path: Path, *, chunk: int = 1) -> list[Path]:
+    """Write an encoder that sees `chunk` slices together; its files, the ONNX file first."""
+    return _export(encoder, graph, path, batch=2 * chunk)
+
+
+def _export(module: nn.Module, graph: Graph, path: Path, *, batch: int = 2) -> list[Path]:
     """One module as an ONNX file, and its weights' file where they are too large for one."""
     examples = tuple(_example(tensor, batch) for tensor in graph.inputs)
     dynamic = tuple(

@@ -313,26 +313,51 @@ def quantize(
 @app.command()
 def run(
     bundle: Bundle,
-    image: Annotated[Path, typer.Argument(help="An image, or a folder of images")],
+    image: Annotated[Path, typer.Argument(help="An image, a folder of images, or a volume")],
     point: Annotated[
         list[str] | None,
-        typer.Option(metavar="X,Y[,LABEL]", help="A click; label 1 foreground, 0 background"),
+        typer.Option(
+            metavar="X,Y[,LABEL]",
+            help="A click; label 1 foreground, 0 background. In a volume X,Y,Z[,LABEL]",
+        ),
     ] = None,
     box: Annotated[
         list[str] | None,
-        typer.Option(metavar="X0,Y0,X1,Y1", help="A box; several are several objects"),
+        typer.Option(
+            metavar="X0,Y0,X1,Y1",
+            help="A box; several are several objects. In a volume X0,Y0,Z0,X1,Y1,Z1",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Volume: prompts of several structures, as JSON")
     ] = None,
     mask_input: Annotated[
         Path | None, typer.Option(help="`.npy` logits of an earlier mask (--save-logits)")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Mask: .png, .npy, .nii.gz; a folder for a folder"),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Mask: .png, .npy, .nii.gz; a folder for a folder; volume: .nii.gz, .npy, .dcm",
+        ),
     ] = None,
     overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None,
     save_logits: Annotated[Path | None, typer.Option(help="Low-resolution logits: .npy")] = None,
     axis: Annotated[int | None, typer.Option(help="Axis of a volume to slice along")] = None,
-    slice_: Annotated[int | None, typer.Option("--slice", help="Slice of a volume")] = None,
+    slice_: Annotated[
+        int | None, typer.Option("--slice", help="One slice of a volume, as an image")
+    ] = None,
+    volume: Annotated[int | None, typer.Option(help="Which volume of a 4-D NIfTI")] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Volume: slices that neighbouring chunks share")
+    ] = None,
+    propagate: Annotated[
+        bool, typer.Option("--propagate", help="Volume: follow masks beyond the prompted slices")
+    ] = False,
+    margin: Annotated[
+        float | None, typer.Option(help="Volume: pixels around a mask that is followed; default 3")
+    ] = None,
     intensity_window: IntensityWindow = None,
     threshold: Threshold = None,
     multimask: Annotated[
@@ -343,7 +368,7 @@ def run(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Segment an image, or every image of a folder, from clicks and boxes in its pixels.
+    """Segment an image, every image of a folder, or a volume, from clicks and boxes.
 
     medsa-deploy run ckpt.medsa image.dcm --point 120,88 -o mask.png --overlay overlay.png
 
@@ -352,24 +377,66 @@ def run(
     medsa-deploy run ckpt.medsa volume.nii.gz --axis 2 --slice 90 --box 40,30,200,170 -o mask.nii.gz
 
     medsa-deploy run ckpt.medsa frames/ --point 256,256 -o masks/
+
+    medsa-deploy run ckpt.medsa ct.nii.gz --point 120,88,40 --propagate -o seg.nii.gz
+
+    medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
     """
+    window = _window(intensity_window)
+    if stages.takes_volume(image, slice_):
+        _refuse("images", mask_input=mask_input, save_logits=save_logits, multimask=multimask)
+        structures = stages.structures_of(
+            [_numbers(text, float, "--point") for text in point or ()],
+            [_numbers(text, float, "--box") for text in box or ()],
+            prompts,
+        )
+        with (
+            load(bundle, backend=backend, precision=precision, threads=threads) as session,
+            console.progress(not json, "slices") as on_slice,
+        ):
+            segmented = stages.run_volume(
+                session,
+                image,
+                structures,
+                stages.VolumeOptions(
+                    intensity_window=window,
+                    threshold=threshold,
+                    overlap=overlap or 0,
+                    propagate=propagate,
+                    **({} if margin is None else {"margin": margin}),
+                ),
+                mask=output,
+                overlay=overlay,
+                axis=axis,
+                number=volume,
+                on_slice=on_slice,
+            )
+        console.print_json(segmented) if json else console.print_volume(segmented)
+        return
+    _refuse(
+        "volumes",
+        prompts=prompts,
+        volume=volume,
+        overlap=overlap,
+        propagate=propagate,
+        margin=margin,
+    )
     clicks = [_click(text) for text in point or ()]
-    prompts = stages.Prompts(
+    given = stages.Prompts(
         points=tuple((x, y) for x, y, _ in clicks),
         labels=tuple(label for _, _, label in clicks),
         boxes=tuple(_box(text) for text in box or ()),
         mask=mask_input,
     )
-    window = _window(intensity_window)
     default = Path("masks") if image.is_dir() else Path(f"{image.name}.mask.png")
     with (
         load(bundle, backend=backend, precision=precision, threads=threads) as session,
-        console.image_progress(image.is_dir() and not json) as on_image,
+        console.progress(image.is_dir() and not json, "images") as on_image,
     ):
         results = stages.run(
             session,
             image,
-            prompts,
+            given,
             stages.Outputs(mask=output or default, overlay=overlay, logits=save_logits),
             axis=axis,
             index=slice_,
@@ -438,22 +505,29 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Literal["litemedsam"], typer.Option(help="Which model")] = "litemedsam",
+    model: Annotated[
+        Literal["medsa", "litemedsam"],
+        typer.Option(help="medsa: a small Med-SA, in 3D. litemedsam: its published weights, in 2D"),
+    ] = "medsa",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write")] = Path("demo"),
     json: Json = False,
 ) -> None:
-    """Export real weights, segment a real MR image, print Dice and timings.
+    """Export trained weights, segment a real MR volume, print Dice and timings.
 
     medsa-deploy demo
+
+    medsa-deploy demo --model litemedsam
     """
-    if not json:
-        console.err.print(
-            "LiteMedSAM's weights → a bundle, proved equal to its own network → masks on the\n"
-            "MNI T1 template (an average of 152 heads) from boxes and clicks, against its labels."
-        )
+    if model == "litemedsam":
+        with console.steps() as on_step:
+            lite = stages.demonstrate_litemedsam(output, on_step=on_step)
+        console.print_json(lite) if json else console.print_litemedsam(lite)
+        return
     with console.steps() as on_step:
         found = stages.demonstrate(output, on_step=on_step)
     console.print_json(found) if json else console.print_demonstration(found)
+    if not found.verified:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -496,6 +570,13 @@ def _overrides(options: OverrideOptions) -> Any:
     with stages.checkpoints.export_extra():
         from .exporters.architecture import Overrides
     return Overrides(**asdict(options) | parsed)
+
+
+def _refuse(what: str, **options: object) -> None:
+    """UsageError for options that were given, and are for images or volumes only."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is for {what}: leave it out here")
 
 
 def _depth_chunk(text: str | None) -> int | str | None:

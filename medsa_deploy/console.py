@@ -41,9 +41,11 @@ from .stages import (
     EnginePlan,
     Export,
     Inspection,
+    LiteMedSAMDemonstration,
     Quantization,
     Segmentation,
     Verification,
+    VolumeSegmentation,
 )
 from .trt import NAMES
 
@@ -149,14 +151,14 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of images done, with the time left; nothing where it cannot be seen."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress(shown: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of things done, with the time left; nothing where it cannot be seen."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
     with Progress(
         *columns, console=err, transient=True, disable=not (shown and err.is_terminal)
-    ) as progress:
-        task = progress.add_task("images", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -300,6 +302,28 @@ def print_segmentation(result: Segmentation) -> None:
             out.print(f"  → {escape(str(path))}")
 
 
+def print_volume(result: VolumeSegmentation) -> None:
+    """What came of one volume."""
+    shape = "×".join(map(str, result.shape))
+    total = result.shape[result.axis]
+    out.print(
+        f"[bold]{escape(str(result.volume))}[/]  {shape} voxels, {len(result.slices)} of {total} "
+        f"slices along axis {result.axis} segmented in {result.seconds:.1f} s"
+    )
+    table = _table("label", "name", "voxels", "ml")
+    for label in result.labels:
+        volume = "" if label.millilitres is None else f"{label.millilitres:.2f}"
+        table.add_row(str(label.label), escape(label.name), str(label.voxels), volume)
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result.timings_ms.items())
+    window = result.intensity_window
+    shown = "" if window is None else f"; intensities {window[0]:g}…{window[1]:g}"
+    out.print(f"  {times} a slice (medians){shown}", style="dim")
+    for path in (result.mask, result.overlay):
+        if path is not None:
+            out.print(f"  → {escape(str(path))}")
+
+
 def print_diagnosis(found: Diagnosis) -> None:
     """What this machine has."""
     memory = "" if found.memory_gb is None else f", {found.memory_gb:g} GB"
@@ -325,6 +349,25 @@ def print_diagnosis(found: Diagnosis) -> None:
 
 def print_demonstration(found: Demonstration) -> None:
     """What the demonstration measured."""
+    _print_parity(found.parity, "the checkpoint's own network")
+    clicks = ", ".join(f"({x:g}, {y:g}, {z:g})" for x, y, z in found.clicks)
+    out.print(
+        "\nA small Med-SA (HyP-Adpt, SD-Trans) on slices of the MNI T1 template (an average of 152 "
+        f"heads)\nthat it was not trained on, from {len(found.clicks)} clicks at {clicks}:"
+    )
+    table = _table("structure", "Dice")
+    for name, dice in found.dice.items():
+        table.add_row(name, f"{dice:.3f}")
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.timings_ms.items())
+    out.print(f"{times} a slice (medians, ONNX Runtime on this CPU)")
+    out.print(f"bundle       {escape(str(found.bundle))}")
+    out.print(f"segmentation {escape(str(found.segmentation))}")
+    out.print(f"montage      {escape(str(found.montage))}")
+
+
+def print_litemedsam(found: LiteMedSAMDemonstration) -> None:
+    """What the demonstration with LiteMedSAM measured, on slices of the MNI T1 template."""
     _print_parity(found.parity, "LiteMedSAM's own network")
     table = _table("slice", "structure", "prompt", "Dice")
     for result in found.results:

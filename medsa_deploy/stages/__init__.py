@@ -3,19 +3,30 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
-engines.py       bundle → engines
-quantization.py  further precisions            demo.py          the first five minutes
+engines.py       bundle → engines              quantization.py  further precisions
 float16.py       float16 graphs                trials.py        candidates against float32
+volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
+demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
+template.py      the demonstrations' image
 """
+
+from medsa_deploy.runtime import VolumeOptions
 
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
+from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
 from .engines import EngineBuild, EnginePlan, EngineRequest, EngineState, build_engines
 from .export import Export, export
 from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
+from .volumes import (
+    VolumeSegmentation,
+    run_volume,
+    structures_of,
+    takes_volume,
+)
 
 __all__ = [
     "Demonstration",
@@ -26,17 +37,24 @@ __all__ = [
     "EngineState",
     "Export",
     "Inspection",
+    "LiteMedSAMDemonstration",
     "Outputs",
     "Prompts",
     "Quantization",
     "Segmentation",
     "Verification",
+    "VolumeOptions",
+    "VolumeSegmentation",
     "build_engines",
     "demonstrate",
+    "demonstrate_litemedsam",
     "diagnose",
     "export",
     "inspect",
     "quantize",
     "run",
+    "run_volume",
+    "structures_of",
+    "takes_volume",
     "verify_bundle",
 ]
