@@ -166,6 +166,9 @@ class _Conversion:
 
     def _convert_attributes(self, node: Any) -> None:
         """Types that a node names itself: the target of a Cast, the value of a Constant."""
+        if node.op_type == "ConstantOfShape" and not node.attribute:
+            zero = self.onnx.numpy_helper.from_array(np.zeros(1, np.float32))
+            node.attribute.append(self.onnx.helper.make_attribute("value", zero))
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == self.float32:
                 attribute.i = self.float16

@@ -28,6 +28,8 @@ OPERATORS = {
 COORDINATES = "point_coords"
 PERIODIC = ("Sin", "Cos")
 """Coordinates of 1024 pixels have half a pixel in float16, and a phase of 2π·k none at all."""
+MAKERS = ("Cast", "Constant", "ConstantOfShape")
+"""Operators that say themselves which type they make."""
 HALF = "tensor(float16)"
 """Float16 in the words of operators' definitions."""
 MOVES = (
@@ -128,6 +130,8 @@ def _has_float16_form(model: Any, node: Any, floats: set[str]) -> bool:
     except Exception:  # an operator that onnx does not define stays as it is
         return False
     given = set(node.output) & floats
+    if given and not set(node.input) & floats and node.op_type not in MAKERS:
+        return False  # its output has a type of its own
     parameters = schema.outputs if given else schema.inputs[:1]
     return all(HALF in parameter.types for parameter in parameters[:1])
 

@@ -39,6 +39,8 @@ SLICES = 16
 SAVED_EVERY = 8
 """Images between two savings."""
 BINS = 2048
+LEAST_TOP = 2.0**-20
+"""Activations that are smaller everywhere are as good as zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +60,24 @@ class Source:
 class Histogram:
     """Magnitudes of an activation: counts in equal bins from 0 to `top`, which only grows."""
 
-    top: float = 0.0
+    top: float = LEAST_TOP
     counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count a sample; while it goes beyond `top`, pairs of bins are merged."""
         magnitudes = np.abs(values)
         highest = float(magnitudes.max(initial=0.0))
-        if self.top == 0.0:
-            self.top = highest
+        if not self.counts.any():
+            self.top = max(highest, LEAST_TOP)
         while self.top < highest:
             pairs = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.concatenate([pairs, np.zeros(BINS // 2)])
             self.top *= 2
-        if self.top > 0:
-            self.counts += np.histogram(magnitudes, bins=BINS, range=(0, self.top))[0]
+        self.counts += np.histogram(magnitudes, bins=BINS, range=(0, self.top))[0]
 
     def percentile(self, percent: float) -> float:
         """The magnitude below which so many percent lie: the upper edge of its bin."""
         below = np.cumsum(self.counts)
-        if not below[-1]:
-            return self.top
         found = int(np.searchsorted(below, below[-1] * percent / 100))
         return self.top * (min(found, BINS - 1) + 1) / BINS
 
