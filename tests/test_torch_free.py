@@ -108,6 +108,7 @@ print(manifest.load(Path(sys.argv[1])).network.image_size)
         ["run", "BUNDLE", "IMAGE", "--point", "5,5", "--json", "-o", "MASK"],
         ["verify", "BUNDLE", "--json"],
         ["doctor", "--json"],
+        ["build-engine", "BUNDLE", "--fp32", "--dry-run", "--json"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -120,7 +121,9 @@ def test_commands_of_a_device_run_without_torch(
     assert isinstance(done.json, dict)
 
 
-@pytest.mark.parametrize("name", ["inspect", "export", "run", "verify", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "name", ["inspect", "export", "build-engine", "run", "verify", "doctor", "demo"]
+)
 def test_help_needs_no_torch(name: str) -> None:
     done = start(name, "--help", without=BUILDERS)
     assert (done.code, done.err) == (0, "")
@@ -140,6 +143,12 @@ def test_commands_that_need_the_extra_name_it(
         done.error
     )
     assert contents(tmp_path) == {}
+
+
+def test_building_engines_names_the_extra(bundle: Path) -> None:
+    done = start("build-engine", bundle, "--fp32", "--flavor", "rtx", without=("tensorrt_rtx",))
+    assert done.code == 2
+    assert done.error.endswith("which is not installed: pip install 'medsa-deploy[rtx]'")
 
 
 def test_verifying_against_a_checkpoint_names_the_extra(bundle: Path, checkpoint_of) -> None:
