@@ -40,12 +40,15 @@ def contract(network: Network) -> dict[str, Graph]:
     image = Contract(name="image", dtype="float32", shape=(batch, 3, side, side))
     made = Contract(name="image_embeddings", dtype="float32", shape=(batch, WIDTH, g, g))
     given = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
-    prompts = (
+    prompts = [
         Contract(name="point_coords", dtype="float32", shape=("P", "N", 2)),
         Contract(name="point_labels", dtype="float32", shape=("P", "N")),
-        Contract(name="mask_input", dtype="float32", shape=("P", 1, 4 * g, 4 * g)),
-        Contract(name="has_mask_input", dtype="float32", shape=(1,)),
-    )
+    ]
+    if (mask := network.mask_prompt_size) is not None:
+        prompts += [
+            Contract(name="mask_input", dtype="float32", shape=("P", 1, mask, mask)),
+            Contract(name="has_mask_input", dtype="float32", shape=(1,)),
+        ]
     k = network.masks
     results = (
         Contract(name="low_res_masks", dtype="float32", shape=("max(E,P)", k, 4 * g, 4 * g)),

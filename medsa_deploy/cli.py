@@ -96,6 +96,12 @@ class OverrideOptions:
         Literal["chunk", "slice"] | None,
         typer.Option(help="3D: whether prompts are for their chunk of slices, or their slice"),
     ] = None
+    point_scale: Annotated[
+        float | None, typer.Option(help="What training multiplied coordinates by")
+    ] = None
+    pad_points: Annotated[
+        int | None, typer.Option(help="Points efficient_sam's prompts are padded to; 0 for none")
+    ] = None
     threshold: Threshold = None
     class_names: Annotated[
         str | None, typer.Option(metavar="A,B,…", help="Names of the classes: liver,spleen")

@@ -62,7 +62,7 @@ FAMILIES = {
     "mobile_sam": "mobile_sam",
     "efficient_sam": "efficient_sam",
 }
-ENCODERS = {"vit": "SAM ViT", "tiny_vit": "TinyViT"}
+ENCODERS = {"vit": "ViT", "tiny_vit": "TinyViT"}
 
 
 class WarningLines(logging.Handler):
@@ -394,7 +394,7 @@ def _facts(network: Network, conventions: Conventions) -> dict[str, str]:
 def _network_facts(network: Network) -> dict[str, str]:
     share = 100 * network.adapter_parameters / network.parameters
     vit = network.encoder == "vit"
-    windows = f", windows of {network.windows[0]}" if vit else ""
+    windows = f", windows of {network.windows[0]}" if vit and network.windows[0] else ""
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
         "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
@@ -412,7 +412,8 @@ def _network_facts(network: Network) -> dict[str, str]:
         "decoder": f"two-way blocks in {network.two_way}'s form; {outputs}",
     }
     if vit:
-        facts["global blocks"] = _list(network.global_blocks)
+        every = len(network.global_blocks) == sum(network.depths)
+        facts["global blocks"] = "all" if every else _list(network.global_blocks)
         facts["relative positions"] = {
             "zero": "tables all zero: no bias",
             "real": "real tables",
@@ -433,7 +434,9 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
     window = conventions.intensity_window
     return {
         "preprocess": conventions.preprocess,
-        "points": f"order {conventions.point_order}, frame {conventions.point_frame}",
+        "points": f"order {conventions.point_order}, frame {conventions.point_frame}"
+        + ("" if conventions.point_scale == 1 else f", times {conventions.point_scale:g}")
+        + (f", padded to {conventions.pad_points}" if conventions.pad_points else ""),
         "threshold": f"{conventions.threshold:g}",
         "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
         "class names": ", ".join(conventions.class_names) or "none",

@@ -72,6 +72,8 @@ def full() -> Manifest:
             preprocess="medsa",
             point_order="yx",
             point_frame="image",
+            point_scale=0.5,
+            pad_points=6,
             intensity_window=(-175.0, 250.0),
             threshold=0.25,
             class_names=("Leber", "rein gauche é"),
@@ -229,7 +231,7 @@ def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> N
 def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object) -> None:
     data = document()
     right = at(data, path)[path[-1]]
-    optional = {"base", "base_sha256", "intensity_window", "opset", "calibration"}
+    optional = {"base", "base_sha256", "intensity_window", "opset", "calibration", "pad_points"}
     optional |= {"weights", "activations"} | {path[-1] for path in FIELDS if "dice" in path[-1]}
     if (wrong is None and path[-1] in optional) or (wrong == 2.5 and isinstance(right, float)):
         return
