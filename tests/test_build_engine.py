@@ -19,7 +19,7 @@ from test_interrupt import begun, ended
 
 from medsa_deploy import cuda, engine, manifest, stages, verify
 from medsa_deploy.errors import EngineDeviceError
-from medsa_deploy.stages import engines
+from medsa_deploy.stages import engine_plan, engines
 
 pytestmark = pytest.mark.tensorrt
 TARGETS = "sm75+sm80+sm86+sm89+sm120+sm121"
@@ -227,12 +227,18 @@ def test_chunks_decide_the_batch(bundle: Path, tmp_path: Path) -> None:
     assert "this network takes 4 slices, no more and no less" in done.err
 
 
+def test_padded_prompts_have_one_length(bundle: Path, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    edit_manifest(copy, conventions__pad_points=6)
+    assert again(copy)["options"]["points"] == {"min": 6, "opt": 6, "max": 6}
+
+
 def test_blocks_kept_in_float32_leave_turing_out(bundle: Path, tmp_path: Path) -> None:
     made = manifest.load(bundle)
     recipe = manifest.Recipe(precision="fp16", float32_blocks=("encoder blocks.1",))
-    assert not engines._has_float32(made, "fp16")
-    assert engines._has_float32(replace(made, recipes=(recipe,)), "fp16")
-    assert engines._has_float32(made, "fp32")
+    assert not engine_plan._has_float32(made, "fp16")
+    assert engine_plan._has_float32(replace(made, recipes=(recipe,)), "fp16")
+    assert engine_plan._has_float32(made, "fp32")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -283,7 +289,7 @@ def test_a_damaged_graph_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_engines_that_were_built_are_loadable_where_they_fit(built: Path) -> None:
     (folder,) = built.glob("engines/*")
-    made, library = manifest.load(built), engines.trt.ask("rtx")
+    made, library = manifest.load(built), engine_plan.trt.ask("rtx")
     there = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
     found = engine.check_loadable(folder, made, library=library, device=there)
     assert found.version == library.version

@@ -33,7 +33,21 @@ OPTIONS = Options(
     workspace_gb=None,
     optimization_level=None,
 )
-ENCODERS = ("medsa_2d_relpos", "medsa_lora", "medsa_mobile", "medsa_3d_chunk6", "medsa_3d_no_chunk")
+ENCODERS = (
+    "medsa_2d_relpos",
+    "medsa_lora",
+    "medsa_mobile",
+    "medsa_3d_chunk6",
+    "medsa_3d_no_chunk",
+    "medsa_efficient",
+)
+    "medsa_2d_relpos",
+    "medsa_lora",
+    "medsa_mobile",
+    "medsa_3d_chunk6",
+    "medsa_3d_no_chunk",
+    "medsa_efficient",
+)
 
 
 def job_of(bundle: Path, role: str, output: Path, options: Options = OPTIONS) -> Job:
@@ -80,6 +94,14 @@ def test_encoders_build(name: str, bundle_of, tmp_path: Path) -> None:
     assert done.seconds > 0
     assert percents == sorted(set(percents))
     assert 50 < percents[-1] <= 100
+
+
+def test_a_decoder_without_mask_inputs_builds(bundle_of, tmp_path: Path) -> None:
+    output = tmp_path / "decoder.engine"
+    job = job_of(bundle_of("medsa_efficient"), "decoder", output)
+    assert set(job.profile) == {"image_embeddings", "point_coords", "point_labels"}
+    builder.build(job)
+    assert output.exists()
 
 
 def test_a_decoder_builds_with_every_axis_dynamic(bundle_of, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
-engines.py       bundle → engines              quantization.py  further precisions
+engine_plan.py   what a build would do         engines.py       bundle → engines
+quantization.py  further precisions
 float16.py       float16 graphs                trials.py        candidates against float32
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
@@ -16,7 +17,8 @@ from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
-from .engines import EngineBuild, EnginePlan, EngineRequest, EngineState, build_engines
+from .engine_plan import EnginePlan, EngineRequest
+from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
 from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
