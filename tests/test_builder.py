@@ -41,13 +41,6 @@ ENCODERS = (
     "medsa_3d_no_chunk",
     "medsa_efficient",
 )
-    "medsa_2d_relpos",
-    "medsa_lora",
-    "medsa_mobile",
-    "medsa_3d_chunk6",
-    "medsa_3d_no_chunk",
-    "medsa_efficient",
-)
 
 
 def job_of(bundle: Path, role: str, output: Path, options: Options = OPTIONS) -> Job:
