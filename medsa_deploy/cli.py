@@ -387,6 +387,19 @@ def run(
     medsa-deploy run ckpt.medsa ct.nii.gz --point 120,88,40 --propagate -o seg.nii.gz
 
     medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
+
+    prompts.json, in voxels:
+
+    ```
+    {"structures": [
+      {"name": "liver", "points": [[120, 88, 40], [60, 90, 40, 0]]},
+      {"name": "spleen", "boxes": [[30, 40, 38, 90, 110, 52]]}
+    ]}
+    ```
+
+    A point is x, y, z and its label, 1 (default) or 0; a box x0, y0, z0, x1, y1, z1, in the slices
+    z0 to z1 - 1. "class" instead of "name" takes one class of a network of several; without
+    either, a structure gives all of them.
     """
     window = _window(intensity_window)
     if stages.takes_volume(image, slice_):
@@ -409,7 +422,7 @@ def run(
                     threshold=threshold,
                     overlap=overlap or 0,
                     propagate=propagate,
-                    **({} if margin is None else {"margin": margin}),
+                    margin=margin,
                 ),
                 mask=output,
                 overlay=overlay,
@@ -599,7 +612,7 @@ def _click(text: str) -> tuple[float, float, int]:
     """X,Y or X,Y,LABEL."""
     values = _numbers(text, float, "--point")
     if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
-        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0")
+        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image")
     return values[0], values[1], int(values[2]) if len(values) == 3 else 1
 
 
@@ -607,7 +620,7 @@ def _box(text: str) -> tuple[float, float, float, float]:
     """X0,Y0,X1,Y1."""
     values = _numbers(text, float, "--box")
     if len(values) != 4:
-        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1")
+        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1 in an image")
     return values[0], values[1], values[2], values[3]
 
 
