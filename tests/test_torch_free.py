@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from command_line import WITHOUT, contents, start
+from command_line import WITHOUT, contents, copied, start
 
 from medsa_deploy import verify
 
@@ -120,7 +120,9 @@ def test_commands_of_a_device_run_without_torch(
     assert isinstance(done.json, dict)
 
 
-@pytest.mark.parametrize("name", ["inspect", "export", "run", "verify", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "name", ["inspect", "export", "quantize", "run", "verify", "doctor", "demo"]
+)
 def test_help_needs_no_torch(name: str) -> None:
     done = start(name, "--help", without=BUILDERS)
     assert (done.code, done.err) == (0, "")
@@ -140,6 +142,17 @@ def test_commands_that_need_the_extra_name_it(
         done.error
     )
     assert contents(tmp_path) == {}
+
+
+def test_quantizing_needs_onnx_and_no_torch(bundle: Path, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    before = contents(copy)
+    done = start("quantize", copy, "--fp16", without=("onnx",))
+    assert done.code == 2
+    assert "needs onnx, which is not installed: pip install 'medsa-deploy[quantize]'" in done.error
+    assert contents(copy) == before
+    done = start("quantize", copy, "--fp16", without=("torch", "onnxscript", "segment_anything"))
+    assert done.code == 0, done.err
 
 
 def test_verifying_against_a_checkpoint_names_the_extra(bundle: Path, checkpoint_of) -> None:
