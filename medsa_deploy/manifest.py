@@ -246,6 +246,9 @@ class Recipe:
     activations: str | None = None
     """`int8, symmetric` or `uint8`"""
     calibration: Calibration | None = None
+    reference_dice_mean: float | None = None
+    """Mask Dice on the bundle's saved reference, a seeded image. INT8 is fitted to a user's images
+    and judged on them; on the reference it need only give again what it gave when it was made."""
     runs: int = 0
     """How often the search ran the verification cases."""
 

@@ -312,6 +312,15 @@ def test_a_volume_gives_slices(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "32 or more" in caplog.text
 
 
+def test_some_images_are_kept_to_judge_by() -> None:
+    sources = [Source(path=Path(f"{i}.png")) for i in range(32)]
+    used, judged = calibration.hold_out(sources)
+    assert [int(source.path.stem) for source in judged] == [6, 12, 19, 25]
+    assert sorted([*used, *judged], key=sources.index) == sources
+    used, judged = calibration.hold_out(sources[:7])
+    assert (used, judged) == (sources[:7], sources[:4])
+
+
 def test_what_cannot_be_calibrated_on(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give --calibration"):
         calibration.find_sources([])

@@ -116,6 +116,7 @@ def full() -> Manifest:
                 weights="int8, symmetric, per channel",
                 activations="int8, symmetric",
                 calibration=Calibration(images=32, names_sha256="d" * 64, method="min-max"),
+                reference_dice_mean=0.9,
                 runs=7,
             ),
         ),

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy import transforms
+from medsa_deploy import transforms, verify
 from medsa_deploy.errors import UsageError
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.ranges import HIGH, LOW, SAMPLE, computed_values, watch
 from medsa_deploy.images import Image, Volume, find_images, is_volume, read_image, read_volume
 from medsa_deploy.manifest import Calibration, Manifest
 from medsa_deploy.runtime import Session
+from medsa_deploy.verify import Case
 
 from .trials import Trials, WatchingBackend
 
@@ -36,6 +37,8 @@ FEWEST = 32
 """Fewer images than this may not show the range of activations."""
 SLICES = 16
 """Of a volume, so many slices are taken, evenly spaced; flat ones are left out."""
+HELD_OUT = 4
+"""Of eight images or more, so many are kept from the calibration, to judge it by."""
 SAVED_EVERY = 8
 """Images between two savings."""
 BINS = 2048
@@ -136,6 +139,21 @@ def find_sources(paths: Sequence[Path]) -> list[Source]:
             FEWEST,
         )
     return found
+
+
+def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
+    """Images to calibrate on, and evenly spaced ones to judge by: the same where there are few."""
+    if len(sources) < 2 * HELD_OUT:
+        return list(sources), list(sources[:HELD_OUT])
+    places = np.linspace(0, len(sources) - 1, HELD_OUT + 2).round().astype(int)[1:-1].tolist()
+    rest = [source for i, source in enumerate(sources) if i not in places]
+    return rest, [sources[i] for i in places]
+
+
+def image_cases(sources: Sequence[Source], made: Manifest) -> list[Case]:
+    """A case on each image, with prompts of every kind."""
+    side = 4 * made.network.embedding_size
+    return [verify.image_case(image, side) for image, _ in _images(sources, made)]
 
 
 def described(sources: Sequence[Source], method: str) -> Calibration:

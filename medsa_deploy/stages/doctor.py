@@ -14,6 +14,7 @@ from medsa_deploy import __version__
 LIBRARIES = {
     "runtime": ("numpy", "pillow", "nibabel", "onnxruntime", "typer", "rich"),
     "export": ("torch", "segment-anything", "onnx", "onnxscript", "safetensors"),
+    "quantize": ("onnx",),
     "dicom": (
         "pydicom",
         "highdicom",

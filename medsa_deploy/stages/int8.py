@@ -115,6 +115,7 @@ class Search:
 
 def make_int8(
     trials: Trials,
+    reference: Trials,
     folder: Path,
     base: Base,
     sources: Sequence[Source],
@@ -123,6 +124,7 @@ def make_int8(
 ) -> Made:
     """An INT8 encoder in `folder`; ParityError when none agrees with float32.
 
+    `trials` are on the user's images, `reference` on the saved reference's.
     The search runs the verification cases at most len(PERCENTS) + kinds + blocks + STEPS times.
     """
     on_step("measure the activations of your images")
@@ -153,6 +155,7 @@ def make_int8(
     files, kept = search.write(sorted(layers, key=lambda layer: layer.node))
     final = trials.measure(files[0], base.decoder, search.precision)
     verify.require(final.parity)
+    again = reference.measure(files[0], base.decoder, search.precision)
     recipe = Recipe(
         precision=search.precision,
         target="tensorrt" if search.half else "cpu",
@@ -167,6 +170,7 @@ def make_int8(
         calibration=calibration.described(
             sources, "min-max" if search.percent is None else f"percentile {search.percent}"
         ),
+        reference_dice_mean=again.parity.mask_dice_mean,
         runs=trials.runs,
     )
     graphs = {"encoder": files}
