@@ -32,7 +32,7 @@ def depth_of(shapes: Shapes, kind: Kind, overrides: Overrides, guesses: list[Gue
     chunk, slices = overrides.depth_chunk, overrides.slices
     if chunk is None:
         _refuse_stray_options(overrides)
-        if any(".Depth_Adapter." in key for key in shapes):
+        if kind == "vit" and any(".Depth_Adapter." in key for key in shapes):
             because = "its Depth_Adapter keys are in 2D checkpoints too"
             guesses.append(Guess(fact="3D", value="no", because=because, option="--depth-chunk"))
         return DepthFacts()

@@ -17,6 +17,7 @@ try:
     import typer
 
     from . import __version__, console, stages
+    from .engine import Range
     from .errors import UsageError
     from .profile_table import print_profile
     from .runtime import load
@@ -51,6 +52,11 @@ Precision = Annotated[
     str, typer.Option(help="Precision of the graphs to run; bf16: float32 graphs in bfloat16")
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
+
+
+def _sizes(what: str) -> Any:
+    """The option of an optimization profile's axis."""
+    return typer.Option(metavar="MIN,OPT,MAX", help=what.capitalize())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +196,89 @@ def export(
     console.print_json(made) if json else console.print_export(made)
 
 
+@app.command("build-engine")
+def build_engine(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle; default the newest in the working folder")
+    ] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="From the float16 graphs; default")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="From the INT8 graphs")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="From the float32 graphs")] = False,
+    flavor: Annotated[
+        Literal["tensorrt", "rtx"] | None,
+        typer.Option(help="TensorRT, on the GPU here, or TensorRT-RTX, which needs none to build"),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="smXX", help="rtx: compute capability to build for; default all"),
+    ] = None,
+    batch: Annotated[str | None, _sizes("images of an encoder run")] = None,
+    points: Annotated[str | None, _sizes("points of a prompt, padding point included")] = None,
+    prompts: Annotated[str | None, _sizes("prompts of a decoder run")] = None,
+    embeddings: Annotated[str | None, _sizes("embeddings of a decoder run")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="int8: your images, where the bundle has no INT8 yet")
+    ] = None,
+    workspace: Annotated[
+        float | None, typer.Option(metavar="GB", help="Limit of the builder's scratch memory")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="tensorrt: how long to search for kernels")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="tensorrt: times of kernels, kept between builds")
+    ] = None,
+    no_tf32: Annotated[
+        bool, typer.Option("--no-tf32", help="Compute float32 products in full float32")
+    ] = False,
+    no_fused_attention: Annotated[
+        bool, typer.Option("--no-fused-attention", help="Keep attention as products and a softmax")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built, and why; write nothing")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build what is up to date, too")] = False,
+    json: Json = False,
+) -> None:
+    """Build TensorRT or TensorRT-RTX engines into a bundle.
+
+    medsa-deploy build-engine --fp16
+
+    medsa-deploy build-engine ckpt.medsa --flavor rtx --target sm86 --target sm89
+
+    medsa-deploy build-engine ckpt.medsa --int8 --calibration my-images/ --prompts 1,1,16
+    """
+    chosen = [name for name, on in {"fp16": fp16, "int8": int8, "fp32": fp32}.items() if on]
+    if len(chosen) > 1:
+        raise UsageError("give one of --fp16, --int8 and --fp32")
+    request = stages.EngineRequest(
+        precision=chosen[0] if chosen else "fp16",
+        flavor=flavor,
+        targets=tuple(target or ()),
+        batch=_range(batch, "--batch"),
+        points=_range(points, "--points"),
+        prompts=_range(prompts, "--prompts"),
+        embeddings=_range(embeddings, "--embeddings"),
+        calibration=tuple(calibration or ()),
+        workspace_gb=workspace,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        tf32=not no_tf32,
+        fused_attention=not no_fused_attention,
+    )
+    with console.steps_of_images() as (on_step, on_progress):
+        made = stages.build_engines(
+            bundle,
+            request,
+            force=force,
+            dry_run=dry_run,
+            on_note=console.print_note,
+            on_step=on_step,
+            on_progress=on_progress,
+        )
+    console.print_json(made) if json else console.print_engines(made)
+
+
 @app.command()
 def quantize(
     bundle: Bundle,
@@ -303,6 +392,19 @@ def run(
     medsa-deploy run ckpt.medsa ct.nii.gz --point 120,88,40 --propagate -o seg.nii.gz
 
     medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
+
+    prompts.json, in voxels:
+
+    ```
+    {"structures": [
+      {"name": "liver", "points": [[120, 88, 40], [60, 90, 40, 0]]},
+      {"name": "spleen", "boxes": [[30, 40, 38, 90, 110, 52]]}
+    ]}
+    ```
+
+    A point is x, y, z and its label, 1 (default) or 0; a box x0, y0, z0, x1, y1, z1, in the slices
+    z0 to z1 - 1. "class" instead of "name" takes one class of a network of several; without
+    either, a structure gives all of them.
     """
     window = _window(intensity_window)
     if stages.takes_volume(image, slice_):
@@ -325,7 +427,7 @@ def run(
                     threshold=threshold,
                     overlap=overlap or 0,
                     propagate=propagate,
-                    **({} if margin is None else {"margin": margin}),
+                    margin=margin,
                 ),
                 mask=output,
                 overlay=overlay,
@@ -581,7 +683,7 @@ def _click(text: str) -> tuple[float, float, int]:
     """X,Y or X,Y,LABEL."""
     values = _numbers(text, float, "--point")
     if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
-        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0")
+        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image")
     return values[0], values[1], int(values[2]) if len(values) == 3 else 1
 
 
@@ -589,7 +691,7 @@ def _box(text: str) -> tuple[float, float, float, float]:
     """X0,Y0,X1,Y1."""
     values = _numbers(text, float, "--box")
     if len(values) != 4:
-        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1")
+        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1 in an image")
     return values[0], values[1], values[2], values[3]
 
 
@@ -601,6 +703,16 @@ def _window(text: str | None) -> tuple[float, float] | None:
     if len(values) != 2 or not values[0] < values[1]:
         raise UsageError(f"--intensity-window {text}: expected LOW,HIGH with LOW < HIGH")
     return values[0], values[1]
+
+
+def _range(text: str | None, option: str) -> Range | None:
+    """MIN,OPT,MAX."""
+    if text is None:
+        return None
+    values = _numbers(text, int, option)
+    if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
+        raise UsageError(f"{option} {text}: expected MIN,OPT,MAX with 1 ≤ MIN ≤ OPT ≤ MAX")
+    return Range(min=values[0], opt=values[1], max=values[2])
 
 
 def _numbers(text: str, kind: type[T], option: str) -> tuple[T, ...]:

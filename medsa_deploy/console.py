@@ -37,6 +37,8 @@ from .manifest import Conventions, Network, Parity, Recipe
 from .stages import (
     Demonstration,
     Diagnosis,
+    EngineBuild,
+    EnginePlan,
     Export,
     Inspection,
     LiteMedSAMDemonstration,
@@ -46,6 +48,7 @@ from .stages import (
     Verification,
     VolumeSegmentation,
 )
+from .trt import NAMES
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -223,6 +226,39 @@ def print_export(made: Export) -> None:
         _print_parity(parity, "the checkpoint's own network")
 
 
+def print_note(note: str) -> None:
+    """A choice that was made for the user, on stderr."""
+    err.print(escape(note))
+
+
+def print_engines(made: EngineBuild) -> None:
+    """Engines that were built, are up to date, or would be built."""
+    plan, found = made.plan, made.engine
+    if found is None:
+        what = "would be built" if plan.reasons else "up to date"
+    else:
+        what = f"built in {made.seconds:.0f} s" if made.built else "up to date"
+    out.print(f"[bold green]{escape(str(plan.folder))}[/]  {what}")
+    for reason in plan.reasons:
+        out.print(f"  because: {escape(reason)}", style="dim")
+    _print_facts(_engine_facts(plan))
+    table = _table("input", "smallest", "optimal", "largest")
+    for planned in plan.engines:
+        for name, shapes in planned.profile.items():
+            cells = ["×".join(map(str, shape)) for shape in shapes]
+            table.add_row(f"{planned.role} {name}", *cells)
+    out.print(table)
+    if found is not None:
+        out.print()
+        table = _table("engine", "size", "attention", "built in")
+        for file in found.files:
+            size = f"{file.bytes / 1e6:.1f} MB"
+            table.add_row(file.path, size, file.attention, f"{file.seconds:.1f} s")
+        out.print(table)
+        if found.state == "built":
+            out.print("built, not run: nothing is known of their masks until a GPU has run them")
+
+
 def print_quantization(made: Quantization) -> None:
     """A precision that was just added to a bundle."""
     out.print(
@@ -241,6 +277,8 @@ def print_verification(found: Verification) -> None:
     }[found.against]
     for parity in found.parity:
         _print_parity(parity, against)
+    for engine in found.engines:
+        out.print(escape(f"{engine.folder}: {engine.state}"))
     if found.failures:
         for failure in found.failures:
             print_error(failure)
@@ -430,6 +468,26 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
         "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
         "class names": ", ".join(conventions.class_names) or "none",
     }
+
+
+def _engine_facts(plan: EnginePlan) -> dict[str, str]:
+    options = plan.options
+    switches = {
+        "TF32": options.tf32,
+        "fused attention": options.fused_attention,
+    }
+    facts = {
+        "library": f"{NAMES[plan.library.flavor]} {plan.library.version}",
+        "precision": options.precision + (", made first" if plan.makes_graphs else ""),
+        "targets": ", ".join(options.targets),
+        "allowed": ", ".join(name for name, on in switches.items() if on)
+        or "neither TF32 nor fused attention",
+    }
+    if options.workspace_gb is not None:
+        facts["workspace"] = f"{options.workspace_gb:g} GB"
+    if options.optimization_level is not None:
+        facts["optimization level"] = str(options.optimization_level)
+    return facts
 
 
 def _recipe_facts(recipe: Recipe) -> dict[str, str]:

@@ -246,6 +246,9 @@ class Recipe:
     activations: str | None = None
     """`int8, symmetric` or `uint8`"""
     calibration: Calibration | None = None
+    reference_dice_mean: float | None = None
+    """Mask Dice on the bundle's saved reference, a seeded image. INT8 is fitted to a user's images
+    and judged on them; on the reference it need only give again what it gave when it was made."""
     runs: int = 0
     """How often the search ran the verification cases."""
 
@@ -303,7 +306,7 @@ def from_json(text: str) -> Manifest:
             f"reads version {SCHEMA_VERSION}: export the checkpoint again, or install a matching "
             "medsa-deploy"
         )
-    return _dataclass(Manifest, data, FILENAME)
+    return decode(Manifest, data, FILENAME)
 
 
 def _refuse_constant(name: str) -> None:
@@ -392,8 +395,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _dataclass(cls: type[T], data: object, where: str) -> T:
-    """`cls` from decoded JSON; every field is checked against its annotation."""
+def decode(cls: type[T], data: object, where: str) -> T:
+    """`cls` from parsed JSON; BundleError unless every field is what its annotation says."""
     if not isinstance(data, dict):
         raise BundleError(f"{where} is {reprlib.repr(data)}, expected an object")
     hints = typing.get_type_hints(cls)
@@ -414,7 +417,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
     """`value` as the annotation `hint` wants it, or BundleError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, where)
+        return decode(typing.cast(type, hint), value, where)
     if origin is Literal and value in arguments:
         return value
     if origin in (typing.Union, types.UnionType):

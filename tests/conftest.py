@@ -72,6 +72,12 @@ def bundle(bundle_of: Maker) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bundle_3d(bundle_of: Maker) -> Path:
+    """A small 3D bundle with HyP-Adpt: 256×256, chunks of 4 slices, two classes (clicks are yx)."""
+    return bundle_of("medsa_hyp_3d")
+
+
+@pytest.fixture(scope="session")
 def sam_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small bundle in Meta's form, with SAM's outputs and conventions (clicks are xy)."""
     folder = tmp_path_factory.mktemp("sam")

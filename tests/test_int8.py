@@ -312,6 +312,25 @@ def test_a_volume_gives_slices(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "32 or more" in caplog.text
 
 
+def test_a_volume_gives_chunks(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(1).integers(0, 900, (20, 24, 40)).astype(np.int16)
+    path = tmp_path / "volume.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+    assert [s.index for s in calibration.find_sources([path], 4)] == [0, 12, 24, 36]
+    assert [s.index for s in calibration.find_sources([path], 40)] == [0]
+    with pytest.raises(ImageError, match="has 40 slices; this network sees 41 at a time"):
+        calibration.find_sources([path], 41)
+
+
+def test_some_images_are_kept_to_judge_by() -> None:
+    sources = [Source(path=Path(f"{i}.png")) for i in range(32)]
+    used, judged = calibration.hold_out(sources)
+    assert [int(source.path.stem) for source in judged] == [6, 12, 19, 25]
+    assert sorted([*used, *judged], key=sources.index) == sources
+    used, judged = calibration.hold_out(sources[:7])
+    assert (used, judged) == (sources[:7], sources[:4])
+
+
 def test_what_cannot_be_calibrated_on(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give --calibration"):
         calibration.find_sources([])

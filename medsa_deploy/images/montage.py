@@ -18,6 +18,8 @@ from .overlay import check_overlay_suffix, draw_overlay
 COLUMNS = 4
 CAPTION = 28
 """Height in pixels of the strip under a tile that names its slice."""
+GAP = 8
+"""Width in pixels of the strip between two tiles."""
 TILE = 512
 """Longest side of a tile in pixels."""
 
@@ -56,11 +58,11 @@ def write_montage(path: str | os.PathLike[str], tiles: Sequence[Tile]) -> None:
 def draw_montage(tiles: Sequence[Tile]) -> np.ndarray:
     """Tiles in rows of four, each over its caption: (H, W, 3) uint8."""
     pictures = [_picture(tile) for tile in tiles]
-    width = max(picture.width for picture in pictures)
+    width = max(picture.width for picture in pictures) + GAP
     height = max(picture.height for picture in pictures) + CAPTION
     columns = min(COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
-    canvas = PIL.Image.new("RGB", (columns * width, rows * height))
+    canvas = PIL.Image.new("RGB", (columns * width - GAP, rows * height))
     draw = PIL.ImageDraw.Draw(canvas)
     font = PIL.ImageFont.load_default(size=18)
     for i, (tile, picture) in enumerate(zip(tiles, pictures, strict=True)):

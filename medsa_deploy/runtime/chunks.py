@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from statistics import median
 
 from medsa_deploy.errors import ImageError, UsageError
@@ -15,8 +16,8 @@ from .session import Embedding, Session
 
 logger = logging.getLogger(__name__)
 
-KEPT_BYTES = 256 * 2**20
-"""Embeddings that are kept for when they are asked for again."""
+KEPT_BYTES = 512 * 2**20
+"""Of embeddings, kept for when they are asked for again: 128 slices at an image size of 1024."""
 
 
 class ChunkEncoder:
@@ -37,7 +38,7 @@ class ChunkEncoder:
     ) -> None:
         """`on_slice` is told how many slices have been encoded.
 
-        ImageError for a volume of fewer slices than a chunk, or that its window shows as one grey.
+        ImageError for a volume of fewer slices than a chunk.
         """
         self.size = session.manifest.network.chunk
         if len(volume) < self.size:
@@ -49,12 +50,14 @@ class ChunkEncoder:
             raise UsageError(
                 f"an overlap of {overlap} slices does not fit chunks of {self.size}: "
                 f"0…{self.size - 1} does"
+                if self.size > 1
+                else f"an overlap of {overlap} slices was given, but this network sees each slice "
+                "alone: leave it out"
             )
         step = self.size - overlap
         self.starts = tuple(range(0, len(volume) - overlap, step))
         """First slices of all chunks."""
-        self.window = volume_window(session, volume, intensity_window)
-        """Intensities of black and white in every slice; None: what the slices themselves say."""
+        self._given_window = intensity_window
         self._session = session
         self._volume = volume
         self._on_slice = on_slice
@@ -64,6 +67,14 @@ class ChunkEncoder:
 
     def __len__(self) -> int:
         return len(self._volume)
+
+    @cached_property
+    def window(self) -> tuple[float, float] | None:
+        """Intensities of black and white in every slice; None: what the slices themselves say.
+
+        Reads the volume. ImageError where it shows nothing but one grey, as `volume_window` does.
+        """
+        return volume_window(self._session, self._volume, self._given_window)
 
     def chunk(self, start: int) -> list[Embedding]:
         """The embeddings of a chunk's slices, without what completes the last one."""

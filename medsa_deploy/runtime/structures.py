@@ -12,6 +12,9 @@ from medsa_deploy.images.volume import Volume, VolumeBox
 from medsa_deploy.manifest import Manifest
 from medsa_deploy.transforms import Prompt
 
+MOST_LABELS = 255
+"""In a label map of uint8, beside the background."""
+
 SlicePrompts = dict[int, Prompt]
 """Slice → what is prompted there, in pixels of the slice."""
 
@@ -44,8 +47,10 @@ class Labelling:
 def labelling(structures: Sequence[Structure], manifest: Manifest) -> Labelling:
     """Labels count the classes of a network that has several, and else the structures' names.
 
-    PromptError for a class that the network does not have.
+    PromptError for a class that the network does not have, no structures, or too many labels.
     """
+    if not structures:
+        raise PromptError("there is no structure to segment: give one with points or a box")
     classes = manifest.network.classes if manifest.network.outputs == "classes" else 1
     given = manifest.conventions.class_names
     if classes > 1:
@@ -54,18 +59,23 @@ def labelling(structures: Sequence[Structure], manifest: Manifest) -> Labelling:
         return Labelling(
             names=names, channels=tuple(_channels(one, names, every) for one in structures)
         )
+    lone = given[0] if given else "mask"
     for one in structures:
-        if one.class_name is not None:
+        if one.class_name not in (None, *given):
             raise PromptError(
                 f"the class {one.class_name!r} was asked for, but this network has one class: "
                 "give the structure a name instead"
             )
-    lone = given[0] if given else "mask"
     called = [
-        one.name or (lone if len(structures) == 1 else f"structure {i}")
+        one.name or one.class_name or (lone if len(structures) == 1 else f"structure {i}")
         for i, one in enumerate(structures, 1)
     ]
     names = tuple(dict.fromkeys(called))
+    if len(names) > MOST_LABELS:
+        raise PromptError(
+            f"{len(names)} structures of different names were given; a label map holds "
+            f"{MOST_LABELS}: segment them in several runs"
+        )
     return Labelling(names=names, channels=tuple(((0, names.index(c) + 1),) for c in called))
 
 

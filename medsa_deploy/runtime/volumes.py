@@ -1,14 +1,16 @@
 """A volume and prompts in its voxels → a label map, slice by slice.
 
-Only chunks that a prompt asks for, or a mask is followed into, are encoded. Of each slice no more
-than low-resolution logits are kept, until they are merged into the label map.
+Only chunks that a prompt asks for, or a mask is followed into, are encoded. A slice's logits go
+into the label map as soon as all chunks that hold it are decoded; only where masks may meet from
+two prompts are they kept longer, at low resolution.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from time import perf_counter
 
@@ -16,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medsa_deploy import transforms
+from medsa_deploy.errors import UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.transforms import Frame, Prompt
 
 from .backend import Array
 from .chunks import ChunkEncoder
-from .session import Embedding, Session, decode
+from .label_map import LabelMap
+from .session import Session, decode
 from .structures import (
     Labelling,
     SlicePrompts,
@@ -35,8 +39,13 @@ from .structures import (
 MARGIN = 3.0
 """Pixels by which the box of a mask is enlarged to prompt the next slice."""
 
-Logits = dict[int, Array]
-"""Slice → (K, 4g, 4g) float32, of one structure."""
+SETS_AT_ONCE = 8
+"""Prompt sets that are decoded together: at an image size of 1024 each takes the decoder NN MB."""
+
+Work = dict[int, dict[int, dict[int, Prompt]]]
+"""Chunk → slice → structure → its prompt set."""
+Boxes = dict[int, Array | None]
+"""Slice → the box around a structure's mask there, None where it is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,8 @@ class VolumeOptions:
     """Slices that neighbouring chunks of a 3D network share; their logits are blended."""
     propagate: bool = False
     """Follow each mask into the slices beyond the prompts, until it is empty."""
-    margin: float = MARGIN
+    margin: float | None = None
+    """Pixels by which the box of a mask that is followed is enlarged on every side; None: 3."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +94,9 @@ def segment_volume(
     used, ImageError for a volume that cannot be.
     """
     options = options or VolumeOptions()
+    margin = _margin(options)
+    given = options.threshold
+    cut = transforms.probability_to_logit(session.conventions.threshold if given is None else given)
     labels_of = labelling(structures, session.manifest)
     prompts = [slice_prompts(one, volume) for one in structures]
     total = len(volume)
@@ -94,30 +107,32 @@ def segment_volume(
         intensity_window=options.intensity_window,
         on_slice=lambda done: on_slice(done, total),
     )
-    given = options.threshold
-    threshold = session.conventions.threshold if given is None else given
-    run = _Run(session, encoder, labels_of, transforms.probability_to_logit(threshold))
     work = _prompted(prompts, encoder, session)
-    if not options.propagate:
-        total = len(set().union(*(encoder.slices(start) for start in work)))
-    logits = run.segment(work)
+    label_map = LabelMap(volume, cut, revisited=len(structures) > 1)
+    run = _Run(session, encoder, labels_of, label_map, cut)
     if options.propagate:
-        run.propagate(logits, options.margin)
-    labels = np.zeros(volume.shape, np.uint8)
-    slices = sorted(set().union(*logits))
-    for index in slices:
-        volume.plane(labels, index)[...] = run.merged([one.pop(index, None) for one in logits])
+        run.propagate(work, margin)
+    else:
+        total = len(set().union(*(encoder.slices(start) for start in work)))
+        run.segment(work)
     return VolumePrediction(
-        labels=labels,
+        labels=label_map.labels,
         names=labels_of.names,
-        slices=tuple(slices),
+        slices=tuple(sorted(run.decode_ms)),
         intensity_window=encoder.window,
-        timings_ms={"encode": encoder.encode_ms, "decode": median(run.decode_ms)},
+        timings_ms={"encode": encoder.encode_ms, "decode": median(run.decode_ms.values())},
     )
 
 
-Work = dict[int, dict[int, dict[int, Prompt]]]
-"""Chunk → slice → structure → its prompt set."""
+def _margin(options: VolumeOptions) -> float:
+    """The margin that is meant; UsageError for one that cannot be used."""
+    if options.margin is None:
+        return MARGIN
+    if not options.propagate:
+        raise UsageError("a margin is for masks that are followed: add --propagate, or omit it")
+    if not 0 <= options.margin < inf:
+        raise UsageError(f"a margin of {options.margin:g} pixels cannot be used: give 0 or more")
+    return options.margin
 
 
 def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: Session) -> Work:
@@ -144,106 +159,135 @@ def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: S
 
 
 class _Run:
-    """Decoding the slices of one volume."""
+    """Decoding the slices of one volume into its label map."""
 
     def __init__(
-        self, session: Session, encoder: ChunkEncoder, labels: Labelling, cut: float
+        self,
+        session: Session,
+        encoder: ChunkEncoder,
+        labelling: Labelling,
+        label_map: LabelMap,
+        cut: float,
     ) -> None:
         self.session = session
         self.encoder = encoder
-        self.labels = labels
+        self.label_map = label_map
+        self.masks = [[mask for mask, _ in channels] for channels in labelling.channels]
+        """For each structure, the decoder's masks that are wanted of it."""
+        self.labels = [[label for _, label in channels] for channels in labelling.channels]
+        """And the labels they become."""
         self.cut = cut
         """The logit above which a pixel belongs to a mask."""
-        self.decode_ms: list[float] = []
+        self.decode_ms: dict[int, float] = defaultdict(float)
+        """Of every slice that was segmented."""
         self.frame: Frame | None = None
 
-    def segment(self, work: Work) -> list[Logits]:
-        """Every structure's logits where prompts ask for them, blended where chunks overlap."""
-        found: list[Logits] = [{} for _ in self.labels.channels]
-        weights: dict[tuple[int, int], float] = defaultdict(float)
-        for start, slices in work.items():
-            embeddings = self.encoder.chunk(start)
-            for index, sets in slices.items():
-                weight = self.encoder.weight(start, index)
-                decoded = self._decode(embeddings[index - start], list(sets.values()))
-                for structure, logits in zip(sets, decoded, strict=True):
-                    total = weights[structure, index] = weights[structure, index] + weight
-                    before = found[structure].get(index, logits)
-                    found[structure][index] = before + (logits - before) * (weight / total)
-        return found
+    def segment(self, work: Work) -> None:
+        """Segment what the prompts ask for."""
+        for index, structure, logits in self._decoded(work):
+            self._label(index, structure, self._pixels(logits))
 
-    def propagate(self, logits: list[Logits], margin: float) -> None:
-        """Follow each structure upwards and downwards from the slices in `logits`, and add to them.
+    def propagate(self, work: Work, margin: float) -> None:
+        """Segment what the prompts ask for, and follow structures upwards and downwards from it.
 
         The next slice is prompted by the box of the mask before it. A slice that is reached from
         both sides gets the mean of the two.
         """
-        indices = range(len(self.encoder))
-        up, down = (self._followed(logits, order, margin) for order in (indices, indices[::-1]))
-        for structure, of_slices in enumerate(logits):
-            for index in up[structure].keys() | down[structure].keys():
-                both = [one[structure][index] for one in (up, down) if index in one[structure]]
-                of_slices[index] = np.mean(both, axis=0, dtype=np.float32)
+        prompted: list[Boxes] = [{} for _ in self.masks]
+        for index, structure, logits in self._decoded(work):
+            pixels = self._pixels(logits)
+            prompted[structure][index] = _box(pixels > self.cut, margin)
+            self._label(index, structure, pixels)
+        from_below: dict[tuple[int, int], Array] = {}
+        upwards = range(len(self.encoder))
+        for index, structure, logits, pixels in self._followed(prompted, upwards, margin):
+            if index < max(prompted[structure]):  # it may be reached from above, too
+                from_below[index, structure] = logits
+            else:
+                self._label(index, structure, pixels)
+        for index, structure, logits, pixels in self._followed(prompted, upwards[::-1], margin):
+            other = from_below.pop((index, structure), None)
+            if other is not None:
+                pixels = self._pixels(np.mean([logits, other], axis=0, dtype=np.float32))
+            self._label(index, structure, pixels)
+        for (index, structure), logits in from_below.items():
+            self._label(index, structure, self._pixels(logits))
 
     def _followed(
-        self, prompted: list[Logits], order: Sequence[int], margin: float
-    ) -> list[Logits]:
-        """The slices that structures are followed into, in one direction."""
-        found: list[Logits] = [{} for _ in prompted]
-        boxes: list[Array | None] = [None] * len(prompted)
+        self, prompted: Sequence[Boxes], order: Sequence[int], margin: float
+    ) -> Iterator[tuple[int, int, Array, Array]]:
+        """(slice, structure, logits, their pixels) of slices that are followed into, one way."""
+        boxes: Boxes = dict.fromkeys(range(len(prompted)))
         for index in order:
-            for structure, of_slices in enumerate(prompted):
-                if index in of_slices:
-                    boxes[structure] = self._box(of_slices[index], structure, margin)
+            boxes |= {i: known[index] for i, known in enumerate(prompted) if index in known}
             sets = {
                 structure: _box_prompt(box)
-                for structure, box in enumerate(boxes)
+                for structure, box in boxes.items()
                 if box is not None and index not in prompted[structure]
             }
-            if not sets:
-                continue
-            work = {start: {index: sets} for start in self.encoder.holding(index)}
-            for structure, of_slices in enumerate(self.segment(work)):
-                if index in of_slices:
-                    found[structure] |= of_slices
-                    boxes[structure] = self._box(of_slices[index], structure, margin)
-        return found
+            if sets:
+                work = {start: {index: sets} for start in self.encoder.holding(index)}
+                for _, structure, logits in self._decoded(work):
+                    pixels = self._pixels(logits)
+                    boxes[structure] = _box(pixels > self.cut, margin)
+                    yield index, structure, logits, pixels
 
-    def merged(self, logits: Sequence[Array | None]) -> NDArray[np.uint8]:
-        """One slice's logits of every structure → its labels (H, W); the highest logit wins."""
-        best: dict[int, Array] = {}
-        for of_structure, channels in zip(logits, self.labels.channels, strict=True):
-            if of_structure is None:
-                continue
-            for channel, label in channels:
-                candidate = of_structure[channel]
-                best[label] = np.maximum(best.get(label, candidate), candidate)
-        assert self.frame is not None
-        winners = transforms.label_map(
-            transforms.upsample(np.stack(list(best.values())), self.frame), self.cut
-        )
-        return np.array([0, *best], np.uint8)[winners]
+    def _decoded(self, work: Work) -> Iterator[tuple[int, int, Array]]:
+        """(slice, structure, logits of its masks (n, 4g, 4g)), blended where chunks overlap."""
+        last = {key: start for start, slices in work.items() for key in _keys(slices)}
+        blended: dict[tuple[int, int], Array] = {}
+        weights: dict[tuple[int, int], float] = defaultdict(float)
+        for start, slices in work.items():
+            for index, sets in slices.items():
+                weight = self.encoder.weight(start, index)
+                for structure, logits in self._decode(start, index, sets):
+                    key = index, structure
+                    weights[key] += weight
+                    before = blended.get(key, logits)
+                    blended[key] = before + (logits - before) * (weight / weights[key])
+            for key in _keys(slices):
+                if last[key] == start:
+                    yield *key, blended.pop(key)
 
-    def _decode(self, embedding: Embedding, prompts: Sequence[Prompt]) -> Array:
-        """Logits of prompt sets on one slice: (P, K, 4g, 4g)."""
-        start = perf_counter()
-        logits, _ = decode(self.session.backend, self.session.manifest, embedding, prompts)
-        self.decode_ms.append(1e3 * (perf_counter() - start))
+    def _decode(
+        self, start: int, index: int, sets: Mapping[int, Prompt]
+    ) -> Iterator[tuple[int, Array]]:
+        """(structure, logits of its masks) of one chunk's slice, for every structure's set."""
+        embedding = self.encoder.chunk(start)[index - start]
         self.frame = embedding.frame
-        return logits
+        backend, manifest = self.session.backend, self.session.manifest
+        structures = list(sets)
+        for first in range(0, len(structures), SETS_AT_ONCE):
+            some = structures[first : first + SETS_AT_ONCE]
+            begun = perf_counter()
+            logits, _ = decode(backend, manifest, embedding, [sets[one] for one in some])
+            self.decode_ms[index] += 1e3 * (perf_counter() - begun)
+            for structure, of_set in zip(some, logits, strict=True):
+                yield structure, of_set[self.masks[structure]]
 
-    def _box(self, logits: Array, structure: int, margin: float) -> Array | None:
-        """The box around a structure's masks on a slice, enlarged; None if they are empty."""
+    def _pixels(self, logits: Array) -> Array:
+        """(n, 4g, 4g) → (n, H, W)."""
         assert self.frame is not None
-        wanted = [channel for channel, _ in self.labels.channels[structure]]
-        inside = transforms.upsample(logits[wanted], self.frame) > self.cut
-        rows, columns = (np.flatnonzero(inside.any(axis=axes)) for axes in ((0, 2), (0, 1)))
-        if not len(rows):
-            return None
-        height, width = inside.shape[1:]
-        low = np.maximum([columns[0] - margin, rows[0] - margin], 0)
-        high = np.minimum([columns[-1] + 1 + margin, rows[-1] + 1 + margin], [width, height])
-        return np.concatenate([low, high]).astype(np.float32)
+        return transforms.upsample(logits, self.frame)
+
+    def _label(self, index: int, structure: int, pixels: Array) -> None:
+        self.label_map.add(index, pixels, self.labels[structure])
+
+
+def _keys(slices: Mapping[int, Mapping[int, Prompt]]) -> list[tuple[int, int]]:
+    """(slice, structure) of every set."""
+    return [(index, structure) for index, sets in slices.items() for structure in sets]
+
+
+def _box(inside: NDArray[np.bool_], margin: float) -> Array | None:
+    """The box around masks (n, H, W) of a slice, enlarged; None if they are empty."""
+    rows, columns = (np.flatnonzero(inside.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+    if not len(rows):
+        return None
+    height, width = inside.shape[1:]
+    low = np.maximum([columns[0] - margin, rows[0] - margin], 0)
+    high = np.minimum([columns[-1] + 1 + margin, rows[-1] + 1 + margin], [width, height])
+    return np.concatenate([low, high]).astype(np.float32)
 
 
 def _box_prompt(box: Array) -> Prompt:

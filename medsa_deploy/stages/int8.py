@@ -83,7 +83,7 @@ class Search:
 
     def choose_reach(self) -> Trial:
         """Set how far codes reach to what serves the masks best with every layer in INT8."""
-        found = []
+        found: list[tuple[tuple[float, float, float], int, float | None, Trial]] = []
         for percent in PERCENTS:
             self.percent = percent
             trial = self.trial(self.layers)
@@ -115,6 +115,7 @@ class Search:
 
 def make_int8(
     trials: Trials,
+    reference: Trials,
     folder: Path,
     base: Base,
     sources: Sequence[Source],
@@ -123,6 +124,7 @@ def make_int8(
 ) -> Made:
     """An INT8 encoder in `folder`; ParityError when none agrees with float32.
 
+    `trials` are on the user's images, `reference` on the saved reference's.
     The search runs the verification cases at most len(PERCENTS) + kinds + blocks + STEPS times.
     """
     on_step("measure the activations of your images")
@@ -153,6 +155,7 @@ def make_int8(
     files, kept = search.write(sorted(layers, key=lambda layer: layer.node))
     final = trials.measure(files[0], base.decoder, search.precision)
     verify.require(final.parity)
+    again = reference.measure(files[0], base.decoder, search.precision)
     recipe = Recipe(
         precision=search.precision,
         target="tensorrt" if search.half else "cpu",
@@ -165,8 +168,11 @@ def make_int8(
         weights="int8, symmetric, per channel",
         activations="int8, symmetric" if search.half else "uint8",
         calibration=calibration.described(
-            sources, "min-max" if search.percent is None else f"percentile {search.percent}"
+            sources,
+            trials.manifest.network.chunk,
+            "min-max" if search.percent is None else f"percentile {search.percent}",
         ),
+        reference_dice_mean=again.parity.mask_dice_mean,
         runs=trials.runs,
     )
     graphs = {"encoder": files}

@@ -13,7 +13,7 @@ takes one class of a network of several; without either, a structure gives all o
 from __future__ import annotations
 
 import json
-from math import isfinite
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from medsa_deploy.errors import PromptError
 from medsa_deploy.runtime.structures import Structure
 
 KEYS = ("name", "class", "points", "boxes")
-POINT = "a point should be [x, y, z] or [x, y, z, label] with label 1 or 0"
-BOX = "a box should be [x0, y0, z0, x1, y1, z1]"
+POINT = "a point in a volume should be x, y, z or x, y, z, label with label 1 or 0"
+BOX = "a box in a volume should be x0, y0, z0, x1, y1, z1"
+MOST = 1e9
+"""No coordinate is larger; NaN is not within it either."""
 ROWS = {"points": POINT, "boxes": BOX}
 
 
 def read_prompts(path: Path) -> list[Structure]:
     """The structures of a prompt file; PromptError says which entry is wrong, and how."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise PromptError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
@@ -69,8 +71,8 @@ def _structure(entry: Any, where: str) -> Structure:
         raise PromptError(f"{where} should be an object with some of the keys {', '.join(KEYS)}")
     for key in ("name", "class"):
         text = entry.get(key)
-        if text is not None and not (isinstance(text, str) and text.strip()):
-            raise PromptError(f"{where}: its {key} should be a text, found {text!r}")
+        if text is not None and not (isinstance(text, str) and text.strip() and text.isprintable()):
+            raise PromptError(f"{where}: its {key} should be one line of text, found {text!r}")
     rows = [_rows(entry.get(key, []), f"{where}: {shape}") for key, shape in ROWS.items()]
     if not any(rows):
         raise PromptError(f"{where} has no prompt: give it points or boxes")
@@ -85,8 +87,8 @@ def _rows(value: Any, wanted: str) -> list[tuple[float, ...]]:
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise PromptError(wanted)
     for row in value:
-        if not all(type(number) in (int, float) and isfinite(number) for number in row):
-            raise PromptError(f"{wanted}, found {row}")
+        if not all(type(number) in (int, float) and abs(number) <= MOST for number in row):
+            raise PromptError(f"{wanted}, found {reprlib.repr(row)}")
     return [tuple(row) for row in value]
 
 

@@ -40,7 +40,8 @@ def _users(path: Path | None, chunk: int) -> Iterator[tuple[str, list[Image]]]:
     """The user's images, or chunks of slices, each with its name."""
     if path is None:
         return
-    for file in find_images(path) if path.is_dir() and not is_volume(path) else [path]:
+    one = not path.is_dir() or (chunk > 1 and is_volume(path))
+    for file in [path] if one else find_images(path):
         yield file.name, [read_image(file)] if chunk == 1 else verify.middle_slices(file, chunk)
 
 

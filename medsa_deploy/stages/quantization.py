@@ -20,7 +20,7 @@ from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
 from medsa_deploy.runtime.loading import check_options
 
-from .calibration import find_sources
+from .calibration import find_sources, hold_out, image_cases
 from .float16 import Made, make_float16
 from .int8 import Base, make_int8
 from .proof import Progress, cases
@@ -58,35 +58,36 @@ def quantize(
 ) -> Quantization:
     """Add float16 or INT8 graphs to a bundle; ParityError when their masks differ from float32's.
 
-    `images`: a file or folder added to the cases that are compared. `calibration`, for int8: files
-    and folders whose images the ranges of activations are measured on. `target`, for int8: what
-    will run the graphs. Graphs of the same precision are replaced.
+    `images`: a file or folder added to the seeded cases that are compared. `calibration`, for int8:
+    files and folders whose images the ranges of activations are measured on; INT8 is judged on
+    `images` alone, or else on a few of these that are held out. `target`, for int8: what will run
+    the graphs. Graphs of the same precision are replaced.
     """
     start = perf_counter()
     if precision == "fp16" and calibration:
         raise UsageError("calibration images are for int8; float16 needs none")
     check_options("onnxruntime", threads)
     import_onnx()
-    sources = find_sources(calibration) if precision == "int8" else []
     made = manifest.load(bundle)
+    sources = find_sources(calibration, made.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
     manifest.check_files(made, bundle)
     to_run = cases(made.network, images)
     with bundles.workplace(bundle) as folder:
         on_step("run the float32 graphs")
-        trials = Trials(bundle, made, to_run, threads)
-        additions = []
-        if precision == "int8" and target == "cpu":
-            base = Base(precision="fp32", decoder=trials.decoder)
-        elif precision == "int8" and (recipe := made.recipe("fp16")):
-            decoder = bundle / made.file("decoder", "fp16").path
-            base = Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
-        else:
+        additions: list[Made] = []
+        in_bundle = made.recipe("fp16") is not None
+        if precision == "fp16" or (target == "tensorrt" and not in_bundle):
+            trials = Trials(bundle, made, to_run, threads)
             additions.append(make_float16(trials, folder, on_step))
-            decoder, recipe = additions[0].graphs["decoder"][0], additions[0].recipe
-            base = Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
         if precision == "int8":
-            additions.append(make_int8(trials, folder, base, sources, on_step, on_image))
+            base = _base(bundle, made, additions, target)
+            sources, judged = hold_out(sources)
+            theirs = [c for c in to_run if not c.seeded] or image_cases(judged, made)
+            trials = Trials(bundle, made, theirs, threads)
+            reference = Trials(bundle, made, to_run[:1], threads)
+            made8 = make_int8(trials, reference, folder, base, sources, on_step, on_image)
+            additions.append(made8)
         result = _add(bundle, additions)
     added = additions[-1]
     return Quantization(
@@ -97,6 +98,21 @@ def quantize(
         files=tuple(f for f in result.files if f.precision == added.recipe.precision),
         seconds=perf_counter() - start,
     )
+
+
+def _base(
+    bundle: Path, made: Manifest, additions: Sequence[Made], target: Literal["tensorrt", "cpu"]
+) -> Base:
+    """What an INT8 encoder goes with: float16 graphs, just made or in the bundle, or float32."""
+    if target == "cpu":
+        return Base(precision="fp32", decoder=bundle / made.file("decoder").path)
+    recipe = additions[0].recipe if additions else made.recipe("fp16")
+    if additions:
+        decoder = additions[0].graphs["decoder"][0]
+    else:
+        decoder = bundle / made.file("decoder", "fp16").path
+    assert recipe is not None
+    return Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
 
 
 def _add(bundle: Path, additions: Sequence[Made]) -> Manifest:

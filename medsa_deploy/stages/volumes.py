@@ -15,7 +15,7 @@ from medsa_deploy.images import (
     Volume,
     check_overlay_suffix,
     check_segmentation_target,
-    is_volume,
+    holds_volume,
     read_volume,
     write_segmentation,
 )
@@ -63,8 +63,17 @@ class VolumeSegmentation:
 
 
 def takes_volume(image: Path, index: int | None) -> bool:
-    """Whether `run` segments a volume rather than images: it is one, and no slice is asked for."""
-    return index is None and is_volume(image)
+    """Whether `run` segments a volume rather than images: it is one, and no slice is asked for.
+
+    ImageError for what cannot be read, UsageError for a slice of a folder.
+    """
+    found = holds_volume(image)
+    if found and index is not None and image.is_dir():
+        raise UsageError(
+            f"--slice {index} is for a NIfTI or .npy volume; {image} is a DICOM series: leave it "
+            "out, or give the file of one slice"
+        )
+    return found and index is None
 
 
 def structures_of(
@@ -107,7 +116,8 @@ def run_volume(
     """
     start = perf_counter()
     volume = read_volume(path, axis=axis, volume=number)
-    target = mask or Path(f"{path.name}.seg{'.npy' if volume.kind == 'npy' else '.nii.gz'}")
+    name = path.resolve().name  # of the folder that "." is
+    target = mask or Path(f"{name}.seg{'.npy' if volume.kind == 'npy' else '.nii.gz'}")
     _check_targets(volume, target, overlay)
     prediction = segment_volume(session, volume, structures, options, on_slice=on_slice)
     write_segmentation(target, prediction.labels, volume, names=prediction.names)
