@@ -259,6 +259,10 @@ def compare(
         )
         for stage, here in profile.stages.items()
     }
+    measured_once = {
+        "cold load": (profile.load_ms, other.get("load_ms")),
+        "peak memory": (profile.peak_mb, other.get("peak_mb")),
+    }
     return Comparison(
         other=name,
         max_slowdown=max_slowdown,
@@ -266,11 +270,8 @@ def compare(
         ratios=ratios,
         once={
             what: now / then
-            for what, now, then in (
-                ("cold load", profile.load_ms, other.get("load_ms")),
-                ("peak memory", profile.peak_mb, other.get("peak_mb")),
-            )
-            if now is not None and type(then) in (int, float) and then > 0
+            for what, (now, then) in measured_once.items()
+            if now is not None and isinstance(then, float) and then > 0
         },
     )
 
@@ -302,5 +303,6 @@ def ratio_of(here: Sequence[float], there: Sequence[float], max_slowdown: float)
 
 
 def _medians(samples: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Medians of samples drawn again; one drawing at a time, as there may be many samples."""
     values = np.asarray(samples, np.float64)
-    return np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
+    return np.array([np.median(rng.choice(values, len(values))) for _ in range(RESAMPLES)])

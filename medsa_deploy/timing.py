@@ -111,7 +111,7 @@ def measure(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any
     Loading comes first, while nothing of the backend has been imported; layers come last, so that
     the profiler's memory and time touch nothing else.
     """
-    opening = {"backend": options.backend, "precision": options.precision}
+    opening: dict[str, Any] = {"backend": options.backend, "precision": options.precision}
     on_step("load the bundle")
     start = perf_counter()
     session = load(options.bundle, **opening, threads=options.threads)

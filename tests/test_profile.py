@@ -317,7 +317,7 @@ def measuring(bundle: Path, folder: Path) -> tuple[subprocess.Popen[str], int]:
 
 
 def left(folder: Path) -> list[str]:
-    """Files and folders below `folder`, less the `.ses` ONNX Runtime leaves where it is imported."""
+    """Files and folders below `folder`, but for the `.ses` that ONNX Runtime leaves."""
     return [name for name in contents(folder) if name != "temporary/.ses"]
 
 
