@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 try:
     import typer
 
-    from . import __version__, console, stages
+    from . import __version__, accuracy_table, console, stages
     from .errors import UsageError
     from .runtime import load
 except KeyboardInterrupt:  # these take a third of a second, and `main` is not there yet
@@ -246,20 +246,71 @@ def verify(
         Path | None, typer.Option(help="Compare with this checkpoint's network (needs torch)")
     ] = None,
     base: Base = None,
-    images: Images = None,
+    images: Annotated[
+        Path | None, typer.Option(help="With --checkpoint: added to the proof; --labels: segmented")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label file or folder: measure accuracy instead")
+    ] = None,
+    segmentation: Annotated[
+        Path | None, typer.Option(help="What run wrote for the images of --labels")
+    ] = None,
+    prompt: Annotated[
+        stages.PromptKind | None,
+        typer.Option(help="What is drawn from --labels for --images; default box"),
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Names of labels 1, 2, …")
+    ] = None,
+    min_dice: Annotated[float | None, typer.Option(help="Fail below this mean Dice")] = None,
+    intensity_window: IntensityWindow = None,
     backend: Backend = "onnxruntime",
-    precision: Annotated[str | None, typer.Option(help="One precision; default all")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="One precision; default all, for --labels fp32")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Check a bundle's files, and prove its graphs equal to the checkpoint's network.
 
-    Without a checkpoint, against what its network gave at export; no torch is needed.
+    Without a checkpoint, against what its network gave at export; no torch is needed. With labels,
+    measure how accurate its masks are instead.
 
     medsa-deploy verify ckpt.medsa
 
     medsa-deploy verify ckpt.medsa --checkpoint ckpt.pth --images my-images/
+
+    medsa-deploy verify ckpt.medsa --labels labels/ --images my-images/ --prompt click
+
+    medsa-deploy verify ckpt.medsa --labels labels/ --segmentation masks/ --min-dice 0.8
     """
+    if labels is not None:
+        if checkpoint or base:
+            raise UsageError("--labels needs no checkpoint: leave --checkpoint and --base out")
+        with console.image_progress(not json) as on_file:
+            measured = stages.measure(
+                bundle,
+                labels=labels,
+                segmentation=segmentation,
+                images=images,
+                prompt=prompt,
+                class_names=_names(class_names),
+                min_dice=min_dice,
+                intensity_window=_window(intensity_window),
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                on_file=on_file,
+            )
+        console.print_json(measured) if json else accuracy_table.print_accuracy(measured)
+        if any(file.error for file in measured.files):
+            raise typer.Exit(2)
+        raise typer.Exit(1 if measured.failures else 0)
+    if any(v is not None for v in (segmentation, prompt, class_names, min_dice, intensity_window)):
+        raise UsageError(
+            "--segmentation, --prompt, --class-names, --min-dice and --intensity-window belong to "
+            "--labels LABELS"
+        )
     with console.steps() as on_step:
         found = stages.verify_bundle(
             bundle,
@@ -342,11 +393,16 @@ def _overrides(options: OverrideOptions) -> Any:
     parsed = {
         "global_blocks": None if blocks is None else _numbers(blocks, int, "--global-blocks"),
         "intensity_window": _window(options.intensity_window),
-        "class_names": None if names is None else tuple(n.strip() for n in names.split(",")),
+        "class_names": None if names is None else _names(names),
     }
     with stages.checkpoints.export_extra():
         from .exporters.architecture import Overrides
     return Overrides(**asdict(options) | parsed)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """A,B,…"""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _click(text: str) -> tuple[float, float, int]:

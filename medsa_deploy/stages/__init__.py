@@ -3,22 +3,26 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
-demo.py          the first five minutes
+demo.py          the first five minutes        accuracy.py      masks against label files
 """
 
+from .accuracy import Accuracy, measure
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .doctor import Diagnosis, diagnose
 from .export import Export, export
+from .labelled import PromptKind
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
 
 __all__ = [
+    "Accuracy",
     "Demonstration",
     "Diagnosis",
     "Export",
     "Inspection",
     "Outputs",
+    "PromptKind",
     "Prompts",
     "Segmentation",
     "Verification",
@@ -26,6 +30,7 @@ __all__ = [
     "diagnose",
     "export",
     "inspect",
+    "measure",
     "run",
     "verify_bundle",
 ]
