@@ -13,8 +13,9 @@ def print_accuracy(found: Accuracy) -> None:
     """Every file's figures, then the summary, then what was left out or failed."""
     if any(file.classes for file in found.files):
         out.print(_files(found))
+    if shown := _summaries(found):
         out.print()
-        out.print(_summaries(found.summary))
+        out.print(_table_of(shown))
     _print_remarks(found)
     for file in found.files:
         if file.error is not None:
@@ -41,10 +42,17 @@ def _files(found: Accuracy) -> Table:
     return table
 
 
-def _summaries(summaries: tuple[Summary, ...]) -> Table:
+def _summaries(found: Accuracy) -> tuple[Summary, ...]:
+    """Those that say more than the files' own lines do, or than each other."""
+    several = len(found.summary) > 2
+    if len(found.files) == 1:
+        return found.summary[:1] if several else ()
+    return found.summary if several else found.summary[1:]
+
+
+def _table_of(summaries: tuple[Summary, ...]) -> Table:
     table = _table("class", "figure", "mean", "median", "worst", "in")
-    # With one class, "all" says nothing more.
-    for one in summaries[1:] if len(summaries) == 2 else summaries:
+    for one in summaries:
         name = f"{escape(one.name)} ({one.count})"
         for figure, spread in (("Dice", one.dice), ("IoU", one.iou)):
             table.add_row(name, figure, *_spread(spread, ".4f"))

@@ -79,8 +79,8 @@ def _surface(mask: Mask) -> NDArray[np.intp]:
         bounds.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
     cropped = mask[tuple(bounds)]
     inner = _scipy("ndimage").binary_erosion(cropped)  # with the neighbours across edges or faces
-    found: NDArray[np.intp] = np.argwhere(cropped & ~inner)
-    return found + np.array([part.start for part in bounds])
+    found = np.argwhere(cropped & ~inner) + [part.start for part in bounds]
+    return np.asarray(found, np.intp)
 
 
 def _check(one: Mask, other: Mask) -> None:
