@@ -163,6 +163,48 @@ def export(
 
 
 @app.command()
+def quantize(
+    bundle: Bundle,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Float16 weights and arithmetic")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="INT8 linear layers, the rest float16")
+    ] = False,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Your images, or folders of them, that INT8 is fitted to"),
+    ] = None,
+    target: Annotated[
+        Literal["tensorrt", "cpu"], typer.Option("--for", help="What will run the INT8 graphs")
+    ] = "tensorrt",
+    images: Images = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Add float16 or INT8 graphs to a bundle, proved to give its masks.
+
+    medsa-deploy quantize ckpt.medsa --fp16
+
+    medsa-deploy quantize ckpt.medsa --int8 --calibration my-images/
+
+    medsa-deploy quantize ckpt.medsa --int8 --calibration my-images/ --for cpu
+    """
+    if fp16 == int8:
+        raise UsageError("give one of --fp16 and --int8")
+    with console.steps_of_images() as (on_step, on_image):
+        made = stages.quantize(
+            bundle,
+            precision="fp16" if fp16 else "int8",
+            calibration=calibration or (),
+            target=target,
+            images=images,
+            threads=threads,
+            on_step=on_step,
+            on_image=on_image,
+        )
+    console.print_json(made) if json else console.print_quantization(made)
+
+
+@app.command()
 def run(
     bundle: Bundle,
     image: Annotated[Path, typer.Argument(help="An image, or a folder of images")],

@@ -22,12 +22,27 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .errors import MedsaError
-from .manifest import Conventions, Network, Parity
-from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
+from .manifest import Conventions, Network, Parity, Recipe
+from .stages import (
+    Demonstration,
+    Diagnosis,
+    Export,
+    Inspection,
+    Quantization,
+    Segmentation,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -141,6 +156,31 @@ def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+@contextmanager
+def steps_of_images() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """As `steps`, with a bar of images done in the steps that count them."""
+    started: list[tuple[str, float]] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+
+    def finish() -> None:
+        if started:
+            name, begun = started[-1]
+            err.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
+
+    with Progress(
+        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def begin(name: str) -> None:
+            finish()
+            started.append((name, perf_counter()))
+            progress.reset(task, description=escape(name), total=None)
+
+        yield begin, lambda done, total: progress.update(task, completed=done, total=total)
+        finish()
+
+
 def print_inspection(found: Inspection) -> None:
     """What a checkpoint is."""
     source = found.source
@@ -178,6 +218,16 @@ def print_export(made: Export) -> None:
     _print_files([(f.path, f.bytes) for f in made.manifest.files])
     for parity in made.manifest.parity:
         _print_parity(parity, "the checkpoint's own network")
+
+
+def print_quantization(made: Quantization) -> None:
+    """A precision that was just added to a bundle."""
+    out.print(
+        f"[bold green]{escape(str(made.bundle))}[/]  {made.precision} in {made.seconds:.0f} s"
+    )
+    _print_facts(_recipe_facts(made.recipe))
+    _print_files([(f.path, f.bytes) for f in made.files])
+    _print_parity(made.parity, "the float32 graphs")
 
 
 def print_verification(found: Verification) -> None:
@@ -300,6 +350,28 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
     }
 
 
+def _recipe_facts(recipe: Recipe) -> dict[str, str]:
+    kept = ", ".join(f"{island.reason} ({island.nodes})" for island in recipe.islands)
+    facts = {
+        "made for": "any backend" if recipe.target == "any" else recipe.target,
+        "float32 nodes": kept or "none",
+        "float32 blocks": ", ".join(recipe.float32_blocks) or "none",
+    }
+    if recipe.calibration is not None:
+        count = len(recipe.quantized) + len(recipe.left_out)
+        facts["INT8 layers"] = f"{len(recipe.quantized)} of {count}"
+        facts["left out"] = ", ".join(recipe.left_out) or "none"
+        facts["calibration"] = f"{recipe.calibration.images} images, {recipe.calibration.method}"
+        facts["codes"] = f"weights {recipe.weights}; activations {recipe.activations}"
+    facts["runs"] = f"{recipe.runs} of the verification cases"
+    if recipe.rounded_dice_mean is not None and recipe.rounded_dice_worst is not None:
+        facts["mask Dice"] = (
+            f"mean {recipe.rounded_dice_mean:.4f}, worst {recipe.rounded_dice_worst:.4f}, "
+            "with every result rounded to float16"
+        )
+    return facts
+
+
 def _print_parity(parity: Parity, against: str) -> None:
     images = f"{parity.images} image(s), " if parity.images else ""
     out.print(
@@ -311,6 +383,9 @@ def _print_parity(parity: Parity, against: str) -> None:
         table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
     table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
     out.print(table)
+    if parity.mask_dice_mean is not None and parity.mask_dice_worst is not None:
+        said = f"mean {parity.mask_dice_mean:.4f}, worst {parity.mask_dice_worst:.4f}"
+        out.print(f"mask Dice {said}; NaN or infinite values: {parity.nan_count}")
 
 
 def _print_files(files: Sequence[tuple[str, int]]) -> None:

@@ -3,7 +3,9 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
-demo.py          the first five minutes        accuracy.py      masks against label files
+quantization.py  further precisions            demo.py          the first five minutes
+float16.py       float16 graphs                trials.py        candidates against float32
+accuracy.py      masks against label files     labelled.py      prompts drawn from labels
 """
 
 from .accuracy import Accuracy, measure
@@ -12,6 +14,7 @@ from .demo import Demonstration, demonstrate
 from .doctor import Diagnosis, diagnose
 from .export import Export, export
 from .labelled import PromptKind
+from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
 
@@ -24,6 +27,7 @@ __all__ = [
     "Outputs",
     "PromptKind",
     "Prompts",
+    "Quantization",
     "Segmentation",
     "Verification",
     "demonstrate",
@@ -31,6 +35,7 @@ __all__ = [
     "export",
     "inspect",
     "measure",
+    "quantize",
     "run",
     "verify_bundle",
 ]
