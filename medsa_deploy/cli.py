@@ -305,6 +305,9 @@ def verify(
         str | None, typer.Option(metavar="A,B,…", help="Names of labels 1, 2, …")
     ] = None,
     min_dice: Annotated[float | None, typer.Option(help="Fail below this mean Dice")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write reports/parity.html into the bundle")
+    ] = False,
     intensity_window: IntensityWindow = None,
     backend: Backend = "onnxruntime",
     precision: Annotated[
@@ -322,13 +325,15 @@ def verify(
 
     medsa-deploy verify ckpt.medsa --checkpoint ckpt.pth --images my-images/
 
+    medsa-deploy verify ckpt.medsa --report
+
     medsa-deploy verify ckpt.medsa --labels labels/ --images my-images/ --prompt click
 
     medsa-deploy verify ckpt.medsa --labels labels/ --segmentation masks/ --min-dice 0.8
     """
     if labels is not None:
-        if checkpoint or base:
-            raise UsageError("--labels needs no checkpoint: leave --checkpoint and --base out")
+        if checkpoint or base or report:
+            raise UsageError("--checkpoint, --base and --report do not go with --labels")
         with console.image_progress(not json) as on_file:
             measured = stages.measure(
                 bundle,
@@ -362,6 +367,7 @@ def verify(
             backend=backend,
             precision=precision,
             threads=threads,
+            report=report,
             on_step=on_step,
         )
     console.print_json(found) if json else console.print_verification(found)

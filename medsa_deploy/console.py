@@ -43,6 +43,7 @@ from .stages import (
     Segmentation,
     Verification,
 )
+from .stages.verification import AGAINST
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -232,12 +233,10 @@ def print_quantization(made: Quantization) -> None:
 
 def print_verification(found: Verification) -> None:
     """How a bundle compares."""
-    against = {
-        "checkpoint": "the checkpoint's own network",
-        "saved reference": "what the checkpoint's own network gave at export",
-    }[found.against]
     for parity in found.parity:
-        _print_parity(parity, against)
+        _print_parity(parity, AGAINST[found.against])
+    if found.report is not None:
+        out.print(f"report {escape(str(found.report))}")
     if found.failures:
         for failure in found.failures:
             print_error(failure)

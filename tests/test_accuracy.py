@@ -352,7 +352,10 @@ def problems() -> dict[str, tuple[list[object], str]]:
     return {
         "nothing to compare": (["--labels", label], "--segmentation"),
         "two things": (["--labels", label, "--segmentation", label, "--images", image], "one"),
-        "checkpoint": (["--labels", label, "--images", image, "--checkpoint", label], "leave"),
+        "checkpoint": (
+            ["--labels", label, "--images", image, "--checkpoint", label],
+            "do not go",
+        ),
         "no labels": (["--min-dice", "0.5"], "--labels"),
         "prompt": (["--labels", label, "--segmentation", label, "--prompt", "box"], "--images"),
         "least": (["--labels", label, "--segmentation", label, "--min-dice", "80"], "0 to 1"),

@@ -6,6 +6,7 @@ proof.py         what export and verify share  doctor.py        what this machin
 quantization.py  further precisions            demo.py          the first five minutes
 float16.py       float16 graphs                trials.py        candidates against float32
 accuracy.py      masks against label files     labelled.py      prompts drawn from labels
+pairs.py         labels matched with files     parity_report.py a page for a verification
 """
 
 from .accuracy import Accuracy, measure

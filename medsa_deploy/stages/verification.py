@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medsa_deploy import manifest, verify
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
+from medsa_deploy.parity_page import Result
 from medsa_deploy.runtime import load
 from medsa_deploy.runtime.session import check_options
 from medsa_deploy.verify import Array, Case
 
 from .checkpoints import export_extra
-from .proof import Progress, cases, parity, reference_outputs
+from .parity_report import worst_mask, write_report
+from .proof import Progress, cases, compare_all, reference_outputs
+
+AGAINST = {
+    "checkpoint": "the checkpoint's own network",
+    "saved reference": "what the checkpoint's own network gave at export",
+}
+"""What a bundle is compared with, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,8 @@ class Verification:
     parity: tuple[Parity, ...]
     failures: tuple[str, ...]
     """What exceeds the limits; empty when everything agrees."""
+    report: Path | None = None
+    """The page that shows it, where one was asked for."""
 
 
 def verify_bundle(
@@ -38,11 +48,13 @@ def verify_bundle(
     backend: str,
     precision: str | None,
     threads: int | None,
+    report: bool = False,
     on_step: Progress = lambda step: None,
 ) -> Verification:
     """Compare a bundle with its checkpoint's network, or with what that gave at export.
 
-    Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed.
+    Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed. `report`
+    writes `reports/parity.html` into the bundle.
     """
     made = manifest.load(bundle)
     check_options(backend, threads)
@@ -65,16 +77,26 @@ def verify_bundle(
         to_run, against = cases(made.network, images), "checkpoint"
         on_step("run the checkpoint's own network")
         expected = _checkpoint_outputs(made, checkpoint, base, to_run)
-    found = []
+    found: list[Parity] = []
+    results = []
     for name in precisions:
         on_step(f"run the {name} graphs in {backend}")
         with load(bundle, backend=backend, precision=name, threads=threads) as session:
-            found.append(parity(session, to_run, expected, name))
+            comparisons, nan_count = compare_all(session, to_run, expected)
+            compared = verify.summarise(
+                to_run, comparisons, precision=name, backend=session.backend.name
+            )
+            found.append(replace(compared, nan_count=nan_count))
+            if report:
+                dice = tuple(value for one in comparisons for value in one.mask_dice)
+                worst = worst_mask(session, to_run, expected, comparisons)
+                results.append(Result(parity=found[-1], mask_dice=dice, worst=worst))
     return Verification(
         bundle=bundle,
         against=against,
         parity=tuple(found),
         failures=tuple(problem for one in found for problem in verify.failures(one)),
+        report=write_report(bundle, made, results, against=AGAINST[against]) if report else None,
     )
 
 
