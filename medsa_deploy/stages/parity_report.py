@@ -114,8 +114,8 @@ def _pictures(
 ) -> tuple[NDArray[np.uint8], ...]:
     """The whole image with its prompts, and a square of it where the masks differ."""
     background, _ = intensities(image, session.conventions, None)
-    grey = background.mean(axis=2) if background.ndim == 3 else background
-    grey = grey * DIMMED  # no colour but the masks'
+    grey = np.asarray(background, np.float32) * DIMMED
+    grey = grey.mean(axis=2) if grey.ndim == 3 else grey  # no colour but the masks'
     labels = np.where(reference & mask, 1, np.where(reference, 2, np.where(mask, 3, 0)))
     whole = draw_overlay(
         grey,
