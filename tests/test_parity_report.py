@@ -16,6 +16,7 @@ from command_line import accept_changes, call, contents, copied
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from medsa_deploy import page as html
 from medsa_deploy import parity_page, verify
 from medsa_deploy.images.overlay import PALETTE
 from medsa_deploy.manifest import Parity, TensorParity
@@ -176,7 +177,7 @@ def test_any_figures_can_be_drawn(tmp_path: Path, l2: float, dice: tuple[float, 
     assert "built, not run" in page.text
     circles = re.findall(r'cx="([^"]+)" cy="([^"]+)"', text)
     assert len(circles) == 3 * (1 + len(dice))
-    assert all(0 <= float(x) <= parity_page.WIDTH and float(y) > 0 for x, y in circles)
+    assert all(0 <= float(x) <= html.WIDTH and float(y) > 0 for x, y in circles)
     assert all(max(picture.shape) <= parity_page.PICTURE_SIDE for picture in page.pictures())
 
 
