@@ -8,12 +8,15 @@ volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSO
 quantization.py  further precisions            float16.py       float16 graphs
 trials.py        candidates against float32    template.py      the demonstrations' image
 tuning.py        the fastest backend here      profile.py       how long everything takes
+accuracy.py      masks against label files     labelled.py      prompts drawn from labels
+pairs.py         labels matched with files     parity_report.py a page for a verification
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
 """
 
 from medsa_deploy.runtime import VolumeOptions
 from medsa_deploy.timing import Options as ProfileOptions
 
+from .accuracy import Accuracy, measure
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
@@ -21,6 +24,7 @@ from .doctor import Diagnosis, diagnose
 from .engine_plan import EnginePlan, EngineRequest
 from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
+from .labelled import PromptKind
 from .profile import Outputs as ProfileOutputs
 from .profile import profile_bundle
 from .quantization import Quantization, quantize
@@ -35,6 +39,7 @@ from .volumes import (
 )
 
 __all__ = [
+    "Accuracy",
     "Demonstration",
     "Diagnosis",
     "EngineBuild",
@@ -47,6 +52,7 @@ __all__ = [
     "Outputs",
     "ProfileOptions",
     "ProfileOutputs",
+    "PromptKind",
     "Prompts",
     "Quantization",
     "Segmentation",
@@ -60,6 +66,7 @@ __all__ = [
     "diagnose",
     "export",
     "inspect",
+    "measure",
     "profile_bundle",
     "quantize",
     "run",
