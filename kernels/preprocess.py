@@ -192,22 +192,20 @@ def reference(
     *,
     half: bool = False,
 ) -> NDArray[np.floating]:
-    """What the kernels have to give for a frame (H, W) or (H, W, 3): (3, S, S) float32 or float16.
+    """What the kernels have to give, (3, S, S), for a frame (H, W) or (H, W, 3)."""
+    image, _ = transforms.preprocess(shown(pixels, intensities), profile, network_size)
+    return image.astype(np.float16 if half else np.float32)
 
-    As the runtime's readers and `Session.encode` do it.
-    """
-    values: NDArray[np.generic] = pixels
+
+def shown(pixels: NDArray[np.generic], intensities: Intensities) -> NDArray[np.generic]:
+    """Stored values → what `transforms.preprocess` takes, as readers and `Session.encode` do it."""
+    values = pixels
     if (intensities.slope, intensities.intercept) != (1.0, 0.0):
         rescaled = pixels.astype(np.float64) * intensities.slope + intensities.intercept
         values = rescaled.astype(np.float32)
     if intensities.window is not None:
-        values = transforms.display_values(
-            values, intensities.window, inverted=intensities.inverted
-        )
-    elif intensities.inverted:
-        values = 255 - pixels.astype(np.uint8)
-    image, _ = transforms.preprocess(values, profile, network_size)
-    return image.astype(np.float16 if half else np.float32)
+        return transforms.display_values(values, intensities.window, inverted=intensities.inverted)
+    return 255 - values if intensities.inverted else values
 
 
 def _check(frame_format: FrameFormat, profile: ProfileName, intensities: Intensities) -> None:

@@ -4,7 +4,7 @@ checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on 
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
 engine_plan.py   what a build would do         engines.py       bundle → engines
-quantization.py  further precisions
+quantization.py  further precisions            kernels.py       bundle → compiled CUDA kernels
 float16.py       float16 graphs                trials.py        candidates against float32
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
@@ -20,6 +20,7 @@ from .doctor import Diagnosis, diagnose
 from .engine_plan import EnginePlan, EngineRequest
 from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
+from .kernels import KernelBuild, build_kernels
 from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
@@ -39,6 +40,7 @@ __all__ = [
     "EngineState",
     "Export",
     "Inspection",
+    "KernelBuild",
     "LiteMedSAMDemonstration",
     "Outputs",
     "Prompts",
@@ -48,6 +50,7 @@ __all__ = [
     "VolumeOptions",
     "VolumeSegmentation",
     "build_engines",
+    "build_kernels",
     "demonstrate",
     "demonstrate_litemedsam",
     "diagnose",
