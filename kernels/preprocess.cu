@@ -23,7 +23,7 @@
 //   may round to the other grey level. Windows and float32: 2e-6 of the larger of the display range
 //   and the frame's values, divided by std or by max - min; the worst of 1500 random frames was 6e-7,
 //   with fused multiply-add (nvcc's default) and without. Behind a rescale the reference itself is off
-//   by 2^-24 of the window's larger end, since it rounds rescaled values to float32. float16: rounded
+//   by 2^-23 of the window's larger end, since it rounds rescaled values to float32. float16: rounded
 //   from that.
 //
 // Design. A block makes a 32 x 32 tile of one channel. It resizes BAND rows of the frame along x into
