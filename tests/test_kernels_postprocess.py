@@ -126,7 +126,7 @@ def test_random_label_maps(case: Case) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
-@given(case=cases(side=200, most=9))
+@given(case=cases(side=120, most=9))
 def test_thousands_of_random_masks_and_label_maps(case: Case) -> None:
     assert_masks(case)
     assert_labels(case)

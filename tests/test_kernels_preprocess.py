@@ -190,8 +190,8 @@ def test_random_frames(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None)
-@given(case=cases(side=160))
+@settings(max_examples=2000, deadline=None)
+@given(case=cases(side=120))
 def test_thousands_of_random_frames(case: Case) -> None:
     assert_matches(case)
 
