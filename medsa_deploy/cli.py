@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 try:
     import typer
 
-    from . import __version__, console, stages
+    from . import __version__, accuracy_table, console, stages
     from .engine import Range
     from .errors import UsageError
     from .runtime import load
@@ -500,20 +500,76 @@ def verify(
         Path | None, typer.Option(help="Compare with this checkpoint's network (needs torch)")
     ] = None,
     base: Base = None,
-    images: Images = None,
+    images: Annotated[
+        Path | None, typer.Option(help="With --checkpoint: added to the proof; --labels: segmented")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label file or folder: measure accuracy instead")
+    ] = None,
+    segmentation: Annotated[
+        Path | None, typer.Option(help="What run wrote for the images of --labels")
+    ] = None,
+    prompt: Annotated[
+        stages.PromptKind | None,
+        typer.Option(help="What is drawn from --labels for --images; default box"),
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Names of labels 1, 2, …")
+    ] = None,
+    min_dice: Annotated[float | None, typer.Option(help="Fail below this mean Dice")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write reports/parity.html into the bundle")
+    ] = False,
+    intensity_window: IntensityWindow = None,
     backend: Backend = "onnxruntime",
-    precision: Annotated[str | None, typer.Option(help="One precision; default all")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="One precision; default all, for --labels fp32")
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Check a bundle's files, and prove its graphs equal to the checkpoint's network.
 
-    Without a checkpoint, against what its network gave at export; no torch is needed.
+    Without a checkpoint, against what its network gave at export; no torch is needed. With labels,
+    measure how accurate its masks are instead.
 
     medsa-deploy verify ckpt.medsa
 
     medsa-deploy verify ckpt.medsa --checkpoint ckpt.pth --images my-images/
+
+    medsa-deploy verify ckpt.medsa --report
+
+    medsa-deploy verify ckpt.medsa --labels labels/ --images my-images/ --prompt click
+
+    medsa-deploy verify ckpt.medsa --labels labels/ --segmentation masks/ --min-dice 0.8
     """
+    if labels is not None:
+        if checkpoint or base or report:
+            raise UsageError("--checkpoint, --base and --report do not go with --labels")
+        with console.progress(not json, "files") as on_file:
+            measured = stages.measure(
+                bundle,
+                labels=labels,
+                segmentation=segmentation,
+                images=images,
+                prompt=prompt,
+                class_names=_names(class_names),
+                min_dice=min_dice,
+                intensity_window=_window(intensity_window),
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                on_file=on_file,
+            )
+        console.print_json(measured) if json else accuracy_table.print_accuracy(measured)
+        if any(file.error for file in measured.files):
+            raise typer.Exit(2)
+        raise typer.Exit(1 if measured.failures else 0)
+    if any(v is not None for v in (segmentation, prompt, class_names, min_dice, intensity_window)):
+        raise UsageError(
+            "--segmentation, --prompt, --class-names, --min-dice and --intensity-window belong to "
+            "--labels LABELS"
+        )
     with console.steps() as on_step:
         found = stages.verify_bundle(
             bundle,
@@ -523,6 +579,7 @@ def verify(
             backend=backend,
             precision=precision,
             threads=threads,
+            report=report,
             on_step=on_step,
         )
     console.print_json(found) if json else console.print_verification(found)
@@ -604,7 +661,7 @@ def _overrides(options: OverrideOptions) -> Any:
         "depth_chunk": _depth_chunk(options.depth_chunk),
         "global_blocks": None if blocks is None else _numbers(blocks, int, "--global-blocks"),
         "intensity_window": _window(options.intensity_window),
-        "class_names": None if names is None else tuple(n.strip() for n in names.split(",")),
+        "class_names": None if names is None else _names(names),
     }
     with stages.checkpoints.export_extra():
         from .exporters.architecture import Overrides
@@ -626,6 +683,11 @@ def _depth_chunk(text: str | None) -> int | str | None:
     if len(values) != 1:
         raise UsageError(f"--depth-chunk {text}: expected a number of slices, or none")
     return values[0]
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """A,B,…"""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _click(text: str) -> tuple[float, float, int]:

@@ -48,6 +48,7 @@ from .stages import (
     Verification,
     VolumeSegmentation,
 )
+from .stages.verification import AGAINST
 from .trt import NAMES
 
 if TYPE_CHECKING:
@@ -280,14 +281,12 @@ def print_quantization(made: Quantization) -> None:
 
 def print_verification(found: Verification) -> None:
     """How a bundle compares."""
-    against = {
-        "checkpoint": "the checkpoint's own network",
-        "saved reference": "what the checkpoint's own network gave at export",
-    }[found.against]
     for parity in found.parity:
-        _print_parity(parity, against)
+        _print_parity(parity, AGAINST[found.against])
     for engine in found.engines:
         out.print(escape(f"{engine.folder}: {engine.state}"))
+    if found.report is not None:
+        out.print(f"report {escape(str(found.report))}")
     if found.failures:
         for failure in found.failures:
             print_error(failure)

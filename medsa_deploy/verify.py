@@ -216,9 +216,17 @@ def difference(expected: Array, actual: Array) -> TensorParity:
 
 
 def summarise(
-    cases: Sequence[Case], comparisons: Iterable[Comparison], *, precision: str, backend: str
+    cases: Sequence[Case],
+    comparisons: Iterable[Comparison],
+    *,
+    precision: str,
+    backend: str,
+    nan_count: int = 0,
 ) -> Parity:
-    """The worst of all cases, as the manifest records it."""
+    """The worst of all cases, as the manifest records it.
+
+    `nan_count`: values that were NaN or infinite, and compared as 0.
+    """
     found = list(comparisons)
     return Parity(
         precision=precision,
@@ -236,18 +244,23 @@ def summarise(
         mask_pixels_differing=max(c.mask_pixels_differing for c in found),
         mask_dice_mean=float(np.mean([value for c in found for value in c.mask_dice])),
         mask_dice_worst=min(min(c.mask_dice) for c in found),
+        nan_count=nan_count,
     )
 
 
-def failures(parity: Parity, *, recorded_dice: float | None = None) -> list[str]:
-    """What exceeds the limits of a precision, in words; empty when the proof holds.
+def limits_of(precision: str, recorded_dice: float | None = None) -> Limits:
+    """The limits of a precision; of Dice, those that follow from `recorded_dice` where it is given.
 
-    `recorded_dice`: mean mask Dice of an earlier run on the same cases, which takes the place of
-    the precision's limits on Dice.
+    That is the mean mask Dice of an earlier run on the same cases.
     """
-    limits = LIMITS.get(parity.precision, FLOAT32_LIMITS)
     if recorded_dice is not None:
-        limits = Limits(dice_mean=recorded_dice - DICE_TOLERANCE)
+        return Limits(dice_mean=recorded_dice - DICE_TOLERANCE)
+    return LIMITS.get(precision, FLOAT32_LIMITS)
+
+
+def failures(parity: Parity, limits: Limits | None = None) -> list[str]:
+    """What exceeds the limits, by default the precision's, in words; empty when the proof holds."""
+    limits = limits or limits_of(parity.precision)
     found = [f"{parity.nan_count} values are NaN or infinite"] if parity.nan_count else []
     if limits.relative_l2 is not None:
         found += [

@@ -280,8 +280,9 @@ def test_a_precision_is_replaced_without_leftovers(every: Path, tmp_path: Path) 
     assert [parity.precision for parity in made.parity] == ["fp32", "int8", "int8-cpu", "fp16"]
 
     entry = made.file("decoder", "fp16")
-    other = dataclasses.replace(entry, sha256="0" * 64)
-    files = tuple(other if f.path == entry.path else f for f in made.files)
+    files = tuple(
+        dataclasses.replace(f, sha256="0" * 64) if f.path == entry.path else f for f in made.files
+    )
     manifest.save(dataclasses.replace(made, files=files), copy)
     accept_changes(copy)
     added = stages.quantization._merged(

@@ -7,12 +7,15 @@ engine_plan.py   what a build would do         engines.py       bundle → engin
 quantization.py  further precisions            kernels.py       bundle → compiled CUDA kernels
 float16.py       float16 graphs                trials.py        candidates against float32
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
+accuracy.py      masks against label files     labelled.py      prompts drawn from labels
+pairs.py         labels matched with files     parity_report.py a page for a verification
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
 template.py      the demonstrations' image
 """
 
 from medsa_deploy.runtime import VolumeOptions
 
+from .accuracy import Accuracy, measure
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
@@ -21,6 +24,7 @@ from .engine_plan import EnginePlan, EngineRequest
 from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
 from .kernels import KernelBuild, build_kernels
+from .labelled import PromptKind
 from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
@@ -32,6 +36,7 @@ from .volumes import (
 )
 
 __all__ = [
+    "Accuracy",
     "Demonstration",
     "Diagnosis",
     "EngineBuild",
@@ -43,6 +48,7 @@ __all__ = [
     "KernelBuild",
     "LiteMedSAMDemonstration",
     "Outputs",
+    "PromptKind",
     "Prompts",
     "Quantization",
     "Segmentation",
@@ -56,6 +62,7 @@ __all__ = [
     "diagnose",
     "export",
     "inspect",
+    "measure",
     "quantize",
     "run",
     "run_volume",

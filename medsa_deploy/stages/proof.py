@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +107,13 @@ def parity(
 ) -> Parity:
     """Run the cases and compare; one case's outputs are held at a time."""
     comparisons, nan_count = compare_all(session, cases, expected)
-    found = verify.summarise(cases, comparisons, precision=precision, backend=session.backend.name)
-    return replace(found, nan_count=nan_count)
+    return verify.summarise(
+        cases,
+        comparisons,
+        precision=precision,
+        backend=session.backend.name,
+        nan_count=nan_count,
+    )
 
 
 def compare_all(
