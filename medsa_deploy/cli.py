@@ -279,6 +279,26 @@ def build_engine(
     console.print_json(made) if json else console.print_engines(made)
 
 
+@app.command("build-kernels")
+def build_kernels(
+    bundle: Bundle,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="smXX", help="Compute capability to compile for; default the usual"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compile the CUDA kernels into a bundle, so that a device needs no compiler.
+
+    medsa-deploy build-kernels ckpt.medsa
+
+    medsa-deploy build-kernels ckpt.medsa --target sm87 --target sm110
+    """
+    with console.steps() as on_step:
+        made = stages.build_kernels(bundle, target or (), on_step=on_step)
+    console.print_json(made) if json else console.print_kernels(made)
+
+
 @app.command()
 def quantize(
     bundle: Bundle,

@@ -41,6 +41,7 @@ from .stages import (
     EnginePlan,
     Export,
     Inspection,
+    KernelBuild,
     LiteMedSAMDemonstration,
     Quantization,
     Segmentation,
@@ -258,6 +259,15 @@ def print_engines(made: EngineBuild) -> None:
         out.print(table)
         if found.state == "built":
             out.print("built, not run: nothing is known of their masks until a GPU has run them")
+
+
+def print_kernels(made: KernelBuild) -> None:
+    """CUDA kernels that were just compiled into a bundle."""
+    out.print(
+        f"[bold green]{escape(str(made.bundle / made.folder))}[/]  compiled by {made.compiler} "
+        f"in {made.seconds:.0f} s"
+    )
+    _print_files([(f.path, f.bytes) for f in made.files])
 
 
 def print_quantization(made: Quantization) -> None:

@@ -8,6 +8,7 @@ volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSO
 quantization.py  further precisions            float16.py       float16 graphs
 trials.py        candidates against float32    template.py      the demonstrations' image
 tuning.py        the fastest backend here      profile.py       how long everything takes
+kernels.py       compiled CUDA kernels
 accuracy.py      masks against label files     labelled.py      prompts drawn from labels
 pairs.py         labels matched with files     parity_report.py a page for a verification
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
@@ -24,6 +25,7 @@ from .doctor import Diagnosis, diagnose
 from .engine_plan import EnginePlan, EngineRequest
 from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
+from .kernels import KernelBuild, build_kernels
 from .labelled import PromptKind
 from .profile import Outputs as ProfileOutputs
 from .profile import profile_bundle
@@ -48,6 +50,7 @@ __all__ = [
     "EngineState",
     "Export",
     "Inspection",
+    "KernelBuild",
     "LiteMedSAMDemonstration",
     "Outputs",
     "ProfileOptions",
@@ -61,6 +64,7 @@ __all__ = [
     "VolumeOptions",
     "VolumeSegmentation",
     "build_engines",
+    "build_kernels",
     "demonstrate",
     "demonstrate_litemedsam",
     "diagnose",
