@@ -22,7 +22,7 @@ from medsa_deploy.images import (
 from medsa_deploy.images.montage import Tile, spread, write_montage
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.session import intensities
-from medsa_deploy.runtime.structures import SlicePrompts, Structure, slice_prompts
+from medsa_deploy.runtime.structures import MOST_LABELS, SlicePrompts, Structure, slice_prompts
 from medsa_deploy.runtime.volumes import VolumeOptions, VolumePrediction, segment_volume
 
 from .prompt_file import read_prompts, structure_of
@@ -138,7 +138,10 @@ def run_volume(
 
 
 def _labels(prediction: VolumePrediction, volume: Volume) -> tuple[LabelReport, ...]:
-    counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.names) + 1)
+    planes = [volume.plane(prediction.labels, index) for index in prediction.slices]
+    # slice by slice: bincount takes 8 bytes for a voxel of 1
+    counted = [np.bincount(plane.ravel(), minlength=MOST_LABELS + 1) for plane in planes]
+    counts = np.sum(counted, axis=0)
     voxel = prod(volume.spacing_mm) / 1000 if volume.affine is not None else None
     return tuple(
         LabelReport(
