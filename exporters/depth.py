@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from medsa_deploy.errors import UsageError
 from medsa_deploy.manifest import DepthGrouping
 
-from .encoders import EncoderFacts
 from .guesses import Guess, Overrides
 from .shapes import Shapes
+from .sizes import Kind
 
 KINDS = ("Space_Adapter", "MLP_Adapter", "Depth_Adapter")
 """What every block of a network trained in 3D has."""
@@ -27,18 +27,16 @@ class DepthFacts:
     slices: int | None = None
 
 
-def depth_of(
-    shapes: Shapes, encoder: EncoderFacts, overrides: Overrides, guesses: list[Guess]
-) -> DepthFacts:
+def depth_of(shapes: Shapes, kind: Kind, overrides: Overrides, guesses: list[Guess]) -> DepthFacts:
     """What the options say; UsageError where they do not fit together, or the checkpoint."""
     chunk, slices = overrides.depth_chunk, overrides.slices
     if chunk is None:
         _refuse_stray_options(overrides)
-        if any(".Depth_Adapter." in key for key in shapes):
+        if kind == "vit" and any(".Depth_Adapter." in key for key in shapes):
             because = "its Depth_Adapter keys are in 2D checkpoints too"
             guesses.append(Guess(fact="3D", value="no", because=because, option="--depth-chunk"))
         return DepthFacts()
-    _check_adapters(shapes, encoder)
+    _check_adapters(shapes, kind)
     if chunk != "none":
         if slices is not None:
             raise UsageError("--slices goes with --depth-chunk none: leave one of them out")
@@ -69,10 +67,11 @@ def _refuse_stray_options(overrides: Overrides) -> None:
             raise UsageError(f"{option} is for 3D networks: add --depth-chunk, or leave it out")
 
 
-def _check_adapters(shapes: Shapes, encoder: EncoderFacts) -> None:
+def _check_adapters(shapes: Shapes, kind: Kind) -> None:
     """UsageError unless the checkpoint can be a 3D one."""
-    if encoder.encoder != "vit":
-        raise UsageError("--depth-chunk: 3D is for SAM ViTs with adapters; this is a TinyViT")
+    if kind != "vit":
+        what = {"tiny_vit": "a TinyViT", "efficient_sam": "efficient_sam"}[kind]
+        raise UsageError(f"--depth-chunk: 3D is for SAM ViTs with adapters; this is {what}")
     prefix = "image_encoder.blocks"
     lacking = [
         f"{prefix}.{i}.{kind}"

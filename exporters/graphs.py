@@ -40,12 +40,15 @@ def contract(network: Network) -> dict[str, Graph]:
     image = Contract(name="image", dtype="float32", shape=(batch, 3, side, side))
     made = Contract(name="image_embeddings", dtype="float32", shape=(batch, WIDTH, g, g))
     given = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
-    prompts = (
+    prompts = [
         Contract(name="point_coords", dtype="float32", shape=("P", "N", 2)),
         Contract(name="point_labels", dtype="float32", shape=("P", "N")),
-        Contract(name="mask_input", dtype="float32", shape=("P", 1, 4 * g, 4 * g)),
-        Contract(name="has_mask_input", dtype="float32", shape=(1,)),
-    )
+    ]
+    if (mask := network.mask_prompt_size) is not None:
+        prompts += [
+            Contract(name="mask_input", dtype="float32", shape=("P", 1, mask, mask)),
+            Contract(name="has_mask_input", dtype="float32", shape=(1,)),
+        ]
     k = network.masks
     results = (
         Contract(name="low_res_masks", dtype="float32", shape=("max(E,P)", k, 4 * g, 4 * g)),
@@ -70,15 +73,22 @@ def export_graphs(
     `chunk`: slices that are encoded together, in 3D. `on_graph` is called with a graph's name
     before it is exported.
     """
-    modules = {"encoder": folded.encoder, "decoder": folded.decoder}
     files = {}
-    for name, module in modules.items():
-        on_graph(name)
-        files[name] = _export(module, graphs[name], folder / f"{name}.onnx", 2 * chunk)
+    on_graph("encoder")
+    files["encoder"] = export_encoder(
+        folded.encoder, graphs["encoder"], folder / "encoder.onnx", chunk=chunk
+    )
+    on_graph("decoder")
+    files["decoder"] = _export(folded.decoder, graphs["decoder"], folder / "decoder.onnx")
     return files
 
 
-def _export(module: nn.Module, graph: Graph, path: Path, batch: int) -> list[Path]:
+def export_encoder(encoder: nn.Module, graph: Graph, path: Path, *, chunk: int = 1) -> list[Path]:
+    """Write an encoder that sees `chunk` slices together; its files, the ONNX file first."""
+    return _export(encoder, graph, path, batch=2 * chunk)
+
+
+def _export(module: nn.Module, graph: Graph, path: Path, *, batch: int = 2) -> list[Path]:
     """One module as an ONNX file, and its weights' file where they are too large for one."""
     examples = tuple(_example(tensor, batch) for tensor in graph.inputs)
     dynamic = tuple(

@@ -35,6 +35,10 @@ class Overrides:
     point_order: PointOrder | None = None
     point_frame: PointFrame | None = None
     prompt_scope: PromptScope | None = None
+    point_scale: float | None = None
+    """What coordinates are multiplied by."""
+    pad_points: int | None = None
+    """Points a set is padded to, for efficient_sam; 0 for no padding."""
     threshold: float | None = None
     """A probability."""
     class_names: tuple[str, ...] | None = None

@@ -90,6 +90,12 @@ class OverrideOptions:
         Literal["chunk", "slice"] | None,
         typer.Option(help="3D: whether prompts are for their chunk of slices, or their slice"),
     ] = None
+    point_scale: Annotated[
+        float | None, typer.Option(help="What training multiplied coordinates by")
+    ] = None
+    pad_points: Annotated[
+        int | None, typer.Option(help="Points efficient_sam's prompts are padded to; 0 for none")
+    ] = None
     threshold: Threshold = None
     class_names: Annotated[
         str | None, typer.Option(metavar="A,B,…", help="Names of the classes: liver,spleen")
@@ -387,22 +393,29 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Literal["litemedsam"], typer.Option(help="Which model")] = "litemedsam",
+    model: Annotated[
+        Literal["medsa", "litemedsam"],
+        typer.Option(help="medsa: a small Med-SA, in 3D. litemedsam: its published weights, in 2D"),
+    ] = "medsa",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write")] = Path("demo"),
     json: Json = False,
 ) -> None:
-    """Export real weights, segment a real MR image, print Dice and timings.
+    """Export trained weights, segment a real MR volume, print Dice and timings.
 
     medsa-deploy demo
+
+    medsa-deploy demo --model litemedsam
     """
-    if not json:
-        console.err.print(
-            "LiteMedSAM's weights → a bundle, proved equal to its own network → masks on the\n"
-            "MNI T1 template (an average of 152 heads) from boxes and clicks, against its labels."
-        )
+    if model == "litemedsam":
+        with console.steps() as on_step:
+            lite = stages.demonstrate_litemedsam(output, on_step=on_step)
+        console.print_json(lite) if json else console.print_litemedsam(lite)
+        return
     with console.steps() as on_step:
         found = stages.demonstrate(output, on_step=on_step)
     console.print_json(found) if json else console.print_demonstration(found)
+    if not found.verified:
+        raise typer.Exit(1)
 
 
 def main() -> None:

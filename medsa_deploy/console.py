@@ -38,6 +38,7 @@ from .stages import (
     Diagnosis,
     Export,
     Inspection,
+    LiteMedSAMDemonstration,
     Segmentation,
     Verification,
     VolumeSegmentation,
@@ -56,7 +57,7 @@ FAMILIES = {
     "mobile_sam": "mobile_sam",
     "efficient_sam": "efficient_sam",
 }
-ENCODERS = {"vit": "SAM ViT", "tiny_vit": "TinyViT"}
+ENCODERS = {"vit": "ViT", "tiny_vit": "TinyViT"}
 
 
 class WarningLines(logging.Handler):
@@ -273,6 +274,25 @@ def print_diagnosis(found: Diagnosis) -> None:
 
 def print_demonstration(found: Demonstration) -> None:
     """What the demonstration measured."""
+    _print_parity(found.parity, "the checkpoint's own network")
+    clicks = ", ".join(f"({x:g}, {y:g}, {z:g})" for x, y, z in found.clicks)
+    out.print(
+        "\nA small Med-SA (HyP-Adpt, SD-Trans) on slices of the MNI T1 template (an average of 152 "
+        f"heads)\nthat it was not trained on, from {len(found.clicks)} clicks at {clicks}:"
+    )
+    table = _table("structure", "Dice")
+    for name, dice in found.dice.items():
+        table.add_row(name, f"{dice:.3f}")
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.timings_ms.items())
+    out.print(f"{times} a slice (medians, ONNX Runtime on this CPU)")
+    out.print(f"bundle       {escape(str(found.bundle))}")
+    out.print(f"segmentation {escape(str(found.segmentation))}")
+    out.print(f"montage      {escape(str(found.montage))}")
+
+
+def print_litemedsam(found: LiteMedSAMDemonstration) -> None:
+    """What the demonstration with LiteMedSAM measured, on slices of the MNI T1 template."""
     _print_parity(found.parity, "LiteMedSAM's own network")
     table = _table("slice", "structure", "prompt", "Dice")
     for result in found.results:
@@ -299,7 +319,7 @@ def _facts(network: Network, conventions: Conventions) -> dict[str, str]:
 def _network_facts(network: Network) -> dict[str, str]:
     share = 100 * network.adapter_parameters / network.parameters
     vit = network.encoder == "vit"
-    windows = f", windows of {network.windows[0]}" if vit else ""
+    windows = f", windows of {network.windows[0]}" if vit and network.windows[0] else ""
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
         "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
@@ -317,7 +337,8 @@ def _network_facts(network: Network) -> dict[str, str]:
         "decoder": f"two-way blocks in {network.two_way}'s form; {outputs}",
     }
     if vit:
-        facts["global blocks"] = _list(network.global_blocks)
+        every = len(network.global_blocks) == sum(network.depths)
+        facts["global blocks"] = "all" if every else _list(network.global_blocks)
         facts["relative positions"] = {
             "zero": "tables all zero: no bias",
             "real": "real tables",
@@ -338,7 +359,9 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
     window = conventions.intensity_window
     return {
         "preprocess": conventions.preprocess,
-        "points": f"order {conventions.point_order}, frame {conventions.point_frame}",
+        "points": f"order {conventions.point_order}, frame {conventions.point_frame}"
+        + ("" if conventions.point_scale == 1 else f", times {conventions.point_scale:g}")
+        + (f", padded to {conventions.pad_points}" if conventions.pad_points else ""),
         "threshold": f"{conventions.threshold:g}",
         "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
         "class names": ", ".join(conventions.class_names) or "none",

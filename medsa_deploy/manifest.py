@@ -69,7 +69,7 @@ class Network:
     heads: tuple[int, ...]
     """Attention heads of each stage; 0 for a stage without attention."""
     windows: tuple[int, ...]
-    """Attention window of each stage, in tokens; 0 for a stage without attention."""
+    """Attention window of each stage, in tokens; 0 for a stage that is not cut into windows."""
     global_blocks: tuple[int, ...]
     """Indices of the ViT blocks that attend over the whole grid."""
     image_size: int
@@ -111,6 +111,11 @@ class Network:
         """K: masks in the decoder's output."""
         return self.classes if self.outputs == "classes" else self.mask_tokens
 
+    @property
+    def mask_prompt_size(self) -> int | None:
+        """Side of a mask prompt, 4·g; None for a decoder that takes none."""
+        return None if self.family == "efficient_sam" else 4 * self.embedding_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
@@ -124,6 +129,11 @@ class Conventions:
     prompt_scope: PromptScope = "chunk"
     """In 3D, whom a prompt set is for: all slices of its chunk, with the clicks and boxes of all of
     them in one set, as the public code trains; or its own slice alone."""
+    point_scale: float = 1.0
+    """What coordinates are multiplied by, after `point_frame`."""
+    pad_points: int | None = None
+    """Points a set is padded to, box corners included, with (−1, −1) and label −1; 0 for no padding
+    at all. None is SAM's way: one point (0, 0) of label −1 in a set without a box."""
     intensity_window: tuple[float, float] | None = None
     """Intensities mapped to black and white, for images that are not 8-bit."""
     threshold: float = 0.5

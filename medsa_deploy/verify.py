@@ -83,8 +83,11 @@ def seeded_image(size: int, seed: int | list[int]) -> NDArray[np.uint8]:
     return np.asarray(np.rint((total - low) / (high - low) * 255), np.uint8)
 
 
-def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[Prompt]:
-    """Prompt sets of every kind on an image: clicks, a box, a box with a click, a mask."""
+def seeded_prompts(height: int, width: int, mask_size: int | None, seed: int) -> list[Prompt]:
+    """Prompt sets of every kind on an image: clicks, a box, a box with a click, a mask.
+
+    `mask_size`: side of the mask; None for a network without mask prompts.
+    """
     rng = np.random.default_rng([seed, height, width])
 
     def clicks(count: int) -> Array:
@@ -95,22 +98,24 @@ def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[P
         corners = np.concatenate([low, high]) * (width, height, width, height)
         return corners.astype(np.float32)
 
-    mask = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32)).resize(
-        (mask_size, mask_size), PillowImage.Resampling.BILINEAR
-    )
+    coarse = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32))
     none: Array = np.zeros((0, 2), np.float32)
     one = np.ones(1, np.float32)
     mixed = np.array([1, 0, 1], np.float32)
-    return [
+    sets = [
         Prompt(points=clicks(1), labels=one, box=None, mask=None),
         Prompt(points=clicks(3), labels=mixed, box=None, mask=None),
         Prompt(points=none, labels=none[:, 0], box=box(), mask=None),
         Prompt(points=clicks(1), labels=one, box=box(), mask=None),
-        Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32)),
     ]
+    if mask_size is not None:
+        mask = coarse.resize((mask_size, mask_size), PillowImage.Resampling.BILINEAR)
+        masked = Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32))
+        sets.append(masked)
+    return sets
 
 
-def seeded_case(image_size: int, mask_size: int, seed: int, slices: int = 1) -> Case:
+def seeded_case(image_size: int, mask_size: int | None, seed: int, slices: int = 1) -> Case:
     """A case made of nothing but a seed."""
     pixels = [seeded_image(image_size, [seed, i] if i else seed) for i in range(slices)]
     return Case(
@@ -121,7 +126,7 @@ def seeded_case(image_size: int, mask_size: int, seed: int, slices: int = 1) -> 
     )
 
 
-def image_case(name: str, images: Sequence[Image], mask_size: int) -> Case:
+def image_case(name: str, images: Sequence[Image], mask_size: int | None) -> Case:
     """A case on a user's image or slices, with prompts of every kind."""
     height, width = images[0].pixels.shape[:2]
     return Case(

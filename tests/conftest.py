@@ -60,6 +60,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) ->
                 images=None,
                 overrides=Overrides(
                     classes=GoldenCase(name).classes,
+                    image_size=GoldenCase(name).shown_size,
                     depth_chunk=GoldenCase(name).settings.get("chunk"),
                 ),
                 force=False,

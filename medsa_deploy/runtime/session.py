@@ -317,7 +317,12 @@ def decode(
     tokens = []
     for i, prompt in enumerate(prompts):
         tokens.append(
-            transforms.network_prompt(prompt, embedding.frame, manifest.conventions, mask_size=side)
+            transforms.network_prompt(
+                prompt,
+                embedding.frame,
+                manifest.conventions,
+                mask_size=network.mask_prompt_size,
+            )
         )
         groups.setdefault((len(tokens[i][1]), prompt.mask is not None), []).append(i)
     logits = np.empty((len(prompts), network.masks, side, side), np.float32)

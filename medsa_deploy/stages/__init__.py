@@ -4,13 +4,15 @@ checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on 
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
-demo.py          the first five minutes
+demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
+template.py      the demonstrations' image
 """
 
 from medsa_deploy.runtime import VolumeOptions
 
 from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
+from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
 from .export import Export, export
 from .segmentation import Outputs, Prompts, Segmentation, run
@@ -27,6 +29,7 @@ __all__ = [
     "Diagnosis",
     "Export",
     "Inspection",
+    "LiteMedSAMDemonstration",
     "Outputs",
     "Prompts",
     "Segmentation",
@@ -34,6 +37,7 @@ __all__ = [
     "VolumeOptions",
     "VolumeSegmentation",
     "demonstrate",
+    "demonstrate_litemedsam",
     "diagnose",
     "export",
     "inspect",

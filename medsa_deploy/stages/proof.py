@@ -28,7 +28,7 @@ def cases(network: Network, images: Path | None) -> list[Case]:
 
     For a network that sees depth these are volumes, each with a chunk from its middle.
     """
-    side, chunk = 4 * network.embedding_size, network.chunk
+    side, chunk = network.mask_prompt_size, network.chunk
     made = [verify.seeded_case(network.image_size, side, seed, chunk) for seed in SEEDS]
     return made + [verify.image_case(name, found, side) for name, found in _users(images, chunk)]
 

@@ -122,7 +122,7 @@ def run_volume(
     prediction = segment_volume(session, volume, structures, options, on_slice=on_slice)
     write_segmentation(target, prediction.labels, volume, names=prediction.names)
     if overlay is not None:
-        _write_overlay(overlay, session, volume, prediction, structures)
+        write_volume_overlay(overlay, session, volume, prediction, structures)
     return VolumeSegmentation(
         volume=path,
         mask=target,
@@ -154,7 +154,7 @@ def _labels(prediction: VolumePrediction, volume: Volume) -> tuple[LabelReport, 
     )
 
 
-def _write_overlay(
+def write_volume_overlay(
     path: Path,
     session: Session,
     volume: Volume,
