@@ -1,10 +1,11 @@
 # make demo   real weights → bundle → masks on a real MR image
 # make test   every check and test (what CI runs)
+# make gpu-check   on a machine with an NVIDIA GPU: engines and GPU tests, recorded
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check unit test-slow format clean
+.PHONY: help demo test check unit test-slow gpu-check format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -19,6 +20,9 @@ unit: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py
 
 # Type checker and import linter see a plain install: an editable one hides exporters/ from them.
 check: $(STAMP)

@@ -1,4 +1,7 @@
-"""Folders that appear whole or not at all: a bundle is built under a temporary name and renamed."""
+"""Folders that appear whole or not at all: a bundle is built under a temporary name and renamed.
+
+So are files that are added to a bundle: they and the manifest that lists them change together.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from . import manifest
 from .errors import UsageError
+from .manifest import Manifest
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -47,6 +51,45 @@ def new_bundle(target: Path) -> Iterator[Path]:
         _replace(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def workplace(bundle: Path) -> Iterator[Path]:
+    """A temporary folder inside `bundle`, where files are made before they are added to it."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=".tmp", dir=bundle))
+    except OSError as e:
+        raise UsageError(
+            f"{bundle} cannot be written to ({e.strerror}): copy it to where it can, or change its "
+            "permissions"
+        ) from e
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_files(bundle: Path, files: Sequence[Path], made: Manifest) -> None:
+    """Move `files` from a workplace into `bundle`, and make `made` its manifest.
+
+    Files of the same name are replaced. Whatever fails in between, the bundle is what it was.
+    """
+    done: list[tuple[Path, Path]] = []
+    try:
+        for file in files:
+            target, aside = bundle / file.name, file.with_name(f"{file.name}.earlier")
+            if target.exists():
+                target.replace(aside)
+            done.append((target, aside))
+            file.replace(target)
+        manifest.save(made, bundle)
+    except BaseException:
+        for target, aside in done:
+            if aside.exists():
+                aside.replace(target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
 
 
 def _is_bundle(path: Path) -> bool:

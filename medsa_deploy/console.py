@@ -26,23 +26,28 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
 from .errors import MedsaError
-from .manifest import Conventions, Network, Parity
+from .manifest import Conventions, Network, Parity, Recipe
 from .stages import (
     Demonstration,
     Diagnosis,
+    EngineBuild,
+    EnginePlan,
     Export,
     Inspection,
     LiteMedSAMDemonstration,
+    Quantization,
     Segmentation,
     Verification,
     VolumeSegmentation,
 )
+from .trt import NAMES
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -156,6 +161,31 @@ def progress(shown: bool, what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def steps_of_images() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """As `steps`, with a bar of images done in the steps that count them."""
+    started: list[tuple[str, float]] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+
+    def finish() -> None:
+        if started:
+            name, begun = started[-1]
+            err.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
+
+    with Progress(
+        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def begin(name: str) -> None:
+            finish()
+            started.append((name, perf_counter()))
+            progress.reset(task, description=escape(name), total=None)
+
+        yield begin, lambda done, total: progress.update(task, completed=done, total=total)
+        finish()
+
+
 def print_inspection(found: Inspection) -> None:
     """What a checkpoint is."""
     source = found.source
@@ -195,6 +225,49 @@ def print_export(made: Export) -> None:
         _print_parity(parity, "the checkpoint's own network")
 
 
+def print_note(note: str) -> None:
+    """A choice that was made for the user, on stderr."""
+    err.print(escape(note))
+
+
+def print_engines(made: EngineBuild) -> None:
+    """Engines that were built, are up to date, or would be built."""
+    plan, found = made.plan, made.engine
+    if found is None:
+        what = "would be built" if plan.reasons else "up to date"
+    else:
+        what = f"built in {made.seconds:.0f} s" if made.built else "up to date"
+    out.print(f"[bold green]{escape(str(plan.folder))}[/]  {what}")
+    for reason in plan.reasons:
+        out.print(f"  because: {escape(reason)}", style="dim")
+    _print_facts(_engine_facts(plan))
+    table = _table("input", "smallest", "optimal", "largest")
+    for planned in plan.engines:
+        for name, shapes in planned.profile.items():
+            cells = ["×".join(map(str, shape)) for shape in shapes]
+            table.add_row(f"{planned.role} {name}", *cells)
+    out.print(table)
+    if found is not None:
+        out.print()
+        table = _table("engine", "size", "attention", "built in")
+        for file in found.files:
+            size = f"{file.bytes / 1e6:.1f} MB"
+            table.add_row(file.path, size, file.attention, f"{file.seconds:.1f} s")
+        out.print(table)
+        if found.state == "built":
+            out.print("built, not run: nothing is known of their masks until a GPU has run them")
+
+
+def print_quantization(made: Quantization) -> None:
+    """A precision that was just added to a bundle."""
+    out.print(
+        f"[bold green]{escape(str(made.bundle))}[/]  {made.precision} in {made.seconds:.0f} s"
+    )
+    _print_facts(_recipe_facts(made.recipe))
+    _print_files([(f.path, f.bytes) for f in made.files])
+    _print_parity(made.parity, "the float32 graphs")
+
+
 def print_verification(found: Verification) -> None:
     """How a bundle compares."""
     against = {
@@ -203,6 +276,8 @@ def print_verification(found: Verification) -> None:
     }[found.against]
     for parity in found.parity:
         _print_parity(parity, against)
+    for engine in found.engines:
+        out.print(escape(f"{engine.folder}: {engine.state}"))
     if found.failures:
         for failure in found.failures:
             print_error(failure)
@@ -368,6 +443,48 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
     }
 
 
+def _engine_facts(plan: EnginePlan) -> dict[str, str]:
+    options = plan.options
+    switches = {
+        "TF32": options.tf32,
+        "fused attention": options.fused_attention,
+    }
+    facts = {
+        "library": f"{NAMES[plan.library.flavor]} {plan.library.version}",
+        "precision": options.precision + (", made first" if plan.makes_graphs else ""),
+        "targets": ", ".join(options.targets),
+        "allowed": ", ".join(name for name, on in switches.items() if on)
+        or "neither TF32 nor fused attention",
+    }
+    if options.workspace_gb is not None:
+        facts["workspace"] = f"{options.workspace_gb:g} GB"
+    if options.optimization_level is not None:
+        facts["optimization level"] = str(options.optimization_level)
+    return facts
+
+
+def _recipe_facts(recipe: Recipe) -> dict[str, str]:
+    kept = ", ".join(f"{island.reason} ({island.nodes})" for island in recipe.islands)
+    facts = {
+        "made for": "any backend" if recipe.target == "any" else recipe.target,
+        "float32 nodes": kept or "none",
+        "float32 blocks": ", ".join(recipe.float32_blocks) or "none",
+    }
+    if recipe.calibration is not None:
+        count = len(recipe.quantized) + len(recipe.left_out)
+        facts["INT8 layers"] = f"{len(recipe.quantized)} of {count}"
+        facts["left out"] = ", ".join(recipe.left_out) or "none"
+        facts["calibration"] = f"{recipe.calibration.images} images, {recipe.calibration.method}"
+        facts["codes"] = f"weights {recipe.weights}; activations {recipe.activations}"
+    facts["runs"] = f"{recipe.runs} of the verification cases"
+    if recipe.rounded_dice_mean is not None and recipe.rounded_dice_worst is not None:
+        facts["mask Dice"] = (
+            f"mean {recipe.rounded_dice_mean:.4f}, worst {recipe.rounded_dice_worst:.4f}, "
+            "with every result rounded to float16"
+        )
+    return facts
+
+
 def _print_parity(parity: Parity, against: str) -> None:
     images = f"{parity.images} image(s), " if parity.images else ""
     out.print(
@@ -379,6 +496,9 @@ def _print_parity(parity: Parity, against: str) -> None:
         table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
     table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
     out.print(table)
+    if parity.mask_dice_mean is not None and parity.mask_dice_worst is not None:
+        said = f"mean {parity.mask_dice_mean:.4f}, worst {parity.mask_dice_worst:.4f}"
+        out.print(f"mask Dice {said}; NaN or infinite values: {parity.nan_count}")
 
 
 def _print_files(files: Sequence[tuple[str, int]]) -> None:

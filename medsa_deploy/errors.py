@@ -7,7 +7,14 @@ MedsaError
 │   ├── BundleError        a bundle: missing, changed or unknown files
 │   ├── ImageError         an image: unreadable, NaN, constant, wrong dimensions
 │   └── PromptError        a prompt: outside the image, empty box, nothing given
+├── EngineError            an engine cannot be loaded here; says what to rebuild          exit 2
+│   ├── EngineFlavorError  TensorRT's where TensorRT-RTX's is wanted, or the reverse
+│   ├── EngineVersionError built by another version of the library
+│   ├── EngineDeviceError  built for other GPUs, or no NVIDIA driver here
+│   ├── EngineChangedError its files are not those that were built
+│   └── EngineStaleError   built from another ONNX file than the bundle holds now
 ├── MissingDependencyError an optional library is not installed; names the extra          exit 2
+├── BuildError             TensorRT could not build an engine                             exit 3
 ├── ParityError            a proof failed: two networks that must agree do not            exit 1
 └── DeviceError            a backend failed while running                                 exit 3
 """
@@ -49,6 +56,32 @@ class PromptError(InputError):
     """A prompt cannot be used: outside the image, an empty box, or nothing given."""
 
 
+class EngineError(MedsaError):
+    """An engine cannot be loaded here; the message says what to rebuild."""
+
+    exit_code = 2
+
+
+class EngineFlavorError(EngineError):
+    """A TensorRT engine where a TensorRT-RTX engine is wanted, or the reverse."""
+
+
+class EngineVersionError(EngineError):
+    """An engine that another version of the library built."""
+
+
+class EngineDeviceError(EngineError):
+    """An engine for other GPUs than this machine's, or a machine without an NVIDIA driver."""
+
+
+class EngineChangedError(EngineError):
+    """Files of an engine are missing or not those that were built."""
+
+
+class EngineStaleError(EngineError):
+    """An engine built from another ONNX file than the bundle holds now."""
+
+
 class MissingDependencyError(MedsaError):
     """An optional library is not installed."""
 
@@ -59,6 +92,12 @@ class MissingDependencyError(MedsaError):
             f"{purpose} needs {library}, which is not installed: "
             f"pip install 'medsa-deploy[{extra}]'"
         )
+
+
+class BuildError(MedsaError):
+    """TensorRT could not build an engine."""
+
+    exit_code = 3
 
 
 class ParityError(MedsaError):

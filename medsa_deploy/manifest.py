@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import reprlib
 import sys
 import types
@@ -34,6 +35,7 @@ PointOrder = Literal["xy", "yx"]
 PointFrame = Literal["network", "image"]
 DepthGrouping = Literal["public", "paper"]
 PromptScope = Literal["chunk", "slice"]
+Target = Literal["any", "tensorrt", "cpu"]
 Role = Literal["encoder", "decoder", "weights", "reference"]
 """`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by."""
 
@@ -191,6 +193,64 @@ class Parity:
     tensors: dict[str, TensorParity]
     mask_pixels_differing: float
     """Share of a case's mask pixels that differ, worst over all cases."""
+    mask_dice_mean: float | None = None
+    """Dice of each decoded mask with the reference's, at the image's size; two empty masks are 1.
+    """
+    mask_dice_worst: float | None = None
+    nan_count: int = 0
+    """NaN and infinite values in any output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How the ranges of activations were measured."""
+
+    images: int
+    """Images and slices of volumes."""
+    names_sha256: str
+    """Of their names, one a line."""
+    method: str
+    """`min-max`, or `percentile 99.99` of magnitudes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Island:
+    """Nodes of a float16 graph that stay float32 for one reason."""
+
+    reason: str
+    """`norms`, `softmax`, `coordinates`, `values beyond float16`…"""
+    nodes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one precision's graphs compute in which type, and how that was decided."""
+
+    precision: str
+    target: Target = "any"
+    """What the graphs are made for."""
+    islands: tuple[Island, ...] = ()
+    """Nodes that stay float32, over both graphs."""
+    float32_blocks: tuple[str, ...] = ()
+    """Blocks returned to float32 because masks needed it: `encoder blocks.3`."""
+    rounded_dice_mean: float | None = None
+    """Mask Dice to float32 when each operator's result is rounded to float16, which ONNX Runtime on
+    a CPU does not do."""
+    rounded_dice_worst: float | None = None
+    quantized: tuple[str, ...] = ()
+    """Linear layers with INT8 weights and inputs: `blocks.3.attention.query`."""
+    left_out: tuple[str, ...] = ()
+    """Linear layers that were not quantized because masks needed it, most costly first."""
+    weights: str | None = None
+    """`int8, symmetric, per channel`"""
+    activations: str | None = None
+    """`int8, symmetric` or `uint8`"""
+    calibration: Calibration | None = None
+    reference_dice_mean: float | None = None
+    """Mask Dice on the bundle's saved reference, a seeded image. INT8 is fitted to a user's images
+    and judged on them; on the reference it need only give again what it gave when it was made."""
+    runs: int = 0
+    """How often the search ran the verification cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +263,8 @@ class Manifest:
     graphs: dict[str, Graph]
     files: tuple[File, ...]
     parity: tuple[Parity, ...] = ()
+    recipes: tuple[Recipe, ...] = ()
+    """One for each precision that was made from the float32 graphs."""
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of what made the bundle."""
     schema: int = SCHEMA_VERSION
@@ -216,6 +278,10 @@ class Manifest:
         raise BundleError(
             f"the bundle has no {role} in {precision}; it has: {', '.join(there) or 'none'}"
         )
+
+    def recipe(self, precision: str) -> Recipe | None:
+        """How a precision's graphs were made; None for float32, which was exported."""
+        return next((r for r in self.recipes if r.precision == precision), None)
 
 
 def to_json(manifest: Manifest) -> str:
@@ -240,7 +306,7 @@ def from_json(text: str) -> Manifest:
             f"reads version {SCHEMA_VERSION}: export the checkpoint again, or install a matching "
             "medsa-deploy"
         )
-    return _dataclass(Manifest, data, FILENAME)
+    return decode(Manifest, data, FILENAME)
 
 
 def _refuse_constant(name: str) -> None:
@@ -249,8 +315,13 @@ def _refuse_constant(name: str) -> None:
 
 
 def save(manifest: Manifest, bundle: Path) -> None:
-    """Write `manifest.json` into the folder `bundle`."""
-    (bundle / FILENAME).write_text(to_json(manifest), encoding="utf-8")
+    """Write `manifest.json` into the folder `bundle`, in place of an earlier one."""
+    temporary = bundle / f".{FILENAME}.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(to_json(manifest), encoding="utf-8")
+        temporary.replace(bundle / FILENAME)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(bundle: Path) -> Manifest:
@@ -324,8 +395,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _dataclass(cls: type[T], data: object, where: str) -> T:
-    """`cls` from decoded JSON; every field is checked against its annotation."""
+def decode(cls: type[T], data: object, where: str) -> T:
+    """`cls` from parsed JSON; BundleError unless every field is what its annotation says."""
     if not isinstance(data, dict):
         raise BundleError(f"{where} is {reprlib.repr(data)}, expected an object")
     hints = typing.get_type_hints(cls)
@@ -346,7 +417,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
     """`value` as the annotation `hint` wants it, or BundleError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, where)
+        return decode(typing.cast(type, hint), value, where)
     if origin is Literal and value in arguments:
         return value
     if origin in (typing.Union, types.UnionType):

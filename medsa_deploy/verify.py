@@ -27,6 +27,28 @@ RELATIVE_L2_LIMIT = 1e-4
 """Above this, an exported float32 graph is not the checkpoint's network."""
 MASK_PIXELS_LIMIT = 1e-4
 """Largest share of a case's mask pixels that may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a precision may differ by; None where nothing is asked."""
+
+    relative_l2: float | None = None
+    mask_pixels: float | None = None
+    dice_mean: float | None = None
+    dice_worst: float | None = None
+
+
+DICE_TOLERANCE = 0.02
+"""By how much mean mask Dice may be below that of another machine: INT8 kernels round their own
+way, and the saved reference's masks are of noise."""
+FLOAT32_LIMITS = Limits(relative_l2=RELATIVE_L2_LIMIT, mask_pixels=MASK_PIXELS_LIMIT)
+LIMITS = {
+    "fp16": Limits(dice_mean=0.995, dice_worst=0.98),
+    "int8": Limits(dice_mean=0.99),
+    "int8-cpu": Limits(dice_mean=0.99),
+}
+"""Limits by precision; any other has float32's."""
 TENSORS = ("image_embeddings", "low_res_masks", "iou_predictions")
 """What is compared, in the order it is computed."""
 
@@ -69,6 +91,8 @@ class Comparison:
     tensors: dict[str, TensorParity]
     mask_pixels_differing: float
     """Share of the pixels of all the case's masks, at the image's size."""
+    mask_dice: tuple[float, ...]
+    """Of each mask, P·K of them."""
 
 
 def seeded_image(size: int, seed: int | list[int]) -> NDArray[np.uint8]:
@@ -167,7 +191,15 @@ def compare(case: Case, expected: Outputs, actual: Outputs, threshold: float) ->
         tensors=tensors,
         # of all masks together: one logit that is 0 up to rounding is 1.6e-4 of one 80×80 mask
         mask_pixels_differing=float((masks[0] != masks[1]).mean()),
+        mask_dice=dice(*masks),
     )
+
+
+def dice(expected: NDArray[np.bool_], actual: NDArray[np.bool_]) -> tuple[float, ...]:
+    """2·|A ∩ B| / (|A| + |B|) of each mask (…, H, W); two empty masks are equal, so 1."""
+    both = (expected & actual).sum((-2, -1)).ravel()
+    either = (expected.sum((-2, -1)) + actual.sum((-2, -1))).ravel()
+    return tuple(float(2 * b / e) if e else 1.0 for b, e in zip(both, either, strict=True))
 
 
 def difference(expected: Array, actual: Array) -> TensorParity:
@@ -202,20 +234,38 @@ def summarise(
             for name in found[0].tensors
         },
         mask_pixels_differing=max(c.mask_pixels_differing for c in found),
+        mask_dice_mean=float(np.mean([value for c in found for value in c.mask_dice])),
+        mask_dice_worst=min(min(c.mask_dice) for c in found),
     )
 
 
-def failures(parity: Parity) -> list[str]:
-    """What exceeds the limits of a float32 graph, in words; empty when the proof holds."""
-    found = [
-        f"{name}: relative L2 {tensor.relative_l2:.1e} > {RELATIVE_L2_LIMIT:.0e}"
-        for name, tensor in parity.tensors.items()
-        if not tensor.relative_l2 <= RELATIVE_L2_LIMIT
-    ]
-    if not parity.mask_pixels_differing <= MASK_PIXELS_LIMIT:
-        found.append(
-            f"{parity.mask_pixels_differing:.1e} of mask pixels differ > {MASK_PIXELS_LIMIT:.0e}"
-        )
+def failures(parity: Parity, *, recorded_dice: float | None = None) -> list[str]:
+    """What exceeds the limits of a precision, in words; empty when the proof holds.
+
+    `recorded_dice`: mean mask Dice of an earlier run on the same cases, which takes the place of
+    the precision's limits on Dice.
+    """
+    limits = LIMITS.get(parity.precision, FLOAT32_LIMITS)
+    if recorded_dice is not None:
+        limits = Limits(dice_mean=recorded_dice - DICE_TOLERANCE)
+    found = [f"{parity.nan_count} values are NaN or infinite"] if parity.nan_count else []
+    if limits.relative_l2 is not None:
+        found += [
+            f"{name}: relative L2 {tensor.relative_l2:.1e} > {limits.relative_l2:.0e}"
+            for name, tensor in parity.tensors.items()
+            if not tensor.relative_l2 <= limits.relative_l2
+        ]
+    if limits.mask_pixels is not None and not parity.mask_pixels_differing <= limits.mask_pixels:
+        share = parity.mask_pixels_differing
+        found.append(f"{share:.1e} of mask pixels differ > {limits.mask_pixels:.0e}")
+    for word, value, limit in (
+        ("mean", parity.mask_dice_mean, limits.dice_mean),
+        ("worst", parity.mask_dice_worst, limits.dice_worst),
+    ):
+        if limit is not None and not (value is not None and value >= limit):
+            found.append(
+                f"{word} mask Dice {value if value is None else f'{value:.4f}'} < {limit:.4g}"
+            )
     return found
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import GoldenCase
+from command_line import call
+from golden_cases import GoldenCase, export_options
 from hypothesis import settings
 
 from medsa_deploy import stages
@@ -47,24 +48,18 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) -> Maker:
-    """Golden case's name → its bundle, exported once. Tests must not change it: copy it first."""
+    """Golden case's name → its bundle, exported once by the command line.
+
+    Tests must not change it: copy it first.
+    """
     folder = tmp_path_factory.mktemp("bundles")
 
     def make(name: str) -> Path:
         path = folder / f"{name}.medsa"
         if not path.exists():
-            stages.export(
-                checkpoint_of(name),
-                output=path,
-                base=None,
-                images=None,
-                overrides=Overrides(
-                    classes=GoldenCase(name).classes,
-                    image_size=GoldenCase(name).shown_size,
-                    depth_chunk=GoldenCase(name).settings.get("chunk"),
-                ),
-                force=False,
-            )
+            options = [f"--{k.replace('_', '-')}={v}" for k, v in export_options(name).items()]
+            done = call("export", checkpoint_of(name), "-o", path, *options, "--json")
+            assert done.code == 0, done.err
         return path
 
     return make

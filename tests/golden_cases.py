@@ -109,6 +109,19 @@ class GoldenCase:
         return seeded.mask_input(self.settings["seed"], self.size // 4)
 
 
+def export_options(name: str) -> dict[str, Any]:
+    """What a case's checkpoint does not say, as fields of `Overrides`."""
+    case = GoldenCase(name)
+    options: dict[str, Any] = {}
+    if name != "medsa_mobile" and not case.efficient:
+        options["classes"] = case.classes
+    if name not in VIT_3D:
+        return options | ({} if case.shown_size is None else {"image_size": case.shown_size})
+    if case.settings["chunk"]:
+        return options | {"depth_chunk": case.settings["chunk"]}
+    return options | {"depth_chunk": "none", "slices": case.settings["batch"]}
+
+
 def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
     """‖actual − expected‖ / ‖expected‖."""
     difference = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)

@@ -38,7 +38,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_there_are_the_commands_of_the_documentation() -> None:
-    assert {"inspect", "export", "run", "verify", "doctor", "demo"} <= set(COMMANDS)
+    assert {"inspect", "export", "build-engine", "run", "verify", "doctor", "demo"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -80,6 +80,18 @@ def test_an_interrupted_first_export_leaves_nothing(checkpoint_of, tmp_path: Pat
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize("step", ["run the float32 graphs", "run with every result rounded"])
+def test_an_interrupted_quantization_leaves_the_bundle(
+    bundle: Path, tmp_path: Path, step: str
+) -> None:
+    copy = copied(bundle, tmp_path)
+    before = contents(tmp_path)
+    process = begun("quantize", copy, "--fp16")
+    wait_for(step, process)
+    assert_interrupted(ended(process, signal.SIGTERM))
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_folder_leaves_whole_masks_only(
     bundle: Path, tmp_path: Path, number: int

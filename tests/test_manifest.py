@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from medsa_deploy import manifest
 from medsa_deploy.errors import BundleError
 from medsa_deploy.manifest import (
+    Calibration,
     Conventions,
     File,
     Graph,
+    Island,
     Manifest,
     Network,
     Parity,
+    Recipe,
     Source,
     Tensor,
     TensorParity,
@@ -95,6 +98,26 @@ def full() -> Manifest:
                 prompt_sets=9,
                 tensors={"low_res_masks": TensorParity(relative_l2=1e-6, max_abs=0.0)},
                 mask_pixels_differing=0.0,
+                mask_dice_mean=0.999,
+                mask_dice_worst=0.99,
+                nan_count=1,
+            ),
+        ),
+        recipes=(
+            Recipe(
+                precision="int8",
+                target="tensorrt",
+                islands=(Island(reason="norms", nodes=34),),
+                float32_blocks=("encoder blocks.3",),
+                rounded_dice_mean=0.998,
+                rounded_dice_worst=0.97,
+                quantized=("blocks.0.mlp.0",),
+                left_out=("blocks.1.mlp.2",),
+                weights="int8, symmetric, per channel",
+                activations="int8, symmetric",
+                calibration=Calibration(images=32, names_sha256="d" * 64, method="min-max"),
+                reference_dice_mean=0.9,
+                runs=7,
             ),
         ),
         tools={"torch": "2.13.0"},
@@ -130,14 +153,21 @@ FREE = [("graphs",), ("tools",), ("tensors",)]
 FIELDS = [p for p in paths(document()) if isinstance(p[-1], str) and p[-2:-1] not in FREE]
 REQUIRED = {
     field.name
-    for cls in (Source, Network, Conventions, Manifest, Tensor, Graph, File, Parity, TensorParity)
+    for cls in (
+        *(Source, Network, Conventions, Manifest, Tensor, Graph, File, Parity, TensorParity),
+        *(Recipe, Calibration, Island),
+    )
     for field in dataclasses.fields(cls)
     if field.default is field.default_factory is dataclasses.MISSING
 }
 
 
 @pytest.mark.parametrize(
-    "cls", [Source, Network, Conventions, Tensor, Graph, File, TensorParity, Parity, Manifest]
+    "cls",
+    [
+        *(Source, Network, Conventions, Tensor, Graph, File, TensorParity, Parity, Manifest),
+        *(Recipe, Calibration, Island),
+    ],
 )
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
@@ -157,6 +187,13 @@ def test_round_trip(cls: type, data: st.DataObject) -> None:
             whole, parity=(dataclasses.replace(whole.parity[0], tensors={"x": part}),)
         ),
         Parity: lambda: dataclasses.replace(whole, parity=(part,)),
+        Recipe: lambda: dataclasses.replace(whole, recipes=(part,)),
+        Island: lambda: dataclasses.replace(
+            whole, recipes=(dataclasses.replace(whole.recipes[0], islands=(part,)),)
+        ),
+        Calibration: lambda: dataclasses.replace(
+            whole, recipes=(dataclasses.replace(whole.recipes[0], calibration=part),)
+        ),
     }
     made = place[cls]()
     assert manifest.from_json(manifest.to_json(made)) == made
@@ -195,7 +232,8 @@ def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> N
 def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object) -> None:
     data = document()
     right = at(data, path)[path[-1]]
-    optional = {"base", "base_sha256", "intensity_window", "opset", "pad_points"}
+    optional = {"base", "base_sha256", "intensity_window", "opset", "calibration", "pad_points"}
+    optional |= {"weights", "activations"} | {path[-1] for path in FIELDS if "dice" in path[-1]}
     if (wrong is None and path[-1] in optional) or (wrong == 2.5 and isinstance(right, float)):
         return
     at(data, path)[path[-1]] = wrong

@@ -5,16 +5,13 @@ Limits against torch are tight because wrong readings of the network (a norm's e
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from golden_cases import CASES_2D, VIT_3D, GoldenCase, relative_l2
+from golden_cases import CASES_2D, VIT_3D, GoldenCase, export_options, relative_l2
 
 from medsa_deploy import manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
@@ -29,18 +26,9 @@ ONNX_LIMIT = 2e-5
 ONNX_IOU_LIMIT = 1e-4
 
 
-def overrides_of(case: GoldenCase) -> Overrides:
-    """What the case's checkpoint does not say."""
-    classes = None if case.name == "medsa_mobile" or case.efficient else case.classes
-    if case.name not in VIT_3D:
-        return Overrides(classes=classes, image_size=case.shown_size)
-    chunk, slices = case.settings["chunk"], case.settings["batch"]
-    return Overrides(classes=classes, depth_chunk=chunk or "none", slices=None if chunk else slices)
-
-
 def reference_of(case: GoldenCase, checkpoint: Path) -> ReferenceNetwork:
     loaded = load_checkpoint(checkpoint)
-    network = infer(loaded, overrides_of(case)).network
+    network = infer(loaded, Overrides(**export_options(case.name))).network
     return build_reference(network, loaded.tensors)
 
 
@@ -98,23 +86,11 @@ def test_folded_is_golden(name: str, checkpoint_of) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden_through_the_command_line(name: str, checkpoint_of, tmp_path: Path) -> None:
-    case = GoldenCase(name)
-    bundle = tmp_path / "case.medsa"
-    overrides = overrides_of(case)
-    options = [
-        f"--{name.replace('_', '-')}={value}"
-        for name in ("classes", "image_size", "depth_chunk", "slices")
-        if (value := getattr(overrides, name)) is not None
-    ]
-    command = ["-m", "medsa_deploy.cli", "export", str(checkpoint_of(name)), "-o", str(bundle)]
-    done = subprocess.run(
-        [sys.executable, *command, *options, "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert made["manifest"]["network"]["classes"] == (overrides.classes or 1)
-    assert manifest.load(bundle).parity[0].mask_pixels_differing <= 1e-4
+def test_golden_through_the_command_line(name: str, bundle_of) -> None:
+    case, bundle = GoldenCase(name), bundle_of(name)
+    made = manifest.load(bundle)
+    assert made.network.classes == export_options(name).get("classes", 1)
+    assert made.parity[0].mask_pixels_differing <= 1e-4
 
     encoder, decoder = (ort.InferenceSession(bundle / f"{n}.onnx") for n in ("encoder", "decoder"))
     (embeddings,) = encoder.run(None, {"image": case.image})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from command_line import WITHOUT, contents, start
+from command_line import WITHOUT, contents, copied, start
 
 from medsa_deploy import verify
 
@@ -108,6 +108,7 @@ print(manifest.load(Path(sys.argv[1])).network.image_size)
         ["run", "BUNDLE", "IMAGE", "--point", "5,5", "--json", "-o", "MASK"],
         ["verify", "BUNDLE", "--json"],
         ["doctor", "--json"],
+        ["build-engine", "BUNDLE", "--fp32", "--dry-run", "--json"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -120,7 +121,9 @@ def test_commands_of_a_device_run_without_torch(
     assert isinstance(done.json, dict)
 
 
-@pytest.mark.parametrize("name", ["inspect", "export", "run", "verify", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "name", ["inspect", "export", "quantize", "build-engine", "run", "verify", "doctor", "demo"]
+)
 def test_help_needs_no_torch(name: str) -> None:
     done = start(name, "--help", without=BUILDERS)
     assert (done.code, done.err) == (0, "")
@@ -140,6 +143,23 @@ def test_commands_that_need_the_extra_name_it(
         done.error
     )
     assert contents(tmp_path) == {}
+
+
+def test_building_engines_names_the_extra(bundle: Path) -> None:
+    done = start("build-engine", bundle, "--fp32", "--flavor", "rtx", without=("tensorrt_rtx",))
+    assert done.code == 2
+    assert done.error.endswith("which is not installed: pip install 'medsa-deploy[rtx]'")
+
+
+def test_quantizing_needs_onnx_and_no_torch(bundle: Path, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    before = contents(copy)
+    done = start("quantize", copy, "--fp16", without=("onnx",))
+    assert done.code == 2
+    assert "needs onnx, which is not installed: pip install 'medsa-deploy[quantize]'" in done.error
+    assert contents(copy) == before
+    done = start("quantize", copy, "--fp16", without=("torch", "onnxscript", "segment_anything"))
+    assert done.code == 0, done.err
 
 
 def test_verifying_against_a_checkpoint_names_the_extra(bundle: Path, checkpoint_of) -> None:

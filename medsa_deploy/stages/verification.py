@@ -14,6 +14,7 @@ from medsa_deploy.runtime.session import check_options
 from medsa_deploy.verify import Array, Case
 
 from .checkpoints import export_extra
+from .engines import EngineState, engine_states
 from .proof import Progress, cases, parity, reference_outputs
 
 
@@ -27,6 +28,8 @@ class Verification:
     parity: tuple[Parity, ...]
     failures: tuple[str, ...]
     """What exceeds the limits; empty when everything agrees."""
+    engines: tuple[EngineState, ...]
+    """Engines in the bundle, which are not run here."""
 
 
 def verify_bundle(
@@ -65,17 +68,37 @@ def verify_bundle(
         to_run, against = cases(made.network, images), "checkpoint"
         on_step("run the checkpoint's own network")
         expected = _checkpoint_outputs(made, checkpoint, base, to_run)
-    found = []
+    found, failures = [], list[str]()
     for name in precisions:
         on_step(f"run the {name} graphs in {backend}")
+        chosen, recorded = _judged(made, name, to_run)
         with load(bundle, backend=backend, precision=name, threads=threads) as session:
-            found.append(parity(session, to_run, expected, name))
+            one = parity(session, [to_run[i] for i in chosen], [expected[i] for i in chosen], name)
+        found.append(one)
+        problems = verify.failures(one, recorded_dice=recorded)
+        failures += [f"{name}: {problem}" for problem in problems]
     return Verification(
         bundle=bundle,
         against=against,
         parity=tuple(found),
-        failures=tuple(problem for one in found for problem in verify.failures(one)),
+        failures=tuple(failures),
+        engines=engine_states(bundle, made),
     )
+
+
+def _judged(
+    made: Manifest, precision: str, to_run: Sequence[Case]
+) -> tuple[list[int], float | None]:
+    """The cases a precision is judged on, and the Dice it had on them where that is what counts.
+
+    INT8 is fitted to a user's images: it is judged on such, and on seeded ones only by what it gave
+    for the saved reference when it was made.
+    """
+    recipe = made.recipe(precision)
+    if recipe is None or recipe.reference_dice_mean is None:
+        return list(range(len(to_run))), None
+    theirs = [i for i, case in enumerate(to_run) if not case.seeded]
+    return (theirs, None) if theirs else ([0], recipe.reference_dice_mean)
 
 
 def _checkpoint_outputs(

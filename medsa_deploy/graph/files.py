@@ -1,0 +1,47 @@
+"""Graphs ⇄ files, with the weights of large ones in a file of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from medsa_deploy.errors import BundleError, MissingDependencyError
+
+EXTERNAL_DATA_BYTES = 1_500_000_000
+"""Graphs beyond this keep their weights beside them: a protobuf message ends at 2 GiB."""
+KEPT_METADATA = "pkg.torch.onnx.name_scopes"
+"""Of what the exporter says about a node, only the module it came from is used."""
+
+
+def load_graph(path: Path) -> Any:
+    """The `onnx.ModelProto` in a file, weights included."""
+    onnx = import_onnx()
+    try:
+        return onnx.load(path)
+    except Exception as e:  # protobuf's errors share no base with onnx's
+        raise BundleError(f"{path} is not an ONNX graph ({e}): export the checkpoint again") from e
+
+
+def save_graph(model: Any, path: Path) -> list[Path]:
+    """Write a graph → its files, the graph first. A large `model` is left without its weights."""
+    onnx = import_onnx()
+    for node in model.graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key == KEPT_METADATA]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    if model.ByteSize() <= EXTERNAL_DATA_BYTES:
+        onnx.save(model, path)
+        return [path]
+    weights = path.with_name(f"{path.name}.data")
+    onnx.save(model, path, save_as_external_data=True, location=weights.name)
+    return [path, weights]
+
+
+def import_onnx() -> Any:
+    """The library that reads and writes graphs; MissingDependencyError names the extra."""
+    try:
+        import onnx
+        import onnx.shape_inference
+    except ImportError as e:
+        raise MissingDependencyError("onnx", extra="quantize", purpose="changing precision") from e
+    return onnx

@@ -1,0 +1,61 @@
+"""A graph → the same graph that also gives the ranges of values inside it.
+
+Reductions are made in the graph, so that the values themselves are never kept: of each, its least
+and greatest element, and on request a sample. Memory stays that of one ordinary run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from .files import import_onnx
+from .islands import MOVES, value_types
+
+LOW, HIGH, SAMPLE = "_low", "_high", "_sample"
+SAMPLE_STRIDE = 13
+"""Of a sampled value every 13th element is given: prime, so that no axis is favoured."""
+
+
+def computed_values(model: Any) -> list[str]:
+    """Names of the float32 values that operators compute, and not only move."""
+    types, float32 = value_types(model), import_onnx().TensorProto.FLOAT
+    return [
+        name
+        for node in model.graph.node
+        if node.op_type not in MOVES
+        for name in node.output
+        if types.get(name) == float32
+    ]
+
+
+def watch(model: Any, names: Collection[str], *, sampled: Collection[str] = ()) -> None:
+    """Make `model`, in place, also give the range of each value, and samples of some.
+
+    Further outputs: NAME_low and NAME_high, scalars; NAME_sample, one axis.
+    """
+    onnx = import_onnx()
+    helper, graph = onnx.helper, model.graph
+    if sampled:
+        numbers = {"ends": [np.iinfo(np.int64).max], "starts": [0], "steps": [SAMPLE_STRIDE]}
+        for name, value in {"flat": [-1], **numbers}.items():
+            tensor = onnx.numpy_helper.from_array(np.array(value, np.int64), f"watch_{name}")
+            graph.initializer.append(tensor)
+    for name in dict.fromkeys((*names, *sampled)):
+        for suffix, operator in ((LOW, "ReduceMin"), (HIGH, "ReduceMax")):
+            graph.node.append(helper.make_node(operator, [name], [name + suffix], keepdims=0))
+            graph.output.append(_scalar(name + suffix))
+    for name in dict.fromkeys(sampled):
+        flat = f"{name}_flat"
+        slices = [flat, "watch_starts", "watch_ends", "watch_flat", "watch_steps"]
+        graph.node.append(helper.make_node("Reshape", [name, "watch_flat"], [flat]))
+        graph.node.append(helper.make_node("Slice", slices, [name + SAMPLE]))
+        kind = onnx.TensorProto.FLOAT
+        graph.output.append(helper.make_tensor_value_info(name + SAMPLE, kind, ["sample"]))
+
+
+def _scalar(name: str) -> Any:
+    onnx = import_onnx()
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [])

@@ -1,0 +1,203 @@
+"""ONNX → engine, really built by TensorRT-RTX, which needs no GPU for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from medsa_deploy import builder, engine, manifest
+from medsa_deploy.builder import Job
+from medsa_deploy.engine import Options, Range
+from medsa_deploy.errors import BuildError, BundleError
+
+pytestmark = pytest.mark.tensorrt
+
+ONE = Range(min=1, opt=1, max=1)
+OPTIONS = Options(
+    flavor="rtx",
+    precision="fp32",
+    targets=("sm86", "sm120"),
+    batch=Range(min=1, opt=1, max=2),
+    points=Range(min=1, opt=2, max=7),
+    prompts=Range(min=1, opt=1, max=3),
+    embeddings=Range(min=1, opt=1, max=3),
+    tf32=True,
+    fused_attention=True,
+    workspace_gb=None,
+    optimization_level=None,
+)
+ENCODERS = (
+    "medsa_2d_relpos",
+    "medsa_lora",
+    "medsa_mobile",
+    "medsa_3d_chunk6",
+    "medsa_3d_no_chunk",
+    "medsa_efficient",
+)
+
+
+def job_of(bundle: Path, role: str, output: Path, options: Options = OPTIONS) -> Job:
+    made = manifest.load(bundle)
+    chunk = made.network.chunk
+    options = replace(options, batch=Range(min=chunk, opt=chunk, max=2 * chunk))
+    return Job(
+        onnx=str(bundle / made.file(role, options.precision).path),
+        output=str(output),
+        options=options,
+        profile=engine.profile(made.graphs[role].inputs, options),
+    )
+
+
+def attention_graph(path: Path) -> Job:
+    """softmax(q·kᵀ)·v in float16, as the networks have it: heads of 64."""
+    shape = ["B", 2, 64, 64]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, shape) for n in "qkv"]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, shape)
+    nodes = [
+        helper.make_node("Transpose", ["k"], ["t"], "transpose", perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "t"], ["s"], "scores"),
+        helper.make_node("Softmax", ["s"], ["p"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["p", "v"], ["y"], "sum"),
+    ]
+    graph = helper.make_graph(nodes, "attention", inputs, [output])
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    shapes = ((1, 2, 64, 64), (1, 2, 64, 64), (2, 2, 64, 64))
+    return Job(
+        onnx=str(path),
+        output=str(path.with_suffix(".engine")),
+        options=OPTIONS,
+        profile={name: shapes for name in "qkv"},
+    )
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_build(name: str, bundle_of, tmp_path: Path) -> None:
+    percents: list[int] = []
+    output = tmp_path / "encoder.engine"
+    done = builder.build(job_of(bundle_of(name), "encoder", output), on_progress=percents.append)
+    assert output.stat().st_size > 1e6
+    assert done.seconds > 0
+    assert percents == sorted(set(percents))
+    assert 50 < percents[-1] <= 100
+
+
+def test_a_decoder_without_mask_inputs_builds(bundle_of, tmp_path: Path) -> None:
+    output = tmp_path / "decoder.engine"
+    job = job_of(bundle_of("medsa_efficient"), "decoder", output)
+    assert set(job.profile) == {"image_embeddings", "point_coords", "point_labels"}
+    builder.build(job)
+    assert output.exists()
+
+
+def test_a_decoder_builds_with_every_axis_dynamic(bundle_of, tmp_path: Path) -> None:
+    output = tmp_path / "decoder.engine"
+    job = job_of(bundle_of("medsa_hyp_2d"), "decoder", output)
+    assert job.profile["point_coords"] == ((1, 1, 2), (1, 2, 2), (3, 7, 2))
+    assert job.profile["image_embeddings"][2][0] == 3
+    builder.build(job)
+    assert output.stat().st_size > 1e7
+
+
+def test_attention_is_fused_unless_it_is_to_stay_plain(tmp_path: Path) -> None:
+    """The engine carries the sources of its kernels, fused attention among them."""
+    job = attention_graph(tmp_path / "attention.onnx")
+    assert builder.build(job).attention == "fused"
+    plain = replace(job, options=replace(OPTIONS, fused_attention=False))
+    assert builder.build(plain).attention == "plain"
+    assert builder.FUSED_KERNEL not in Path(job.output).read_bytes()
+
+
+def test_tf32_is_a_flag_of_the_engine(tmp_path: Path) -> None:
+    """Float32 products: in TF32 and in float32 they are other kernels."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [64, 128])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [64, 256])],
+        [numpy_helper.from_array(np.ones((128, 256), np.float32), "w")],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "x.onnx")
+    engines = []
+    for tf32 in (True, True, False):
+        job = Job(
+            onnx=str(tmp_path / "x.onnx"),
+            output=str(tmp_path / "x.engine"),
+            options=replace(OPTIONS, tf32=tf32),
+            profile={"x": ((64, 128),) * 3},
+        )
+        builder.build(job)
+        engines.append(Path(job.output).read_bytes())
+    assert engines[0] == engines[1]
+    assert engines[0] != engines[2]
+
+
+def test_a_workspace_that_is_too_small_is_the_builders_complaint(tmp_path: Path, bundle) -> None:
+    options = replace(OPTIONS, workspace_gb=1 / 1024)
+    job = job_of(bundle, "encoder", tmp_path / "encoder.engine", options)
+    with pytest.raises(BuildError, match=r"cannot build encoder.onnx: .*workspace"):
+        builder.build(job)
+    assert not Path(job.output).exists()
+
+
+def test_a_damaged_graph_is_named_in_one_line(bundle: Path, tmp_path: Path) -> None:
+    whole = (bundle / "encoder.onnx").read_bytes()
+    (tmp_path / "encoder.onnx").write_bytes(whole[: len(whole) // 2])
+    job = job_of(bundle, "encoder", tmp_path / "encoder.engine")
+    with pytest.raises(BundleError) as caught:
+        builder.build(replace(job, onnx=str(tmp_path / "encoder.onnx")))
+    assert "encoder.onnx cannot be parsed by TensorRT-RTX: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
+    job = attention_graph(tmp_path / "unknown.onnx")
+    model = onnx.load(job.onnx)
+    model.graph.node[2].op_type = "Frobnicate"
+    onnx.save(model, job.onnx)
+    with pytest.raises(BundleError, match=r"cannot be parsed by TensorRT-RTX: .*Frobnicate"):
+        builder.build(job)
+
+
+def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
+    job = attention_graph(tmp_path / "attention.onnx")
+    with pytest.raises(OSError, match="No space left") as caught:
+        builder.build(replace(job, output="/dev/full"))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+def test_an_interrupt_ends_the_builder(bundle: Path, tmp_path: Path) -> None:
+    children: set[str] = set()
+
+    def interrupt(percent: int) -> None:
+        children.update(
+            Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        )
+        raise KeyboardInterrupt
+
+    job = job_of(bundle, "encoder", tmp_path / "encoder.engine")
+    with pytest.raises(KeyboardInterrupt):
+        builder.build(job, on_progress=interrupt)
+    assert children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not Path(job.output).exists()
+
+
+def test_a_builder_that_was_killed_is_explained(bundle: Path, tmp_path: Path) -> None:
+    """As by a system that ran out of memory."""
+    job = job_of(bundle, "encoder", tmp_path / "encoder.engine")
+
+    def kill(percent: int) -> None:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        os.kill(int(children[-1]), 9)
+
+    with pytest.raises(BuildError, match="it was killed, most likely for want of memory"):
+        builder.build(job, on_progress=kill)

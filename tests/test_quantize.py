@@ -1,0 +1,441 @@
+"""`medsa-deploy quantize`: precisions added to a bundle, by what their masks need."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import PIL.Image
+import pytest
+from command_line import accept_changes, call, command, contents, copied, start
+from golden_cases import TABLELESS_2D, GoldenCase
+from onnx import helper, numpy_helper
+
+from medsa_deploy import bundle as bundles
+from medsa_deploy import load, manifest, stages, verify
+from medsa_deploy.exporters.architecture import Overrides
+from medsa_deploy.graph.files import load_graph
+from medsa_deploy.graph.scopes import module_of
+from medsa_deploy.manifest import Parity
+from medsa_deploy.stages.proof import cases
+from medsa_deploy.stages.trials import Trials
+
+FORMS = ("medsa_2d_relpos", "medsa_hyp_2d", "medsa_lora", "medsa_mobile")
+"""Forms of the network besides `medsa_2d`, which most tests use."""
+
+
+def images_in(folder: Path, count: int, size: int = 200) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        picture = PIL.Image.fromarray(verify.seeded_image(size, 100 + i))
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with float16 graphs."""
+    copy = copied(bundle, tmp_path_factory.mktemp("half"))
+    done = call("quantize", copy, "--fp16", "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert set(found) == {"bundle", "precision", "recipe", "parity", "files", "seconds"}
+    assert found["precision"] == "fp16"
+    assert [f["path"] for f in found["files"]] == ["encoder.fp16.onnx", "decoder.fp16.onnx"]
+    return copy
+
+
+@pytest.fixture(scope="module")
+def every(half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with every precision."""
+    folder = tmp_path_factory.mktemp("every")
+    copy = copied(half, folder)
+    images = images_in(folder / "images", 6)
+    for target in ("tensorrt", "cpu"):
+        done = call("quantize", copy, "--int8", "--calibration", images, "--for", target)
+        assert done.code == 0, done.err
+        assert "calibration on 6 image(s): 32 or more" in done.err
+    return copy
+
+
+# Float16
+
+
+def test_float16_is_in_the_bundle_with_its_recipe(half: Path, bundle: Path) -> None:
+    made = manifest.load(half)
+    manifest.check_files(made, half)
+    recipe = made.recipe("fp16")
+    assert recipe is not None
+    assert {island.reason for island in recipe.islands} >= {"norms", "softmax", "coordinates"}
+    assert recipe.float32_blocks == ()
+    assert recipe.rounded_dice_mean is not None
+    assert recipe.rounded_dice_mean >= verify.LIMITS["fp16"].dice_mean
+    (parity,) = (p for p in made.parity if p.precision == "fp16")
+    assert parity.nan_count == 0
+    assert (parity.seeded_images, parity.prompt_sets) == (2, 10)
+    assert parity.mask_dice_worst is not None
+    assert parity.mask_dice_worst >= verify.LIMITS["fp16"].dice_worst
+    for name in ("encoder", "decoder"):
+        assert made.file(name, "fp16").bytes < 0.6 * made.file(name).bytes
+    assert set(contents(bundle)) == set(contents(half)) - {
+        "encoder.fp16.onnx",
+        "decoder.fp16.onnx",
+    }
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_the_network(name: str, checkpoint_of: Any, tmp_path: Path) -> None:
+    case = GoldenCase(name)
+    size = case.size if name in TABLELESS_2D else None
+    classes = None if name == "medsa_mobile" else case.classes
+    made = stages.export(
+        checkpoint_of(name),
+        output=tmp_path / "a.medsa",
+        base=None,
+        images=None,
+        overrides=Overrides(classes=classes, image_size=size),
+        force=False,
+    )
+    assert call("quantize", made.bundle, "--fp16").code == 0
+    found = manifest.load(made.bundle)
+    assert verify.failures(found.parity[-1]) == []
+    assert call("verify", made.bundle).code == 0
+
+
+def test_the_users_images_are_among_what_is_compared(bundle: Path, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    images = images_in(tmp_path / "images", 2)
+    done = call("quantize", copy, "--fp16", "--images", images)
+    assert done.code == 0, done.err
+    assert "worst of 2 image(s), 2 seeded image(s), 20 prompt sets" in done.out
+    assert "norms (" in done.out
+    assert "with every result rounded to float16" in done.out
+
+
+def test_float16_masks_are_float32s(half: Path, bundle: Path) -> None:
+    image = verify.seeded_image(180, 9)
+    masks = []
+    for precision in ("fp32", "fp16"):
+        with load(half, precision=precision) as session:
+            embedding = session.encode(image)
+            masks.append(session.segment(embedding, box=(20, 30, 150, 160)).masks)
+    assert min(verify.dice(*masks)) >= 0.98
+
+
+def disturbed(bundle: Path, folder: Path, size: float) -> Path:
+    """A bundle whose block 1 adds `size` to its values and takes it away again."""
+    copy = copied(bundle, folder)
+    model = load_graph(copy / "encoder.onnx")
+    (i,) = (
+        i
+        for i, node in enumerate(model.graph.node)
+        if module_of(node) == "blocks.1.mlp.0" and node.op_type == "MatMul"
+    )
+    node = model.graph.node[i]
+    output, node.output[0] = node.output[0], "undisturbed"
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(size), "far"))
+    there = helper.make_node("Add", ["undisturbed", "far"], ["far_off"], name="there")
+    back = helper.make_node("Sub", ["far_off", "far"], [output], name="back")
+    for k, added in enumerate((there, back)):
+        added.metadata_props.extend(node.metadata_props)
+        model.graph.node.insert(i + 1 + k, added)
+    onnx.save(model, copy / "encoder.onnx")
+    accept_changes(copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("size", "reason", "blocks"),
+    [
+        (6000.0, None, ("encoder blocks.1",)),
+        (30000.0, "values beyond float16", ()),
+        (1e5, "constants beyond float16", ()),
+    ],
+)
+def test_what_float16_cannot_hold_returns_to_float32(
+    bundle: Path, tmp_path: Path, size: float, reason: str | None, blocks: tuple[str, ...]
+) -> None:
+    """By measured masks where values fit but their digits do not; else by measured values."""
+    copy = disturbed(bundle, tmp_path, size)
+    done = call("quantize", copy, "--fp16")
+    assert done.code == 0, done.err
+    recipe = manifest.load(copy).recipe("fp16")
+    assert recipe is not None
+    assert recipe.float32_blocks == blocks
+    assert reason is None or reason in {island.reason for island in recipe.islands}
+    assert ("return encoder blocks.1 to float32" in done.err) == bool(blocks)
+
+
+# INT8
+
+
+def test_int8_is_in_the_bundle_with_its_recipe(every: Path) -> None:
+    made = manifest.load(every)
+    manifest.check_files(made, every)
+    for precision, target, activations, decoder in (
+        ("int8", "tensorrt", "int8, symmetric", "decoder.fp16.onnx"),
+        ("int8-cpu", "cpu", "uint8", "decoder.onnx"),
+    ):
+        recipe = made.recipe(precision)
+        assert recipe is not None
+        assert (recipe.target, recipe.activations) == (target, activations)
+        assert recipe.quantized
+        assert not set(recipe.quantized) & set(recipe.left_out)
+        assert recipe.calibration is not None
+        assert recipe.calibration.images == 6
+        assert recipe.reference_dice_mean is not None
+        assert made.file("decoder", precision).path == decoder
+        operators = [n.op_type for n in load_graph(every / f"encoder.{precision}.onnx").graph.node]
+        assert operators.count("DequantizeLinear") > len(recipe.quantized)
+        (parity,) = (p for p in made.parity if p.precision == precision)
+        assert verify.failures(parity) == []
+        assert (parity.images, parity.seeded_images) == (4, 0), "of the user's images"
+
+
+def test_every_precision_is_verified(every: Path) -> None:
+    done = call("verify", every, "--json")
+    assert done.code == 0, done.err
+    names = [parity["precision"] for parity in done.json["parity"]]
+    assert names == ["fp32", "fp16", "int8", "int8-cpu"]
+    means = [parity["mask_dice_mean"] for parity in done.json["parity"]]
+    assert means[0] > means[1] > max(means[2:])
+    made = manifest.load(every)
+    for precision, mean in zip(names[2:], means[2:], strict=True):
+        recipe = made.recipe(precision)
+        assert recipe is not None
+        assert mean == pytest.approx(recipe.reference_dice_mean, abs=1e-3)
+
+
+def test_int8_is_judged_on_images_where_there_are_some(
+    every: Path, checkpoint_of: Any, tmp_path: Path
+) -> None:
+    given = ["--checkpoint", checkpoint_of("medsa_2d"), "--precision", "int8", "--json"]
+    for images, counts in (([], (0, 1)), (["--images", images_in(tmp_path / "i", 1)], (1, 0))):
+        done = call("verify", every, *given, *images)
+        assert done.code == 0, done.err
+        (parity,) = done.json["parity"]
+        assert (parity["images"], parity["seeded_images"]) == counts
+
+
+def test_int8_that_gives_less_than_it_did_fails_verification(every: Path, tmp_path: Path) -> None:
+    copy = copied(every, tmp_path)
+    made = manifest.load(copy)
+    recipes = [
+        dataclasses.replace(r, reference_dice_mean=1.0) if r.precision == "int8" else r
+        for r in made.recipes
+    ]
+    manifest.save(dataclasses.replace(made, recipes=tuple(recipes)), copy)
+    model = load_graph(copy / "encoder.int8.onnx")
+    (tensor,) = (t for t in model.graph.initializer if t.name == "positions_float16")
+    values = numpy_helper.to_array(tensor) * np.float16(1.5)
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, copy / "encoder.int8.onnx")
+    accept_changes(copy)
+    done = call("verify", copy, "--precision", "int8", "--json")
+    assert done.code == 1
+    assert done.json["failures"][0].endswith("< 0.98")
+
+
+def test_precisions_run_without_torch_and_onnx(every: Path, tmp_path: Path) -> None:
+    PIL.Image.fromarray(verify.seeded_image(100, 4)).save(tmp_path / "a.png")
+    for precision in ("fp16", "int8", "int8-cpu"):
+        options = ["--precision", precision, "--point", "40,40", "-o", tmp_path / "mask.png"]
+        done = start("run", every, tmp_path / "a.png", *options, without=("torch", "onnx"))
+        assert done.code == 0, done.err
+
+
+def test_a_precision_is_replaced_without_leftovers(every: Path, tmp_path: Path) -> None:
+    """Float16 graphs of another recipe have another decoder: INT8 that used it goes."""
+    copy = copied(every, tmp_path)
+    (copy / "encoder.fp16.onnx.data").write_bytes(b"of a larger network")
+    before = contents(copy)
+    assert call("quantize", copy, "--fp16").code == 0
+    after = contents(copy)
+    assert set(before) - set(after) == {"encoder.fp16.onnx.data"}
+    graphs = {name for name in after if name.endswith(".onnx")}
+    assert {name: before[name] for name in graphs} == {name: after[name] for name in graphs}
+    made = manifest.load(copy)
+    assert [parity.precision for parity in made.parity] == ["fp32", "int8", "int8-cpu", "fp16"]
+
+    entry = made.file("decoder", "fp16")
+    other = dataclasses.replace(entry, sha256="0" * 64)
+    files = tuple(other if f.path == entry.path else f for f in made.files)
+    manifest.save(dataclasses.replace(made, files=files), copy)
+    accept_changes(copy)
+    added = stages.quantization._merged(
+        dataclasses.replace(made, files=files),
+        stages.float16.Made(
+            graphs={name: [copy / f"{name}.fp16.onnx"] for name in ("encoder", "decoder")},
+            recipe=made.recipes[-1],
+            parity=made.parity[-1],
+        ),
+    )
+    assert {file.precision for file in added.files} == {"fp32", "fp16", "int8-cpu"}
+    assert {recipe.precision for recipe in added.recipes} == {"fp16", "int8-cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_int8_of_every_form(name: str, checkpoint_of: Any, tmp_path: Path) -> None:
+    case = GoldenCase(name)
+    made = stages.export(
+        checkpoint_of(name),
+        output=tmp_path / "a.medsa",
+        base=None,
+        images=None,
+        overrides=Overrides(
+            classes=None if name == "medsa_mobile" else case.classes,
+            image_size=case.size if name in TABLELESS_2D else None,
+        ),
+        force=False,
+    )
+    images = images_in(tmp_path / "images", 32)
+    for target in ("tensorrt", "cpu"):
+        stages.quantize(made.bundle, precision="int8", calibration=[images], target=target)
+    assert call("verify", made.bundle).code == 0
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give one of --fp16 and --int8"),
+        (["--fp16", "--int8"], "give one of --fp16 and --int8"),
+        (["--int8"], "int8 is fitted to your own images: give --calibration"),
+        (["--int8", "--calibration", "missing"], "missing does not exist"),
+        (["--int8", "--calibration", "EMPTY"], "holds no images"),
+        (["--int8", "--calibration", "DAMAGED"], "cannot be read"),
+        (["--int8", "--calibration", "DAMAGED", "--for", "tpu"], "'tpu' is not one of"),
+        (["--fp16", "--calibration", "EMPTY"], "calibration images are for int8"),
+        (["--fp16", "--images", "missing.png"], "missing.png does not exist"),
+        (["--fp16", "--threads", "0"], "threads is 0"),
+    ],
+)
+def test_what_cannot_be_quantized_is_one_line(
+    bundle: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    copy = copied(bundle, tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+    named = {"EMPTY": tmp_path / "empty", "DAMAGED": tmp_path / "damaged.png"}
+    before = contents(copy)
+    done = call("quantize", copy, *(named.get(option, option) for option in options))
+    assert done.code == 2
+    assert message in done.error.replace('"', "'")
+    assert contents(copy) == before
+
+
+def test_a_changed_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    with (copy / "encoder.onnx").open("ab") as f:
+        f.write(b"more")
+    done = call("quantize", copy, "--fp16")
+    assert done.code == 2
+    assert "is not the file the manifest describes" in done.error
+
+
+def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path) -> None:
+    copy = copied(bundle, tmp_path)
+    before = contents(copy)
+    run = " ".join(command("quantize", copy, "--fp16"))
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1000; exec {run}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(copy) == before
+
+
+def test_files_are_added_with_their_manifest_or_not_at_all(half: Path, tmp_path: Path) -> None:
+    copy = copied(half, tmp_path)
+    before = contents(copy)
+    made = manifest.load(copy)
+    parity = dataclasses.replace(made.parity[0], mask_pixels_differing=float("nan"))
+    with bundles.workplace(copy) as folder:
+        for name in ("encoder.fp16.onnx", "new.onnx"):
+            (folder / name).write_bytes(b"new")
+        files = sorted(folder.iterdir())
+        with pytest.raises(ValueError, match="JSON"):
+            bundles.add_files(copy, files, dataclasses.replace(made, parity=(parity,)))
+    assert contents(copy) == before
+
+
+def test_masks_that_are_not_float32s_fail_verification(half: Path, tmp_path: Path) -> None:
+    def damage(change: Callable[[np.ndarray], np.ndarray]) -> Any:
+        copy = copied(half, tmp_path / str(len(list(tmp_path.iterdir()))))
+        model = load_graph(copy / "decoder.fp16.onnx")
+        (tensor,) = (t for t in model.graph.initializer if t.name == "fixed_float16")
+        values = change(numpy_helper.to_array(tensor))
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+        onnx.save(model, copy / "decoder.fp16.onnx")
+        accept_changes(copy)
+        done = call("verify", copy, "--json")
+        assert done.code == 1
+        return done.json
+
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+    found = damage(lambda x: -x)
+    said = [failure.split(" 0")[0] for failure in found["failures"]]
+    assert said == ["fp16: mean mask Dice", "fp16: worst mask Dice"]
+    found = damage(lambda x: x * np.nan)
+    assert found["failures"][0].endswith("values are NaN or infinite")
+    assert found["parity"][1]["nan_count"] > 0
+    json.dumps(found, allow_nan=False)
+
+
+# The measure
+
+
+def parity(**figures: Any) -> Parity:
+    return Parity(
+        **{"precision": "fp16", "backend": "onnxruntime", "images": 0, "seeded_images": 1},
+        **{"prompt_sets": 1, "tensors": {}, "mask_pixels_differing": 0.01},
+        **figures,
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "failures"),
+    [
+        ({"mask_dice_mean": 0.995, "mask_dice_worst": 0.98}, []),
+        ({"mask_dice_mean": 0.99, "mask_dice_worst": 0.98}, ["mean mask Dice 0.9900 < 0.995"]),
+        ({"mask_dice_mean": 1.0, "mask_dice_worst": 0.9}, ["worst mask Dice 0.9000 < 0.98"]),
+        (
+            {"mask_dice_mean": 1.0, "mask_dice_worst": 1.0, "nan_count": 3},
+            ["3 values are NaN or infinite"],
+        ),
+        ({}, ["mean mask Dice None < 0.995", "worst mask Dice None < 0.98"]),
+        ({"mask_dice_mean": float("nan"), "mask_dice_worst": 1.0}, ["mean mask Dice nan < 0.995"]),
+    ],
+)
+def test_limits_of_float16(figures: dict[str, float], failures: list[str]) -> None:
+    assert verify.failures(parity(**figures)) == failures
+
+
+def test_dice() -> None:
+    a = np.zeros((4, 2, 2), bool)
+    b = np.zeros((4, 2, 2), bool)
+    a[1, 0, 0] = b[2, 0, 0] = a[3, 0, 0] = b[3, 0, 0] = b[3, 0, 1] = True
+    assert verify.dice(a, b) == (1.0, 0.0, 0.0, pytest.approx(2 / 3))
+
+
+def test_the_saved_references_case_must_agree_by_itself(bundle: Path) -> None:
+    """What verify goes by later is only that case: the mean of all must not hide it."""
+    made = manifest.load(bundle)
+    to_run = cases(made.network, None)
+    trials = Trials(bundle, made, to_run, None)
+    assert trials.measure(trials.encoder, trials.decoder, "fp16").failures == ()
+    trials._expected[0]["low_res_masks"] = -trials._expected[0]["low_res_masks"]
+    failed = trials.measure(trials.encoder, trials.decoder, "fp16").failures
+    assert len(failed) == 3
+    assert trials.runs == 2
