@@ -3,9 +3,9 @@
     python benchmarks/volume_memory.py     → benchmarks/results/volume_memory.json
 
 A small 3D network (two blocks, chunks of 4 slices, seeded weights) segments three structures of a
-NIfTI and of a DICOM series. Each run is a process of its own. Its memory is measured when the bundle
-is loaded, when one chunk has been encoded and prompted, so that the network has what it works in,
-and at its highest.
+NIfTI and of a DICOM series. Each run is a process of its own. Its memory is measured when the
+bundle is loaded, when one chunk has been encoded and prompted, so that the network has what it
+works in, and at its highest.
 """
 
 from __future__ import annotations
