@@ -427,13 +427,12 @@ def run(
     either, a structure gives all of them.
     """
     window = _window(intensity_window)
-    if stages.takes_volume(image, slice_):
+    rows = [_numbers(text, float, "--point") for text in point or ()]
+    boxes = [_numbers(text, float, "--box") for text in box or ()]
+    asked = propagate or prompts is not None or volume is not None
+    if stages.takes_volume(image, slice_, points=rows, boxes=boxes, mask=output, asked=asked):
         _refuse("images", mask_input=mask_input, save_logits=save_logits, multimask=multimask)
-        structures = stages.structures_of(
-            [_numbers(text, float, "--point") for text in point or ()],
-            [_numbers(text, float, "--box") for text in box or ()],
-            prompts,
-        )
+        structures = stages.structures_of(rows, boxes, prompts)
         with (
             load(bundle, backend=backend, precision=precision, threads=threads) as session,
             console.progress(not json, "slices") as on_slice,
@@ -465,11 +464,11 @@ def run(
         propagate=propagate,
         margin=margin,
     )
-    clicks = [_click(text) for text in point or ()]
+    clicks = [_click(row) for row in rows]
     given = stages.Prompts(
         points=tuple((x, y) for x, y, _ in clicks),
         labels=tuple(label for _, _, label in clicks),
-        boxes=tuple(_box(text) for text in box or ()),
+        boxes=tuple(_box(row) for row in boxes),
         mask=mask_input,
     )
     default = Path("masks") if image.is_dir() else Path(f"{image.name}.mask.png")
@@ -761,18 +760,18 @@ def _names(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def _click(text: str) -> tuple[float, float, int]:
+def _click(values: tuple[float, ...]) -> tuple[float, float, int]:
     """X,Y or X,Y,LABEL."""
-    values = _numbers(text, float, "--point")
     if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
+        text = ",".join(f"{value:g}" for value in values)
         raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image")
     return values[0], values[1], int(values[2]) if len(values) == 3 else 1
 
 
-def _box(text: str) -> tuple[float, float, float, float]:
+def _box(values: tuple[float, ...]) -> tuple[float, float, float, float]:
     """X0,Y0,X1,Y1."""
-    values = _numbers(text, float, "--box")
     if len(values) != 4:
+        text = ",".join(f"{value:g}" for value in values)
         raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1 in an image")
     return values[0], values[1], values[2], values[3]
 

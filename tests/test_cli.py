@@ -225,6 +225,7 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "--point-order": "xy",
         "--point-frame": "image",
         "--point-scale": "2",
+        "--prompt-scope": "slice",
         "--threshold": "0.25",
     }
     given = [part for option in options.items() for part in option]
@@ -241,6 +242,7 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "point_frame": "image",
         "point_scale": 2,
         "pad_points": None,
+        "prompt_scope": "slice",
         "intensity_window": [-175, 250],
         "threshold": 0.25,
         "class_names": ["liver", "spleen", "aorta"],

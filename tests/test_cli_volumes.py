@@ -266,6 +266,47 @@ def test_a_slice_of_a_series_is_one_line(bundle: Path, here: Path) -> None:
     assert done.error.startswith("--slice 1 is for a NIfTI or .npy volume; series is a DICOM seri")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "target"),
+    [
+        ("plane.nii.gz", ("--point", "20,20,0,1"), "seg.nii.gz"),
+        ("plane.nii.gz", ("--box", "5,8,0,35,45,1"), "seg.npy"),
+        ("plane.nii.gz", ("--point", "20,20,0", "--propagate"), "seg.nii.gz"),
+        ("one", ("--point", "8,6,0"), "seg.dcm"),
+        ("one", ("--prompts", "p.json"), "seg.nii.gz"),
+        ("one/a.dcm", ("--point", "8,6,0"), "seg.dcm"),
+        ("picture.npy", ("--box", "1,1,1,40,40,2", "--axis", "2"), "seg.npy"),
+    ],
+)
+def test_one_plane_is_a_volume_of_one_slice_when_it_is_prompted_as_one(
+    bundle: Path, here: Path, name: str, options: tuple[str, ...], target: str
+) -> None:
+    nifti("plane.nii.gz", ct(1))
+    save(slices(1), here / "one")
+    np.save("picture.npy", ct(3))
+    Path("p.json").write_text('{"structures": [{"points": [[8, 6, 0]]}]}')
+    window = ("--intensity-window", "-900,900")
+    done = call("run", bundle, name, *options, *window, "-o", target, "--json")
+    assert done.code == 0, done.err
+    assert len(done.json["slices"]) == 1
+    source = read_volume(name, axis=2)
+    if target == "seg.dcm":
+        labels = back(Path(target), source)
+    elif target == "seg.npy":
+        labels = np.load(target)
+    else:
+        labels = np.asarray(nibabel.load(target).dataobj)
+    assert labels.shape == source.shape
+    assert np.count_nonzero(labels) == done.json["labels"][0]["voxels"]
+
+
+def test_a_click_on_a_plane_is_never_taken_for_its_label(bundle: Path, here: Path) -> None:
+    nifti("plane.nii.gz", ct(1))
+    done = call("run", bundle, "plane.nii.gz", "--point", "20,20,0", "-o", "m.nii.gz")
+    assert done.code == 2
+    assert done.error.endswith("in an image a click is X,Y or X,Y,LABEL")
+
+
 def test_a_2d_network_has_no_overlap(bundle: Path, here: Path) -> None:
     done = call("run", bundle, "ct.nii.gz", *BOX, "--overlap", 1)
     assert done.code == 2

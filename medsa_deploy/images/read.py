@@ -92,14 +92,18 @@ def is_volume(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def holds_volume(path: str | os.PathLike[str]) -> bool:
-    """`is_volume`, but ImageError for a file or folder that cannot be read."""
+def holds_volume(path: str | os.PathLike[str], *, lone: bool = False) -> bool:
+    """`is_volume`, but ImageError for a file or folder that cannot be read.
+
+    `lone`: anything but a picture counts, a single plane as a volume of one slice.
+    """
     path = Path(path)
     if path.is_dir():
         images = find_images(path)
         dicoms = [image for image in images if _is_dicom(image)]
-        return len(dicoms) == len(images) and _is_volume(path, "series", dicoms)
-    return _is_volume(path, format_of(path), [])
+        return len(dicoms) == len(images) and (lone or _is_volume(path, "series", dicoms))
+    file_format = format_of(path)
+    return (lone and file_format != "raster") or _is_volume(path, file_format, [])
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:

@@ -21,7 +21,9 @@ class LabelMap:
     def __init__(self, volume: Volume, cut: float, *, revisited: bool) -> None:
         """`cut`: the logit that must be exceeded. `revisited`: slices are added to more than once,
         for which the highest logits are kept: 4 bytes a voxel of the slices that have any."""
-        self.labels: NDArray[np.uint8] = np.zeros(volume.shape, np.uint8)
+        axes = (volume.axis, *volume.plane_axes)  # a slice's voxels beside each other in memory
+        slices = np.zeros([volume.shape[axis] for axis in axes], np.uint8)
+        self.labels: NDArray[np.uint8] = slices.transpose(np.argsort(axes))
         """(X, Y, Z) in the volume's stored order; 0 is background."""
         self._volume = volume
         self._cut = cut
@@ -36,7 +38,7 @@ class LabelMap:
         for candidate, label in zip(logits, labels, strict=True):
             wins = candidate > highest
             wins |= (candidate == highest) & (label < plane)
-            highest[wins] = candidate[wins]
-            plane[wins] = label
+            np.copyto(highest, candidate, where=wins)
+            np.copyto(plane, label, where=wins)
         if self._highest is not None:
             self._highest[index] = highest

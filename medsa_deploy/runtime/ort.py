@@ -84,6 +84,9 @@ class OnnxRuntimeBackend:
         """A session whose tensors are the contract's."""
         options = ort.SessionOptions()
         options.log_severity_level = 4  # failures are raised; the log would say them twice
+        # A plan of the first run's memory, made for the second, is memory once more: without it a
+        # chunk of 4 slices at 1024 takes 1.4 GB instead of 2.8, in the same time.
+        options.enable_mem_pattern = False
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if self._times is not None:

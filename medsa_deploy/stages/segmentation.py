@@ -45,6 +45,11 @@ class Prompts:
             raise PromptError(
                 "several boxes are several objects; points and a mask prompt go with one box only"
             )
+        if not (self.boxes or self.mask or any(self.labels)):
+            raise PromptError(
+                "there are background clicks only (label 0): add a foreground click or a box; in "
+                "an image a click is X,Y or X,Y,LABEL"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

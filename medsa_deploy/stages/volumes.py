@@ -19,10 +19,11 @@ from medsa_deploy.images import (
     read_volume,
     write_segmentation,
 )
+from medsa_deploy.images.files import suffix
 from medsa_deploy.images.montage import Tile, spread, write_montage
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.session import intensities
-from medsa_deploy.runtime.structures import SlicePrompts, Structure, slice_prompts
+from medsa_deploy.runtime.structures import MOST_LABELS, SlicePrompts, Structure, slice_prompts
 from medsa_deploy.runtime.volumes import VolumeOptions, VolumePrediction, segment_volume
 
 from .prompt_file import read_prompts, structure_of
@@ -62,12 +63,24 @@ class VolumeSegmentation:
     seconds: float
 
 
-def takes_volume(image: Path, index: int | None) -> bool:
+def takes_volume(
+    image: Path,
+    index: int | None,
+    *,
+    points: Sequence[tuple[float, ...]] = (),
+    boxes: Sequence[tuple[float, ...]] = (),
+    mask: Path | None = None,
+    asked: bool = False,
+) -> bool:
     """Whether `run` segments a volume rather than images: it is one, and no slice is asked for.
 
-    ImageError for what cannot be read, UsageError for a slice of a folder.
+    A single plane is a volume of one slice if an option is `asked` for that only volumes have, or
+    prompts or the output are a volume's. ImageError for what cannot be read, UsageError for a
+    slice of a folder.
     """
-    found = holds_volume(image)
+    asked |= any(len(row) == 4 for row in points) or any(len(row) == 6 for row in boxes)
+    asked |= mask is not None and suffix(mask) == ".dcm"
+    found = holds_volume(image, lone=asked)
     if found and index is not None and image.is_dir():
         raise UsageError(
             f"--slice {index} is for a NIfTI or .npy volume; {image} is a DICOM series: leave it "
@@ -138,7 +151,10 @@ def run_volume(
 
 
 def _labels(prediction: VolumePrediction, volume: Volume) -> tuple[LabelReport, ...]:
-    counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.names) + 1)
+    planes = [volume.plane(prediction.labels, index) for index in prediction.slices]
+    # slice by slice: bincount takes 8 bytes for a voxel of 1
+    counted = [np.bincount(plane.ravel(), minlength=MOST_LABELS + 1) for plane in planes]
+    counts = np.sum(counted, axis=0)
     voxel = prod(volume.spacing_mm) / 1000 if volume.affine is not None else None
     return tuple(
         LabelReport(
