@@ -30,7 +30,9 @@
 // shared memory, adds them to the rows of the tile they belong to, and takes the next rows: shared
 // memory does not grow with the reduction, every frame row is resized along x once per tile column
 // and overlap of tiles, and no intermediate image is stored. Weights come from tables, so that every
-// filter is the same code and none is computed twice.
+// filter is the same code and none is computed twice. resize_levels adds up in double precision: its
+// sums are rounded to whole levels, where an error of float32 would cost one. The three channels of a
+// frame are three blocks, which meet in the cache.
 #include "device.cuh"
 
 constexpr int TILE = WARP;
@@ -131,7 +133,7 @@ __device__ void resize_tile(const Preprocess& p, typename Arithmetic::Number (&b
             band[row - low][threadIdx.x] = along_x<Source, Arithmetic>(p, row, x, blockIdx.z);
         __syncthreads();
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
+        for (int i = 0; i < ROWS; ++i) {
             const int y = top + threadIdx.y + i * WARPS;
             if (x >= p.columns.outputs || y > last) break;
             const int first = p.rows.first[y];

@@ -73,7 +73,8 @@ void preprocess_both(Entry entry, Entry resize_entry, PreprocessWeight sum) {
     const Table<PreprocessWeight> rows(p.height, h, sum), columns(p.width, w, sum);
     p.rows = rows.axis, p.columns = columns.axis;
     p.half = between(0, 1);
-    std::vector<unsigned short> output(static_cast<std::size_t>(3) * p.size * p.size * (p.half ? 1 : 2) - too_short);
+    const std::size_t pixels = static_cast<std::size_t>(3) * p.size * p.size;
+    std::vector<unsigned short> output(pixels * (p.half ? 1 : 2) - too_short);
     p.output = output.data();
     const unsigned side = tiles_of(p.size), channels = static_cast<unsigned>(p.channels);
     run(entry, p, {side, side, channels});

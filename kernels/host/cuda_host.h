@@ -171,7 +171,8 @@ inline Outcome run_block(const std::vector<std::size_t>& order) {
 // Runs a kernel over a grid. DIVERGED: threads were left waiting for each other; nothing after that
 // block ran.
 template <typename Parameters>
-Outcome launch(void (*entry)(Parameters), const Parameters& parameters, dim3 grid, dim3 block, unsigned seed) {
+Outcome launch(void (*entry)(Parameters), const Parameters& parameters, dim3 grid, dim3 block,
+               unsigned seed) {
     struct Call {
         void (*entry)(Parameters);
         const Parameters* parameters;
