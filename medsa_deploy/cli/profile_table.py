@@ -5,9 +5,10 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from medsa_deploy.profile_page import HEADERS, facts, figures
+from medsa_deploy.profiling import Profile
+
 from .console import err, out
-from .profile_page import HEADERS, facts, figures
-from .profiling import Profile
 
 LONGEST = 6
 """Blocks that are shown, of a graph."""

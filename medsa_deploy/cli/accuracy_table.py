@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
+from medsa_deploy.stages.accuracy import Accuracy, Spread, Summary
+
 from .console import out, print_error
-from .stages.accuracy import Accuracy, Spread, Summary
 
 
 def print_accuracy(found: Accuracy) -> None:
