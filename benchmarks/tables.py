@@ -75,7 +75,7 @@ def precisions_table(result: dict[str, Any]) -> str:
                 f"| {found['decode_ms']['median']:.0f} ms |"
             )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    what = f"{result['what']}. Times are medians."
+    what = f"{result['what']}, medians."
     return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
 
 
