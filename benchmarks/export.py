@@ -28,7 +28,7 @@ WIDTH, DEPTH, HEAD, GRID, WINDOW, GLOBAL = 768, 12, 64, 64, 14, (2, 5, 8, 11)
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
-def vit_b_checkpoint(path: Path, *, rel_pos_scale: float) -> None:
+def vit_b_checkpoint(path: Path, *, rel_pos_scale: float, grid: int = GRID) -> None:
     """A Med-SA ViT-B state dict with seeded weights, from a golden case's keys."""
     sys.path.insert(0, str(GOLDEN))
     import seeded
@@ -38,7 +38,7 @@ def vit_b_checkpoint(path: Path, *, rel_pos_scale: float) -> None:
     for name, shape in golden["keys"].items():
         if ".blocks.0." in name:
             for i in range(DEPTH):
-                rows = 2 * (GRID if i in GLOBAL else WINDOW) - 1
+                rows = 2 * (grid if i in GLOBAL else WINDOW) - 1
                 scaled = [rows, HEAD] if "rel_" in name else [n * WIDTH // 96 for n in shape]
                 keys[name.replace(".blocks.0.", f".blocks.{i}.")] = scaled
         elif ".blocks." not in name:

@@ -7,7 +7,7 @@ and says which option overrules it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,19 +19,32 @@ from medsa_deploy.manifest import Conventions, Family, Network, Outputs, RelPos,
 from . import encoders, sizes
 from .checkpoint import Checkpoint
 from .conventions import conventions_of
+from .depth import DepthFacts, depth_of
 from .encoders import EncoderFacts
 from .guesses import Guess, Overrides
 from .reference.network import ReferenceNetwork
 from .shapes import Shapes
+from .sizes import Kind
 
 __all__ = ["Architecture", "Guess", "Overrides", "infer"]
+
+ENCODERS: Mapping[Kind, Callable[[Shapes, Overrides, list[Guess]], EncoderFacts]] = {
+    "vit": encoders.vit,
+    "tiny_vit": encoders.tiny_vit,
+    "efficient_sam": encoders.efficient_sam,
+}
+
+EFFICIENT_SAM_PROMPTS = ("prompt_encoder.invalid_points.", "prompt_encoder.bbox_")
+"""What only EfficientSAM's keys begin with."""
 
 UNUSED = re.compile(
     r"num_batches_tracked$|attention_bias_idxs$|^pixel_(mean|std)$"
     r"|^image_encoder\.(norm_head|head)\."
-    r"|^image_encoder\.(layers\.\d+\.)?blocks\.\d+\.Depth_Adapter\."
+    r"|^image_encoder\.layers\.\d+\.blocks\.\d+\.Depth_Adapter\."
 )
-"""Keys a checkpoint may carry that its network, used in 2D, does not run."""
+"""Keys a checkpoint may carry that its network does not run."""
+DEPTH = re.compile(r"^image_encoder\.blocks\.\d+\.Depth_Adapter\.")
+"""Keys that a network runs in 3D only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +59,17 @@ class Architecture:
 def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
     """The network's facts and conventions; CheckpointError lists keys that do not fit them."""
     shapes = checkpoint.shapes
-    if "prompt_encoder.invalid_points.weight" in shapes:
-        raise CheckpointError(
-            "this checkpoint is efficient_sam, which is not supported yet: supported are SAM ViTs, "
-            "mobile_sam (both with adapters or LoRA) and LiteMedSAM"
-        )
+    kind = _kind(shapes)
     guesses: list[Guess] = []
-    tiny = "image_encoder.layers.0.blocks.0.conv1.c.weight" in shapes
-    if checkpoint.lora and not tiny and overrides.image_size is None:
+    if checkpoint.lora and kind != "tiny_vit" and overrides.image_size is None:
         raise UsageError(
             "a LoRA checkpoint does not show its image size (its tables always have 127 rows): "
             "give --image-size"
         )
-    whole = sizes.checked(shapes, "tiny_vit" if tiny else "vit", _two_way(shapes))
-    encoder = (encoders.tiny_vit if tiny else encoders.vit)(whole, overrides, guesses)
-    network = _network(checkpoint, shapes, encoder, overrides, guesses)
+    whole = sizes.checked(shapes, kind, _two_way(shapes, kind))
+    encoder = ENCODERS[kind](whole, overrides, guesses)
+    depth = depth_of(shapes, kind, overrides, guesses)
+    network = _network(checkpoint, shapes, kind, encoder, depth, overrides, guesses)
     _check_keys(checkpoint.tensors, network, whole)
     conventions = conventions_of(
         network, overrides, guesses, public_training=checkpoint.public_training
@@ -71,22 +80,27 @@ def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
 def _network(
     checkpoint: Checkpoint,
     shapes: Shapes,
+    kind: Kind,
     encoder: EncoderFacts,
+    depth: DepthFacts,
     overrides: Overrides,
     guesses: list[Guess],
 ) -> Network:
     """All facts about the network."""
     tensors = checkpoint.tensors
-    adapters = _adapters(shapes) + tuple(sorted({one.kind.split()[0] for one in checkpoint.lora}))
-    two_way = _two_way(shapes)
-    public = encoder.encoder == "vit" and (adapters or two_way == "public")
+    in_3d = depth.sd_trans is not None
+    adapters = _adapters(shapes, in_3d=in_3d)
+    adapters += tuple(sorted({one.kind.split()[0] for one in checkpoint.lora}))
+    two_way = _two_way(shapes, kind)
+    public = kind == "vit" and (adapters or two_way == "public")
     outputs: Outputs = "classes" if public else "sam"
     mask_tokens = shapes["mask_decoder.mask_tokens.weight"][0]
-    used = {k: v.numel() for k, v in tensors.items() if not UNUSED.search(k)}
+    used = {k: v.numel() for k, v in tensors.items() if not _unused(k, in_3d=in_3d)}
     lengths, prompt_length = _hyp_lengths(shapes)
     return Network(
         **asdict(encoder),
-        family=_family(encoder, adapters),
+        **asdict(depth),
+        family=_family(kind, encoder, adapters),
         rel_pos=_rel_pos(tensors),
         adapters=adapters,
         parameters=sum(used.values()),
@@ -101,15 +115,36 @@ def _network(
     )
 
 
-def _family(encoder: EncoderFacts, adapters: tuple[str, ...]) -> Family:
+def _kind(shapes: Shapes) -> Kind:
+    """Which keys the network has; CheckpointError for EfficientSAM's own, which differ."""
+    if shapes.count("image_encoder.layers"):
+        return "tiny_vit"
+    if not any(key.startswith(EFFICIENT_SAM_PROMPTS) for key in shapes):
+        return "vit"
+    if "image_encoder.blocks.0.mlp.fc1.weight" in shapes:
+        raise CheckpointError(
+            "these are EfficientSAM's own weights (blocks with mlp.fc1): supported is "
+            "efficient_sam as the public Med-SA code trains it (blocks with mlp.lin1)"
+        )
+    return "efficient_sam"
+
+
+def _family(kind: Kind, encoder: EncoderFacts, adapters: tuple[str, ...]) -> Family:
     """What the network is called."""
-    if encoder.encoder == "tiny_vit":
+    if kind == "efficient_sam":
+        return kind
+    if kind == "tiny_vit":
         return "litemedsam" if encoder.patch_size == encoders.LITE_PATCH else "mobile_sam"
     return "medsa" if adapters else "sam"
 
 
-def _adapters(shapes: Shapes) -> tuple[str, ...]:
-    """Kinds of adapter that run in 2D."""
+def _unused(key: str, *, in_3d: bool) -> bool:
+    """Whether the network does not run a key that its checkpoint may carry."""
+    return bool(UNUSED.search(key)) or (not in_3d and bool(DEPTH.match(key)))
+
+
+def _adapters(shapes: Shapes, *, in_3d: bool) -> tuple[str, ...]:
+    """Kinds of adapter that run."""
     marks = {
         "space": r"image_encoder\..*\.Space_Adapter\.",
         "mlp": r"image_encoder\..*\.MLP_Adapter\.",
@@ -117,15 +152,17 @@ def _adapters(shapes: Shapes) -> tuple[str, ...]:
         "decoder-mlp": r"mask_decoder\..*\.MLP_Adapter\.",
         "decoder-image": r"mask_decoder\..*\.Image_Adapter\.",
     }
+    if in_3d:
+        marks["depth"] = DEPTH.pattern
     return tuple(kind for kind, mark in marks.items() if any(re.match(mark, key) for key in shapes))
 
 
-def _two_way(shapes: Shapes) -> TwoWay:
-    """Form of the two-way blocks, by the names of their MLP's keys."""
+def _two_way(shapes: Shapes, kind: Kind) -> TwoWay:
+    """Form of the two-way blocks, by the names of their MLP's keys; EfficientSAM's has no other."""
     public = any(
         ".mlp.layers.0.0." in k for k in shapes if k.startswith("mask_decoder.transformer")
     )
-    return "public" if public else "meta"
+    return "public" if public or kind == "efficient_sam" else "meta"
 
 
 def _rel_pos(tensors: Mapping[str, Tensor]) -> RelPos:
@@ -179,6 +216,7 @@ def _check_keys(tensors: Mapping[str, Tensor], network: Network, shapes: Shapes)
         raise CheckpointError(
             f"no network can be built from the checkpoint's shapes: {type(e).__name__} {e}"
         ) from e
+    in_3d = network.sd_trans is not None
     there = [key for key in wanted if key in tensors]
     wrong = [
         f"{k} is {tuple(tensors[k].shape)}, expected {tuple(wanted[k].shape)}"
@@ -191,8 +229,8 @@ def _check_keys(tensors: Mapping[str, Tensor], network: Network, shapes: Shapes)
     ]
     problems = sizes.misfit(
         shapes,
-        missing=[key for key in wanted if key not in tensors and not UNUSED.search(key)],
-        unknown=[key for key in tensors if key not in wanted and not UNUSED.search(key)],
+        missing=[k for k in wanted if k not in tensors and not _unused(k, in_3d=in_3d)],
+        unknown=[k for k in tensors if k not in wanted and not _unused(k, in_3d=in_3d)],
         wrong=wrong,
     )
     if problems:

@@ -75,20 +75,13 @@ def tiny_vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> Enco
 def vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
     """A SAM ViT: heads, windows and image size from the relative-position tables."""
     width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
-    depth = shapes.count("image_encoder.blocks")
-    tables = [shapes.get(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(depth)]
-    rows: Rows = [None if table is None else table[0] for table in tables]
-    if even := sorted({n for n in rows if n is not None and n % 2 == 0}):
-        raise CheckpointError(
-            f"relative-position tables have {_counted(even)} rows, expected 2·n − 1, an odd number"
-        )
-    head_size = next((table[1] for table in tables if table is not None), None)
+    rows, head_size = _tables(shapes)
     window = _window(rows, overrides, guesses)
     grid = _grid(rows, window, patch, overrides, guesses)
     return EncoderFacts(
         encoder="vit",
         widths=(width,),
-        depths=(depth,),
+        depths=(len(rows),),
         heads=(_heads(width, head_size, overrides, guesses),),
         windows=(window,),
         global_blocks=_global_blocks(rows, window, grid, overrides, guesses),
@@ -96,6 +89,42 @@ def vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFa
         embedding_size=grid,
         patch_size=patch,
     )
+
+
+def efficient_sam(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
+    """EfficientSAM's ViT: every block is global, and the tables show the image size."""
+    for option in ("window_size", "global_blocks"):
+        if getattr(overrides, option) is not None:
+            raise UsageError(
+                f"--{option.replace('_', '-')} is for SAM ViTs; efficient_sam's blocks are all "
+                "global"
+            )
+    width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
+    rows, head_size = _tables(shapes)
+    grid = _grid(rows, 0, patch, overrides, guesses)
+    return EncoderFacts(
+        encoder="vit",
+        widths=(width,),
+        depths=(len(rows),),
+        heads=(_heads(width, head_size, overrides, guesses),),
+        windows=(0,),
+        global_blocks=tuple(range(len(rows))),
+        image_size=grid * patch,
+        embedding_size=grid,
+        patch_size=patch,
+    )
+
+
+def _tables(shapes: Shapes) -> tuple[Rows, int | None]:
+    """Rows of each ViT block's relative-position tables, and the tables' width."""
+    depth = shapes.count("image_encoder.blocks")
+    tables = [shapes.get(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(depth)]
+    rows: Rows = [None if table is None else table[0] for table in tables]
+    if even := sorted({n for n in rows if n is not None and n % 2 == 0}):
+        raise CheckpointError(
+            f"relative-position tables have {_counted(even)} rows, expected 2·n − 1, an odd number"
+        )
+    return rows, next((table[1] for table in tables if table is not None), None)
 
 
 def _heads(width: int, head_size: int | None, overrides: Overrides, guesses: list[Guess]) -> int:
@@ -182,7 +211,8 @@ def _grid(rows: Rows, window: int, patch: int, overrides: Overrides, guesses: li
     if len(others) > 1 or (lengths and not others and None in rows):
         raise CheckpointError(
             f"relative-position tables of {_counted(lengths)} rows do not show the image size: "
-            "expected those of a window and of the whole grid; give --image-size"
+            "expected those of the whole grid, and of a window where there are any; give "
+            "--image-size"
         )
     if lengths:
         return ((others or lengths)[0] + 1) // 2

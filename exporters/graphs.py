@@ -36,15 +36,19 @@ WIDTH = 256
 def contract(network: Network) -> dict[str, Graph]:
     """Tensor contract of the two graphs of a network."""
     side, g = network.image_size, network.embedding_size
-    image = Contract(name="image", dtype="float32", shape=("B", 3, side, side))
-    made = Contract(name="image_embeddings", dtype="float32", shape=("B", WIDTH, g, g))
+    batch = network.slices or "B"
+    image = Contract(name="image", dtype="float32", shape=(batch, 3, side, side))
+    made = Contract(name="image_embeddings", dtype="float32", shape=(batch, WIDTH, g, g))
     given = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
-    prompts = (
+    prompts = [
         Contract(name="point_coords", dtype="float32", shape=("P", "N", 2)),
         Contract(name="point_labels", dtype="float32", shape=("P", "N")),
-        Contract(name="mask_input", dtype="float32", shape=("P", 1, 4 * g, 4 * g)),
-        Contract(name="has_mask_input", dtype="float32", shape=(1,)),
-    )
+    ]
+    if (mask := network.mask_prompt_size) is not None:
+        prompts += [
+            Contract(name="mask_input", dtype="float32", shape=("P", 1, mask, mask)),
+            Contract(name="has_mask_input", dtype="float32", shape=(1,)),
+        ]
     k = network.masks
     results = (
         Contract(name="low_res_masks", dtype="float32", shape=("max(E,P)", k, 4 * g, 4 * g)),
@@ -61,23 +65,32 @@ def export_graphs(
     graphs: Mapping[str, Graph],
     folder: Path,
     *,
+    chunk: int = 1,
     on_graph: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[Path]]:
     """Write both graphs into `folder`; the files of each, the ONNX file first.
 
-    `on_graph` is called with a graph's name before it is exported.
+    `chunk`: slices that are encoded together, in 3D. `on_graph` is called with a graph's name
+    before it is exported.
     """
-    modules = {"encoder": folded.encoder, "decoder": folded.decoder}
     files = {}
-    for name, module in modules.items():
-        on_graph(name)
-        files[name] = _export(module, graphs[name], folder / f"{name}.onnx")
+    on_graph("encoder")
+    files["encoder"] = export_encoder(
+        folded.encoder, graphs["encoder"], folder / "encoder.onnx", chunk=chunk
+    )
+    on_graph("decoder")
+    files["decoder"] = _export(folded.decoder, graphs["decoder"], folder / "decoder.onnx")
     return files
 
 
-def _export(module: nn.Module, graph: Graph, path: Path) -> list[Path]:
+def export_encoder(encoder: nn.Module, graph: Graph, path: Path, *, chunk: int = 1) -> list[Path]:
+    """Write an encoder that sees `chunk` slices together; its files, the ONNX file first."""
+    return _export(encoder, graph, path, batch=2 * chunk)
+
+
+def _export(module: nn.Module, graph: Graph, path: Path, *, batch: int = 2) -> list[Path]:
     """One module as an ONNX file, and its weights' file where they are too large for one."""
-    examples = tuple(_example(tensor) for tensor in graph.inputs)
+    examples = tuple(_example(tensor, batch) for tensor in graph.inputs)
     dynamic = tuple(
         {axis: name for axis, name in enumerate(tensor.shape) if isinstance(name, str)} or None
         for tensor in graph.inputs
@@ -103,9 +116,12 @@ def _export(module: nn.Module, graph: Graph, path: Path) -> list[Path]:
     return [path, *([path.with_name(f"{path.name}.data")] if external else [])]
 
 
-def _example(tensor: Contract) -> Tensor:
-    """An example input; dynamic axes differ and exceed 1, or the exporter fixes or merges them."""
-    sizes = {"B": 2, "E": 3, "P": 2, "N": 5}
+def _example(tensor: Contract, batch: int) -> Tensor:
+    """An example input; dynamic axes differ and exceed 1, or the exporter fixes or merges them.
+
+    So does the number of chunks in the batch.
+    """
+    sizes = {"B": batch, "E": 3, "P": 2, "N": 5}
     return torch.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape])
 
 

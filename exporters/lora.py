@@ -31,43 +31,62 @@ class LoRA:
 
 
 def merge(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[LoRA, ...]]:
-    """The tensors with every update merged into its weight, and what was merged."""
-    merged = {k: v for k, v in tensors.items() if k.rsplit(".", 1)[-1] not in PARTS}
+    """The tensors with every update merged into its weight, and what was merged.
+
+    CheckpointError for an update that is incomplete or does not fit its weight.
+    """
+    merged: dict[str, Tensor] = {}
+    updates: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        linear, _, part = key.rpartition(".")
+        if part in PARTS:
+            updates.setdefault(linear, {})[part] = value.double()
+        else:
+            merged[key] = value
     found = []
-    for key in tensors:
-        if key.endswith(".lora_A"):
-            linear = key.removesuffix(".lora_A")
-            update, lora = _update(tensors, linear)
-            weight = f"{linear}.weight"
-            merged[weight] = (tensors[weight].double() + update).to(tensors[weight].dtype)
-            found.append(lora)
+    for linear, parts in updates.items():
+        adaptive = bool({"lora_E", "ranknum"} & set(parts))
+        wanted = PARTS if adaptive else PARTS[:2]
+        lost = [f"{linear}.{part}" for part in wanted if part not in parts]
+        lost += [] if f"{linear}.weight" in merged else [f"{linear}.weight"]
+        if lost:
+            raise CheckpointError(
+                f"{linear} carries {' and '.join(parts)}, but the checkpoint lacks "
+                f"{' and '.join(lost)}"
+            )
+        weight = merged[f"{linear}.weight"]
+        merged[f"{linear}.weight"], lora = _merged(linear, weight, parts)
+        found.append(lora)
     return merged, tuple(found)
 
 
-def _update(tensors: Mapping[str, Tensor], linear: str) -> tuple[Tensor, LoRA]:
-    """What is added to a linear's weight, (out, in) float64."""
-    try:
-        weight, a, b = (
-            tensors[f"{linear}.{part}"].double() for part in ("weight", "lora_A", "lora_B")
-        )
-    except KeyError as e:
-        raise CheckpointError(f"{linear} has lora_A, but the checkpoint lacks {e}") from e
+def _merged(linear: str, weight: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, LoRA]:
+    """A linear's weight (out, in) with its update, in the type it has."""
+    shapes = ", ".join(f"{part} {tuple(value.shape)}" for part, value in parts.items())
+    unfit = CheckpointError(
+        f"{linear}: its low-rank update ({shapes}) does not fit its weight {tuple(weight.shape)}"
+    )
+    a, b = parts["lora_A"], parts["lora_B"]
+    if weight.ndim != 2 or a.ndim != 2 or b.ndim != 2 or not all((*a.shape, *b.shape)):
+        raise unfit
     rank = b.shape[1]
-    if f"{linear}.lora_E" in tensors:
-        scaled = tensors[f"{linear}.lora_E"].double() * a
-        ranknum = tensors[f"{linear}.ranknum"].double() + 1e-5
-        update, kind = (b @ scaled) / ranknum, "adalora"
-    elif a.shape[0] == 2 * rank and 3 * b.shape[0] == 2 * weight.shape[0]:
-        update, kind = torch.zeros_like(weight), "lora on first and last third"
-        third = weight.shape[0] // 3
-        update[:third] = b[:third] @ a[:rank] / rank
-        update[-third:] = b[third:] @ a[rank:] / rank
-    else:
-        update, kind = b @ a / rank, "lora"
+    halves = a.shape[0] == 2 * rank and 3 * b.shape[0] == 2 * weight.shape[0]
+    try:
+        if "lora_E" in parts:
+            scaled = parts["lora_E"].view(rank, 1) * a
+            update, kind = b @ scaled / (parts["ranknum"].view(()) + 1e-5), "adalora"
+        elif halves:
+            third = weight.shape[0] // 3
+            q, v = b[:third] @ a[:rank] / rank, b[third:] @ a[rank:] / rank
+            update, kind = torch.cat([q, torch.zeros_like(q), v]), "lora on first and last third"
+        else:
+            update, kind = b @ a / rank, "lora"
+    except RuntimeError as e:  # shapes that do not multiply
+        raise unfit from e
     if update.shape != weight.shape:
-        raise CheckpointError(
-            f"{linear}: a low-rank update of shape {tuple(update.shape)} does not fit its weight "
-            f"{tuple(weight.shape)} (lora_A {tuple(a.shape)}, lora_B {tuple(b.shape)})"
-        )
-    parameters = a.numel() + b.numel() + (rank if kind == "adalora" else 0)
-    return update, LoRA(linear=linear, rank=rank, kind=kind, parameters=parameters)
+        raise unfit
+    merged = (weight.double() + update).to(weight.dtype)
+    if not merged.isfinite().all():
+        raise CheckpointError(f"{linear}: its weight with its low-rank update is NaN or infinite")
+    count = a.numel() + b.numel() + (rank if kind == "adalora" else 0)
+    return merged, LoRA(linear=linear, rank=rank, kind=kind, parameters=count)

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
 
 from torch import Tensor
 
-Grouping = Literal["public", "paper"]
+from medsa_deploy.manifest import DepthGrouping, Network
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDTrans:
     """How the depth branch groups what its block sees."""
 
-    grouping: Grouping
+    grouping: DepthGrouping
     chunk: int | None
     """d; None: one group spans every slice and window of the block, and `slices` is fixed."""
     slices: int | None = None
     """Slices the encoder takes at a time when there is no chunk."""
+
+    @classmethod
+    def of(cls, network: Network) -> SDTrans | None:
+        """A network's; None if it sees single images."""
+        if network.sd_trans is None:
+            return None
+        return cls(grouping=network.sd_trans, chunk=network.depth_chunk, slices=network.slices)
 
     def size(self, windows: int) -> int:
         """d, in a block that cuts each slice into `windows` windows."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from medsa_deploy.errors import CheckpointError
-from medsa_deploy.manifest import EncoderKind, TwoWay
+from medsa_deploy.manifest import TwoWay
 
 from .shapes import Shapes
+
+Kind = Literal["vit", "tiny_vit", "efficient_sam"]
+"""Networks by what their keys are called: SAM's, those with a TinyViT, EfficientSAM."""
 
 VIT = {
     "image_encoder.patch_embed.proj.weight": "C 3 p p",
@@ -42,11 +46,24 @@ for _i in range(3):
         f"image_encoder.layers.{_i + 1}.blocks.#.mlp.fc1.weight": f"* W{_i + 1}",
     }
 
-DECODER = {
+SAM_DECODER = {
     "prompt_encoder.mask_downscaling.3.weight": "* * 2 2",
     "prompt_encoder.no_mask_embed.weight": "1 256",
-    "mask_decoder.mask_tokens.weight": "* 256",
     "mask_decoder.iou_prediction_head.layers.0.weight": "* 256",
+}
+EFFICIENT_SAM_DECODER = {
+    "prompt_encoder.invalid_points.weight": "1 256",
+    "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": "2 128",
+    "mask_decoder.mask_tokens.weight": "M 256",
+    "mask_decoder.final_output_upscaling_layers.0.0.weight": "256 u 2 2",
+    "mask_decoder.final_output_upscaling_layers.1.0.weight": "u v 2 2",
+    "mask_decoder.output_hypernetworks_mlps.#.layers.0.0.weight": "m 256",
+    "mask_decoder.output_hypernetworks_mlps.#.fc.weight": "v m",
+    "mask_decoder.iou_prediction_head.layers.0.0.weight": "i 256",
+    "mask_decoder.iou_prediction_head.fc.weight": "M i",
+}
+TRANSFORMER = {
+    "mask_decoder.mask_tokens.weight": "* 256",
     "mask_decoder.transformer.layers.#.self_attn.q_proj.weight": "* 256",
     "mask_decoder.transformer.layers.#.cross_attn_token_to_image.q_proj.weight": "* 256",
     "mask_decoder.transformer.layers.#.cross_attn_image_to_token.q_proj.weight": "* 256",
@@ -58,11 +75,21 @@ TWO_WAY_MLP = {
     "public": {"mask_decoder.transformer.layers.#.mlp.layers.0.0.weight": "* 256"},
 }
 
+REQUIRED: dict[Kind, dict[str, str]] = {
+    "vit": VIT | SAM_DECODER | TRANSFORMER,
+    "tiny_vit": TINY_VIT | SAM_DECODER | TRANSFORMER,
+    "efficient_sam": VIT
+    | {"image_encoder.pos_embed": "1 197 C"}  # a class token and 14×14
+    | TRANSFORMER
+    | EFFICIENT_SAM_DECODER,
+}
+
 OPTIONAL = {
     "image_encoder.blocks.#.attn.rel_pos_h": "* d",
     "image_encoder.blocks.#.attn.rel_pos_w": "* d",
     "image_encoder.blocks.#.Space_Adapter.D_fc1.weight": "* C",
     "image_encoder.blocks.#.MLP_Adapter.D_fc1.weight": "* C",
+    "image_encoder.blocks.#.Depth_Adapter.D_fc1.weight": "* C",
     "mask_decoder.transformer.layers.#.HyP_Adapter.D_fc1.weight": "* 256",
     "mask_decoder.transformer.layers.#.HyP_Adapter.P_fc.weight": "* 256",
     "mask_decoder.transformer.layers.#.HyP_Adapter.norms.#.weight": "*",
@@ -76,13 +103,13 @@ for _i in range(1, 4):
     }
 
 
-def checked(shapes: Shapes, encoder: EncoderKind, form: TwoWay) -> Shapes:
+def checked(shapes: Shapes, kind: Kind, form: TwoWay) -> Shapes:
     """`shapes`, fit to build a network from; CheckpointError lists what is missing or wrong.
 
     A key that one block lacks and another has is borrowed from that one: the network can then be
     built, and everything the checkpoint lacks be listed.
     """
-    required = (VIT if encoder == "vit" else TINY_VIT) | DECODER | TWO_WAY_MLP[form]
+    required = REQUIRED[kind] | TWO_WAY_MLP[form]
     borrowed: dict[str, tuple[int, ...]] = {}
     missing: list[str] = []
     for pattern in required:

@@ -63,6 +63,17 @@ class OverrideOptions:
         int | None, typer.Option(help="Side of the network's input, in pixels")
     ] = None
     classes: Annotated[int | None, typer.Option(help="Classes the network was trained for")] = None
+    depth_chunk: Annotated[
+        str | None,
+        typer.Option(metavar="D|none", help="3D: slices that see each other; none: all --slices"),
+    ] = None
+    slices: Annotated[
+        int | None, typer.Option(help="3D: slices of the graph, with --depth-chunk none")
+    ] = None
+    sd_trans: Annotated[
+        Literal["public", "paper"] | None,
+        typer.Option(help="3D: how slices are grouped; checkpoints of the public code: public"),
+    ] = None
     preprocess: Annotated[
         Literal["medsa", "sam", "medsam", "litemedsam"] | None,
         typer.Option(help="How images become the network's input"),
@@ -74,6 +85,16 @@ class OverrideOptions:
     ] = None
     point_frame: Annotated[
         Literal["network", "image"] | None, typer.Option(help="Frame of coordinates, likewise")
+    ] = None
+    prompt_scope: Annotated[
+        Literal["chunk", "slice"] | None,
+        typer.Option(help="3D: whether prompts are for their chunk of slices, or their slice"),
+    ] = None
+    point_scale: Annotated[
+        float | None, typer.Option(help="What training multiplied coordinates by")
+    ] = None
+    pad_points: Annotated[
+        int | None, typer.Option(help="Points efficient_sam's prompts are padded to; 0 for none")
     ] = None
     threshold: Threshold = None
     class_names: Annotated[
@@ -148,6 +169,8 @@ def export(
     medsa-deploy export adapters.pth --base sam_vit_b_01ec64.pth --images my-images/
 
     medsa-deploy export medsam_vit_b.pth --preprocess medsam
+
+    medsa-deploy export volumes.pth --depth-chunk 8 --intensity-window -175,250
     """
     with console.steps() as on_step:
         made = stages.export(
@@ -165,26 +188,51 @@ def export(
 @app.command()
 def run(
     bundle: Bundle,
-    image: Annotated[Path, typer.Argument(help="An image, or a folder of images")],
+    image: Annotated[Path, typer.Argument(help="An image, a folder of images, or a volume")],
     point: Annotated[
         list[str] | None,
-        typer.Option(metavar="X,Y[,LABEL]", help="A click; label 1 foreground, 0 background"),
+        typer.Option(
+            metavar="X,Y[,LABEL]",
+            help="A click; label 1 foreground, 0 background. In a volume X,Y,Z[,LABEL]",
+        ),
     ] = None,
     box: Annotated[
         list[str] | None,
-        typer.Option(metavar="X0,Y0,X1,Y1", help="A box; several are several objects"),
+        typer.Option(
+            metavar="X0,Y0,X1,Y1",
+            help="A box; several are several objects. In a volume X0,Y0,Z0,X1,Y1,Z1",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Volume: prompts of several structures, as JSON")
     ] = None,
     mask_input: Annotated[
         Path | None, typer.Option(help="`.npy` logits of an earlier mask (--save-logits)")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Mask: .png, .npy, .nii.gz; a folder for a folder"),
+        typer.Option(
+            "-o",
+            "--output",
+            help="Mask: .png, .npy, .nii.gz; a folder for a folder; volume: .nii.gz, .npy, .dcm",
+        ),
     ] = None,
     overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None,
     save_logits: Annotated[Path | None, typer.Option(help="Low-resolution logits: .npy")] = None,
     axis: Annotated[int | None, typer.Option(help="Axis of a volume to slice along")] = None,
-    slice_: Annotated[int | None, typer.Option("--slice", help="Slice of a volume")] = None,
+    slice_: Annotated[
+        int | None, typer.Option("--slice", help="One slice of a volume, as an image")
+    ] = None,
+    volume: Annotated[int | None, typer.Option(help="Which volume of a 4-D NIfTI")] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Volume: slices that neighbouring chunks share")
+    ] = None,
+    propagate: Annotated[
+        bool, typer.Option("--propagate", help="Volume: follow masks beyond the prompted slices")
+    ] = False,
+    margin: Annotated[
+        float | None, typer.Option(help="Volume: pixels around a mask that is followed; default 3")
+    ] = None,
     intensity_window: IntensityWindow = None,
     threshold: Threshold = None,
     multimask: Annotated[
@@ -195,7 +243,7 @@ def run(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Segment an image, or every image of a folder, from clicks and boxes in its pixels.
+    """Segment an image, every image of a folder, or a volume, from clicks and boxes.
 
     medsa-deploy run ckpt.medsa image.dcm --point 120,88 -o mask.png --overlay overlay.png
 
@@ -204,24 +252,79 @@ def run(
     medsa-deploy run ckpt.medsa volume.nii.gz --axis 2 --slice 90 --box 40,30,200,170 -o mask.nii.gz
 
     medsa-deploy run ckpt.medsa frames/ --point 256,256 -o masks/
+
+    medsa-deploy run ckpt.medsa ct.nii.gz --point 120,88,40 --propagate -o seg.nii.gz
+
+    medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
+
+    prompts.json, in voxels:
+
+    ```
+    {"structures": [
+      {"name": "liver", "points": [[120, 88, 40], [60, 90, 40, 0]]},
+      {"name": "spleen", "boxes": [[30, 40, 38, 90, 110, 52]]}
+    ]}
+    ```
+
+    A point is x, y, z and its label, 1 (default) or 0; a box x0, y0, z0, x1, y1, z1, in the slices
+    z0 to z1 - 1. "class" instead of "name" takes one class of a network of several; without
+    either, a structure gives all of them.
     """
+    window = _window(intensity_window)
+    if stages.takes_volume(image, slice_):
+        _refuse("images", mask_input=mask_input, save_logits=save_logits, multimask=multimask)
+        structures = stages.structures_of(
+            [_numbers(text, float, "--point") for text in point or ()],
+            [_numbers(text, float, "--box") for text in box or ()],
+            prompts,
+        )
+        with (
+            load(bundle, backend=backend, precision=precision, threads=threads) as session,
+            console.progress(not json, "slices") as on_slice,
+        ):
+            segmented = stages.run_volume(
+                session,
+                image,
+                structures,
+                stages.VolumeOptions(
+                    intensity_window=window,
+                    threshold=threshold,
+                    overlap=overlap or 0,
+                    propagate=propagate,
+                    margin=margin,
+                ),
+                mask=output,
+                overlay=overlay,
+                axis=axis,
+                number=volume,
+                on_slice=on_slice,
+            )
+        console.print_json(segmented) if json else console.print_volume(segmented)
+        return
+    _refuse(
+        "volumes",
+        prompts=prompts,
+        volume=volume,
+        overlap=overlap,
+        propagate=propagate,
+        margin=margin,
+    )
     clicks = [_click(text) for text in point or ()]
-    prompts = stages.Prompts(
+    given = stages.Prompts(
         points=tuple((x, y) for x, y, _ in clicks),
         labels=tuple(label for _, _, label in clicks),
         boxes=tuple(_box(text) for text in box or ()),
         mask=mask_input,
     )
-    window = _window(intensity_window)
     default = Path("masks") if image.is_dir() else Path(f"{image.name}.mask.png")
     with (
         load(bundle, backend=backend, precision=precision, threads=threads) as session,
-        console.image_progress(image.is_dir() and not json) as on_image,
+        console.progress(image.is_dir() and not json, "images") as on_image,
     ):
         results = stages.run(
             session,
             image,
-            prompts,
+            given,
             stages.Outputs(mask=output or default, overlay=overlay, logits=save_logits),
             axis=axis,
             index=slice_,
@@ -290,22 +393,29 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def demo(
-    model: Annotated[Literal["litemedsam"], typer.Option(help="Which model")] = "litemedsam",
+    model: Annotated[
+        Literal["medsa", "litemedsam"],
+        typer.Option(help="medsa: a small Med-SA, in 3D. litemedsam: its published weights, in 2D"),
+    ] = "medsa",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write")] = Path("demo"),
     json: Json = False,
 ) -> None:
-    """Export real weights, segment a real MR image, print Dice and timings.
+    """Export trained weights, segment a real MR volume, print Dice and timings.
 
     medsa-deploy demo
+
+    medsa-deploy demo --model litemedsam
     """
-    if not json:
-        console.err.print(
-            "LiteMedSAM's weights → a bundle, proved equal to its own network → masks on the\n"
-            "MNI T1 template (an average of 152 heads) from boxes and clicks, against its labels."
-        )
+    if model == "litemedsam":
+        with console.steps() as on_step:
+            lite = stages.demonstrate_litemedsam(output, on_step=on_step)
+        console.print_json(lite) if json else console.print_litemedsam(lite)
+        return
     with console.steps() as on_step:
         found = stages.demonstrate(output, on_step=on_step)
     console.print_json(found) if json else console.print_demonstration(found)
+    if not found.verified:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -340,6 +450,7 @@ def _overrides(options: OverrideOptions) -> Any:
     """The options as `Overrides`, which come with torch."""
     blocks, names = options.global_blocks, options.class_names
     parsed = {
+        "depth_chunk": _depth_chunk(options.depth_chunk),
         "global_blocks": None if blocks is None else _numbers(blocks, int, "--global-blocks"),
         "intensity_window": _window(options.intensity_window),
         "class_names": None if names is None else tuple(n.strip() for n in names.split(",")),
@@ -349,11 +460,28 @@ def _overrides(options: OverrideOptions) -> Any:
     return Overrides(**asdict(options) | parsed)
 
 
+def _refuse(what: str, **options: object) -> None:
+    """UsageError for options that were given, and are for images or volumes only."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is for {what}: leave it out here")
+
+
+def _depth_chunk(text: str | None) -> int | str | None:
+    """D or `none`."""
+    if text is None or text == "none":
+        return text
+    values = _numbers(text, int, "--depth-chunk")
+    if len(values) != 1:
+        raise UsageError(f"--depth-chunk {text}: expected a number of slices, or none")
+    return values[0]
+
+
 def _click(text: str) -> tuple[float, float, int]:
     """X,Y or X,Y,LABEL."""
     values = _numbers(text, float, "--point")
     if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
-        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0")
+        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image")
     return values[0], values[1], int(values[2]) if len(values) == 3 else 1
 
 
@@ -361,7 +489,7 @@ def _box(text: str) -> tuple[float, float, float, float]:
     """X0,Y0,X1,Y1."""
     values = _numbers(text, float, "--box")
     if len(values) != 4:
-        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1")
+        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1 in an image")
     return values[0], values[1], values[2], values[3]
 
 

@@ -22,12 +22,27 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .errors import MedsaError
 from .manifest import Conventions, Network, Parity
-from .stages import Demonstration, Diagnosis, Export, Inspection, Segmentation, Verification
+from .stages import (
+    Demonstration,
+    Diagnosis,
+    Export,
+    Inspection,
+    LiteMedSAMDemonstration,
+    Segmentation,
+    Verification,
+    VolumeSegmentation,
+)
 
 if TYPE_CHECKING:
     from .exporters.lora import LoRA
@@ -42,7 +57,7 @@ FAMILIES = {
     "mobile_sam": "mobile_sam",
     "efficient_sam": "efficient_sam",
 }
-ENCODERS = {"vit": "SAM ViT", "tiny_vit": "TinyViT"}
+ENCODERS = {"vit": "ViT", "tiny_vit": "TinyViT"}
 
 
 class WarningLines(logging.Handler):
@@ -131,14 +146,14 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def image_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of images done, with the time left; nothing where it cannot be seen."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress(shown: bool, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of things done, with the time left; nothing where it cannot be seen."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
     with Progress(
         *columns, console=err, transient=True, disable=not (shown and err.is_terminal)
-    ) as progress:
-        task = progress.add_task("images", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_inspection(found: Inspection) -> None:
@@ -146,7 +161,7 @@ def print_inspection(found: Inspection) -> None:
     source = found.source
     over = f" over {source.base}" if source.base else ""
     out.print(f"[bold]{escape(source.checkpoint)}[/]  {source.container}{over}, {source.dtype}")
-    _print_facts(_network_facts(found.network) | _convention_facts(found.conventions))
+    _print_facts(_facts(found.network, found.conventions))
     if found.lora:
         out.print("\nLow-rank updates, merged into:")
         table = _table()
@@ -173,7 +188,7 @@ def print_export(made: Export) -> None:
     """A bundle that was just made."""
     network = made.manifest.network
     out.print(f"[bold green]{escape(str(made.bundle))}[/]  in {made.seconds:.0f} s")
-    _print_facts(_network_facts(network) | _convention_facts(made.manifest.conventions))
+    _print_facts(_facts(network, made.manifest.conventions))
     print_guesses(made.guesses)
     _print_files([(f.path, f.bytes) for f in made.manifest.files])
     for parity in made.manifest.parity:
@@ -212,6 +227,28 @@ def print_segmentation(result: Segmentation) -> None:
             out.print(f"  → {escape(str(path))}")
 
 
+def print_volume(result: VolumeSegmentation) -> None:
+    """What came of one volume."""
+    shape = "×".join(map(str, result.shape))
+    total = result.shape[result.axis]
+    out.print(
+        f"[bold]{escape(str(result.volume))}[/]  {shape} voxels, {len(result.slices)} of {total} "
+        f"slices along axis {result.axis} segmented in {result.seconds:.1f} s"
+    )
+    table = _table("label", "name", "voxels", "ml")
+    for label in result.labels:
+        volume = "" if label.millilitres is None else f"{label.millilitres:.2f}"
+        table.add_row(str(label.label), escape(label.name), str(label.voxels), volume)
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result.timings_ms.items())
+    window = result.intensity_window
+    shown = "" if window is None else f"; intensities {window[0]:g}…{window[1]:g}"
+    out.print(f"  {times} a slice (medians){shown}", style="dim")
+    for path in (result.mask, result.overlay):
+        if path is not None:
+            out.print(f"  → {escape(str(path))}")
+
+
 def print_diagnosis(found: Diagnosis) -> None:
     """What this machine has."""
     memory = "" if found.memory_gb is None else f", {found.memory_gb:g} GB"
@@ -237,6 +274,25 @@ def print_diagnosis(found: Diagnosis) -> None:
 
 def print_demonstration(found: Demonstration) -> None:
     """What the demonstration measured."""
+    _print_parity(found.parity, "the checkpoint's own network")
+    clicks = ", ".join(f"({x:g}, {y:g}, {z:g})" for x, y, z in found.clicks)
+    out.print(
+        "\nA small Med-SA (HyP-Adpt, SD-Trans) on slices of the MNI T1 template (an average of 152 "
+        f"heads)\nthat it was not trained on, from {len(found.clicks)} clicks at {clicks}:"
+    )
+    table = _table("structure", "Dice")
+    for name, dice in found.dice.items():
+        table.add_row(name, f"{dice:.3f}")
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.timings_ms.items())
+    out.print(f"{times} a slice (medians, ONNX Runtime on this CPU)")
+    out.print(f"bundle       {escape(str(found.bundle))}")
+    out.print(f"segmentation {escape(str(found.segmentation))}")
+    out.print(f"montage      {escape(str(found.montage))}")
+
+
+def print_litemedsam(found: LiteMedSAMDemonstration) -> None:
+    """What the demonstration with LiteMedSAM measured, on slices of the MNI T1 template."""
     _print_parity(found.parity, "LiteMedSAM's own network")
     table = _table("slice", "structure", "prompt", "Dice")
     for result in found.results:
@@ -255,10 +311,15 @@ def _alike(lora: LoRA) -> tuple[str, str, int]:
     return re.sub(r"\.\d+\.", ".*.", lora.linear), lora.kind, lora.rank
 
 
+def _facts(network: Network, conventions: Conventions) -> dict[str, str]:
+    scope = {"prompts": f"for their {conventions.prompt_scope}"} if network.chunk > 1 else {}
+    return _network_facts(network) | _convention_facts(conventions) | scope
+
+
 def _network_facts(network: Network) -> dict[str, str]:
     share = 100 * network.adapter_parameters / network.parameters
     vit = network.encoder == "vit"
-    windows = f", windows of {network.windows[0]}" if vit else ""
+    windows = f", windows of {network.windows[0]}" if vit and network.windows[0] else ""
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
         "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
@@ -276,12 +337,17 @@ def _network_facts(network: Network) -> dict[str, str]:
         "decoder": f"two-way blocks in {network.two_way}'s form; {outputs}",
     }
     if vit:
-        facts["global blocks"] = _list(network.global_blocks)
+        every = len(network.global_blocks) == sum(network.depths)
+        facts["global blocks"] = "all" if every else _list(network.global_blocks)
         facts["relative positions"] = {
             "zero": "tables all zero: no bias",
             "real": "real tables",
             "none": "no tables",
         }[network.rel_pos]
+    if network.sd_trans is not None:
+        chunk = f"chunks of {network.depth_chunk} slices" if network.depth_chunk else "no chunks"
+        exactly = f", exactly {network.slices} slices" if network.slices else ""
+        facts["3D"] = f"SD-Trans, {network.sd_trans} grouping, {chunk}{exactly}"
     if network.hyp_lengths:
         facts["HyP-Adpt"] = (
             f"lengths {_list(network.hyp_lengths)}, prompt length {network.hyp_prompt_length}"
@@ -293,7 +359,9 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
     window = conventions.intensity_window
     return {
         "preprocess": conventions.preprocess,
-        "points": f"order {conventions.point_order}, frame {conventions.point_frame}",
+        "points": f"order {conventions.point_order}, frame {conventions.point_frame}"
+        + ("" if conventions.point_scale == 1 else f", times {conventions.point_scale:g}")
+        + (f", padded to {conventions.pad_points}" if conventions.pad_points else ""),
         "threshold": f"{conventions.threshold:g}",
         "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
         "class names": ", ".join(conventions.class_names) or "none",

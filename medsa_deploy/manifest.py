@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from .errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILENAME = "manifest.json"
 
 Family = Literal["medsa", "sam", "litemedsam", "mobile_sam", "efficient_sam"]
@@ -32,6 +32,8 @@ Outputs = Literal["classes", "sam"]
 ProfileName = Literal["medsa", "sam", "medsam", "litemedsam"]
 PointOrder = Literal["xy", "yx"]
 PointFrame = Literal["network", "image"]
+DepthGrouping = Literal["public", "paper"]
+PromptScope = Literal["chunk", "slice"]
 Role = Literal["encoder", "decoder", "weights", "reference"]
 """`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by."""
 
@@ -67,7 +69,7 @@ class Network:
     heads: tuple[int, ...]
     """Attention heads of each stage; 0 for a stage without attention."""
     windows: tuple[int, ...]
-    """Attention window of each stage, in tokens; 0 for a stage without attention."""
+    """Attention window of each stage, in tokens; 0 for a stage that is not cut into windows."""
     global_blocks: tuple[int, ...]
     """Indices of the ViT blocks that attend over the whole grid."""
     image_size: int
@@ -91,11 +93,28 @@ class Network:
     hyp_lengths: tuple[int, ...] = ()
     """HyP-Adpt's widths L_0…L_K of the first two-way block that has it; empty without."""
     hyp_prompt_length: int = 0
+    sd_trans: DepthGrouping | None = None
+    """How SD-Trans groups what attends over depth; None for a network that sees single images."""
+    depth_chunk: int | None = None
+    """D: neighbouring slices that attend to each other; the encoder's batch is a multiple of it.
+    None with SD-Trans: the depth branch spans every window of exactly `slices` slices."""
+    slices: int | None = None
+    """Slices the encoder takes, no more and no less, where there is no `depth_chunk`."""
+
+    @property
+    def chunk(self) -> int:
+        """Slices that are encoded together: 1 for a network that sees single images."""
+        return self.depth_chunk or self.slices or 1
 
     @property
     def masks(self) -> int:
         """K: masks in the decoder's output."""
         return self.classes if self.outputs == "classes" else self.mask_tokens
+
+    @property
+    def mask_prompt_size(self) -> int | None:
+        """Side of a mask prompt, 4·g; None for a decoder that takes none."""
+        return None if self.family == "efficient_sam" else 4 * self.embedding_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +126,14 @@ class Conventions:
     """`yx`: the network was trained on (row, column) clicks. Callers always give x, y."""
     point_frame: PointFrame = "network"
     """`image`: coordinates go in as the image's own pixels, unscaled."""
+    prompt_scope: PromptScope = "chunk"
+    """In 3D, whom a prompt set is for: all slices of its chunk, with the clicks and boxes of all of
+    them in one set, as the public code trains; or its own slice alone."""
+    point_scale: float = 1.0
+    """What coordinates are multiplied by, after `point_frame`."""
+    pad_points: int | None = None
+    """Points a set is padded to, box corners included, with (−1, −1) and label −1; 0 for no padding
+    at all. None is SAM's way: one point (0, 0) of label −1 in a set without a box."""
     intensity_window: tuple[float, float] | None = None
     """Intensities mapped to black and white, for images that are not 8-bit."""
     threshold: float = 0.5

@@ -27,7 +27,9 @@ BOX_LABELS = (2, 3)
 """SAM's labels of a box's top-left and bottom-right corner."""
 
 PADDING_LABEL = -1
-"""SAM's label of the point that stands in for an absent box."""
+"""Label of padding points: SAM's, which stands in for an absent box, and EfficientSAM's."""
+
+NO_MASK_PROMPTS = "this network takes no mask prompt: give points or a box"
 
 PART_SHAPES = {
     "points": "(N, 2) or (P, N, 2)",
@@ -174,15 +176,16 @@ def prompts(
 
 
 def network_prompt(
-    prompt: Prompt, frame: Frame, conventions: Conventions, *, mask_size: int
+    prompt: Prompt, frame: Frame, conventions: Conventions, *, mask_size: int | None
 ) -> tuple[Floats, Floats]:
     """A prompt set → the decoder's `point_coords` (N', 2) and `point_labels` (N',), float32.
 
-    Points first, then the box's two corners with labels 2 and 3, or, only when there is no box, one
-    point (0, 0) with label −1; in pixels of the network's frame (`point_frame` "image": of the
-    image), x and y swapped for `point_order` "yx". SAM's +0.5 is in the graph. PromptError for what
-    lies outside the image, an empty box, labels other than 0 and 1, or a mask whose side is not
-    `mask_size` (4g).
+    Points first, then the box's two corners with labels 2 and 3, then padding of label −1: one
+    point (0, 0), only when there is no box, or as many (−1, −1) as `pad_points` wants. Coordinates
+    are pixels of the network's frame (`point_frame` "image": of the image), times `point_scale`,
+    x and y swapped for `point_order` "yx". SAM's +0.5 is in the graph. PromptError for what lies
+    outside the image, an empty box, labels other than 0 and 1, more points than `pad_points`, or a
+    mask whose side is not `mask_size` (4g; None: no mask at all).
     """
     _check_points(prompt, frame.image_size)
     if prompt.box is not None:
@@ -194,14 +197,25 @@ def network_prompt(
     if conventions.point_frame == "network":
         (height, width), (h, w) = frame.image_size, frame.content_size
         coords *= (w / width, h / height)
-    labels = [*prompt.labels, *BOX_LABELS]
-    if prompt.box is None:
-        # SAM gives every set without a box one such token; a second one changes the masks
-        coords = np.concatenate([coords, np.zeros((1, 2))])
-        labels = [*prompt.labels, PADDING_LABEL]
+    padding = _padding(prompt, len(coords), conventions.pad_points)
+    coords = np.concatenate([coords * conventions.point_scale, padding])
+    labels = [*prompt.labels, *BOX_LABELS[: len(corners)], *[PADDING_LABEL] * len(padding)]
     if conventions.point_order == "yx":
         coords = coords[:, ::-1]
     return np.ascontiguousarray(coords, dtype=np.float32), np.array(labels, np.float32)
+
+
+def _padding(prompt: Prompt, points: int, pad_points: int | None) -> Floats:
+    """(n, 2) coordinates of the padding points of a set that has `points`, box corners included."""
+    if pad_points is None:
+        # SAM gives every set without a box one such token; a second one changes the masks
+        return np.zeros((1 if prompt.box is None else 0, 2), np.float32)
+    if points > pad_points > 0:
+        raise PromptError(
+            f"the prompt has {points} points (a box counts as two), but this network takes at most "
+            f"{pad_points}: give fewer clicks"
+        )
+    return np.full((max(0, pad_points - points), 2), -1, np.float32)
 
 
 def upsample(logits: Floats, frame: Frame) -> Floats:
@@ -356,8 +370,10 @@ def _check_box(box: Floats, image_size: tuple[int, int]) -> None:
         )
 
 
-def _check_mask(mask: Floats, mask_size: int) -> None:
-    """Refuse a mask prompt that is not (4g, 4g) or not finite."""
+def _check_mask(mask: Floats, mask_size: int | None) -> None:
+    """Refuse a mask prompt that is not (4g, 4g) or not finite, or any where `mask_size` is None."""
+    if mask_size is None:
+        raise PromptError(NO_MASK_PROMPTS)
     if mask.shape != (mask_size, mask_size):
         raise PromptError(
             f"the mask prompt has the shape {mask.shape}, expected ({mask_size}, {mask_size}): "

@@ -33,12 +33,22 @@ TENSORS = ("image_embeddings", "low_res_masks", "iou_predictions")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """An image and prompt sets on it."""
+    """An image, or neighbouring slices of a volume, and prompt sets.
+
+    Set i is decoded on slice i, each starting again from the first when they run out.
+    """
 
     name: str
-    image: Image
+    images: Sequence[Image]
+    """One for a network that sees single images, a chunk's slices for one that sees depth."""
     prompts: Sequence[Prompt]
     seeded: bool
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(slice, prompt set) of everything that is decoded."""
+        slices, sets = len(self.images), len(self.prompts)
+        return [(i % slices, i % sets) for i in range(max(slices, sets))]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,8 +56,8 @@ class Outputs:
     """What a network gave for one case."""
 
     tensors: dict[str, Array]
-    """`image_embeddings` (1, 256, g, g), `low_res_masks` (P, K, 4g, 4g), `iou_predictions` (P, K)
-    """
+    """`image_embeddings` (D, 256, g, g) of D slices, and of every pair of slice and prompt set
+    `low_res_masks` (n, K, 4g, 4g) and `iou_predictions` (n, K)."""
     frame: Frame
 
 
@@ -61,7 +71,7 @@ class Comparison:
     """Share of the pixels of all the case's masks, at the image's size."""
 
 
-def seeded_image(size: int, seed: int) -> NDArray[np.uint8]:
+def seeded_image(size: int, seed: int | list[int]) -> NDArray[np.uint8]:
     """A smooth, detailed colour image of (size, size, 3) uint8: noise of several scales."""
     rng = np.random.default_rng(seed)
     total = np.zeros((size, size, 3), np.float32)
@@ -73,8 +83,11 @@ def seeded_image(size: int, seed: int) -> NDArray[np.uint8]:
     return np.asarray(np.rint((total - low) / (high - low) * 255), np.uint8)
 
 
-def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[Prompt]:
-    """Prompt sets of every kind on an image: clicks, a box, a box with a click, a mask."""
+def seeded_prompts(height: int, width: int, mask_size: int | None, seed: int) -> list[Prompt]:
+    """Prompt sets of every kind on an image: clicks, a box, a box with a click, a mask.
+
+    `mask_size`: side of the mask; None for a network without mask prompts.
+    """
     rng = np.random.default_rng([seed, height, width])
 
     def clicks(count: int) -> Array:
@@ -85,49 +98,57 @@ def seeded_prompts(height: int, width: int, mask_size: int, seed: int) -> list[P
         corners = np.concatenate([low, high]) * (width, height, width, height)
         return corners.astype(np.float32)
 
-    mask = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32)).resize(
-        (mask_size, mask_size), PillowImage.Resampling.BILINEAR
-    )
+    coarse = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32))
     none: Array = np.zeros((0, 2), np.float32)
     one = np.ones(1, np.float32)
     mixed = np.array([1, 0, 1], np.float32)
-    return [
+    sets = [
         Prompt(points=clicks(1), labels=one, box=None, mask=None),
         Prompt(points=clicks(3), labels=mixed, box=None, mask=None),
         Prompt(points=none, labels=none[:, 0], box=box(), mask=None),
         Prompt(points=clicks(1), labels=one, box=box(), mask=None),
-        Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32)),
     ]
+    if mask_size is not None:
+        mask = coarse.resize((mask_size, mask_size), PillowImage.Resampling.BILINEAR)
+        masked = Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32))
+        sets.append(masked)
+    return sets
 
 
-def seeded_case(image_size: int, mask_size: int, seed: int) -> Case:
+def seeded_case(image_size: int, mask_size: int | None, seed: int, slices: int = 1) -> Case:
     """A case made of nothing but a seed."""
+    pixels = [seeded_image(image_size, [seed, i] if i else seed) for i in range(slices)]
     return Case(
         name=f"seed {seed}",
-        image=Image(pixels=seeded_image(image_size, seed), path=Path(f"seed-{seed}")),
+        images=[Image(pixels=one, path=Path(f"seed-{seed}")) for one in pixels],
         prompts=seeded_prompts(image_size, image_size, mask_size, seed),
         seeded=True,
     )
 
 
-def image_case(image: Image, mask_size: int) -> Case:
-    """A case on a user's image, with prompts of every kind."""
-    height, width = image.pixels.shape[:2]
+def image_case(name: str, images: Sequence[Image], mask_size: int | None) -> Case:
+    """A case on a user's image or slices, with prompts of every kind."""
+    height, width = images[0].pixels.shape[:2]
     return Case(
-        name=image.path.name,
-        image=image,
+        name=name,
+        images=images,
         prompts=seeded_prompts(height, width, mask_size, 0),
         seeded=False,
     )
 
 
 def run_case(session: Session, case: Case) -> Outputs:
-    """Encode the case's image and decode its prompt sets."""
-    embedding = session.encode(case.image)
-    masks, scores = decode(session.backend, session.manifest, embedding, case.prompts)
+    """Encode the case's images and decode its prompt sets."""
+    embeddings = session.encode_slices(case.images)
+    decoded = []
+    for i, embedding in enumerate(embeddings):
+        sets = [case.prompts[j] for slice_, j in case.pairs if slice_ == i]
+        decoded.append(decode(session.backend, session.manifest, embedding, sets))
+    values = [embedding.values for embedding in embeddings]
+    parts = (values, *zip(*decoded, strict=True))
     return Outputs(
-        tensors=dict(zip(TENSORS, (embedding.values, masks, scores), strict=True)),
-        frame=embedding.frame,
+        tensors={name: np.concatenate(p) for name, p in zip(TENSORS, parts, strict=True)},
+        frame=embeddings[0].frame,
     )
 
 
@@ -209,7 +230,8 @@ def require(parity: Parity) -> None:
 
 def save_reference(path: Path, case: Case, outputs: Outputs) -> None:
     """Write a case and what the checkpoint's network gave for it, to verify against anywhere."""
-    arrays: dict[str, NDArray[np.generic]] = {"image": case.image.pixels, **outputs.tensors}
+    pixels = np.stack([image.pixels for image in case.images])
+    arrays: dict[str, NDArray[np.generic]] = {"images": pixels, **outputs.tensors}
     for i, prompt in enumerate(case.prompts):
         parts = {"points": prompt.points, "labels": prompt.labels}
         parts |= {} if prompt.box is None else {"box": prompt.box}
@@ -226,7 +248,7 @@ def load_reference(path: Path) -> tuple[Case, dict[str, Array]]:
         sets = len({name.split(".")[1] for name in arrays if name.startswith("prompt.")})
         case = Case(
             name="saved reference",
-            image=Image(pixels=arrays["image"], path=path),
+            images=[Image(pixels=pixels, path=path) for pixels in arrays["images"]],
             prompts=[
                 Prompt(
                     points=arrays[f"prompt.{i}.points"],

@@ -58,7 +58,11 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) ->
                 output=path,
                 base=None,
                 images=None,
-                overrides=Overrides(classes=GoldenCase(name).classes),
+                overrides=Overrides(
+                    classes=GoldenCase(name).classes,
+                    image_size=GoldenCase(name).shown_size,
+                    depth_chunk=GoldenCase(name).settings.get("chunk"),
+                ),
                 force=False,
             )
         return path
@@ -70,6 +74,12 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) ->
 def bundle(bundle_of: Maker) -> Path:
     """A small Med-SA bundle: 256×256, one class, trained by the public code (clicks are yx)."""
     return bundle_of("medsa_2d")
+
+
+@pytest.fixture(scope="session")
+def bundle_3d(bundle_of: Maker) -> Path:
+    """A small 3D bundle with HyP-Adpt: 256×256, chunks of 4 slices, two classes (clicks are yx)."""
+    return bundle_of("medsa_hyp_3d")
 
 
 @pytest.fixture(scope="session")

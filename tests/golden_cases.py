@@ -30,8 +30,12 @@ VIT_2D = (
 )
 
 
-TABLELESS_2D = ("medsa_lora", "medsa_mobile")
+VIT_3D = ("medsa_3d_chunk6", "medsa_3d_no_chunk", "medsa_hyp_3d")
+
+TABLELESS_2D = ("medsa_lora", "medsa_mobile", "medsa_efficient_adalora")
 """Cases whose checkpoints do not show their image size."""
+
+CASES_2D = (*VIT_2D, "medsa_efficient", *TABLELESS_2D)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class GoldenCase:
         return self.settings["image_size"]
 
     @property
+    def shown_size(self) -> int | None:
+        """What `--image-size` has to be given, if anything."""
+        return self.size if self.name in TABLELESS_2D else None
+
+    @property
+    def efficient(self) -> bool:
+        """Whether it is efficient_sam: no padding point, no mask prompt, SAM's outputs."""
+        return self.settings.get("network") == "efficient_sam"
+
+    @property
     def classes(self) -> int:
         return self.settings.get("num_multimask_outputs", 1)
 
@@ -71,7 +85,7 @@ class GoldenCase:
 
     @property
     def coords_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Points, then box corners, then the padding point where there is no box."""
+        """Points, then box corners, then SAM's padding point where there is no box."""
         s = self.settings
         boxes = s.get("boxes")
         sets = len(s["points"] or boxes)
@@ -80,6 +94,8 @@ class GoldenCase:
         if boxes:
             more = np.array(boxes, np.float32).reshape(sets, 2, 2)
             more_labels = np.tile(np.array([2, 3], np.float32), (sets, 1))
+        elif self.efficient:
+            more, more_labels = np.zeros((sets, 0, 2), np.float32), np.zeros((sets, 0), np.float32)
         else:
             more = np.zeros((sets, 1, 2), np.float32)
             more_labels = np.full((sets, 1), -1, np.float32)
@@ -88,7 +104,7 @@ class GoldenCase:
     @property
     def mask_input(self) -> np.ndarray | None:
         """(1, 1, S/4, S/4) float32 logits, or None."""
-        if not self.settings["mask_input"]:
+        if not self.settings.get("mask_input"):
             return None
         return seeded.mask_input(self.settings["seed"], self.size // 4)
 

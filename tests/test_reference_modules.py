@@ -1,6 +1,6 @@
 """Networks whose modules are here before their export: golden ≙ reference ≙ folded, in torch.
 
-SD-Trans encoders (both branches), and EfficientSAM's encoder, prompts and decoder with AdaLoRA.
+SD-Trans encoders, both branches.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import pytest
 import torch
 from golden_cases import GoldenCase, relative_l2
 
-from medsa_deploy.exporters.folded import decoder as folded_decoder
 from medsa_deploy.exporters.folded import vit as folded_vit
 from medsa_deploy.exporters.lora import merge
-from medsa_deploy.exporters.reference import efficient_sam, vit
-from medsa_deploy.exporters.sd_trans import Grouping, SDTrans
+from medsa_deploy.exporters.reference import vit
+from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
+from medsa_deploy.manifest import DepthGrouping
 
 LIMIT = 3e-6
 
@@ -46,20 +46,8 @@ def vit_of(case: GoldenCase, sd_trans: SDTrans | None, **sizes: object) -> vit.I
     return encoder
 
 
-@pytest.mark.parametrize("name", ["medsa_3d_chunk6", "medsa_3d_no_chunk", "medsa_hyp_3d"])
-def test_sd_trans_encoder_is_golden(name: str) -> None:
-    case = GoldenCase(name)
-    chunk = case.settings["chunk"]
-    sd_trans = SDTrans(grouping="public", chunk=chunk, slices=case.settings["batch"])
-    encoder = vit_of(case, sd_trans, heads=4, window=14, global_blocks=(1, 3))
-    image, expected = torch.from_numpy(case.image), case.expected["image_embeddings"]
-    folded = folded_vit.ImageEncoder(encoder, case.size // 16)
-    assert relative_l2(encoder(image).numpy(), expected) <= LIMIT
-    assert relative_l2(folded(image).detach().numpy(), expected) <= LIMIT
-
-
 @pytest.mark.parametrize("grouping", ["public", "paper"])
-def test_folded_chunks_are_the_references(grouping: Grouping) -> None:
+def test_folded_chunks_are_the_references(grouping: DepthGrouping) -> None:
     """Two chunks at once, in both groupings; each chunk is by itself."""
     case = GoldenCase("medsa_hyp_3d")
     sd_trans = SDTrans(grouping=grouping, chunk=2)
@@ -95,30 +83,3 @@ def test_paper_grouping_is_its_direct_formulation() -> None:
     space = block._space_of_windows(x)
     block.sd_trans = sd_trans
     assert relative_l2((together - space).numpy(), branch[:, :grid, :grid].numpy()) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["medsa_efficient", "medsa_efficient_adalora"])
-def test_efficient_sam_is_golden(name: str) -> None:
-    case = GoldenCase(name)
-    tensors = tensors_of(case)
-    shapes = Shapes({key: tuple(value.shape) for key, value in tensors.items()})
-    encoder = vit_of(case, None, heads=3, window=0, global_blocks=tuple(range(12)))
-    prompts = efficient_sam.PromptTokens(shapes, image_size=256, embedding_size=16)
-    decoder = efficient_sam.Decoder(shapes)
-    filled(prompts, tensors, "prompt_encoder.")
-    filled(decoder, tensors, "mask_decoder.")
-    coords = torch.tensor(case.settings["points"])
-    labels = torch.tensor(case.settings["labels"]).float()
-    image = torch.from_numpy(case.image)
-
-    embedding = encoder(image)
-    sparse = prompts.sparse(coords, labels)
-    masks, iou = decoder(embedding, prompts.get_dense_pe(), sparse)
-    folded_embedding = folded_vit.ImageEncoder(encoder, 16)(image).detach()
-    folded = folded_decoder.Decoder(prompts, decoder, 4)(folded_embedding, coords, labels)
-    assert relative_l2(sparse.numpy(), case.expected["sparse_embeddings"]) <= LIMIT
-    for e, m, i in ((embedding, masks, iou), (folded_embedding, *folded)):
-        assert relative_l2(e.numpy(), case.expected["image_embeddings"]) <= LIMIT
-        found = m[:, :1].detach().numpy()
-        assert relative_l2(found, case.expected["low_res_logits"]) <= LIMIT
-        assert relative_l2(i[:, :1].detach().numpy(), case.expected["iou_predictions"]) <= 3e-5

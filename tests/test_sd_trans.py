@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsa_deploy.exporters.sd_trans import Grouping, SDTrans, closest_factors
+from medsa_deploy.exporters.sd_trans import SDTrans, closest_factors
+from medsa_deploy.manifest import DepthGrouping
 
 CHUNKS = st.integers(1, 9)
 
@@ -36,7 +37,7 @@ def test_factors_multiply_to_the_depth(d: int) -> None:
 
 
 @given(CHUNKS, st.integers(1, 4), st.integers(1, 6), st.sampled_from(["public", "paper"]))
-def test_ungroup_is_the_inverse(d: int, chunks: int, windows: int, grouping: Grouping) -> None:
+def test_ungroup_is_the_inverse(d: int, chunks: int, windows: int, grouping: DepthGrouping) -> None:
     sd_trans = SDTrans(grouping=grouping, chunk=d)
     x = torch.randn(chunks * d * windows, 2, 3, 5)
     assert torch.equal(sd_trans.ungroup(sd_trans.group(x, windows), windows), x)

@@ -99,6 +99,47 @@ def test_image_frame_is_unscaled():
     np.testing.assert_array_equal(labels, [1, 2, 3])
 
 
+@settings(deadline=None, max_examples=50)
+@given(scene=scenes(), scale=st.sampled_from([0.25, 1.0, 4.0]), order=st.sampled_from(["xy", "yx"]))
+def test_padding_is_neither_scaled_nor_swapped(scene, scale, order):
+    """EfficientSAM's: the points SAM would get, scaled, its padding point aside, then (−1, −1)."""
+    frame, points, labels, box = scene
+    conventions = replace(XY, point_order=order)
+    parts = {"points": points, "labels": labels, "box": box}
+    plain, plain_labels = converted(frame, conventions, **parts)
+    given = plain_labels != -1
+    padded = replace(conventions, point_scale=scale, pad_points=6)
+    coords, labels = converted(frame, padded, **parts)
+    assert coords.dtype == labels.dtype == np.float32
+    assert coords.shape == (6, 2)
+    count = given.sum()
+    np.testing.assert_allclose(coords[:count], plain[given] * scale, rtol=1e-6)
+    np.testing.assert_array_equal(labels[:count], plain_labels[given])
+    np.testing.assert_array_equal(coords[count:], np.full((6 - count, 2), -1))
+    np.testing.assert_array_equal(labels[count:], np.full(6 - count, -1))
+
+
+@pytest.mark.parametrize(("pad", "tokens"), [(None, 2), (0, 1), (3, 3), (6, 6)])
+def test_points_a_set_is_padded_to(pad, tokens):
+    conventions = replace(XY, pad_points=pad)
+    assert len(converted(conventions=conventions, points=[[1, 2]])[1]) == tokens
+
+
+@pytest.mark.parametrize(("points", "box"), [(7, None), (5, [1, 2, 3, 4])])
+def test_more_points_than_a_set_is_padded_to_are_refused(points, box):
+    parts = {"points": np.ones((points, 2)), "box": box}
+    with pytest.raises(PromptError, match=r"has 7 points \(a box counts as two\).* at most 6"):
+        converted(conventions=replace(XY, pad_points=6), **parts)
+    unpadded = converted(conventions=replace(XY, pad_points=0), **parts)
+    assert len(unpadded[1]) == 7
+
+
+def test_a_network_without_mask_prompts_refuses_them():
+    (prompt,) = prompts(points=[[1, 2]], mask=np.zeros((16, 16)))
+    with pytest.raises(PromptError, match="takes no mask prompt: give points or a box"):
+        network_prompt(prompt, FRAME, XY, mask_size=None)
+
+
 @pytest.mark.parametrize("point", [(0, 0), (255, 0), (0, 199), (255, 199), (255.9, 199.9)])
 def test_corners_of_the_image_are_inside(point):
     coords, _ = converted(points=[point])

@@ -14,7 +14,8 @@ from command_line import accept_changes, call, copied, edit_manifest
 from medsa_deploy import load, verify
 from medsa_deploy.errors import BundleError, ParityError
 from medsa_deploy.manifest import Parity, TensorParity
-from medsa_deploy.stages.proof import user_images
+from medsa_deploy.manifest import load as load_manifest
+from medsa_deploy.stages.proof import cases
 
 
 def rewritten_reference(copy: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
@@ -55,7 +56,8 @@ def test_a_good_bundle_with_its_checkpoint_and_images(
     assert done.json["against"] == "checkpoint"
     (parity,) = done.json["parity"]
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (2, 2, 20)
-    assert [image.path.name for image in user_images(tmp_path / "1.png")] == ["1.png"]
+    found = cases(load_manifest(bundle).network, tmp_path / "1.png")
+    assert [case.name for case in found] == ["seed 1", "seed 2", "1.png"]
 
 
 def test_what_is_said_of_a_good_bundle(bundle: Path) -> None:
@@ -146,7 +148,7 @@ def test_a_reference_that_is_none_is_one_line(bundle, tmp_path: Path, content: b
         (lambda a: a.pop("low_res_masks"), 2, "is not a reference that medsa-deploy wrote"),
         (lambda a: a.pop("prompt.0.points"), 2, "is not a reference that medsa-deploy wrote"),
         (lambda a: a.update(iou_predictions=a["iou_predictions"][:2]), 1, "different shapes"),
-        (lambda a: a.update(image=a["image"][..., 0] * 0), 2, "every pixel is 0"),
+        (lambda a: a.update(images=a["images"][..., 0, 0]), 2, "has shape (256,), expected (H, W)"),
     ],
 )
 def test_a_reference_that_does_not_fit_is_one_line(
@@ -223,20 +225,27 @@ def test_limits(figures: dict[str, float], failures: list[str]) -> None:
 
 def test_seeded_cases_are_the_same_everywhere_and_of_every_kind() -> None:
     one, same, other = (verify.seeded_case(64, 16, seed) for seed in (1, 1, 2))
-    assert (one.image.pixels == same.image.pixels).all()
-    assert (one.image.pixels != other.image.pixels).any()
-    assert np.ptp(one.image.pixels) == 255
+    pixels = [case.images[0].pixels for case in (one, same, other)]
+    assert (pixels[0] == pixels[1]).all()
+    assert (pixels[0] != pixels[2]).any()
+    assert np.ptp(pixels[0]) == 255
+    chunk = verify.seeded_case(64, 16, 1, slices=3).images
+    assert (chunk[0].pixels == pixels[0]).all()
+    assert len({image.pixels.tobytes() for image in chunk}) == 3
     kinds = {(len(p.points), p.box is not None, p.mask is not None) for p in one.prompts}
     assert kinds == {(1, 0, 0), (3, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1)}
 
 
-def test_a_saved_reference_comes_back_as_it_was(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", ["bundle", "bundle_3d"])
+def test_a_saved_reference_comes_back_as_it_was(made: str, request, tmp_path: Path) -> None:
+    bundle = request.getfixturevalue(made)
     with load(bundle) as session:
-        case = verify.seeded_case(256, 64, 3)
+        case = verify.seeded_case(256, 64, 3, slices=session.manifest.network.chunk)
         outputs = verify.run_case(session, case)
     verify.save_reference(tmp_path / "reference.npz", case, outputs)
     back, tensors = verify.load_reference(tmp_path / "reference.npz")
-    assert (back.image.pixels == case.image.pixels).all()
+    for read, written in zip(back.images, case.images, strict=True):
+        np.testing.assert_array_equal(read.pixels, written.pixels)
     assert len(back.prompts) == len(case.prompts)
     for read, written in zip(back.prompts, case.prompts, strict=True):
         for part in ("points", "labels", "box", "mask"):

@@ -37,6 +37,7 @@ class GridAttention(nn.Module):
         heads: int,
         window: int,
         scores: nn.Module,
+        heads_at_once: int | None = None,
         depth: DepthAttention | None = None,
     ) -> None:
         super().__init__()
@@ -48,6 +49,8 @@ class GridAttention(nn.Module):
         """Side of a window in tokens; 0 attends over the whole grid."""
         self.scores = scores
         """(q, k) (M, heads, n, d) → attention scores (M, heads, n, n)."""
+        self.heads_at_once = heads_at_once or heads
+        """How many heads' scores over space are held at a time."""
         self.depth = depth
         """SD-Trans's branch, which reuses this attention's queries, keys and values."""
 
@@ -55,11 +58,18 @@ class GridAttention(nn.Module):
         """(B, H, W, C) → attention over space (B, H, W, C), over depth (B, H, W, C') or None."""
         grid = (n.shape[1], n.shape[2])
         q, k, v = (self._cut(layer(n)) for layer in (self.query, self.key, self.value))
-        space = (self.scores(q, k).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        space = self._attend(q, k, v).transpose(1, 2).flatten(2)
         if self.depth is None:
             return self._join(space, grid), None
         depth = self.depth(q, k, v, windows=self._windows(grid))
         return self._join(space, grid), self._join(depth, grid)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(M, heads, n, d) three times → (M, heads, n, d)."""
+        if self.heads_at_once >= self.heads:
+            return self.scores(q, k).softmax(-1) @ v
+        parts = zip(*(x.split(self.heads_at_once, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([self.scores(*qk).softmax(-1) @ v for *qk, v in parts], dim=1)
 
     def _windows(self, grid: tuple[int, int]) -> int:
         """Windows a grid is cut into."""

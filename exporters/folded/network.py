@@ -32,7 +32,9 @@ def fold(reference: ReferenceNetwork) -> FoldedNetwork:
         encoder=(
             tiny_vit.ImageEncoder(encoder, reference.network.image_size)
             if isinstance(encoder, reference_tiny_vit.ImageEncoder)
-            else vit.ImageEncoder(encoder, reference.network.embedding_size)
+            else vit.ImageEncoder(
+                encoder, reference.network.embedding_size, slices=reference.network.chunk
+            )
         ).eval(),
         decoder=Decoder(
             reference.prompt_encoder, reference.mask_decoder, reference.network.masks

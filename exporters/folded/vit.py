@@ -21,6 +21,9 @@ from .attention import (
 )
 from .linear import composed, constant, linear, stacked, widened_mlp
 
+SCORES = 2**28
+"""Attention scores an encoder holds at a time: 1 GiB in float32."""
+
 
 class AdaptedProjection(nn.Module):
     """Folding 2: output projection p and Space adapter p + fc2(GELU(fc1 p)), with one GEMM less.
@@ -43,7 +46,7 @@ class AdaptedProjection(nn.Module):
 class Block(nn.Module):
     """One encoder block on tokens (B, H, W, C)."""
 
-    def __init__(self, block: reference.Block, grid: int) -> None:
+    def __init__(self, block: reference.Block, grid: int, slices: int) -> None:
         super().__init__()
         attention = block.attn
         padded = block.norm1.bias if block.adapted else 0 * block.norm1.bias
@@ -59,6 +62,7 @@ class Block(nn.Module):
             heads=attention.num_heads,
             window=block.window,
             scores=_scores(attention, (side, side)),
+            heads_at_once=_heads_at_once(attention.num_heads, block.window, grid, slices),
             depth=_depth(block, projection, grid),
         )
         space = block.Space_Adapter
@@ -80,13 +84,16 @@ class Block(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Patch embedding, blocks and neck; the token grid is fixed by the image size."""
+    """Patch embedding, blocks and neck; the token grid is fixed by the image size.
 
-    def __init__(self, encoder: reference.ImageEncoder, grid: int) -> None:
+    `slices`: how many images are encoded together.
+    """
+
+    def __init__(self, encoder: reference.ImageEncoder, grid: int, slices: int = 1) -> None:
         super().__init__()
         self.patch_embed = encoder.patch_embed.proj
         self.positions = constant(encoder.positions((grid, grid)))
-        self.blocks = nn.Sequential(*(Block(block, grid) for block in encoder.blocks))
+        self.blocks = nn.Sequential(*(Block(block, grid, slices) for block in encoder.blocks))
         self.neck = Neck(encoder.neck)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -128,6 +135,13 @@ def _scores(attention: nn.Module, grid: tuple[int, int]) -> nn.Module:
     if not (rows.any() or columns.any()):
         return Scores()
     return RelativePositionScores(rows, columns, grid, attention.scale)
+
+
+def _heads_at_once(heads: int, window: int, grid: int, slices: int) -> int:
+    """How many heads attend at a time, so that their scores fit in memory beside all others."""
+    side = window or grid
+    scores = slices * (-(-grid // side)) ** 2 * side**4
+    return max(n for n in range(1, heads + 1) if n == 1 or n * scores <= SCORES)
 
 
 def _depth(block: reference.Block, projection: nn.Linear, grid: int) -> DepthAttention | None:

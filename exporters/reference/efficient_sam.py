@@ -92,7 +92,7 @@ class Decoder(nn.Module):
             ]
         )
         self.output_hypernetworks_mlps = nn.ModuleList(
-            MLP(shapes, f"{prefix}.output_hypernetworks_mlps.{i}") for i in range(mask_tokens)
+            MLP(shapes, f"{prefix}.output_hypernetworks_mlps.0") for _ in range(mask_tokens)
         )
         self.iou_prediction_head = MLP(shapes, f"{prefix}.iou_prediction_head")
 
@@ -121,19 +121,15 @@ class MLP(nn.Module):
 
     def __init__(self, shapes: Shapes, prefix: str) -> None:
         super().__init__()
+        hidden, width = shapes[f"{prefix}.layers.0.0.weight"]
+        out = shapes[f"{prefix}.fc.weight"][0]
         self.layers = nn.ModuleList(
-            nn.Sequential(_linear(shapes, f"{prefix}.layers.{i}.0"))
-            for i in range(shapes.count(f"{prefix}.layers"))
+            nn.Sequential(nn.Linear(inner, hidden)) for inner in (width, hidden)
         )
-        self.fc = _linear(shapes, f"{prefix}.fc")
+        self.fc = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C')."""
         for layer in self.layers:
             x = F.gelu(layer(x))
         return self.fc(x)
-
-
-def _linear(shapes: Shapes, prefix: str) -> nn.Linear:
-    out, inner = shapes[f"{prefix}.weight"]
-    return nn.Linear(inner, out)

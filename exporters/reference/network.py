@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
 from medsa_deploy.manifest import Network
 
-from . import tiny_vit, vit
+from . import efficient_sam, tiny_vit, vit
 from .decoder import Decoder, PromptTokens
 
 
@@ -28,12 +29,16 @@ class ReferenceNetwork(nn.Module):
                 heads=network.heads[0],
                 window=network.windows[0],
                 global_blocks=network.global_blocks,
+                sd_trans=SDTrans.of(network),
             )
         )
-        self.prompt_encoder = PromptTokens(
-            shapes, image_size=network.image_size, embedding_size=network.embedding_size
-        )
-        self.mask_decoder = Decoder(shapes, form=network.two_way)
+        sizes = {"image_size": network.image_size, "embedding_size": network.embedding_size}
+        if network.family == "efficient_sam":
+            self.prompt_encoder = efficient_sam.PromptTokens(shapes, **sizes)
+            self.mask_decoder = efficient_sam.Decoder(shapes)
+        else:
+            self.prompt_encoder = PromptTokens(shapes, **sizes)
+            self.mask_decoder = Decoder(shapes, form=network.two_way)
 
     def encode(self, image: Tensor) -> Tensor:
         """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
@@ -47,13 +52,14 @@ class ReferenceNetwork(nn.Module):
         mask_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (E, 256, g, g), point_coords (P, N, 2), point_labels (P, N) and mask logits
-        (P, 1, 4g, 4g) or None → low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (…, K)."""
-        masks, iou = self.mask_decoder(
-            image_embeddings,
-            self.prompt_encoder.get_dense_pe(),
-            self.prompt_encoder.sparse(point_coords, point_labels),
-            self.prompt_encoder.dense(mask_input),
-        )
+        (P, 1, 4g, 4g) or None → low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (…, K).
+
+        EfficientSAM takes no mask prompt.
+        """
+        prompts = self.prompt_encoder
+        dense = [prompts.dense(mask_input)] if isinstance(prompts, PromptTokens) else []
+        sparse = prompts.sparse(point_coords, point_labels)
+        masks, iou = self.mask_decoder(image_embeddings, prompts.get_dense_pe(), sparse, *dense)
         return masks[:, : self.network.masks], iou[:, : self.network.masks]
 
 

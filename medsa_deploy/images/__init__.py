@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .image import Image, Plane
 from .overlay import check_overlay_suffix, draw_overlay, write_overlay
-from .read import find_images, is_volume, read_image, read_volume
+from .read import find_images, holds_volume, is_volume, read_image, read_volume
 from .volume import Volume
 from .write import (
     check_mask_suffix,
@@ -31,6 +31,7 @@ __all__ = [
     "check_segmentation_target",
     "draw_overlay",
     "find_images",
+    "holds_volume",
     "is_volume",
     "read_image",
     "read_volume",

@@ -86,15 +86,20 @@ def is_volume(path: str | os.PathLike[str]) -> bool:
     .npy that `read_image` would want a slice of; a DICOM with several frames; and a folder without
     other images where two DICOM files are slices of one series. What cannot be read is no volume.
     """
-    path = Path(path)
     try:
-        if path.is_dir():
-            images = find_images(path)
-            dicoms = [image for image in images if _is_dicom(image)]
-            return len(dicoms) == len(images) and _is_volume(path, "series", dicoms)
-        return _is_volume(path, _format(path), [])
+        return holds_volume(path)
     except ImageError:
         return False
+
+
+def holds_volume(path: str | os.PathLike[str]) -> bool:
+    """`is_volume`, but ImageError for a file or folder that cannot be read."""
+    path = Path(path)
+    if path.is_dir():
+        images = find_images(path)
+        dicoms = [image for image in images if _is_dicom(image)]
+        return len(dicoms) == len(images) and _is_volume(path, "series", dicoms)
+    return _is_volume(path, _format(path), [])
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:

@@ -1,5 +1,16 @@
 """A bundle, running: encode an image once, decode a mask per prompt. No torch, no builder."""
 
 from .session import Embedding, Prediction, Session, load
+from .structures import Structure
+from .volumes import VolumeOptions, VolumePrediction, segment_volume
 
-__all__ = ["Embedding", "Prediction", "Session", "load"]
+__all__ = [
+    "Embedding",
+    "Prediction",
+    "Session",
+    "Structure",
+    "VolumeOptions",
+    "VolumePrediction",
+    "load",
+    "segment_volume",
+]

@@ -23,7 +23,10 @@ class Backend(Protocol):
         self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
     ) -> tuple[Array, Array]:
         """(E, 256, g, g), (P, N, 2), (P, N), (P, 1, 4g, 4g) or None →
-        low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K)."""
+        low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K).
+
+        `mask` is None wherever the network takes no mask prompts.
+        """
         ...
 
     def facts(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class OnnxRuntimeBackend:
     ) -> None:
         self.threads = threads
         self._mask_shape = _shape_of(graphs["decoder"], "mask_input")
+        """Of one set, (1, 4g, 4g); None for a decoder without mask prompts."""
         self._encoder = self._open(encoder, graphs["encoder"])
         self._decoder = self._open(decoder, graphs["decoder"])
 
@@ -40,19 +41,16 @@ class OnnxRuntimeBackend:
         self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
     ) -> tuple[Array, Array]:
         """See `Backend.decode`."""
-        given = mask is not None
-        if mask is None:
-            mask = np.zeros((len(point_coords), *self._mask_shape), np.float32)
-        masks, iou = self._run(
-            self._decoder,
-            {
-                "image_embeddings": image_embeddings,
-                "point_coords": point_coords,
-                "point_labels": point_labels,
-                "mask_input": mask,
-                "has_mask_input": np.array([given], np.float32),
-            },
-        )
+        inputs = {
+            "image_embeddings": image_embeddings,
+            "point_coords": point_coords,
+            "point_labels": point_labels,
+        }
+        if self._mask_shape is not None:
+            nothing = np.zeros((len(point_coords), *self._mask_shape), np.float32)
+            inputs["mask_input"] = nothing if mask is None else mask
+            inputs["has_mask_input"] = np.array([mask is not None], np.float32)
+        masks, iou = self._run(self._decoder, inputs)
         return masks, iou
 
     def facts(self) -> dict[str, Any]:
@@ -112,10 +110,10 @@ def _axes(shape: Sequence[int | str | None]) -> str:
     return f"({', '.join(str(axis) if isinstance(axis, int) else '*' for axis in shape)})"
 
 
-def _shape_of(graph: Graph, name: str) -> tuple[int, ...]:
-    """The fixed axes of one input."""
-    (tensor,) = (t for t in graph.inputs if t.name == name)
-    return tuple(axis for axis in tensor.shape if isinstance(axis, int))
+def _shape_of(graph: Graph, name: str) -> tuple[int, ...] | None:
+    """The fixed axes of one input; None if there is none of that name."""
+    shapes = (t.shape for t in graph.inputs if t.name == name)
+    return next((tuple(axis for axis in s if isinstance(axis, int)) for s in shapes), None)
 
 
 def _line(error: BaseException) -> str:

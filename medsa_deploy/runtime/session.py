@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
 from medsa_deploy.errors import DeviceError, ImageError, PromptError, UsageError
-from medsa_deploy.images.image import Image, check_image
+from medsa_deploy.images.image import Image, check_image, check_values
 from medsa_deploy.manifest import Conventions, Manifest, check_file
 from medsa_deploy.manifest import load as load_manifest
 from medsa_deploy.transforms import Frame, Prompt
@@ -40,7 +40,7 @@ class Embedding:
     """Intensities that were mapped to black and white; None for display values taken as they are,
     for the file's own rendering, and for min–max profiles."""
     timings_ms: dict[str, float]
-    """`preprocess`, `encode`."""
+    """`preprocess`, `encode`; a slice's share of its chunk's."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,26 +107,87 @@ class Session:
         `image`: what `read_image` gives, or an array (H, W) or (H, W, 3). uint8 is taken as display
         values; other types are mapped to them by `intensity_window` (low, high), else the bundle's,
         else the file's own, else from minimum to maximum, with a warning. ImageError for NaN,
-        constant or misshapen images.
+        constant or misshapen images. UsageError for a 3D network, which takes `encode_slices`.
+        """
+        if (chunk := self.manifest.network.chunk) > 1:
+            raise UsageError(
+                f"this network sees {chunk} neighbouring slices at a time: give it a volume, "
+                "or slices to encode_slices"
+            )
+        source = _as_image(image)
+        _check_pixels(source)
+        return self._encode([check_image(source)], intensity_window, flat=False)[0]
+
+    def encode_slices(
+        self,
+        slices: Sequence[Image | ArrayLike],
+        *,
+        intensity_window: tuple[float, float] | None = None,
+    ) -> list[Embedding]:
+        """Encode neighbouring slices of a volume, all of one size, in their order.
+
+        A 3D network attends over each chunk of `manifest.network.chunk` slices, so the number of
+        slices is a multiple of it: repeat the last slice to complete one. Unlike an image, a slice
+        may be constant. Give the window of the whole volume, or slices are stretched one by one.
+        """
+        chunk = self.manifest.network.chunk
+        if not slices or len(slices) % chunk:
+            raise UsageError(
+                f"{len(slices)} slices were given; this network takes a multiple of {chunk}: "
+                "repeat the last slice to complete a chunk"
+            )
+        found = []
+        for start in range(0, len(slices), chunk):
+            sources = [_as_image(one) for one in slices[start : start + chunk]]
+            for source in sources:
+                _check_pixels(source)
+            checked = [check_values(source, str(source.path)) for source in sources]
+            found += self._encode(checked, intensity_window, flat=True)
+        return found
+
+    def _encode(
+        self,
+        images: Sequence[Image],
+        intensity_window: tuple[float, float] | None,
+        *,
+        flat: bool,
+    ) -> list[Embedding]:
+        """Checked images that the network sees together → their embeddings.
+
+        `flat`: whether an image may be one flat grey, as slices in air are.
         """
         backend = self.backend
         start = perf_counter()
-        source = image if isinstance(image, Image) else _from_array(image)
-        pixels, window = intensities(source, self.conventions, intensity_window)
-        network_image, frame = transforms.preprocess(
-            pixels, self.conventions.preprocess, self.manifest.network.image_size
-        )
+        batch, frames, windows = [], [], []
+        for image in images:
+            pixels, window = intensities(image, self.conventions, intensity_window)
+            if not flat:
+                _check_shown(image, pixels, window)
+            network_image, frame = transforms.preprocess(
+                pixels, self.conventions.preprocess, self.manifest.network.image_size
+            )
+            batch.append(network_image)
+            frames.append(frame)
+            windows.append(window)
+        if len(set(frames)) > 1:
+            sizes = sorted({frame.image_size for frame in frames})
+            raise ImageError(f"the slices of a chunk have different sizes: {sizes}")
         prepared = perf_counter()
-        values = backend.encode(network_image[None])
+        values = backend.encode(np.stack(batch))
         end = perf_counter()
         if not np.isfinite(values).all():
             raise DeviceError(f"{backend.name} gave an embedding with NaN or Inf: nothing returned")
-        return Embedding(
-            values=values,
-            frame=frame,
-            intensity_window=window,
-            timings_ms={"preprocess": 1e3 * (prepared - start), "encode": 1e3 * (end - prepared)},
-        )
+        each = 1e3 / len(images)
+        timings = {"preprocess": each * (prepared - start), "encode": each * (end - prepared)}
+        return [
+            Embedding(
+                values=values[i : i + 1],
+                frame=frames[i],
+                intensity_window=windows[i],
+                timings_ms=dict(timings),
+            )
+            for i in range(len(images))
+        ]
 
     def segment(
         self,
@@ -256,7 +317,12 @@ def decode(
     tokens = []
     for i, prompt in enumerate(prompts):
         tokens.append(
-            transforms.network_prompt(prompt, embedding.frame, manifest.conventions, mask_size=side)
+            transforms.network_prompt(
+                prompt,
+                embedding.frame,
+                manifest.conventions,
+                mask_size=network.mask_prompt_size,
+            )
         )
         groups.setdefault((len(tokens[i][1]), prompt.mask is not None), []).append(i)
     logits = np.empty((len(prompts), network.masks, side, side), np.float32)
@@ -280,10 +346,7 @@ def intensities(
     """The values a profile takes, and the window they were mapped with (None: no window).
 
     A window the caller gives goes before the bundle's, that before the file's own rendering.
-    ImageError for an image that cannot be segmented, or that the window shows as one flat grey.
     """
-    _check_pixels(image)
-    image = check_image(image)
     if window is None and image.pixels.dtype != np.uint8:
         window = conventions.intensity_window
     if window is not None:
@@ -293,6 +356,8 @@ def intensities(
     if image.pixels.dtype == np.uint8:
         return (255 - image.pixels if image.inverted else image.pixels), None
     low, high = float(image.pixels.min()), float(image.pixels.max())
+    if low == high:
+        return np.zeros_like(image.pixels, np.uint8), None
     if not transforms.PROFILES[conventions.preprocess].min_max:
         logger.warning(
             "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
@@ -305,18 +370,28 @@ def intensities(
     return _windowed(image, (low, high)), (low, high)
 
 
-def _windowed(image: Image, window: tuple[float, float]) -> NDArray[np.float32]:
-    """Display values of an image under a window."""
-    if len(window) != 2:
-        raise UsageError(f"the intensity window {window} cannot be used: give (low, high)")
-    values = transforms.display_values(image.pixels, window, inverted=image.inverted)
-    if np.ptp(values) == 0:
+def _check_shown(
+    image: Image, values: NDArray[np.generic], window: tuple[float, float] | None
+) -> None:
+    """ImageError for an image that its window shows as one flat grey."""
+    if window is not None and np.ptp(values) == 0:
         raise ImageError(
             f"{image.path}: its values {image.pixels.min():g}…{image.pixels.max():g} lie outside "
             f"the intensity window {window[0]:g}…{window[1]:g}, which shows one flat grey: "
             "choose another window"
         )
-    return values
+
+
+def _windowed(image: Image, window: tuple[float, float]) -> NDArray[np.float32]:
+    """Display values of an image under a window."""
+    if len(window) != 2:
+        raise UsageError(f"the intensity window {window} cannot be used: give (low, high)")
+    return transforms.display_values(image.pixels, window, inverted=image.inverted)
+
+
+def _as_image(image: Image | ArrayLike) -> Image:
+    """What a caller gives, as an image; arrays become one without a file."""
+    return image if isinstance(image, Image) else _from_array(image)
 
 
 def _from_array(array: ArrayLike) -> Image:

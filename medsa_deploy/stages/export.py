@@ -94,7 +94,11 @@ def _write_bundle(
     folded = fold(reference)
     del reference  # memory: the exporter makes copies of its own
     graphs = export_graphs(
-        folded, made.graphs, folder, on_graph=lambda name: on_step(f"export the {name}")
+        folded,
+        made.graphs,
+        folder,
+        chunk=made.network.chunk,
+        on_graph=lambda name: on_step(f"export the {name}"),
     )
     del folded
     files = [

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medsa_deploy import verify
-from medsa_deploy.images import Image, find_images, read_image
+from medsa_deploy.errors import ImageError
+from medsa_deploy.images import Image, find_images, is_volume, read_image, read_volume
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
 from medsa_deploy.verify import Array, Case, Outputs
@@ -23,17 +24,34 @@ Progress = Callable[[str], None]
 
 
 def cases(network: Network, images: Path | None) -> list[Case]:
-    """Seeded cases, then one for each of the user's images (a file, or a folder of them)."""
-    side = 4 * network.embedding_size
-    made = [verify.seeded_case(network.image_size, side, seed) for seed in SEEDS]
-    return made + [verify.image_case(image, side) for image in user_images(images)]
+    """Seeded cases, then one for each of the user's images: a file, or a folder of them.
+
+    For a network that sees depth these are volumes, each with a chunk from its middle.
+    """
+    side, chunk = network.mask_prompt_size, network.chunk
+    made = [verify.seeded_case(network.image_size, side, seed, chunk) for seed in SEEDS]
+    return made + [verify.image_case(name, found, side) for name, found in _users(images, chunk)]
 
 
-def user_images(path: Path | None) -> Iterator[Image]:
-    """The images of a folder, or one file's."""
-    if path is not None:
-        for file in find_images(path) if path.is_dir() else [path]:
-            yield read_image(file)
+def _users(path: Path | None, chunk: int) -> Iterator[tuple[str, list[Image]]]:
+    """The user's images, or chunks of slices, each with its name."""
+    if path is None:
+        return
+    one = not path.is_dir() or (chunk > 1 and is_volume(path))
+    for file in [path] if one else find_images(path):
+        yield file.name, [read_image(file)] if chunk == 1 else middle_slices(file, chunk)
+
+
+def middle_slices(path: Path, chunk: int) -> list[Image]:
+    """`chunk` slices from the middle of a volume."""
+    volume = read_volume(path)
+    if len(volume) < chunk:
+        raise ImageError(
+            f"{path} has {len(volume)} slices; this network sees {chunk} at a time: give a volume "
+            "of as many"
+        )
+    start = (len(volume) - chunk) // 2
+    return [volume.slice(start + i) for i in range(chunk)]
 
 
 def reference_outputs(

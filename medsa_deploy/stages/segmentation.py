@@ -23,6 +23,7 @@ from medsa_deploy.images import (
 from medsa_deploy.images.files import suffix, whole_file
 from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.runtime.session import intensities
+from medsa_deploy.transforms import NO_MASK_PROMPTS
 
 Array = NDArray[np.float32]
 
@@ -94,6 +95,8 @@ def run(
     In a folder an image that cannot be segmented is reported in its place. `on_image` is told how
     many images are done, and of how many.
     """
+    if prompts.mask is not None and session.manifest.network.mask_prompt_size is None:
+        raise PromptError(NO_MASK_PROMPTS)
     options: dict[str, Any] = {
         "points": prompts.points or None,
         "labels": prompts.labels or None,
