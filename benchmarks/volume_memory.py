@@ -40,8 +40,7 @@ SHAPE = (512, 512, 200)
 CHUNK = 4
 CASES: tuple[tuple[int, str, str, bool], ...] = (
     (256, "ct.nii.gz", "seg.nii.gz", False),
-    (256, "ct.nii.gz", "seg.nii.gz", True),
-    (256, "series", "seg.dcm", False),
+    (256, "series", "seg.dcm", True),
     (1024, "ct.nii.gz", "seg.nii.gz", False),
     (1024, "series", "seg.dcm", True),
 )
