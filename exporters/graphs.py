@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from medsa_deploy.errors import ParityError
 from medsa_deploy.manifest import Graph, Network
 from medsa_deploy.manifest import Tensor as Contract
+from medsa_deploy.scopes import METADATA, innermost, node_name
 
 from .folded import FoldedNetwork
 
@@ -110,6 +111,7 @@ def _export(module: nn.Module, graph: Graph, path: Path, *, batch: int = 2) -> l
         )
     assert program is not None
     _name_axes(program.model, graph)
+    _name_nodes(program.model)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > EXTERNAL_DATA_BYTES
     program.save(path, external_data=external)
@@ -123,6 +125,22 @@ def _example(tensor: Contract, batch: int) -> Tensor:
     """
     sizes = {"B": batch, "E": 3, "P": 2, "N": 5}
     return torch.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape])
+
+
+def _name_nodes(model: Any) -> None:
+    """Name nodes by their modules, and what they make, which optimizers name new nodes after.
+
+    What else the exporter says is dropped, such as paths of sources.
+    """
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get(METADATA, "")
+        module = innermost(scopes)
+        node.name = node_name(module, node.name)
+        for value in node.outputs:
+            if value.name and not value.is_graph_output():
+                value.name = node_name(module, value.name)
+        node.metadata_props.clear()
+        node.metadata_props[METADATA] = scopes
 
 
 def _name_axes(model: Any, graph: Graph) -> None:

@@ -14,7 +14,7 @@ MedsaError
 │   ├── EngineChangedError its files are not those that were built
 │   └── EngineStaleError   built from another ONNX file than the bundle holds now
 ├── MissingDependencyError an optional library is not installed; names the extra          exit 2
-├── BuildError             TensorRT could not build an engine                             exit 3
+├── BuildError             an engine could not be built, or a kernel not compiled         exit 3
 ├── ParityError            a proof failed: two networks that must agree do not            exit 1
 └── DeviceError            a backend failed while running                                 exit 3
 """
@@ -95,7 +95,7 @@ class MissingDependencyError(MedsaError):
 
 
 class BuildError(MedsaError):
-    """TensorRT could not build an engine."""
+    """TensorRT could not build an engine, or a CUDA compiler a kernel."""
 
     exit_code = 3
 

@@ -192,7 +192,14 @@ def _pillow_bilinear(planes: NDArray[Any], size: tuple[int, int]) -> NDArray[Any
 
     h, w = size
     images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in planes)
-    resized = (image.resize((w, h), Image.Resampling.BILINEAR) for image in images)
+    # Pillow 13 takes the axes of some tall images in the other order, which moves grey levels by
+    # one; in two steps every version resizes as those that networks were trained with
+    resized = (
+        image.resize((w, image.height), Image.Resampling.BILINEAR).resize(
+            (w, h), Image.Resampling.BILINEAR
+        )
+        for image in images
+    )
     return np.stack([np.asarray(image) for image in resized])
 
 

@@ -137,12 +137,23 @@ def preprocess(pixels: ArrayLike, profile: ProfileName, network_size: int) -> tu
             f"the image has values {planes.min():g}…{planes.max():g}, but preprocessing {profile} "
             "takes display values 0…255: give an intensity window"
         )
-    frame = _frame((planes.shape[1], planes.shape[2]), row, network_size)
+    frame = frame_of((planes.shape[1], planes.shape[2]), profile, network_size)
     content = resampling.resize(planes, frame.content_size, row.filter)
     h, w = frame.content_size
     image = np.zeros((3, network_size, network_size), np.float32)
     image[:, :h, :w] = _scaled_intensities(content, row)
     return image, frame
+
+
+def frame_of(image_size: tuple[int, int], profile: ProfileName, network_size: int) -> Frame:
+    """Where an image of (H, W) lies in the frame under `profile`."""
+    content = network_size, network_size
+    if PROFILES[profile].fit == "longest_side":
+        # the order of operations is SAM's ResizeLongestSide's, so that ties round alike
+        scale = network_size / max(image_size)
+        h, w = (max(1, int(side * scale + 0.5)) for side in image_size)
+        content = h, w
+    return Frame(image_size=image_size, network_size=network_size, content_size=content)
 
 
 def prompts(
@@ -276,17 +287,6 @@ def _finite(pixels: ArrayLike, dtype: type[np.floating[Any]]) -> NDArray[Any]:
     if not np.isfinite(array).all():
         raise ImageError("the image has NaN or infinite values: replace them first")
     return array
-
-
-def _frame(image_size: tuple[int, int], profile: Profile, network_size: int) -> Frame:
-    """Where an image of (H, W) lies in the frame under `profile`."""
-    content = network_size, network_size
-    if profile.fit == "longest_side":
-        # the order of operations is SAM's ResizeLongestSide's, so that ties round alike
-        scale = network_size / max(image_size)
-        h, w = (max(1, int(side * scale + 0.5)) for side in image_size)
-        content = h, w
-    return Frame(image_size=image_size, network_size=network_size, content_size=content)
 
 
 def _scaled_intensities(content: NDArray[Any], profile: Profile) -> NDArray[Any]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from . import transforms
-from .errors import BundleError, ParityError
-from .images import Image
+from .errors import BundleError, ImageError, ParityError
+from .images import Image, read_volume
 from .manifest import Parity, TensorParity
 from .runtime.session import Session, decode
 from .transforms import Frame, Prompt
@@ -45,6 +45,7 @@ way, and the saved reference's masks are of noise."""
 FLOAT32_LIMITS = Limits(relative_l2=RELATIVE_L2_LIMIT, mask_pixels=MASK_PIXELS_LIMIT)
 LIMITS = {
     "fp16": Limits(dice_mean=0.995, dice_worst=0.98),
+    "bf16": Limits(dice_mean=0.995, dice_worst=0.98),
     "int8": Limits(dice_mean=0.99),
     "int8-cpu": Limits(dice_mean=0.99),
 }
@@ -161,6 +162,18 @@ def image_case(name: str, images: Sequence[Image], mask_size: int | None) -> Cas
     )
 
 
+def middle_slices(path: Path, chunk: int) -> list[Image]:
+    """`chunk` slices from the middle of a volume."""
+    volume = read_volume(path)
+    if len(volume) < chunk:
+        raise ImageError(
+            f"{path} has {len(volume)} slices; this network sees {chunk} at a time: give a volume "
+            "of as many"
+        )
+    start = (len(volume) - chunk) // 2
+    return [volume.slice(start + i) for i in range(chunk)]
+
+
 def run_case(session: Session, case: Case) -> Outputs:
     """Encode the case's images and decode its prompt sets."""
     embeddings = session.encode_slices(case.images)
@@ -216,9 +229,17 @@ def difference(expected: Array, actual: Array) -> TensorParity:
 
 
 def summarise(
-    cases: Sequence[Case], comparisons: Iterable[Comparison], *, precision: str, backend: str
+    cases: Sequence[Case],
+    comparisons: Iterable[Comparison],
+    *,
+    precision: str,
+    backend: str,
+    nan_count: int = 0,
 ) -> Parity:
-    """The worst of all cases, as the manifest records it."""
+    """The worst of all cases, as the manifest records it.
+
+    `nan_count`: values that were NaN or infinite, and compared as 0.
+    """
     found = list(comparisons)
     return Parity(
         precision=precision,
@@ -236,18 +257,23 @@ def summarise(
         mask_pixels_differing=max(c.mask_pixels_differing for c in found),
         mask_dice_mean=float(np.mean([value for c in found for value in c.mask_dice])),
         mask_dice_worst=min(min(c.mask_dice) for c in found),
+        nan_count=nan_count,
     )
 
 
-def failures(parity: Parity, *, recorded_dice: float | None = None) -> list[str]:
-    """What exceeds the limits of a precision, in words; empty when the proof holds.
+def limits_of(precision: str, recorded_dice: float | None = None) -> Limits:
+    """The limits of a precision; of Dice, those that follow from `recorded_dice` where it is given.
 
-    `recorded_dice`: mean mask Dice of an earlier run on the same cases, which takes the place of
-    the precision's limits on Dice.
+    That is the mean mask Dice of an earlier run on the same cases.
     """
-    limits = LIMITS.get(parity.precision, FLOAT32_LIMITS)
     if recorded_dice is not None:
-        limits = Limits(dice_mean=recorded_dice - DICE_TOLERANCE)
+        return Limits(dice_mean=recorded_dice - DICE_TOLERANCE)
+    return LIMITS.get(precision, FLOAT32_LIMITS)
+
+
+def failures(parity: Parity, limits: Limits | None = None) -> list[str]:
+    """What exceeds the limits, by default the precision's, in words; empty when the proof holds."""
+    limits = limits or limits_of(parity.precision)
     found = [f"{parity.nan_count} values are NaN or infinite"] if parity.nan_count else []
     if limits.relative_l2 is not None:
         found += [

@@ -36,7 +36,7 @@ def test_the_diagnosis_as_json() -> None:
     found = done.json
     assert set(found) == {
         *("medsa_deploy", "python", "system", "processor", "cores", "memory_gb"),
-        *("libraries", "providers", "nvidia_driver", "problems"),
+        *("libraries", "providers", "nvidia_driver", "tuning", "problems"),
     }
     assert found["medsa_deploy"] == __version__
     assert found["python"] == platform.python_version()

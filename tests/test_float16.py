@@ -20,7 +20,8 @@ from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
 from medsa_deploy.graph.islands import OPERATORS, islands, value_types
 from medsa_deploy.graph.ranges import HIGH, LOW, SAMPLE, SAMPLE_STRIDE, computed_values, watch
-from medsa_deploy.graph.scopes import block_of, kind_of, module_of
+from medsa_deploy.graph.scopes import module_of
+from medsa_deploy.scopes import METADATA, block_of, kind_of
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 SIDE = 4
@@ -39,7 +40,7 @@ def graph(
 def node(operator: str, inputs: str, output: str, module: str = "", **options: Any) -> Any:
     made = helper.make_node(operator, inputs.split(), [output], name=output, **options)
     scopes = repr(["", module, output])
-    made.metadata_props.add(key=files.KEPT_METADATA, value=scopes)
+    made.metadata_props.add(key=METADATA, value=scopes)
     return made
 
 

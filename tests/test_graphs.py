@@ -19,6 +19,8 @@ from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.graph.scopes import module_of
+from medsa_deploy.scopes import block_of, module_named
 from medsa_deploy.verify import difference
 
 ONNX_LIMIT = 2e-5
@@ -37,6 +39,25 @@ def session(path: Path) -> ort.InferenceSession:
 
 def operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_nodes_are_named_by_their_modules(hyp: Path, name: str) -> None:
+    nodes = onnx.load(hyp / f"{name}.onnx").graph.node
+    assert len({node.name for node in nodes}) == len(nodes)
+    modules = [module_named(node.name) for node in nodes]
+    assert modules == [module_of(node) for node in nodes]
+    blocks = {block_of(module) for module in modules}
+    known = {"encoder": {"patch_embed", "blocks.3", "neck"}, "decoder": {"sparse", "blocks.1"}}
+    assert known[name] <= blocks
+    assert modules.count("") < 0.3 * len(modules)
+
+
+def test_the_files_do_not_say_where_they_were_made(hyp: Path) -> None:
+    for name in ("encoder", "decoder"):
+        content = (hyp / f"{name}.onnx").read_bytes()
+        assert b"stack_trace" not in content
+        assert str(Path(graphs.__file__).parent).encode() not in content
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder"])

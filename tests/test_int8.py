@@ -312,6 +312,16 @@ def test_a_volume_gives_slices(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "32 or more" in caplog.text
 
 
+def test_a_volume_gives_chunks(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(1).integers(0, 900, (20, 24, 40)).astype(np.int16)
+    path = tmp_path / "volume.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+    assert [s.index for s in calibration.find_sources([path], 4)] == [0, 12, 24, 36]
+    assert [s.index for s in calibration.find_sources([path], 40)] == [0]
+    with pytest.raises(ImageError, match="has 40 slices; this network sees 41 at a time"):
+        calibration.find_sources([path], 41)
+
+
 def test_some_images_are_kept_to_judge_by() -> None:
     sources = [Source(path=Path(f"{i}.png")) for i in range(32)]
     used, judged = calibration.hold_out(sources)

@@ -67,11 +67,15 @@ def full() -> Manifest:
             outputs="classes",
             hyp_lengths=(64, 64),
             hyp_prompt_length=16,
+            sd_trans="public",
+            depth_chunk=8,
+            slices=16,
         ),
         conventions=Conventions(
             preprocess="medsa",
             point_order="yx",
             point_frame="image",
+            prompt_scope="slice",
             point_scale=0.5,
             pad_points=6,
             intensity_window=(-175.0, 250.0),
@@ -233,7 +237,8 @@ def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object
     data = document()
     right = at(data, path)[path[-1]]
     optional = {"base", "base_sha256", "intensity_window", "opset", "calibration", "pad_points"}
-    optional |= {"weights", "activations"} | {path[-1] for path in FIELDS if "dice" in path[-1]}
+    optional |= {"weights", "activations", "sd_trans", "depth_chunk", "slices"}
+    optional |= {path[-1] for path in FIELDS if "dice" in path[-1]}
     if (wrong is None and path[-1] in optional) or (wrong == 2.5 and isinstance(right, float)):
         return
     at(data, path)[path[-1]] = wrong
@@ -260,9 +265,9 @@ def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object
         (("files", 0, "opset"), "20", "opset is '20', expected an integer or null"),
         (("files", 0), [], r"files[0] is [], expected an object"),
         (("tools", "torch"), None, "tools: torch is None, expected a string"),
-        (("schema",), 2, "has schema version 2; this medsa-deploy reads version 1"),
+        (("schema",), 9, "has schema version 9; this medsa-deploy reads version 2"),
         (("schema",), "1", "has schema version '1'"),
-        (("schema",), True, "schema is True, expected an integer"),
+        (("schema",), True, "has schema version True; this medsa-deploy reads version 2"),
         (("schema",), {"x": "y" * 9999}, "has schema version {'x': 'yyy"),
     ],
 )
@@ -301,7 +306,7 @@ def test_an_unknown_field_is_named(path: tuple[Any, ...]) -> None:
         ("[]", "has no schema version"),
         ("null", "has no schema version"),
         ('{"name": "a web app"}', "has no schema version: it is not a bundle's manifest"),
-        ('{"schema": 1}', "lacks fields: conventions, files, graphs, network, source"),
+        ('{"schema": 2}', "lacks fields: conventions, files, graphs, network, source"),
     ],
 )
 def test_what_is_no_manifest_is_refused(text: str, words: str) -> None:
@@ -419,7 +424,7 @@ def test_loading_what_is_no_bundle_is_refused(tmp_path: Path, bundle: Path) -> N
     [
         (b"{", "is not JSON"),
         (b"\xff\xfe{}", "cannot be read"),
-        (b'{"schema": 9}', "has schema version 9; this medsa-deploy reads version 1: export"),
+        (b'{"schema": 9}', "has schema version 9; this medsa-deploy reads version 2: export"),
     ],
 )
 def test_a_manifest_that_cannot_be_read_names_its_bundle(

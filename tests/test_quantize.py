@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import onnx
 import PIL.Image
@@ -106,6 +107,21 @@ def test_every_form_of_the_network(name: str, checkpoint_of: Any, tmp_path: Path
     found = manifest.load(made.bundle)
     assert verify.failures(found.parity[-1]) == []
     assert call("verify", made.bundle).code == 0
+
+
+def test_a_network_that_sees_depth(bundle_3d: Path, tmp_path: Path) -> None:
+    """Its INT8 ranges are measured on chunks of volumes."""
+    copy = copied(bundle_3d, tmp_path)
+    voxels = np.stack([verify.seeded_image(60, i)[..., 0] for i in range(9)], axis=-1)
+    volume = tmp_path / "volume.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), volume)
+    done = call("quantize", copy, "--int8", "--calibration", volume)
+    assert done.code == 0, done.err
+    recipe = manifest.load(copy).recipe("int8")
+    assert recipe is not None
+    assert recipe.calibration is not None
+    assert recipe.calibration.images == 4 * 4
+    assert call("verify", copy).code == 0
 
 
 def test_the_users_images_are_among_what_is_compared(bundle: Path, tmp_path: Path) -> None:
@@ -264,8 +280,9 @@ def test_a_precision_is_replaced_without_leftovers(every: Path, tmp_path: Path) 
     assert [parity.precision for parity in made.parity] == ["fp32", "int8", "int8-cpu", "fp16"]
 
     entry = made.file("decoder", "fp16")
-    other = dataclasses.replace(entry, sha256="0" * 64)
-    files = tuple(other if f.path == entry.path else f for f in made.files)
+    files = tuple(
+        dataclasses.replace(f, sha256="0" * 64) if f.path == entry.path else f for f in made.files
+    )
     manifest.save(dataclasses.replace(made, files=files), copy)
     accept_changes(copy)
     added = stages.quantization._merged(

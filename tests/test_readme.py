@@ -56,6 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_of) -> Path:
     for name in ("image.png", "my-images/a.png", "frames/1.png", "frames/2.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         PIL.Image.fromarray(pixels).resize((320, 280)).save(folder / name)
+    for name, size in (("label.png", (320, 240)), ("labels/a.png", (320, 280))):
+        (folder / name).parent.mkdir(exist_ok=True)
+        PIL.Image.fromarray(pixels).convert("L").point(lambda v: v > 90).resize(size).save(
+            folder / name
+        )
     return folder
 
 

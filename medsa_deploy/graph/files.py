@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from medsa_deploy.errors import BundleError, MissingDependencyError
+from medsa_deploy.scopes import METADATA
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Graphs beyond this keep their weights beside them: a protobuf message ends at 2 GiB."""
-KEPT_METADATA = "pkg.torch.onnx.name_scopes"
-"""Of what the exporter says about a node, only the module it came from is used."""
 
 
 def load_graph(path: Path) -> Any:
@@ -26,7 +25,7 @@ def save_graph(model: Any, path: Path) -> list[Path]:
     """Write a graph → its files, the graph first. A large `model` is left without its weights."""
     onnx = import_onnx()
     for node in model.graph.node:
-        kept = [entry for entry in node.metadata_props if entry.key == KEPT_METADATA]
+        kept = [entry for entry in node.metadata_props if entry.key == METADATA]
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
     if model.ByteSize() <= EXTERNAL_DATA_BYTES:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from medsa_deploy.scopes import block_of
+
 from .files import import_onnx
-from .scopes import block_of, module_of
+from .scopes import module_of
 
 FLOAT16_MAX = 65504.0
 HEADROOM = 4.0

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medsa_deploy.scopes import block_of, kind_of
+
 from .files import import_onnx
 from .float16 import Change
-from .scopes import block_of, kind_of, module_of
+from .scopes import module_of
 
 LEVELS = 127
 """Symmetric INT8 uses −127…127."""
@@ -111,8 +113,8 @@ def activation_codes(
 ) -> tuple[np.float32, NDArray[np.generic]]:
     """Scale and zero point of a range. Zero always has a code of its own: windows are padded."""
     if not unsigned:
-        scale = _float16_up(np.array(max(-low, high) / LEVELS))
-        return np.float32(scale), np.array(0, np.int8)
+        step = _float16_up(np.array(max(-low, high) / LEVELS))
+        return np.float32(step), np.array(0, np.int8)
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 255, float(np.finfo(np.float32).tiny))
     return np.float32(scale), np.array(round(-low / scale), np.uint8)

@@ -3,13 +3,15 @@
 `read_image` reads one two-dimensional image from PNG, JPEG, TIFF, BMP, .npy, a slice of a NIfTI or
 a single-frame DICOM; `write_mask` and `write_overlay` write what came out. `read_volume` reads
 NIfTI, .npy, a folder with a DICOM series or a multi-frame DICOM, slice by slice;
-`write_segmentation` writes labels of the same geometry. nibabel, pydicom and highdicom load when
-the first file that needs them is met.
+`write_segmentation` writes labels of the same geometry, and `read_labels` reads those of any file.
+nibabel, pydicom and highdicom load when the first file that needs them is met.
 """
 
 from __future__ import annotations
 
 from .image import Image, Plane
+from .label_files import read_labels
+from .labels import Labels
 from .overlay import check_overlay_suffix, draw_overlay, write_overlay
 from .read import find_images, holds_volume, is_volume, read_image, read_volume
 from .volume import Volume
@@ -23,6 +25,7 @@ from .write import (
 
 __all__ = [
     "Image",
+    "Labels",
     "Plane",
     "Volume",
     "check_mask_suffix",
@@ -34,6 +37,7 @@ __all__ = [
     "holds_volume",
     "is_volume",
     "read_image",
+    "read_labels",
     "read_volume",
     "write_mask",
     "write_overlay",

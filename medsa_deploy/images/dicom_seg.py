@@ -1,4 +1,4 @@
-"""Labels of a DICOM volume → a DICOM Segmentation object, through highdicom (extra `dicom`).
+"""Labels of a DICOM volume ⇄ a DICOM Segmentation object, through highdicom (extra `dicom`).
 
 Of the two types BINARY is written, one segment for each label: every viewer and reader takes it,
 LABELMAP (2023) few. A frame where a segment is empty is left out; only if there is not one voxel
@@ -19,9 +19,11 @@ import numpy as np
 
 from medsa_deploy.errors import ImageError, MissingDependencyError
 
-from .dicom import load_header
+from .dicom import frame_count, functional_group, load, load_header
 from .files import logged_warnings, one_line, reading
-from .series import DicomSlices
+from .labels import Labels
+from .series import DicomSlices, frame_of
+from .stacking import SAME_ORIENTATION, TO_NIFTI, Frame
 from .volume import Volume
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ MAY_BE_EMPTY = (
 """Attributes the standard wants present, if empty; anonymisers remove them."""
 LABEL_LENGTH = 64
 """Of DICOM's long strings, in characters."""
+READABLE = ("BINARY", "LABELMAP")
+"""Segmentation types that hold labels; FRACTIONAL holds probabilities."""
 
 
 def check_dicom_source(path: Path, volume: Volume) -> None:
@@ -88,6 +92,75 @@ def save(dataset: Any, temporary: Path, path: Path) -> None:
     """Write a segmentation under a temporary name; messages say `path`."""
     with _writing(path):
         dataset.save_as(temporary, enforce_file_format=True)
+
+
+def read_segmentation(path: Path) -> Labels:
+    """The segments of a DICOM segmentation as labels, on the slices it has frames for.
+
+    ImageError if it is none, or if segments overlap, or its frames have no place in the patient.
+    """
+    dataset = load(path)
+    with reading(path, "DICOM"):
+        kind = str(dataset.get("SegmentationType") or dataset.get("SOPClassUID").name)
+        if kind not in READABLE:
+            raise ImageError(
+                f"{path} is {kind}, expected a DICOM segmentation, {' or '.join(READABLE)}"
+            )
+        count = frame_count(dataset)
+        frames = [frame_of(path, dataset, k) for k in range(count)]
+        pixels = dataset.pixel_array.reshape(count, dataset.Rows, dataset.Columns)
+        numbers = [
+            functional_group(dataset, "SegmentIdentificationSequence", k).get(
+                "ReferencedSegmentNumber", 1
+            )
+            for k in range(count)
+        ]
+        names = {int(s.SegmentNumber): str(s.SegmentLabel) for s in dataset.SegmentSequence}
+    affine, positions = _places(path, frames)
+    normal = affine[:3, 2] / np.linalg.norm(affine[:3, 2])
+    _, first, slices = np.unique(
+        (positions @ normal).round(2), return_index=True, return_inverse=True
+    )
+    planes = np.zeros((len(first), *pixels.shape[1:]), np.uint16)
+    for frame, number, k in zip(pixels, numbers, slices, strict=True):
+        mine = frame != 0
+        if (planes[k][mine] != 0).any():
+            raise ImageError(
+                f"{path}: segment {number} overlaps another; one label a voxel is needed: write "
+                "each of them to a file of its own"
+            )
+        planes[k][mine] = frame[mine] if kind == "LABELMAP" else number
+    return Labels(
+        path=path,
+        values=planes.transpose(2, 1, 0),
+        affine=affine,
+        origins=positions[first],
+        columns_first=True,
+        names=names,
+    )
+
+
+def _places(path: Path, frames: Sequence[Frame]) -> tuple[np.ndarray, np.ndarray]:
+    """Of a segmentation's frames: their affine within a slice, and their origins (N, 3)."""
+    shared = frames[0]
+    if shared.spacing is None or any(f.position is None or f.orientation is None for f in frames):
+        raise ImageError(
+            f"{path}: its frames have no place in the patient, or no PixelSpacing; give its labels "
+            "as NIfTI or PNG"
+        )
+    turns = np.array([f.orientation for f in frames], np.float64)
+    if np.abs(turns - turns[0]).max() > SAME_ORIENTATION:
+        raise ImageError(f"{path} mixes orientations; expected slices of one stack")
+    rows, columns = shared.spacing
+    along_columns, along_rows = turns[0].reshape(2, 3)
+    normal = np.cross(along_columns, along_rows) * (shared.thickness or 1.0)
+    affine = np.eye(4)
+    affine[:3, :3] = TO_NIFTI @ np.stack(
+        [along_columns * columns, along_rows * rows, normal], axis=1
+    )
+    origins = np.array([f.position for f in frames], np.float64) @ TO_NIFTI
+    affine[:3, 3] = origins[0]
+    return affine, origins
 
 
 def _highdicom() -> Any:

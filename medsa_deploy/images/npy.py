@@ -22,7 +22,7 @@ def read_npy(path: Path, *, axis: int | None, index: int | None) -> Image:
     A three-dimensional array whose last axis is 1, 3 or 4 long is a picture with channels, unless a
     slice is asked for; any other is a volume and needs `index`, along axis 0 by default.
     """
-    array = _map(path)
+    array = map_array(path)
     pixels = np.array(_picture(path, array, axis, index))
     if pixels.ndim == 3:
         pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]
@@ -46,13 +46,13 @@ class NpySlices:
 
 def is_npy_volume(path: Path) -> bool:
     """Whether `read_npy` would need a slice to be named, or more than that, by the header."""
-    array = _map(path)
+    array = map_array(path)
     return array.ndim > 3 or (array.ndim == 3 and array.shape[2] not in CHANNELS)
 
 
 def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
     """(X, Y, Z) of any real type, sliced along axis 0 by default, with spacing 1."""
-    array = _map(path)
+    array = map_array(path)
     if array.ndim != 3 or 0 in array.shape:
         raise ImageError(
             f"{path} has shape {array.shape}; expected a volume (X, Y, Z) of one number a voxel"
@@ -76,7 +76,7 @@ def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
     )
 
 
-def _map(path: Path) -> np.ndarray:
+def map_array(path: Path) -> np.ndarray:
     """The array in a file, mapped: one slice of a large volume costs one slice. Never unpickled."""
     with reading(path, "a .npy array"):
         array = np.lib.format.open_memmap(path, mode="r")

@@ -50,7 +50,7 @@ def read_image(
     point given as x, y is voxel (y, x, index). Nothing is flipped or turned to look anatomical.
     """
     path = Path(path)
-    file_format = _format(path)
+    file_format = format_of(path)
     if file_format in ("raster", "dicom") and not (axis is None and index is None):
         raise ImageError(
             f"{path} is a single image: an axis or a slice can be chosen only in a NIfTI "
@@ -71,7 +71,7 @@ def read_volume(
     their slice is read.
     """
     path = Path(path)
-    file_format = "series" if path.is_dir() else _format(path)
+    file_format = "series" if path.is_dir() else format_of(path)
     if file_format == "raster":
         raise ImageError(f"{path} is a picture; expected a NIfTI, a DICOM series or a .npy volume")
     if volume is not None and file_format != "nifti":
@@ -102,7 +102,7 @@ def holds_volume(path: str | os.PathLike[str], *, lone: bool = False) -> bool:
         images = find_images(path)
         dicoms = [image for image in images if _is_dicom(image)]
         return len(dicoms) == len(images) and (lone or _is_volume(path, "series", dicoms))
-    file_format = _format(path)
+    file_format = format_of(path)
     return (lone and file_format != "raster") or _is_volume(path, file_format, [])
 
 
@@ -140,7 +140,7 @@ def _is_dicom(path: Path) -> bool:
         raise ImageError(f"{path} cannot be opened: {e.strerror}") from e
 
 
-def _format(path: Path) -> Format:
+def format_of(path: Path) -> Format:
     """The format of a file, by its content or else its suffix."""
     if not path.exists():
         raise ImageError(f"{path} does not exist: give the path of an image")

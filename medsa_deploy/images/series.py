@@ -108,7 +108,7 @@ def read_series(folder: Path, files: Sequence[Path], *, axis: int | None) -> Vol
                     f"{folder}: {path.name} is one of {len(members)} files and holds several "
                     "frames itself; give one such file"
                 )
-            frames.append(_frame(path, header))
+            frames.append(frame_of(path, header))
     if all(frame.position is None for frame in frames):
         raise ImageError(
             f"{folder}: {frames[0].name} and {len(frames) - 1} more have no ImagePositionPatient, "
@@ -128,9 +128,9 @@ def read_dicom_volume(path: Path, *, axis: int | None) -> Volume:
         if count > path.stat().st_size:
             raise ImageError(f"{path} announces {count} frames, more than it can hold: damaged")
         if count == 1:
-            frames = [_frame(path, dataset)]
+            frames = [frame_of(path, dataset)]
         else:
-            frames = [_frame(path, dataset, k) for k in range(count)]
+            frames = [frame_of(path, dataset, k) for k in range(count)]
         stacked = stack(path, frames)
     return _volume(path, stacked, axis, dataset)
 
@@ -197,7 +197,7 @@ def _is_image(header: Any) -> bool:
     return not derived and bool(header.get("Rows")) and bool(header.get("Columns"))
 
 
-def _frame(path: Path, dataset: Any, frame: int | None = None) -> Frame:
+def frame_of(path: Path, dataset: Any, frame: int | None = None) -> Frame:
     """What the header says of a file, or of one of its frames."""
 
     def group(name: str) -> Any:

@@ -1,6 +1,7 @@
 """A bundle, running: encode an image once, decode a mask per prompt. No torch, no builder."""
 
-from .session import Embedding, Prediction, Session, load
+from .loading import load
+from .session import Embedding, Prediction, Session
 from .structures import Structure
 from .volumes import VolumeOptions, VolumePrediction, segment_volume
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A layer as a backend runs it: a node of the graph, or several made one."""
+
+    name: str
+    operator: str
+    """In the backend's own words."""
+    samples_ms: tuple[float, ...]
+    """One for each run."""
 
 
 class Backend(Protocol):
@@ -35,4 +47,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what it holds."""
+        ...
+
+
+@runtime_checkable
+class TimesLayers(Protocol):
+    """A backend that was opened to time its layers, which costs time itself."""
+
+    def layers(self) -> dict[str, list[Layer]]:
+        """Layers of `encoder` and `decoder` in the order they run, over all runs so far.
+
+        Call it last: a backend may end its measurement with it.
+        """
         ...

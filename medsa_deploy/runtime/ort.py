@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from medsa_deploy.errors import BundleError, DeviceError
 from medsa_deploy.manifest import Graph
 
-from .backend import Array
+from .backend import Array, Layer
+from .contract import check_contract, decoder_inputs, mask_shape
 
 DTYPES = {"tensor(float)": "float32"}
 """ONNX Runtime's names of the contract's types."""
+KERNEL = "_kernel_time"
+"""What its profiler adds to the name of a node that ran."""
 
 
 class OnnxRuntimeBackend:
@@ -24,11 +28,18 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def __init__(
-        self, encoder: Path, decoder: Path, graphs: dict[str, Graph], *, threads: int | None = None
+        self,
+        encoder: Path,
+        decoder: Path,
+        graphs: dict[str, Graph],
+        *,
+        threads: int | None = None,
+        time_layers: bool = False,
     ) -> None:
         self.threads = threads
-        self._mask_shape = _shape_of(graphs["decoder"], "mask_input")
-        """Of one set, (1, 4g, 4g); None for a decoder without mask prompts."""
+        self._times = Path(tempfile.mkdtemp(prefix="medsa-")) if time_layers else None
+        """Folder ONNX Runtime writes layer times into."""
+        self._mask_shape = mask_shape(graphs["decoder"])
         self._encoder = self._open(encoder, graphs["encoder"])
         self._decoder = self._open(decoder, graphs["decoder"])
 
@@ -41,15 +52,9 @@ class OnnxRuntimeBackend:
         self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
     ) -> tuple[Array, Array]:
         """See `Backend.decode`."""
-        inputs = {
-            "image_embeddings": image_embeddings,
-            "point_coords": point_coords,
-            "point_labels": point_labels,
-        }
-        if self._mask_shape is not None:
-            nothing = np.zeros((len(point_coords), *self._mask_shape), np.float32)
-            inputs["mask_input"] = nothing if mask is None else mask
-            inputs["has_mask_input"] = np.array([mask is not None], np.float32)
+        inputs = decoder_inputs(
+            image_embeddings, point_coords, point_labels, mask, self._mask_shape
+        )
         masks, iou = self._run(self._decoder, inputs)
         return masks, iou
 
@@ -62,9 +67,18 @@ class OnnxRuntimeBackend:
             "threads": self.threads or "all",
         }
 
+    def layers(self) -> dict[str, list[Layer]]:
+        """See `TimesLayers.layers`; empty if not opened for it."""
+        if self._times is None:
+            return {}
+        sessions = {"encoder": self._encoder, "decoder": self._decoder}
+        return {name: _layers(Path(s.end_profiling())) for name, s in sessions.items()}
+
     def close(self) -> None:
         """Release both sessions."""
         del self._encoder, self._decoder
+        if self._times is not None:
+            shutil.rmtree(self._times, ignore_errors=True)
 
     def _open(self, path: Path, graph: Graph) -> ort.InferenceSession:
         """A session whose tensors are the contract's."""
@@ -75,11 +89,16 @@ class OnnxRuntimeBackend:
         options.enable_mem_pattern = False
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        if self._times is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._times / path.stem)
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime raises classes of its own that share no base
             raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
-        _check_contract(path, session, graph)
+        tensors = (*session.get_inputs(), *session.get_outputs())
+        opened = [(t.name, DTYPES.get(t.type, t.type), t.shape) for t in tensors]
+        check_contract(path, opened, graph)
         return session
 
     def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
@@ -90,33 +109,15 @@ class OnnxRuntimeBackend:
         return outputs
 
 
-def _check_contract(path: Path, session: ort.InferenceSession, graph: Graph) -> None:
-    """BundleError unless the file's tensors have the manifest's names, types and fixed axes."""
-    opened = (*session.get_inputs(), *session.get_outputs())
-    described = (*graph.inputs, *graph.outputs)
-    found = {t.name: f"{DTYPES.get(t.type, t.type)} {_axes(t.shape)}" for t in opened}
-    wanted = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
-    differing = [
-        f"{name} is {found.get(name, 'absent')}, the manifest says {wanted.get(name, 'absent')}"
-        for name in wanted | found
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise BundleError(
-            f"{path} is not the graph its manifest describes: {'; '.join(differing)}: "
-            "export the checkpoint again"
-        )
-
-
-def _axes(shape: Sequence[int | str | None]) -> str:
-    """A shape in words; a dynamic axis is *, whatever its name."""
-    return f"({', '.join(str(axis) if isinstance(axis, int) else '*' for axis in shape)})"
-
-
-def _shape_of(graph: Graph, name: str) -> tuple[int, ...] | None:
-    """The fixed axes of one input; None if there is none of that name."""
-    shapes = (t.shape for t in graph.inputs if t.name == name)
-    return next((tuple(axis for axis in s if isinstance(axis, int)) for s in shapes), None)
+def _layers(path: Path) -> list[Layer]:
+    """Layers in a file of ONNX Runtime's profiler: events of one kernel each, in microseconds."""
+    samples: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(path.read_text(encoding="utf-8")):
+        name = event["name"].removesuffix(KERNEL)
+        if event["cat"] == "Node" and name != event["name"]:
+            key = (name, event["args"]["op_name"])
+            samples.setdefault(key, []).append(event["dur"] / 1e3)
+    return [Layer(name=n, operator=op, samples_ms=tuple(ms)) for (n, op), ms in samples.items()]
 
 
 def _line(error: BaseException) -> str:

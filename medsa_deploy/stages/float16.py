@@ -20,9 +20,10 @@ from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import Change, round_like_float16, to_float16
 from medsa_deploy.graph.islands import islands
 from medsa_deploy.graph.ranges import HIGH, LOW, computed_values, watch
-from medsa_deploy.graph.scopes import block_of, module_of
+from medsa_deploy.graph.scopes import module_of
 from medsa_deploy.manifest import Island, Parity, Recipe
 from medsa_deploy.runtime import Session
+from medsa_deploy.scopes import block_of
 
 from .proof import Progress
 from .trials import Trial, Trials, WatchingBackend

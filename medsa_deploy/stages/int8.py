@@ -83,7 +83,7 @@ class Search:
 
     def choose_reach(self) -> Trial:
         """Set how far codes reach to what serves the masks best with every layer in INT8."""
-        found = []
+        found: list[tuple[tuple[float, float, float], int, float | None, Trial]] = []
         for percent in PERCENTS:
             self.percent = percent
             trial = self.trial(self.layers)
@@ -168,7 +168,9 @@ def make_int8(
         weights="int8, symmetric, per channel",
         activations="int8, symmetric" if search.half else "uint8",
         calibration=calibration.described(
-            sources, "min-max" if search.percent is None else f"percentile {search.percent}"
+            sources,
+            trials.manifest.network.chunk,
+            "min-max" if search.percent is None else f"percentile {search.percent}",
         ),
         reference_dice_mean=again.parity.mask_dice_mean,
         runs=trials.runs,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medsa_deploy import verify
-from medsa_deploy.errors import ImageError
-from medsa_deploy.images import Image, find_images, is_volume, read_image, read_volume
+from medsa_deploy.images import Image, find_images, is_volume, read_image
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.backend import Backend
@@ -43,19 +41,7 @@ def _users(path: Path | None, chunk: int) -> Iterator[tuple[str, list[Image]]]:
         return
     one = not path.is_dir() or (chunk > 1 and is_volume(path))
     for file in [path] if one else find_images(path):
-        yield file.name, [read_image(file)] if chunk == 1 else middle_slices(file, chunk)
-
-
-def middle_slices(path: Path, chunk: int) -> list[Image]:
-    """`chunk` slices from the middle of a volume."""
-    volume = read_volume(path)
-    if len(volume) < chunk:
-        raise ImageError(
-            f"{path} has {len(volume)} slices; this network sees {chunk} at a time: give a volume "
-            "of as many"
-        )
-    start = (len(volume) - chunk) // 2
-    return [volume.slice(start + i) for i in range(chunk)]
+        yield file.name, [read_image(file)] if chunk == 1 else verify.middle_slices(file, chunk)
 
 
 def reference_outputs(
@@ -108,8 +94,13 @@ def parity(
 ) -> Parity:
     """Run the cases and compare; one case's outputs are held at a time."""
     comparisons, nan_count = compare_all(session, cases, expected)
-    found = verify.summarise(cases, comparisons, precision=precision, backend=session.backend.name)
-    return replace(found, nan_count=nan_count)
+    return verify.summarise(
+        cases,
+        comparisons,
+        precision=precision,
+        backend=session.backend.name,
+        nan_count=nan_count,
+    )
 
 
 def compare_all(

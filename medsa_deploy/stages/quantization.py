@@ -18,7 +18,7 @@ from medsa_deploy import manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
-from medsa_deploy.runtime.session import check_options
+from medsa_deploy.runtime.loading import check_options
 
 from .calibration import find_sources, hold_out, image_cases
 from .float16 import Made, make_float16
@@ -68,8 +68,8 @@ def quantize(
         raise UsageError("calibration images are for int8; float16 needs none")
     check_options("onnxruntime", threads)
     import_onnx()
-    sources = find_sources(calibration) if precision == "int8" else []
     made = manifest.load(bundle)
+    sources = find_sources(calibration, made.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
     manifest.check_files(made, bundle)
     to_run = cases(made.network, images)
@@ -106,10 +106,11 @@ def _base(
     """What an INT8 encoder goes with: float16 graphs, just made or in the bundle, or float32."""
     if target == "cpu":
         return Base(precision="fp32", decoder=bundle / made.file("decoder").path)
+    recipe = additions[0].recipe if additions else made.recipe("fp16")
     if additions:
-        decoder, recipe = additions[0].graphs["decoder"][0], additions[0].recipe
+        decoder = additions[0].graphs["decoder"][0]
     else:
-        decoder, recipe = bundle / made.file("decoder", "fp16").path, made.recipe("fp16")
+        decoder = bundle / made.file("decoder", "fp16").path
     assert recipe is not None
     return Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
 

@@ -21,9 +21,6 @@ AXIAL = 2
 """The template's axis from feet to head."""
 LABEL_THRESHOLD = 128
 """Tissue maps hold probabilities 0…255."""
-BOX_MARGIN = 3
-"""Pixels by which a box exceeds what it holds, as a hand-drawn one does."""
-
 Mask = NDArray[np.bool_]
 
 
@@ -47,29 +44,12 @@ def structures(slices: Sequence[int]) -> dict[str, Mask]:
     return {"white matter": white, "grey matter": grey, "brain": white | grey}
 
 
-def box_around(label: Mask) -> tuple[int, int, int, int]:
-    """The bounding box of a label (H, W), with a margin: x0, y0, x1, y1."""
-    rows, columns = np.nonzero(label)
-    height, width = label.shape
-    return (
-        max(int(columns.min()) - BOX_MARGIN, 0),
-        max(int(rows.min()) - BOX_MARGIN, 0),
-        min(int(columns.max()) + 1 + BOX_MARGIN, width),
-        min(int(rows.max()) + 1 + BOX_MARGIN, height),
-    )
-
-
 def inner_point(label: Mask) -> tuple[int, int]:
     """x, y of the pixel of a label (H, W) nearest to its centre of mass."""
     rows, columns = np.nonzero(label)
     distance = (rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2
     nearest = int(np.argmin(distance))
     return int(columns[nearest]), int(rows[nearest])
-
-
-def dice(mask: Mask, label: Mask) -> float:
-    """2·|A ∩ B| / (|A| + |B|)."""
-    return float(2 * (mask & label).sum() / (mask.sum() + label.sum()))
 
 
 def file_in(package: str, name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,13 @@ class Trials:
             comparisons, nan_count = compare_all(session, self.cases, self._expected)
 
         def summary(count: int) -> Parity:
-            found = verify.summarise(
+            return verify.summarise(
                 self.cases[:count],
                 comparisons[:count],
                 precision=precision,
                 backend=OnnxRuntimeBackend.name,
+                nan_count=nan_count,
             )
-            return replace(found, nan_count=nan_count)
 
         parity = summary(len(self.cases))
         failures = dict.fromkeys(verify.failures(parity))

@@ -9,13 +9,21 @@ from pathlib import Path
 from medsa_deploy import manifest, verify
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
+from medsa_deploy.parity_page import Result
 from medsa_deploy.runtime import load
-from medsa_deploy.runtime.session import check_options
+from medsa_deploy.runtime.loading import check_options, files_precision
 from medsa_deploy.verify import Array, Case
 
 from .checkpoints import export_extra
 from .engines import EngineState, engine_states
-from .proof import Progress, cases, parity, reference_outputs
+from .parity_report import worst_mask, write_report
+from .proof import Progress, cases, compare_all, reference_outputs
+
+AGAINST = {
+    "checkpoint": "the checkpoint's own network",
+    "saved reference": "what the checkpoint's own network gave at export",
+}
+"""What a bundle is compared with, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,8 @@ class Verification:
     """What exceeds the limits; empty when everything agrees."""
     engines: tuple[EngineState, ...]
     """Engines in the bundle, which are not run here."""
+    report: Path | None = None
+    """The page that shows it, where one was asked for."""
 
 
 def verify_bundle(
@@ -41,19 +51,23 @@ def verify_bundle(
     backend: str,
     precision: str | None,
     threads: int | None,
+    report: bool = False,
     on_step: Progress = lambda step: None,
 ) -> Verification:
     """Compare a bundle with its checkpoint's network, or with what that gave at export.
 
-    Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed.
+    Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed. `report`
+    writes `reports/parity.html` into the bundle.
     """
     made = manifest.load(bundle)
-    check_options(backend, threads)
+    check_options(backend, threads, precision or "fp32")
     precisions = (
         [precision] if precision else [f.precision for f in made.files if f.role == "encoder"]
     )
     for name in precisions:
-        made.file("encoder", name)  # refused here, not after minutes of the checkpoint's network
+        made.file(
+            "encoder", files_precision(name)
+        )  # refused here, not after minutes of the checkpoint's network
     on_step("compare every file with its SHA-256")
     manifest.check_files(made, bundle)
     if checkpoint is None:
@@ -68,21 +82,32 @@ def verify_bundle(
         to_run, against = cases(made.network, images), "checkpoint"
         on_step("run the checkpoint's own network")
         expected = _checkpoint_outputs(made, checkpoint, base, to_run)
-    found, failures = [], list[str]()
+    results = []
     for name in precisions:
         on_step(f"run the {name} graphs in {backend}")
         chosen, recorded = _judged(made, name, to_run)
         with load(bundle, backend=backend, precision=name, threads=threads) as session:
-            one = parity(session, [to_run[i] for i in chosen], [expected[i] for i in chosen], name)
-        found.append(one)
-        problems = verify.failures(one, recorded_dice=recorded)
-        failures += [f"{name}: {problem}" for problem in problems]
+            some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
+            comparisons, nan_count = compare_all(session, some, wanted)
+            one = verify.summarise(
+                some, comparisons, precision=name, backend=session.backend.name, nan_count=nan_count
+            )
+            worst = worst_mask(session, some, wanted, comparisons) if report else None
+        limits = verify.limits_of(name, recorded)
+        dice = tuple(value for c in comparisons for value in c.mask_dice)
+        results.append(Result(parity=one, limits=limits, mask_dice=dice, worst=worst))
+    engines = engine_states(bundle, made)
     return Verification(
         bundle=bundle,
         against=against,
-        parity=tuple(found),
-        failures=tuple(failures),
-        engines=engine_states(bundle, made),
+        parity=tuple(result.parity for result in results),
+        failures=tuple(
+            f"{one.parity.precision}: {problem}" for one in results for problem in one.failures
+        ),
+        engines=engines,
+        report=write_report(bundle, made, results, against=AGAINST[against], engines=engines)
+        if report
+        else None,
     )
 
 

@@ -1,0 +1,5 @@
+"""python -m medsa_deploy.cli"""
+
+from . import main
+
+main()

@@ -1,0 +1,109 @@
+"""A label file → `Labels`: PNG, TIFF, BMP, .npy, NIfTI, DICOM segmentation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from medsa_deploy.errors import ImageError
+
+from .files import reading
+from .labels import Labels
+from .read import format_of
+from .volume import Volume
+
+MOST_LABELS = 200
+"""More different values than any labelling has: such a file is an image."""
+MASK_VALUES = (255, 65535)
+"""What pictures and some volumes hold where a mask is, if they hold nothing else."""
+
+
+def read_labels(path: str | os.PathLike[str]) -> Labels:
+    """The labels in a file: whole numbers from 0, at most 200 different ones.
+
+    A picture is grey, or has a palette whose indices are the labels. A file that holds nothing but
+    0 and 255 (or 65535) is a mask, which becomes label 1; so does a .npy of bool. A NIfTI or .npy
+    volume keeps its stored order. A DICOM segmentation is BINARY or LABELMAP; its segment numbers
+    are the labels. ImageError for everything else.
+    """
+    path = Path(path)
+    file_format = format_of(path)
+    if file_format == "dicom":
+        from .dicom_seg import read_segmentation
+
+        return read_segmentation(path)
+    if file_format == "nifti":
+        from .nifti import read_nifti_volume
+
+        volume = read_nifti_volume(path, axis=None, volume=None)
+        return Labels(path=path, values=_whole(path, _voxels(volume)), affine=volume.affine)
+    if file_format == "npy":
+        return Labels(path=path, values=_whole(path, _array(path)))
+    return Labels(path=path, values=_whole(path, _picture(path)))
+
+
+def _voxels(volume: Volume) -> np.ndarray:
+    """All slices of a volume, (X, Y, Z) in stored order."""
+    stacked = np.stack([volume.slice(k).pixels for k in range(len(volume))])
+    return stacked.transpose(np.argsort((volume.axis, *volume.plane_axes)))
+
+
+def _array(path: Path) -> np.ndarray:
+    """(H, W) or (X, Y, Z)."""
+    from .npy import map_array
+
+    array = np.array(map_array(path))
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ImageError(f"{path} has shape {array.shape}; expected labels (H, W) or (X, Y, Z)")
+    return array
+
+
+def _picture(path: Path) -> np.ndarray:
+    """(H, W): grey values, or palette indices."""
+    from .raster import FORMATS, read_raster
+
+    with reading(path, "a label picture"), path.open("rb") as f:
+        picture = PIL.Image.open(f, formats=FORMATS)
+        if picture.format in ("JPEG", "MPO"):
+            raise ImageError(f"{path} is a JPEG, which blurs labels; give them as PNG")
+        if picture.mode == "P":
+            return np.asarray(PIL.ImageOps.exif_transpose(picture))
+    pixels = read_raster(path).pixels
+    if pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():
+        raise ImageError(
+            f"{path} is a colour picture; expected one number a pixel: a grey PNG, or one with a "
+            "palette"
+        )
+    return pixels if pixels.ndim == 2 else pixels[..., 0]
+
+
+def _whole(path: Path, values: np.ndarray) -> np.ndarray:
+    """Unsigned integers of the smallest type that holds them; ImageError if they are no labels."""
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8)
+    if values.dtype.kind == "f":
+        odd = values != np.rint(values)  # NaN and infinite values are not whole either
+        odd |= ~np.isfinite(values)
+        if odd.any():
+            raise ImageError(
+                f"{path} holds {values[odd][0]:g}; labels are whole numbers: is this a label file, "
+                "or a map of probabilities or intensities?"
+            )
+    found = np.unique(values)
+    if found[0] < 0 or found[-1] > np.iinfo(np.uint32).max:
+        raise ImageError(
+            f"{path} holds values from {found[0]:g} to {found[-1]:g}; labels are whole numbers "
+            "from 0: is this a label file?"
+        )
+    if len(found) > MOST_LABELS:
+        raise ImageError(
+            f"{path} holds {len(found)} different values, more than labels have (at most "
+            f"{MOST_LABELS}): is this an image?"
+        )
+    if found[-1] in MASK_VALUES and not found[:-1].any():
+        return np.asarray(values != 0, np.uint8)
+    return values.astype(np.min_scalar_type(int(found[-1])))

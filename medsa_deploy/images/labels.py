@@ -1,0 +1,242 @@
+"""Labels of a file, and their place on a voxel grid: of an image, or of other labels.
+
+Two grids are one when each voxel of one is a voxel of the other, whatever the order and direction
+in which the files store their axes; to a tenth of a voxel. Nothing is ever resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from medsa_deploy.errors import ImageError
+
+from .volume import Volume
+
+TOLERANCE = 0.1
+"""Voxels by which the corners of two grids may differ: files round their affines."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labels:
+    """Whole numbers for pixels or voxels, as a file holds them; 0 is background."""
+
+    path: Path
+    values: np.ndarray
+    """(H, W), or (X, Y, Z) in stored order (DICOM: columns, rows, slices); unsigned integers."""
+    affine: np.ndarray | None = None
+    """(4, 4) voxel → mm as in `Volume`; None where the file does not place its voxels."""
+    origins: np.ndarray | None = None
+    """(Z, 3) mm of each slice's first voxel, of a DICOM segmentation: it leaves out slices without
+    labels, so that the affine holds within a slice only."""
+    columns_first: bool = False
+    """A single slice lies as (columns, rows, 1), unlike a picture: DICOM."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """What the file calls its labels."""
+
+    def present(self) -> list[int]:
+        """The labels that occur, in order, without background."""
+        return [int(label) for label in np.unique(self.values) if label]
+
+
+def on_one_grid(
+    one: Labels, other: Labels
+) -> tuple[np.ndarray, np.ndarray, tuple[float, ...] | None]:
+    """Both files' values in arrays of one shape, and the spacing in mm (None: unknown).
+
+    Axes of length 1 are dropped. ImageError if the files do not lie on one grid.
+    """
+    if one.affine is None or other.affine is None:
+        (first, spacing), (second, other_spacing) = _flat(one), _flat(other)
+        if first.shape != second.shape:
+            raise ImageError(
+                f"{one.path} has shape {one.values.shape} and {other.path} "
+                f"{other.values.shape}: labels and segmentation must be of one shape"
+            )
+        return first, second, spacing or other_spacing
+    if one.origins is not None and other.origins is not None:
+        shape, affine = _common_grid(one, other)
+        name = other.path
+    else:
+        grid = other if one.origins is not None else one
+        assert grid.affine is not None
+        shape, affine, name = _shape(grid.values), grid.affine, grid.path
+    spacing_mm = _known_spacing(affine)
+    first, kept = without_thin_axes(onto(one, shape, affine, other.path), spacing_mm)
+    second, _ = without_thin_axes(onto(other, shape, affine, name), spacing_mm)
+    return first, second, kept
+
+
+def on_volume(labels: Labels, volume: Volume) -> tuple[np.ndarray, tuple[float, ...] | None]:
+    """The values of `labels` in the stored order of `volume`, and its spacing in mm, if known.
+
+    ImageError if they lie on another grid; without affines, if the shapes differ. The labels of a
+    picture fit a volume of one slice.
+    """
+    if labels.affine is not None and volume.affine is not None:
+        placed = onto(labels, volume.shape, volume.affine, volume.path)
+        return placed, _known_spacing(volume.affine)
+    # A file that gives no spacing has 1.0, the same number in pixels.
+    unplaced = volume.affine is None and volume.spacing_mm[:2] == (1.0, 1.0)
+    known = None if unplaced else volume.spacing_mm
+    if len(volume) == 1:
+        placed = np.zeros(volume.shape, labels.values.dtype)
+        volume.plane(placed, 0)[:] = on_picture(labels, volume.slice_size, volume.path)[0]
+        return placed, known
+    if labels.values.shape != volume.shape:
+        raise ImageError(
+            f"{labels.path} has shape {labels.values.shape}, {volume.path} {volume.shape}: "
+            "use the label file of this image"
+        )
+    return labels.values, known
+
+
+def on_picture(
+    labels: Labels, size: tuple[int, int], name: Path
+) -> tuple[np.ndarray, tuple[float, ...] | None]:
+    """The values of `labels` as (H, W), the size of the picture `name`, and any spacing in mm."""
+    values, spacing = _flat(labels)
+    if values.shape != size:
+        raise ImageError(
+            f"{labels.path} has shape {labels.values.shape}, {name} {size}: "
+            "use the label file of this image"
+        )
+    return values, spacing
+
+
+def onto(labels: Labels, shape: tuple[int, int, int], affine: np.ndarray, name: Path) -> np.ndarray:
+    """The values of `labels`, which have an affine, in the grid (X, Y, Z) of the file `name`."""
+    if abs(np.linalg.det(affine)) < 1e-12:
+        raise ImageError(f"{name}: its affine does not place its voxels in space")
+    to_grid = np.linalg.inv(affine)
+    out = np.zeros(shape, labels.values.dtype)
+    for block, block_affine in _blocks(labels):
+        placed = _placed(block, to_grid @ block_affine)
+        if placed is None:
+            raise ImageError(
+                f"{labels.path} and {name} do not lie on one voxel grid: spacing "
+                f"{_text(spacing_of(block_affine))} mm against {_text(spacing_of(affine))} mm, "
+                f"first voxel at {_text(block_affine[:3, 3])} against {_text(affine[:3, 3])}; "
+                "use the label file of this image, or resample it to the image's grid"
+            )
+        turned, start = placed
+        if labels.origins is None and turned.shape != shape:
+            raise ImageError(
+                f"{labels.path} has shape {labels.values.shape}, {name} {shape}: "
+                "use the label file of this image"
+            )
+        _paste(out, turned, start, labels.path, name)
+    return out
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """mm between voxels along each axis."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    return x, y, z
+
+
+def _known_spacing(affine: np.ndarray | None) -> tuple[float, ...] | None:
+    """mm between voxels; None without an affine, or with the identity that stands for none."""
+    if affine is None or np.array_equal(affine, np.eye(4)):
+        return None
+    return spacing_of(affine)
+
+
+def without_thin_axes(
+    values: np.ndarray, spacing: tuple[float, ...] | None = None
+) -> tuple[np.ndarray, tuple[float, ...] | None]:
+    """Values and spacing without axes of length 1, across which nothing has a surface."""
+    kept = [k for k in range(values.ndim) if values.shape[k] > 1]
+    return values.reshape([values.shape[k] for k in kept]), (
+        None if spacing is None else tuple(spacing[k] for k in kept)
+    )
+
+
+def _flat(labels: Labels) -> tuple[np.ndarray, tuple[float, ...] | None]:
+    """`without_thin_axes`, a single DICOM slice lying as a picture."""
+    values, spacing = labels.values, _known_spacing(labels.affine)
+    if labels.columns_first and values.shape[2] == 1:
+        values = values.transpose(1, 0, 2)
+        spacing = None if spacing is None else (spacing[1], spacing[0], spacing[2])
+    return without_thin_axes(values, spacing)
+
+
+def _blocks(labels: Labels) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What lies evenly, with its affine: everything, or each slice of a DICOM segmentation."""
+    assert labels.affine is not None
+    if labels.origins is None:
+        yield labels.values.reshape(_shape(labels.values)), labels.affine
+        return
+    for k, origin in enumerate(labels.origins):
+        affine = labels.affine.copy()
+        affine[:3, 3] = origin
+        yield labels.values[:, :, k : k + 1], affine
+
+
+def _placed(block: np.ndarray, to_grid: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """A block turned to lie like the grid, and the voxel where it starts; None if it cannot."""
+    turn, origin = to_grid[:3, :3], to_grid[:3, 3]
+    steps = np.rint(turn)
+    long = [k for k in range(3) if block.shape[k] > 1]
+    if not (np.abs(steps[:, long]).sum(axis=0) == 1).all():
+        return None
+    drift = np.abs(turn - steps)[:, long] * (np.array(block.shape)[long] - 1)
+    if max(drift.sum(axis=1).max(initial=0), np.abs(origin - np.rint(origin)).max()) > TOLERANCE:
+        return None
+    # The grid's axis that each of the block's axes runs along; one of length 1 takes what is left.
+    along = {k: int(np.flatnonzero(steps[:, k])[0]) for k in long}
+    left = [axis for axis in range(3) if axis not in along.values()]
+    if len(left) + len(long) != 3:
+        return None
+    along |= dict(zip((k for k in range(3) if k not in long), left, strict=True))
+    start = np.rint(origin).astype(int)
+    for k in long:
+        if steps[along[k], k] < 0:
+            block = np.flip(block, k)
+            start[along[k]] -= block.shape[k] - 1
+    axes = {axis: k for k, axis in along.items()}
+    return block.transpose(axes[0], axes[1], axes[2]), start
+
+
+def _paste(out: np.ndarray, block: np.ndarray, start: np.ndarray, path: Path, name: Path) -> None:
+    """Put a block into `out`; ImageError if labels of it lie outside."""
+    low = np.maximum(start, 0)
+    high = np.minimum(start + block.shape, out.shape)
+    inside = tuple(slice(a, max(a, b)) for a, b in zip(low - start, high - start, strict=True))
+    lost = int(np.count_nonzero(block)) - int(np.count_nonzero(block[inside]))
+    if lost:
+        raise ImageError(f"{lost} labelled voxels of {path} lie outside of {name}")
+    out[tuple(slice(a, max(a, b)) for a, b in zip(low, high, strict=True))] = block[inside]
+
+
+def _common_grid(one: Labels, other: Labels) -> tuple[tuple[int, int, int], np.ndarray]:
+    """A grid that holds the slices of two DICOM segmentations; (shape, affine)."""
+    assert one.affine is not None
+    assert one.origins is not None
+    assert other.origins is not None
+    affine = one.affine.copy()
+    normal = affine[:3, 2] / np.linalg.norm(affine[:3, 2])
+    origins = np.concatenate([one.origins, other.origins])
+    places = origins @ normal
+    first, last = origins[places.argmin()], origins[places.argmax()]
+    gaps = np.diff(np.unique(places.round(3)))
+    count = 1
+    if gaps.size:
+        # The smallest gap: the slices that either file leaves out are seldom every second one.
+        count = round((places.max() - places.min()) / gaps.min()) + 1
+        affine[:3, 2] = (last - first) / (count - 1)
+    affine[:3, 3] = first
+    columns, rows = one.values.shape[:2]
+    return (columns, rows, count), affine
+
+
+def _shape(values: np.ndarray) -> tuple[int, int, int]:
+    x, y, z = (*values.shape, 1)[:3]
+    return x, y, z
+
+
+def _text(values: np.ndarray | tuple[float, ...]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"

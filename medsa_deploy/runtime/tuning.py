@@ -1,0 +1,88 @@
+"""The fastest backend and threads of a bundle on a machine ⇄ `tuning.json` in the user's folder.
+
+Only `backend="auto"` reads it; what runs by default never depends on a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from medsa_deploy import machine
+from medsa_deploy.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was fastest, by the median of a first click."""
+
+    encoder_sha256: str
+    """Of the encoder's file, which says which network and precision this is for."""
+    bundle: str
+    """The bundle's name then, for people."""
+    machine: str
+    """See `this_machine`."""
+    backend: str
+    threads: int
+    first_click_ms: float
+    measured: str
+    """Date, YYYY-MM-DD."""
+
+
+def this_machine() -> str:
+    """Processor and cores: what a choice holds for."""
+    return f"{machine.processor()}, {machine.cores()} cores"
+
+
+def path() -> Path:
+    """`medsa-deploy/tuning.json` in $XDG_CONFIG_HOME, or in ~/.config."""
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "medsa-deploy" / "tuning.json"
+
+
+def choices() -> list[Choice]:
+    """Everything that is stored; nothing, with a warning, where the file cannot be read."""
+    try:
+        return [Choice(**entry) for entry in json.loads(path().read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        logger.warning("%s is ignored: it cannot be read (%s)", path(), e)
+        return []
+
+
+def stored(encoder_sha256: str) -> Choice | None:
+    """The choice for an encoder on this machine."""
+    here = this_machine()
+    for choice in choices():
+        if (choice.encoder_sha256, choice.machine) == (encoder_sha256, here):
+            return choice
+    return None
+
+
+def store(choice: Choice) -> Path:
+    """Add a choice, in place of an earlier one for the same encoder and machine; the file."""
+    target = path()
+    same = (choice.encoder_sha256, choice.machine)
+    kept = [c for c in choices() if (c.encoder_sha256, c.machine) != same]
+    text = json.dumps([dataclasses.asdict(c) for c in (*kept, choice)], indent=2) + "\n"
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise UsageError(
+            f"{target} cannot be written ({e.strerror}): set XDG_CONFIG_HOME to a folder of yours"
+        ) from e
+    return target

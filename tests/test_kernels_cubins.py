@@ -1,0 +1,208 @@
+"""Cubins of the kernels: every architecture, the cache, and ahead of time in a bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import call, contents, copied
+
+from medsa_deploy.errors import BuildError, BundleError, MissingDependencyError, UsageError
+from medsa_deploy.kernels import compilers, cubins
+from medsa_deploy.kernels.compilers import Compiler, Nvcc, Nvrtc
+
+NVCC = compilers.find_nvcc()
+NVRTC = compilers.find_nvrtc()
+assert NVRTC, "tests need NVRTC: pip install 'medsa-deploy[kernels]'"
+
+QUICK = ("-Werror", "all-warnings", "-Ofc=max")
+"""Options of CUDA 13's nvcc to see that a source compiles: warnings fail, little is optimised."""
+
+EM_CUDA = 190
+"""Machine of an ELF file."""
+
+
+def architectures() -> list[tuple[str, Compiler, str]]:
+    """(name, compiler, target) of every architecture of every compiler that is here."""
+    found: list[Compiler] = [Nvrtc(NVRTC)]
+    if NVCC:
+        found.append(Nvcc(path=NVCC, options=QUICK))
+    return [
+        (f"{compiler.name.split()[0]}-{target}", compiler, target)
+        for compiler in found
+        for target in compiler.targets
+    ]
+
+
+ALL = architectures()
+SLOW_HERE = ("NVRTC",)
+"""Compilers without a quick mode: all their architectures are for the slow tests."""
+
+
+def marked(name: str, compiler: Compiler, target: str) -> object:
+    slow = name.startswith(SLOW_HERE) and target not in ("sm75", "sm87")
+    return pytest.param(compiler, target, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("compiler", "target"), [marked(*one) for one in ALL])
+@pytest.mark.parametrize("source", cubins.SOURCES)
+def test_every_architecture_compiles_without_a_warning(source, compiler, target) -> None:
+    cubin, said = compiler.cubin(cubins.source_path(source), target)
+    assert said == ""
+    assert cubin[:4] == b"\x7fELF"
+    assert int.from_bytes(cubin[18:20], "little") == EM_CUDA
+    text = cubins.source_path(source).read_text(encoding="utf-8")
+    named = set(re.findall(r"^extern \"C\" __global__ void (\w+)\(", text, flags=re.MULTILINE))
+    for name in re.findall(r"^ENTRIES\((\w+)", text, flags=re.MULTILINE):
+        named |= {f"preprocess_{name}", f"resize_{name}"}
+    assert len(named) == {"preprocess": 11, "postprocess": 2}[source]
+    assert all(f".text.{name}\0".encode() in cubin for name in named)
+
+
+def test_the_usual_targets_are_known_to_every_compiler() -> None:
+    for compiler in {id(one): one for _, one, _ in ALL}.values():
+        assert set(cubins.TARGETS) <= set(compiler.targets)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
+    """A compiler that is found, and a cache of its own; what is compiled, as it is."""
+    compiled: list[tuple[str, str]] = []
+    real: Compiler = Nvcc(path=NVCC, options=QUICK) if NVCC else Nvrtc(NVRTC)
+
+    class Counting:
+        name, targets = real.name, real.targets
+
+        def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
+            compiled.append((source.stem, target))
+            return real.cubin(source, target)
+
+    monkeypatch.setattr(cubins, "find_compiler", Counting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return compiled
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither nvcc nor NVRTC, and an empty cache."""
+    monkeypatch.setattr(compilers, "find_nvcc", lambda: None)
+    monkeypatch.setattr(compilers, "find_nvrtc", lambda: None)
+    monkeypatch.setattr(cubins, "find_compiler", compilers.find_compiler.__wrapped__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+
+
+def test_a_cubin_is_compiled_once(quick, tmp_path: Path, monkeypatch) -> None:
+    first = cubins.cubin("postprocess", "sm86")
+    assert cubins.cubin("postprocess", "sm86") == first
+    assert quick == [("postprocess", "sm86")]
+    cubins.cubin("postprocess", "sm89")
+    assert len(quick) == 2
+    names = [path.name for path in (tmp_path / "cache/medsa-deploy/kernels").iterdir()]
+    assert sorted(name.split("-")[1] for name in names) == ["sm86", "sm89"]
+    monkeypatch.setattr(cubins, "STANDARD", "c++20")
+    cubins.cubin("postprocess", "sm86")
+    assert len(quick) == 3
+
+
+def test_without_a_cache_it_is_compiled_each_time(quick, tmp_path: Path, caplog) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert cubins.cubin("postprocess", "sm86") == cubins.cubin("postprocess", "sm86")
+    assert len(quick) == 2
+    assert "compiled each time" in caplog.text
+
+
+def test_a_bundles_cubins_need_no_compiler(
+    quick, bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    mine = copied(bundle, tmp_path)
+    made = cubins.build(mine, ["sm87"])
+    assert [file.path for file in made.files] == ["preprocess-sm87.cubin", "postprocess-sm87.cubin"]
+    assert cubins.load(mine) == made
+    request.getfixturevalue("no_compiler")
+    cubin = cubins.cubin("preprocess", "sm87", bundle=mine)
+    assert cubin == (mine / "kernels/preprocess-sm87.cubin").read_bytes()
+    with pytest.raises(MissingDependencyError, match=r"medsa-deploy\[kernels\]"):
+        cubins.cubin("preprocess", "sm90", bundle=mine)
+
+
+def test_changed_or_foreign_cubins_are_not_used(
+    quick, bundle: Path, tmp_path: Path, caplog
+) -> None:
+    mine = copied(bundle, tmp_path)
+    assert cubins.load(mine) is None
+    cubins.build(mine, ["sm87"])
+    folder = mine / "kernels"
+    path = folder / "kernels.json"
+    whole = path.read_text()
+    (folder / "postprocess-sm87.cubin").write_bytes(b"else")
+    with pytest.raises(BundleError, match="not the file that kernels"):
+        cubins.cubin("postprocess", "sm87", bundle=mine)
+    (folder / "postprocess-sm87.cubin").unlink()
+    with pytest.raises(BundleError, match="cannot be read"):
+        cubins.cubin("postprocess", "sm87", bundle=mine)
+    described = json.loads(whole)
+    described["files"][1]["sources_sha256"] = "0" * 64
+    path.write_text(json.dumps(described))
+    assert cubins.cubin("postprocess", "sm87", bundle=mine)[:4] == b"\x7fELF"
+    assert "another medsa-deploy's sources" in caplog.text
+    for text, message in [
+        ("{", "cannot be read"),
+        ('{"schema": 99}', "schema"),
+        (whole.replace("preprocess-sm87.cubin", "../a.cubin"), "other folders"),
+        (whole.replace('"compiler"', '"other"'), "unknown fields"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(BundleError, match=message):
+            cubins.cubin("postprocess", "sm87", bundle=mine)
+
+
+def test_build_kernels_on_the_command_line(quick, bundle: Path, tmp_path: Path) -> None:
+    mine = copied(bundle, tmp_path)
+    done = call("build-kernels", mine, "--target", "sm_87", "--target", "sm87", "--json")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    assert {file["target"] for file in made["files"]} == {"sm87"}
+    assert (mine / "kernels" / made["files"][0]["path"]).stat().st_size == made["files"][0]["bytes"]
+    before = contents(mine)
+    done = call("build-kernels", mine, "--target", "sm1")
+    assert (done.code, contents(mine)) == (2, before)
+    assert "does not compile for sm1; it does for: sm75" in done.err
+    assert call("build-kernels", tmp_path).code == 2
+
+
+def test_a_failed_build_leaves_the_bundle(quick, bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    mine = copied(bundle, tmp_path)
+    cubins.build(mine, ["sm87"])
+    before = contents(mine)
+    broken = tmp_path / "postprocess.cu"
+    shutil.copy(cubins.source_path("postprocess").with_name("device.cuh"), tmp_path)
+    broken.write_text("not C++")
+    real = cubins.source_path
+    monkeypatch.setattr(
+        cubins, "source_path", lambda source: broken if source == "postprocess" else real(source)
+    )
+    with pytest.raises(BuildError, match=r"postprocess\.cu"):
+        cubins.build(mine, ["sm87"])
+    assert contents(mine) == before
+
+
+@pytest.mark.parametrize("compiler", {one.name: one for _, one, _ in ALL}.values())
+def test_what_a_compiler_says_of_a_broken_source_is_passed_on(compiler, tmp_path: Path) -> None:
+    shutil.copy(cubins.source_path("postprocess").with_name("device.cuh"), tmp_path)
+    source = tmp_path / "broken.cu"
+    source.write_text('#include "device.cuh"\nextern "C" __global__ void f() { missing(); }\n')
+    with pytest.raises(BuildError, match="missing"):
+        compiler.cubin(source, "sm87")
+    with pytest.raises(UsageError, match="does not compile for 'sm12345'"):
+        compiler.cubin(source, "sm12345")
+
+
+def test_without_a_compiler_the_extra_is_named(no_compiler, bundle: Path, tmp_path: Path) -> None:
+    mine = copied(bundle, tmp_path)
+    done = call("build-kernels", mine)
+    assert done.code == 2
+    assert "pip install 'medsa-deploy[kernels]'" in done.err
+    assert not (mine / "kernels").exists()

@@ -1,0 +1,185 @@
+"""postprocess.cu, run on the host, against what the runtime does in numpy."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from cuda_on_host import CONTRACTIONS, ROUNDED, address, library, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medsa_deploy import transforms
+from medsa_deploy.errors import UsageError
+from medsa_deploy.kernels.postprocess import (
+    Parameters,
+    Region,
+    pack,
+    postprocessing,
+    reference_labels,
+    reference_masks,
+    region,
+    regions,
+    unpack,
+)
+from medsa_deploy.transforms import PROFILES, Frame
+
+TOLERANCE = 1e-6
+"""As postprocess.cu states it, of the largest logit."""
+
+GUARD = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """Logits of a decoder, and the image they are for."""
+
+    logits: np.ndarray
+    """(count, h, w) float32"""
+    frame: Frame
+    cut: float
+    seed: int = 1
+    contraction: tuple[str, ...] = ROUNDED
+
+
+def run_case(case: Case, *, labels: bool) -> tuple[np.ndarray, list[Region]]:
+    """Words of the masks, or the label map, and the regions."""
+    count, *size = case.logits.shape
+    plan = postprocessing((size[0], size[1]), count, case.frame, case.cut, labels=labels)
+    dtype = np.uint8 if labels else np.uint32
+    memory = np.full(int(np.prod(plan.shape)) + 2 * GUARD, 0xEE, dtype)
+    output = memory[GUARD:-GUARD]
+    tally = np.zeros(plan.tally_shape, np.uint32)
+    tables = np.frombuffer(plan.tables, np.uint8)
+    launch = plan.launch(
+        logits=address(case.logits),
+        output=address(output),
+        tally=address(tally),
+        tables=address(tables),
+    )
+    run(launch, seed=case.seed, contraction=case.contraction)
+    assert (memory[:GUARD] == 0xEE).all()
+    assert (memory[-GUARD:] == 0xEE).all()
+    return output.reshape(plan.shape), regions(tally, case.frame.image_size)
+
+
+def undecided(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Upsampled logits (count, H, W), and how far round-off may move them."""
+    logits = transforms.upsample(case.logits, case.frame)
+    return logits, TOLERANCE * max(float(np.abs(case.logits).max()), abs(case.cut))
+
+
+def assert_masks(case: Case) -> None:
+    words, found = run_case(case, labels=False)
+    masks = unpack(words, case.frame.image_size[1])
+    expected, _ = reference_masks(case.logits, case.frame, case.cut)
+    logits, reach = undecided(case)
+    clear = np.abs(logits - case.cut) > reach
+    np.testing.assert_array_equal(masks[clear], unpack(expected, masks.shape[-1])[clear])
+    np.testing.assert_array_equal(pack(masks), words)  # bits beyond the width are 0
+    assert found == [region(mask) for mask in masks]
+
+
+def assert_labels(case: Case) -> None:
+    labels, found = run_case(case, labels=True)
+    expected, _ = reference_labels(case.logits, case.frame, case.cut)
+    logits, reach = undecided(case)
+    ordered = np.sort(np.concatenate([logits, np.full_like(logits[:1], case.cut)]), axis=0)
+    equal = (case.logits == case.logits[:1]).all()  # classes that are the same stay equal
+    clear = (ordered[-1] - ordered[-2] > 2 * reach) | equal
+    np.testing.assert_array_equal(labels[clear], expected[clear])
+    assert found == [region(labels == k + 1) for k in range(len(case.logits))]
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, side: int = 90, most: int = 6) -> Case:
+    """Images of every size, in frames of every profile, with smooth or noisy logits."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    image_size = (draw(st.integers(1, side)), draw(st.integers(1, side)))
+    network_size = draw(st.integers(1, 100))
+    low = draw(st.sampled_from([max(1, network_size // 4), draw(st.integers(1, 40))]))
+    profile = draw(st.sampled_from(sorted(PROFILES)))
+    shape = (draw(st.integers(1, most)), low, low)
+    logits = random.normal(0, 4, shape) + draw(st.sampled_from([-9.0, -1.0, 0.0, 9.0]))
+    return Case(
+        logits=logits.astype(np.float32),
+        frame=transforms.frame_of(image_size, profile, network_size),
+        cut=draw(st.sampled_from([0.0, -1.3, 2.0])),
+        seed=draw(st.integers(0, 1000)),
+        contraction=draw(st.sampled_from(CONTRACTIONS)),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_random_masks(case: Case) -> None:
+    assert_masks(case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_random_label_maps(case: Case) -> None:
+    assert_labels(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(case=cases(side=120, most=9))
+def test_thousands_of_random_masks_and_label_maps(case: Case) -> None:
+    assert_masks(case)
+    assert_labels(case)
+
+
+def a_frame(height: int, width: int) -> Frame:
+    return transforms.frame_of((height, width), "sam", 64)
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 65])
+def test_full_and_empty_masks_at_the_borders_of_words(width: int) -> None:
+    logits = np.stack([np.full((16, 16), value, np.float32) for value in (3, -3)])
+    case = Case(logits=logits, frame=a_frame(20, width), cut=0.0)
+    words, found = run_case(case, labels=False)
+    assert unpack(words, width)[0].all()
+    assert not words[1].any()
+    assert found == [
+        Region(area=20 * width, box=(0, 0, width, 20)),
+        Region(area=0, box=None),
+    ]
+
+
+def test_the_first_of_equal_classes_wins() -> None:
+    logits = np.random.default_rng(1).normal(2, 1, (1, 16, 16)).astype(np.float32).repeat(3, axis=0)
+    case = Case(logits=logits, frame=a_frame(40, 50), cut=0.0)
+    labels, found = run_case(case, labels=True)
+    assert set(np.unique(labels)) == {0, 1}
+    assert [one.area for one in found[1:]] == [0, 0]
+
+
+def test_255_classes() -> None:
+    logits = np.random.default_rng(1).normal(0, 1, (255, 8, 8)).astype(np.float32)
+    case = Case(logits=logits, frame=a_frame(40, 33), cut=0.0)
+    assert_labels(case)
+    assert run_case(case, labels=True)[0].max() > 200
+
+
+def test_the_references_are_the_runtimes_masks_and_labels() -> None:
+    logits = np.random.default_rng(1).normal(0, 3, (3, 16, 16)).astype(np.float32)
+    frame = a_frame(50, 41)
+    words, found = reference_masks(logits, frame, 0.5)
+    np.testing.assert_array_equal(unpack(words, 41), transforms.upsample(logits, frame) > 0.5)
+    assert [one.area for one in found] == unpack(words, 41).sum(axis=(1, 2)).tolist()
+    labels, _ = reference_labels(logits, frame, 0.5)
+    assert labels.shape == (50, 41)
+
+
+def test_parameters_lie_as_in_cuda() -> None:
+    size = ctypes.c_ulonglong.in_dll(library(), "size_of_postprocess").value
+    assert ctypes.sizeof(Parameters) == size
+
+
+@pytest.mark.parametrize("count", [0, 256])
+def test_a_label_map_holds_at_most_255_classes(count: int) -> None:
+    with pytest.raises(UsageError, match="1 to 255 classes"):
+        postprocessing((8, 8), count, a_frame(5, 5), 0.0, labels=True)
