@@ -56,7 +56,7 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
 
 
 def volume_memory_table(result: dict[str, Any]) -> str:
-    """Memory of `run` on a volume, beyond the loaded network and what a chunk of slices takes it."""
+    """Memory of `run` on a volume, beyond what the network takes for a chunk of slices."""
     rows = [
         "| volume | image size | prompts | loaded | with a chunk | peak | beyond the network |",
         "|---|---|---|---|---|---|---|",

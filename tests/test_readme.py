@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_of) -> Path:
         PIL.Image.fromarray(pixels).convert("L").point(lambda v: v > 90).resize(size).save(
             folder / name
         )
-    np.save(folder / "volume.npy", np.stack([grey, grey[::-1], grey.T[:240].repeat(2, 1)[:, :320]]))
+    np.save(folder / "volume.npy", np.stack([np.roll(grey, i, axis=1) for i in range(3)]))
     (example,) = blocks("json")
     (folder / "prompts.json").write_text(example)
     series = slices(6)
