@@ -225,7 +225,6 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "--point-order": "xy",
         "--point-frame": "image",
         "--point-scale": "2",
-        "--prompt-scope": "slice",
         "--threshold": "0.25",
     }
     given = [part for option in options.items() for part in option]
@@ -242,7 +241,7 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "point_frame": "image",
         "point_scale": 2,
         "pad_points": None,
-        "prompt_scope": "slice",
+        "prompt_scope": "chunk",
         "intensity_window": [-175, 250],
         "threshold": 0.25,
         "class_names": ["liver", "spleen", "aorta"],
