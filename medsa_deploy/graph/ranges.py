@@ -1,7 +1,9 @@
 """A graph → the same graph that also gives the ranges of values inside it.
 
 Reductions are made in the graph, so that the values themselves are never kept: of each, its least
-and greatest element, and on request a sample. Memory stays that of one ordinary run.
+and greatest element, and on request a sample. Each reduction stands right behind what computes its
+value: run in that order, which ONNX Runtime does only when asked to, memory stays that of one
+ordinary run.
 """
 
 from __future__ import annotations
@@ -43,17 +45,26 @@ def watch(model: Any, names: Collection[str], *, sampled: Collection[str] = ()) 
         for name, value in {"flat": [-1], **numbers}.items():
             tensor = onnx.numpy_helper.from_array(np.array(value, np.int64), f"watch_{name}")
             graph.initializer.append(tensor)
-    for name in dict.fromkeys((*names, *sampled)):
+    behind: dict[str, list[Any]] = {name: [] for name in (*names, *sampled)}
+    for name, nodes in behind.items():
         for suffix, operator in ((LOW, "ReduceMin"), (HIGH, "ReduceMax")):
-            graph.node.append(helper.make_node(operator, [name], [name + suffix], keepdims=0))
+            nodes.append(helper.make_node(operator, [name], [name + suffix], keepdims=0))
             graph.output.append(_scalar(name + suffix))
     for name in dict.fromkeys(sampled):
         flat = f"{name}_flat"
         slices = [flat, "watch_starts", "watch_ends", "watch_flat", "watch_steps"]
-        graph.node.append(helper.make_node("Reshape", [name, "watch_flat"], [flat]))
-        graph.node.append(helper.make_node("Slice", slices, [name + SAMPLE]))
+        behind[name].append(helper.make_node("Reshape", [name, "watch_flat"], [flat]))
+        behind[name].append(helper.make_node("Slice", slices, [name + SAMPLE]))
         kind = onnx.TensorProto.FLOAT
         graph.output.append(helper.make_tensor_value_info(name + SAMPLE, kind, ["sample"]))
+    given = [node for tensor in graph.input for node in behind.get(tensor.name, ())]
+    computed = [
+        each
+        for node in graph.node
+        for each in (node, *(one for name in node.output for one in behind.get(name, ())))
+    ]
+    del graph.node[:]
+    graph.node.extend([*given, *computed])
 
 
 def _scalar(name: str) -> Any:

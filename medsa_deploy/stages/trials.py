@@ -95,6 +95,8 @@ class WatchingBackend(OnnxRuntimeBackend):
     def _open(self, path: Path, graph: Any) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        # in the graph's own order: by default every value that is watched is kept until the end
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
