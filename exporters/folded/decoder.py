@@ -340,8 +340,10 @@ class Decoder(nn.Module):
         for block in self.blocks:
             queries, keys = block(queries, keys, tokens)
         a = self.last(self.last_query(queries + tokens), self.last_key(keys), self.last_value(keys))
-        queries = self.norm(queries + a)
+        return self.results(self.norm(queries + a), keys)
 
+    def results(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The last tokens, iou and masks first, and image tokens → masks and predicted IoU."""
         weights = self.mask_weights(queries[:, 1 : 1 + self.masks])
         masks = weights @ self.upscaling(keys).transpose(1, 2)
         return self._pixels(masks), self.iou(queries[:, 0])
