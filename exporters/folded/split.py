@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .decoder import Decoder, ImageProjection, TwoWayBlock, paired
+from .decoder import Decoder, ImageProjection, PredictsMasks, TwoWayBlock, paired
 from .linear import constant
 
 
@@ -92,50 +92,57 @@ class ClickBlock(nn.Module):
 
     def __init__(self, block: TwoWayBlock, *, first: bool) -> None:
         super().__init__()
-        self.block, self.heads = block, block.to_image.heads
-        self.to_image = (
-            None if first else TokenToImage(block.image_key, block.image_value, self.heads)
-        )
-        self.scores = None if first else Scores(block.token_query, self.heads)
-        self.to_tokens = ImageToToken(block.to_tokens.out, self.heads)
+        self.heads = heads = block.to_image.heads
+        self.self_attention = block.self_attention
+        self.image_query, self.image_out = block.image_query, block.to_image.out
+        self.to_image = None if first else TokenToImage(block.image_key, block.image_value, heads)
+        self.hyper = block.hyper
+        self.norm2, self.mlp, self.norm3 = block.norm2, block.mlp, block.norm3
+        self.token_key, self.token_value = block.token_key, block.token_value
+        self.scores = None if first else Scores(block.token_query, heads)
+        self.to_tokens = ImageToToken(block.to_tokens.out, heads)
+        self.image_adapter, self.norm4 = block.image_adapter, block.norm4
 
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, projected: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         """The tokens and the image tokens after the block."""
-        block = self.block
-        queries = block.self_attention(queries, query_pe)
-        q = in_heads(block.image_query(queries + query_pe), self.heads)
-        if self.to_image is None:
-            image_key, image_value, _ = projected
-            a = (q @ image_key).softmax(-1) @ image_value
-        else:
-            a = self.to_image(q, keys)
-        a = block.to_image.out(a.transpose(1, 2).flatten(2))
-        if block.hyper is not None:
-            a = block.hyper(a, query_pe)
-        queries = block.norm2(queries + a)
-        queries = block.norm3(queries + block.mlp(queries))
-        k = in_heads(block.token_key(queries + query_pe), self.heads)
-        v = in_heads(block.token_value(queries), self.heads)
-        scores = k @ projected[2] if self.scores is None else self.scores(k, keys)
+        image_key, image_value, image_query = projected
+        queries = self.self_attention(queries, query_pe)
+        q = in_heads(self.image_query(queries + query_pe), self.heads)
+        a = (
+            (q @ image_key).softmax(-1) @ image_value
+            if self.to_image is None
+            else self.to_image(q, keys)
+        )
+        a = self.image_out(a.transpose(1, 2).flatten(2))
+        if self.hyper is not None:
+            a = self.hyper(a, query_pe)
+        queries = self.norm2(queries + a)
+        queries = self.norm3(queries + self.mlp(queries))
+        k = in_heads(self.token_key(queries + query_pe), self.heads)
+        v = in_heads(self.token_value(queries), self.heads)
+        scores = k @ image_query if self.scores is None else self.scores(k, keys)
         keys = keys + self.to_tokens(scores, v)
-        if block.image_adapter is not None:
-            keys = keys + block.image_adapter(keys)
-        return queries, block.norm4(keys)
+        if self.image_adapter is not None:
+            keys = keys + self.image_adapter(keys)
+        return queries, self.norm4(keys)
 
 
-class ClickPart(nn.Module):
+class ClickPart(PredictsMasks):
     """What the image part gave and prompts → K low-resolution masks and their predicted IoU."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, whole: Decoder) -> None:
         super().__init__()
-        self.decoder = decoder
-        self.heads = decoder.last.heads
+        self.side, self.masks, self.heads = whole.side, whole.masks, whole.last.heads
+        self.sparse, self.fixed = whole.sparse, whole.fixed
         self.blocks = nn.ModuleList(
-            ClickBlock(block, first=i == 0) for i, block in enumerate(decoder.blocks)
+            ClickBlock(block, first=i == 0) for i, block in enumerate(whole.blocks)
         )
-        self.last = TokenToImage(decoder.last_key, decoder.last_value, self.heads)
+        self.last_query, self.last_out = whole.last_query, whole.last.out
+        self.last = TokenToImage(whole.last_key, whole.last_value, self.heads)
+        self.norm, self.upscaling = whole.norm, whole.upscaling
+        self.mask_weights, self.iou = whole.mask_weights, whole.iou
 
     def forward(
         self,
@@ -148,17 +155,16 @@ class ClickPart(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`ImagePart`'s outputs of E embeddings, (P, N, 2), (P, N) →
         low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K)."""
-        whole = self.decoder
         keys, coords, labels, *projected = paired(
             image_tokens, point_coords, point_labels, image_key, image_value, image_query
         )
-        sparse = whole.sparse(coords, labels)
-        tokens = torch.cat([whole.fixed.expand(sparse.shape[0], -1, -1), sparse], dim=1)
+        sparse = self.sparse(coords, labels)
+        tokens = torch.cat([self.fixed.expand(sparse.shape[0], -1, -1), sparse], dim=1)
         queries = tokens
         for block in self.blocks:
             queries, keys = block(queries, keys, tokens, tuple(projected))
-        leaving = slice(1 + whole.masks)  # the iou token and those of the masks that leave
+        leaving = slice(1 + self.masks)  # the iou token and those of the masks that leave
         queries, tokens = queries[:, leaving], tokens[:, leaving]
-        a = self.last(in_heads(whole.last_query(queries + tokens), self.heads), keys)
-        queries = whole.norm(queries + whole.last.out(a.transpose(1, 2).flatten(2)))
-        return whole.results(queries, keys)
+        a = self.last(in_heads(self.last_query(queries + tokens), self.heads), keys)
+        queries = self.norm(queries + self.last_out(a.transpose(1, 2).flatten(2)))
+        return self.results(queries, keys)

@@ -77,6 +77,11 @@ class SplitsDecoder(Protocol):
         ...
 
 
+def splitting(backend: Backend) -> SplitsDecoder | None:
+    """The backend, where it was opened with the decoder's two parts."""
+    return backend if isinstance(backend, SplitsDecoder) and backend.splits else None
+
+
 @runtime_checkable
 class TimesLayers(Protocol):
     """A backend that was opened to time its layers, which costs time itself."""

@@ -19,7 +19,7 @@ from medsa_deploy.images.image import Image, check_image, check_values
 from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import Array, Backend, ImagePart, SplitsDecoder
+from .backend import Array, Backend, ImagePart, splitting
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +265,6 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def splitting(backend: Backend) -> SplitsDecoder | None:
-    """The backend, where it was opened with the decoder's two parts."""
-    return backend if isinstance(backend, SplitsDecoder) and backend.splits else None
 
 
 def decode(

@@ -13,8 +13,7 @@ from medsa_deploy import verify
 from medsa_deploy.images import Image, find_images, is_volume, read_image
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
-from medsa_deploy.runtime.backend import Backend, ImagePart
-from medsa_deploy.runtime.session import splitting
+from medsa_deploy.runtime.backend import Backend, ImagePart, splitting
 from medsa_deploy.verify import Array, Case, Comparison, Outputs
 
 if TYPE_CHECKING:
