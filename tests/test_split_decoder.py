@@ -107,7 +107,7 @@ def test_the_graphs_broadcast_as_the_whole_decoder(hyp: Path) -> None:
             assert relative_l2(found[name], values) <= ONNX_LIMIT
     two = run(image, {"image_embeddings": np.zeros((2, 256, 16, 16), "f")})
     three = {"point_coords": np.zeros((3, 1, 2), "f"), "point_labels": np.ones((3, 1), "f")}
-    with pytest.raises(Exception, match="(?i)broadcast|dimension|bounds"):
+    with pytest.raises(Exception, match=r"(?i)broadcast|dimension|bounds"):
         run(click, two | three)
 
 
