@@ -103,7 +103,7 @@ class ImageProjection(nn.Module):
 
     def __init__(self, projection: nn.Linear, image_pe: Tensor) -> None:
         super().__init__()
-        self.linear = linear(projection.weight)
+        self.linear: nn.Linear = linear(projection.weight)
         weight, bias = projection.weight.double(), projection.bias.double()
         self.positions = constant(image_pe.double() @ weight.T + bias)
 

@@ -24,6 +24,11 @@ def in_heads(x: Tensor, heads: int) -> Tensor:
 class ImagePart(nn.Module):
     """An embedding → its image tokens and the first block's projections of them."""
 
+    heads: int
+    key: ImageProjection
+    value: nn.Linear
+    query: ImageProjection
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         first = decoder.blocks[0]

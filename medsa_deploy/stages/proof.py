@@ -117,13 +117,16 @@ class Compared:
 
     def summary(self, cases: Sequence[Case], *, precision: str, backend: str) -> Parity:
         """The worst of all cases, as the manifest records it."""
+        split = self.split
         return verify.summarise(
             cases,
             self.comparisons,
             precision=precision,
             backend=backend,
             nan_count=self.nan_count,
-            split=self.split and self.split.summary(cases, precision=precision, backend=backend),
+            split=None
+            if split is None
+            else split.summary(cases, precision=precision, backend=backend),
         )
 
 
