@@ -315,7 +315,10 @@ def from_json(text: str) -> Manifest:
             f"reads version {SCHEMA_VERSION}: export the checkpoint again, or install a matching "
             "medsa-deploy"
         )
-    return decode(Manifest, data, FILENAME)
+    try:
+        return decode(Manifest, data, FILENAME)
+    except RecursionError as e:  # a parity may hold a parity
+        raise BundleError(f"{FILENAME} is nested too deeply: export the checkpoint again") from e
 
 
 def _refuse_constant(name: str) -> None:

@@ -17,6 +17,7 @@ from command_line import accept_changes, call, copied
 from golden_cases import GoldenCase, export_options, relative_l2
 
 from medsa_deploy import load, manifest, verify
+from medsa_deploy.errors import BundleError
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
@@ -164,6 +165,16 @@ def test_a_bundle_without_the_parts_works(hyp: Path, image, session: Session, tm
     assert relative_l2(found.low_res_logits, expected.low_res_logits) <= ONNX_LIMIT
     np.testing.assert_array_equal(other.low_res_logits, found.low_res_logits)
     assert call("verify", copy).code == 0
+
+
+def test_a_manifest_of_parities_in_parities_is_refused(hyp: Path) -> None:
+    data = json.loads((hyp / "manifest.json").read_text())
+    innermost = data["parity"][0]
+    for _ in range(400):
+        innermost["split"] = dict(innermost, split=None)
+        innermost = innermost["split"]
+    with pytest.raises(BundleError, match="nested too deeply|not JSON"):
+        manifest.from_json(json.dumps(data))
 
 
 def test_another_networks_click_part_is_detected(bundle: Path, hyp: Path, tmp_path: Path) -> None:
