@@ -1,4 +1,4 @@
-"""The folded network → `encoder.onnx` and `decoder.onnx`, with the bundle's tensor contract.
+"""The folded network → `encoder.onnx`, `decoder.onnx` and the decoder's two parts.
 
 Names are SAM's own, so that existing SAM tools can load the files. Inputs and outputs are float32;
 B, E, P and N are dynamic.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from medsa_deploy.errors import ParityError
-from medsa_deploy.manifest import Graph, Network
+from medsa_deploy.manifest import Graph, Network, Role
 from medsa_deploy.manifest import Tensor as Contract
 from medsa_deploy.scopes import METADATA, innermost, node_name
 
 from .folded import FoldedNetwork
+from .folded.split import ImagePart
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,15 @@ OPSET = 20
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights beyond this go to a file of their own: a protobuf message ends at 2 GiB."""
 
+COPIED = ("image_tokens", "image_key", "image_value", "image_query")
+"""Inputs that the click part's module repeats for every prompt set, and its graph does not."""
+
 WIDTH = 256
 """Width of SAM's embeddings and prompt tokens."""
 
 
 def contract(network: Network) -> dict[str, Graph]:
-    """Tensor contract of the two graphs of a network."""
+    """Tensor contract of encoder and decoder of a network."""
     side, g = network.image_size, network.embedding_size
     batch = network.slices or "B"
     image = Contract(name="image", dtype="float32", shape=(batch, 3, side, side))
@@ -61,6 +65,32 @@ def contract(network: Network) -> dict[str, Graph]:
     }
 
 
+def parts_contract(part: ImagePart, decoder: Graph) -> dict[str, Graph]:
+    """Tensor contract of the decoder's parts; it depends on the widths of the first block."""
+    given, coords, labels, *_ = decoder.inputs
+    tokens = int(given.shape[2]) * int(given.shape[3])
+    heads = part.heads
+    key, value, query = (
+        width // heads
+        for width in (
+            part.key.linear.out_features,
+            part.value.out_features,
+            part.query.linear.out_features,
+        )
+    )
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "image_tokens": ("E", tokens, WIDTH),
+        "image_key": ("E", heads, key, tokens),
+        "image_value": ("E", heads, tokens, value),
+        "image_query": ("E", heads, query, tokens),
+    }
+    between = tuple(Contract(name=n, dtype="float32", shape=s) for n, s in shapes.items())
+    return {
+        "decoder-image": Graph(inputs=(given,), outputs=between),
+        "decoder-click": Graph(inputs=(*between, coords, labels), outputs=decoder.outputs),
+    }
+
+
 def export_graphs(
     folded: FoldedNetwork,
     graphs: Mapping[str, Graph],
@@ -68,19 +98,26 @@ def export_graphs(
     *,
     chunk: int = 1,
     on_graph: Callable[[str], None] = lambda name: None,
-) -> dict[str, list[Path]]:
-    """Write both graphs into `folder`; the files of each, the ONNX file first.
+) -> dict[Role, list[Path]]:
+    """Write all graphs into `folder`; the files of each, the ONNX file first.
 
     `chunk`: slices that are encoded together, in 3D. `on_graph` is called with a graph's name
     before it is exported.
     """
-    files = {}
+    files: dict[Role, list[Path]] = {}
     on_graph("encoder")
     files["encoder"] = export_encoder(
         folded.encoder, graphs["encoder"], folder / "encoder.onnx", chunk=chunk
     )
     on_graph("decoder")
     files["decoder"] = _export(folded.decoder, graphs["decoder"], folder / "decoder.onnx")
+    on_graph("decoder's parts")
+    parts: dict[Role, nn.Module] = {
+        "decoder-image": folded.image_part,
+        "decoder-click": folded.click_part,
+    }
+    for role, part in parts.items():
+        files[role] = _export(part, graphs[role], folder / f"{role}.onnx")
     return files
 
 
@@ -111,6 +148,7 @@ def _export(module: nn.Module, graph: Graph, path: Path, *, batch: int = 2) -> l
         )
     assert program is not None
     _name_axes(program.model, graph)
+    _broadcast(program.model, [tensor.name for tensor in graph.inputs if tensor.name in COPIED])
     _name_nodes(program.model)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > EXTERNAL_DATA_BYTES
@@ -125,6 +163,22 @@ def _example(tensor: Contract, batch: int) -> Tensor:
     """
     sizes = {"B": batch, "E": 3, "P": 2, "N": 5}
     return torch.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape])
+
+
+def _broadcast(model: Any, names: Sequence[str]) -> None:
+    """Have what reads the repetition of an input read the input: products and sums broadcast.
+
+    Only the exporter needs the repetition, and it copies megabytes with every click.
+    """
+    for value in model.graph.inputs:
+        if value.name not in names:
+            continue
+        (gather,) = (node for node, _ in value.uses() if node.op_type == "Gather")
+        for node, i in tuple(gather.outputs[0].uses()):
+            if node.op_type not in ("MatMul", "Add"):
+                raise ParityError(f"{node.op_type} reads {value.name}, and does not broadcast")
+            node.replace_input_with(i, value)
+        model.graph.remove(gather, safe=True)
 
 
 def _name_nodes(model: Any) -> None:

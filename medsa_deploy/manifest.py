@@ -36,8 +36,10 @@ PointFrame = Literal["network", "image"]
 DepthGrouping = Literal["public", "paper"]
 PromptScope = Literal["chunk", "slice"]
 Target = Literal["any", "tensorrt", "cpu"]
-Role = Literal["encoder", "decoder", "weights", "reference"]
-"""`weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by."""
+Role = Literal["encoder", "decoder", "decoder-image", "decoder-click", "weights", "reference"]
+"""`decoder-image` and `decoder-click`: the decoder once more, cut into what runs once an image and
+what runs with every prompt that has no mask. `weights`: external data of a graph over protobuf's
+limit. `reference`: outputs to verify by."""
 
 T = TypeVar("T")
 
@@ -199,6 +201,9 @@ class Parity:
     mask_dice_worst: float | None = None
     nan_count: int = 0
     """NaN and infinite values in any output."""
+    split: Parity | None = None
+    """The same with the decoder's two parts in its place, for prompt sets without a mask. None
+    where a precision has no such files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +284,10 @@ class Manifest:
             f"the bundle has no {role} in {precision}; it has: {', '.join(there) or 'none'}"
         )
 
+    def has(self, role: Role, precision: str = "fp32") -> bool:
+        """Whether the bundle has a file of `role` in `precision`."""
+        return any((entry.role, entry.precision) == (role, precision) for entry in self.files)
+
     def recipe(self, precision: str) -> Recipe | None:
         """How a precision's graphs were made; None for float32, which was exported."""
         return next((r for r in self.recipes if r.precision == precision), None)
@@ -306,7 +315,10 @@ def from_json(text: str) -> Manifest:
             f"reads version {SCHEMA_VERSION}: export the checkpoint again, or install a matching "
             "medsa-deploy"
         )
-    return decode(Manifest, data, FILENAME)
+    try:
+        return decode(Manifest, data, FILENAME)
+    except RecursionError as e:  # a parity may hold a parity
+        raise BundleError(f"{FILENAME} is nested too deeply: export the checkpoint again") from e
 
 
 def _refuse_constant(name: str) -> None:

@@ -7,7 +7,7 @@ cases through the same session code; what differs is the network alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from . import transforms
 from .errors import BundleError, ImageError, ParityError
 from .images import Image, read_volume
 from .manifest import Parity, TensorParity
-from .runtime.session import Session, decode
+from .runtime.session import Embedding, Session, decode
 from .transforms import Frame, Prompt
 
 Array = NDArray[np.float32]
@@ -175,8 +175,16 @@ def middle_slices(path: Path, chunk: int) -> list[Image]:
 
 
 def run_case(session: Session, case: Case) -> Outputs:
-    """Encode the case's images and decode its prompt sets."""
-    embeddings = session.encode_slices(case.images)
+    """Encode the case's images and decode its prompt sets, with the decoder whole."""
+    return decode_case(session, case, session.encode_slices(case.images), split=False)
+
+
+def decode_case(
+    session: Session, case: Case, embeddings: Sequence[Embedding], *, split: bool
+) -> Outputs:
+    """Decode a case's prompt sets on its embeddings, with the decoder in two parts or whole."""
+    if not split:
+        embeddings = [replace(embedding, image_part=None) for embedding in embeddings]
     decoded = []
     for i, embedding in enumerate(embeddings):
         sets = [case.prompts[j] for slice_, j in case.pairs if slice_ == i]
@@ -235,10 +243,12 @@ def summarise(
     precision: str,
     backend: str,
     nan_count: int = 0,
+    split: Parity | None = None,
 ) -> Parity:
     """The worst of all cases, as the manifest records it.
 
-    `nan_count`: values that were NaN or infinite, and compared as 0.
+    `nan_count`: values that were NaN or infinite, and compared as 0. `split`: the same with the
+    decoder in two parts.
     """
     found = list(comparisons)
     return Parity(
@@ -258,6 +268,7 @@ def summarise(
         mask_dice_mean=float(np.mean([value for c in found for value in c.mask_dice])),
         mask_dice_worst=min(min(c.mask_dice) for c in found),
         nan_count=nan_count,
+        split=split,
     )
 
 
@@ -274,6 +285,11 @@ def limits_of(precision: str, recorded_dice: float | None = None) -> Limits:
 def failures(parity: Parity, limits: Limits | None = None) -> list[str]:
     """What exceeds the limits, by default the precision's, in words; empty when the proof holds."""
     limits = limits or limits_of(parity.precision)
+    split = [] if parity.split is None else failures(parity.split, limits)
+    return _failures(parity, limits) + [f"decoder in two parts: {problem}" for problem in split]
+
+
+def _failures(parity: Parity, limits: Limits) -> list[str]:
     found = [f"{parity.nan_count} values are NaN or infinite"] if parity.nan_count else []
     if limits.relative_l2 is not None:
         found += [

@@ -55,7 +55,8 @@ def check(found: dict[str, Any], runs: int) -> None:
         assert one["p50_ms"] in samples[name]
     parts = sum(samples[name] for name in ("preprocess", "encode", "decode", "postprocess"))
     assert (samples["first click"] >= 0.99 * parts).all(), "and what is between them"
-    for name in ("encoder", "decoder"):
+    assert list(found["layers"]) == ["encoder", "decoder-image", "decoder-click"]
+    for name in ("encoder", "decoder-click"):
         graph = found["layers"][name]
         assert graph["count"] == runs
         assert sum(one["percentage"] for one in graph["layers"]) == pytest.approx(100)
@@ -77,7 +78,7 @@ def test_every_kind_of_bundle(name: str, bundle_of: Callable[[str], Path]) -> No
     found = done.json
     check(found, RUNS)
     assert BLOCKS[name] <= set(found["layers"]["encoder"]["blocks"])
-    assert {"blocks.0", "upscaling"} <= set(found["layers"]["decoder"]["blocks"])
+    assert {"blocks.0", "upscaling"} <= set(found["layers"]["decoder-click"]["blocks"])
     assert (found["backend"], found["precision"], found["threads"]) == ("onnxruntime", "fp32", 2)
     assert found["encoder_sha256"] == made.file("encoder").sha256
     size, slices = made.network.image_size, made.network.chunk
@@ -111,7 +112,7 @@ def test_the_words_and_the_files(bundle: Path, tmp_path: Path) -> None:
         assert milliseconds(found["stages"][name]["p50_ms"]) in rows[0].split()
         assert f"<td>{name}</td>" in html.read_text(encoding="utf-8")
     assert "cold load" in done.out
-    assert all(f"\n{name}  " in done.out for name in ("encoder", "decoder"))
+    assert all(f"\n{name}  " in done.out for name in ("encoder", "decoder-image", "decoder-click"))
     assert "few" not in done.err
     assert "measure 10 runs" in done.err
 

@@ -103,7 +103,7 @@ class ImageProjection(nn.Module):
 
     def __init__(self, projection: nn.Linear, image_pe: Tensor) -> None:
         super().__init__()
-        self.linear = linear(projection.weight)
+        self.linear: nn.Linear = linear(projection.weight)
         weight, bias = projection.weight.double(), projection.bias.double()
         self.positions = constant(image_pe.double() @ weight.T + bias)
 
@@ -281,7 +281,30 @@ class MaskWeights(nn.Module):
         return x.squeeze(-2)
 
 
-class Decoder(nn.Module):
+class PredictsMasks(nn.Module):
+    """What the decoder ends with, whole or in parts."""
+
+    side: int
+    masks: int
+    mask_weights: MaskWeights
+    upscaling: Upscaling
+    iou: nn.Sequential
+
+    def results(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The last tokens, iou and masks first, and image tokens → masks and predicted IoU."""
+        weights = self.mask_weights(queries[:, 1 : 1 + self.masks])
+        masks = weights @ self.upscaling(keys).transpose(1, 2)
+        return self._pixels(masks), self.iou(queries[:, 0])
+
+    def _pixels(self, masks: Tensor) -> Tensor:
+        """(B, K, g² · 16), in the order (token, 2, 2, 2, 2) → (B, K, 4g, 4g)."""
+        x = masks.unflatten(-1, (self.side, self.side, 2, 2, 2, 2))
+        return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(
+            -1, self.masks, 4 * self.side, 4 * self.side
+        )
+
+
+class Decoder(PredictsMasks):
     """Prompts and embeddings → K low-resolution masks and their predicted IoU."""
 
     def __init__(
@@ -340,18 +363,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             queries, keys = block(queries, keys, tokens)
         a = self.last(self.last_query(queries + tokens), self.last_key(keys), self.last_value(keys))
-        queries = self.norm(queries + a)
-
-        weights = self.mask_weights(queries[:, 1 : 1 + self.masks])
-        masks = weights @ self.upscaling(keys).transpose(1, 2)
-        return self._pixels(masks), self.iou(queries[:, 0])
-
-    def _pixels(self, masks: Tensor) -> Tensor:
-        """(B, K, g² · 16), in the order (token, 2, 2, 2, 2) → (B, K, 4g, 4g)."""
-        x = masks.unflatten(-1, (self.side, self.side, 2, 2, 2, 2))
-        return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(
-            -1, self.masks, 4 * self.side, 4 * self.side
-        )
+        return self.results(self.norm(queries + a), keys)
 
 
 def paired(image: Tensor, coords: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -1,12 +1,15 @@
-"""What a backend does: the two graphs of a bundle, on arrays."""
+"""What a backend does: the graphs of a bundle, on arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from medsa_deploy.manifest import Role
 
 Array = NDArray[np.float32]
 
@@ -50,12 +53,41 @@ class Backend(Protocol):
         ...
 
 
+PARTS: tuple[Role, Role] = ("decoder-image", "decoder-click")
+"""The graphs of a split decoder, in the order they run."""
+ImagePart = Mapping[str, Array]
+"""What `decoder-image` gives, by name: the decoder's work that depends on the image alone."""
+
+
+@runtime_checkable
+class SplitsDecoder(Protocol):
+    """A backend that runs the decoder's two parts too, for prompts without a mask."""
+
+    splits: bool
+    """Whether it was opened with them."""
+
+    def decode_image(self, image_embeddings: Array) -> ImagePart:
+        """(E, 256, g, g) → what `decode_click` needs of it, E first in every array."""
+        ...
+
+    def decode_click(
+        self, image_part: ImagePart, point_coords: Array, point_labels: Array
+    ) -> tuple[Array, Array]:
+        """As `Backend.decode` without a mask."""
+        ...
+
+
+def splitting(backend: Backend) -> SplitsDecoder | None:
+    """The backend, where it was opened with the decoder's two parts."""
+    return backend if isinstance(backend, SplitsDecoder) and backend.splits else None
+
+
 @runtime_checkable
 class TimesLayers(Protocol):
     """A backend that was opened to time its layers, which costs time itself."""
 
     def layers(self) -> dict[str, list[Layer]]:
-        """Layers of `encoder` and `decoder` in the order they run, over all runs so far.
+        """Layers of each graph that ran, in the order they run, over all runs so far.
 
         Call it last: a backend may end its measurement with it.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from statistics import median
 
@@ -85,6 +86,9 @@ class ChunkEncoder:
         slices = [self._volume.slice(min(start + i, last)) for i in range(self.size)]
         found = self._session.encode_slices(slices, intensity_window=self.window)
         self._times += [sum(one.timings_ms.values()) for one in found]
+        # image parts are larger than embeddings and soon made: only those of the last chunk stay
+        for earlier, embeddings in self._kept.items():
+            self._kept[earlier] = [replace(one, image_part=None) for one in embeddings]
         self._kept[start] = found[: len(self) - start]
         bytes_each = self.size * found[0].values.nbytes
         while len(self._kept) > max(1, KEPT_BYTES // bytes_each):

@@ -12,6 +12,7 @@ from medsa_deploy.manifest import Manifest, check_file
 from medsa_deploy.manifest import load as load_manifest
 
 from . import tuning
+from .backend import PARTS
 from .session import Session
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def load(
 ) -> Session:
     """Open a bundle. The files it runs are compared with the manifest's SHA-256 first.
 
+    The decoder runs as its two parts where the bundle has them and a prompt has no mask.
+
     `backend`: `onnxruntime`, `openvino`, or `auto` for what `medsa-deploy doctor --tune` stored.
     `precision`: of the files; and `bf16`, in which OpenVINO computes the encoder of float32 files.
     `threads`: threads of one run, default all cores. `time_layers`: have the backend be a
@@ -48,12 +51,14 @@ def load(
     check_options(backend, threads, precision)
     held = files_precision(precision)
     paths = {role: check_file(manifest.file(role, held), folder) for role in ("encoder", "decoder")}
+    there = [manifest.file(role, held) for role in PARTS if manifest.has(role, held)]
+    parts = [check_file(entry, folder) for entry in there] if len(there) == len(PARTS) else []
     for entry in manifest.files:
         if entry.role == "weights" and entry.precision == held:
             check_file(entry, folder)
     if backend == AUTO:
         backend, threads = _tuned(manifest, held, threads)
-    options: dict[str, Any] = {"threads": threads, "time_layers": time_layers}
+    options: dict[str, Any] = {"parts": parts, "threads": threads, "time_layers": time_layers}
     files = (paths["encoder"], paths["decoder"], manifest.graphs)
     if backend == "openvino":
         return Session(manifest, _openvino()(*files, bf16=precision == "bf16", **options))

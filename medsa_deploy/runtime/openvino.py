@@ -8,7 +8,7 @@ hold, and takes little of the time.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from medsa_deploy.errors import BundleError, DeviceError, UsageError
 from medsa_deploy.manifest import Graph
 
-from .backend import Array, Layer
+from .backend import PARTS, Array, ImagePart, Layer
 from .contract import check_contract, decoder_inputs, mask_shape
 
 TELEMETRY = "openvino_telemetry"
@@ -57,7 +57,7 @@ class _Compiled:
 
 
 class OpenVINOBackend:
-    """The two graphs of a bundle, compiled for this processor."""
+    """The graphs of a bundle, compiled for this processor."""
 
     name = "openvino"
 
@@ -67,6 +67,7 @@ class OpenVINOBackend:
         decoder: Path,
         graphs: dict[str, Graph],
         *,
+        parts: Sequence[Path] = (),
         threads: int | None = None,
         bf16: bool = False,
         time_layers: bool = False,
@@ -80,6 +81,9 @@ class OpenVINOBackend:
         self._mask_shape = mask_shape(graphs["decoder"])
         self._encoder = self._open(encoder, graphs["encoder"], bf16=bf16)
         self._decoder = self._open(decoder, graphs["decoder"])
+        roles = PARTS if parts else ()
+        self._parts = [self._open(p, graphs[r]) for r, p in zip(roles, parts, strict=True)]
+        self.splits = bool(parts)
 
     def encode(self, image: Array) -> Array:
         """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
@@ -95,6 +99,18 @@ class OpenVINOBackend:
         found = self._run(self._decoder, inputs)
         return found["low_res_masks"], found["iou_predictions"]
 
+    def decode_image(self, image_embeddings: Array) -> ImagePart:
+        """See `SplitsDecoder.decode_image`."""
+        return self._run(self._parts[0], {"image_embeddings": image_embeddings})
+
+    def decode_click(
+        self, image_part: ImagePart, point_coords: Array, point_labels: Array
+    ) -> tuple[Array, Array]:
+        """See `SplitsDecoder.decode_click`."""
+        prompts = {"point_coords": point_coords, "point_labels": point_labels}
+        found = self._run(self._parts[1], {**image_part, **prompts})
+        return found["low_res_masks"], found["iou_predictions"]
+
     def facts(self) -> dict[str, Any]:
         """Version, arithmetic and threads."""
         model = self._encoder.model
@@ -106,18 +122,22 @@ class OpenVINOBackend:
         }
 
     def layers(self) -> dict[str, list[Layer]]:
-        """See `TimesLayers.layers`; empty lists if not opened for it."""
+        """See `TimesLayers.layers`; empty if not opened for it."""
+        graphs = {"encoder": self._encoder, "decoder": self._decoder}
+        if self.splits:
+            graphs |= dict(zip(PARTS, self._parts, strict=True))
         return {
             name: [
                 Layer(name=layer, operator=operator, samples_ms=tuple(ms))
                 for (layer, operator), ms in graph.times.items()
             ]
-            for name, graph in (("encoder", self._encoder), ("decoder", self._decoder))
+            for name, graph in graphs.items()
+            if graph.times
         }
 
     def close(self) -> None:
-        """Release both graphs."""
-        del self._encoder, self._decoder, self._core
+        """Release the graphs."""
+        del self._encoder, self._decoder, self._parts, self._core
 
     def _open(self, path: Path, graph: Graph, *, bf16: bool = False) -> _Compiled:
         """A compiled graph whose tensors are the contract's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import onnxruntime as ort
 from medsa_deploy.errors import BundleError, DeviceError
 from medsa_deploy.manifest import Graph
 
-from .backend import Array, Layer
+from .backend import PARTS, Array, ImagePart, Layer
 from .contract import check_contract, decoder_inputs, mask_shape
 
 DTYPES = {"tensor(float)": "float32"}
@@ -23,7 +24,7 @@ KERNEL = "_kernel_time"
 
 
 class OnnxRuntimeBackend:
-    """The two graphs of a bundle as ONNX Runtime sessions."""
+    """The graphs of a bundle as ONNX Runtime sessions."""
 
     name = "onnxruntime"
 
@@ -33,6 +34,7 @@ class OnnxRuntimeBackend:
         decoder: Path,
         graphs: dict[str, Graph],
         *,
+        parts: Sequence[Path] = (),
         threads: int | None = None,
         time_layers: bool = False,
     ) -> None:
@@ -42,6 +44,9 @@ class OnnxRuntimeBackend:
         self._mask_shape = mask_shape(graphs["decoder"])
         self._encoder = self._open(encoder, graphs["encoder"])
         self._decoder = self._open(decoder, graphs["decoder"])
+        roles = PARTS if parts else ()
+        self._parts = [self._open(p, graphs[r]) for r, p in zip(roles, parts, strict=True)]
+        self.splits = bool(parts)
 
     def encode(self, image: Array) -> Array:
         """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
@@ -58,6 +63,21 @@ class OnnxRuntimeBackend:
         masks, iou = self._run(self._decoder, inputs)
         return masks, iou
 
+    def decode_image(self, image_embeddings: Array) -> ImagePart:
+        """See `SplitsDecoder.decode_image`."""
+        image, _ = self._parts
+        found = self._run(image, {"image_embeddings": image_embeddings})
+        return dict(zip([o.name for o in image.get_outputs()], found, strict=True))
+
+    def decode_click(
+        self, image_part: ImagePart, point_coords: Array, point_labels: Array
+    ) -> tuple[Array, Array]:
+        """See `SplitsDecoder.decode_click`."""
+        _, click = self._parts
+        prompts = {"point_coords": point_coords, "point_labels": point_labels}
+        masks, iou = self._run(click, {**image_part, **prompts})
+        return masks, iou
+
     def facts(self) -> dict[str, Any]:
         """Version, provider and threads."""
         return {
@@ -72,11 +92,14 @@ class OnnxRuntimeBackend:
         if self._times is None:
             return {}
         sessions = {"encoder": self._encoder, "decoder": self._decoder}
-        return {name: _layers(Path(s.end_profiling())) for name, s in sessions.items()}
+        if self.splits:
+            sessions |= dict(zip(PARTS, self._parts, strict=True))
+        found = {name: _layers(Path(s.end_profiling())) for name, s in sessions.items()}
+        return {name: layers for name, layers in found.items() if layers}
 
     def close(self) -> None:
-        """Release both sessions."""
-        del self._encoder, self._decoder
+        """Release the sessions."""
+        del self._encoder, self._decoder, self._parts
         if self._times is not None:
             shutil.rmtree(self._times, ignore_errors=True)
 

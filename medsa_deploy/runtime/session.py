@@ -19,7 +19,7 @@ from medsa_deploy.images.image import Image, check_image, check_values
 from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import Array, Backend
+from .backend import Array, Backend, ImagePart, splitting
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,17 @@ class Embedding:
 
     values: Array
     """(1, 256, g, g) float32."""
+    image_part: ImagePart | None = None
+    """What clicks need of `values` where the decoder is split; None has `decoder.onnx` run whole.
+    """
     frame: Frame
     """How the image lies in the network's frame."""
     intensity_window: tuple[float, float] | None
     """Intensities that were mapped to black and white; None for display values taken as they are,
     for the file's own rendering, and for min–max profiles."""
     timings_ms: dict[str, float]
-    """`preprocess`, `encode`; a slice's share of its chunk's."""
+    """`preprocess`, `encode`; a slice's share of its chunk's. The decoder's image part, which runs
+    here and not at the first click, counts as `encode`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,6 +174,8 @@ class Session:
             raise ImageError(f"the slices of a chunk have different sizes: {sizes}")
         prepared = perf_counter()
         values = backend.encode(np.stack(batch))
+        split = splitting(backend)
+        part = None if split is None else split.decode_image(values)
         end = perf_counter()
         if not np.isfinite(values).all():
             raise DeviceError(f"{backend.name} gave an embedding with NaN or Inf: nothing returned")
@@ -178,6 +184,7 @@ class Session:
         return [
             Embedding(
                 values=values[i : i + 1],
+                image_part=None if part is None else {k: v[i : i + 1] for k, v in part.items()},
                 frame=frames[i],
                 intensity_window=windows[i],
                 timings_ms=dict(timings),
@@ -265,9 +272,11 @@ def decode(
 ) -> tuple[Array, Array]:
     """Decoder outputs of P prompt sets, in their order: (P, K, 4g, 4g) and (P, K).
 
-    Sets with equally many tokens, and alike in having a mask, go through the decoder together.
+    Sets with equally many tokens, and alike in having a mask, go through the decoder together:
+    through its click part, where there is one and they have none.
     """
     network = manifest.network
+    split, part = splitting(backend), embedding.image_part
     side = 4 * network.embedding_size
     _check_embedding(embedding, manifest)
     if not prompts or not all(map(_says_anything, prompts)):
@@ -287,12 +296,14 @@ def decode(
     logits = np.empty((len(prompts), network.masks, side, side), np.float32)
     scores = np.empty((len(prompts), network.masks), np.float32)
     for (_, has_mask), members in groups.items():
+        coords = np.stack([tokens[i][0] for i in members])
+        labels = np.stack([tokens[i][1] for i in members])
+        if split is not None and part is not None and not has_mask:
+            logits[members], scores[members] = split.decode_click(part, coords, labels)
+            continue
         masks = [mask for i in members if (mask := prompts[i].mask) is not None]
         logits[members], scores[members] = backend.decode(
-            embedding.values,
-            np.stack([tokens[i][0] for i in members]),
-            np.stack([tokens[i][1] for i in members]),
-            np.stack(masks)[:, None] if has_mask else None,
+            embedding.values, coords, labels, np.stack(masks)[:, None] if has_mask else None
         )
     if not (np.isfinite(logits).all() and np.isfinite(scores).all()):
         raise DeviceError(f"{backend.name} gave masks with NaN or Inf: nothing returned")

@@ -78,7 +78,7 @@ def _write_bundle(
     """Graphs, reference and manifest, in `folder`; ParityError unless the graphs are proved."""
     with export_extra():
         from medsa_deploy.exporters.folded import fold
-        from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs
+        from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
         from medsa_deploy.exporters.reference import build_reference
     made = Manifest(
         source=loaded.source,
@@ -93,6 +93,8 @@ def _write_bundle(
     expected = reference_outputs(reference, made, to_prove)
     folded = fold(reference)
     del reference  # memory: the exporter makes copies of its own
+    parts = parts_contract(folded.image_part, made.graphs["decoder"])
+    made = replace(made, graphs=made.graphs | parts)
     graphs = export_graphs(
         folded,
         made.graphs,
@@ -120,10 +122,10 @@ def _write_bundle(
     return made
 
 
-def _roles(name: str, paths: Sequence[Path]) -> Iterator[tuple[Path, manifest.Role]]:
+def _roles(name: manifest.Role, paths: Sequence[Path]) -> Iterator[tuple[Path, manifest.Role]]:
     """Each file of a graph with its role: the graph itself, then its external weights."""
     graph, *weights = paths
-    yield graph, "encoder" if name == "encoder" else "decoder"
+    yield graph, name
     for path in weights:
         yield path, "weights"
 

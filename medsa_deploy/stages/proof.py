@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from medsa_deploy import verify
 from medsa_deploy.images import Image, find_images, is_volume, read_image
 from medsa_deploy.manifest import Manifest, Network, Parity
 from medsa_deploy.runtime import Session
-from medsa_deploy.runtime.backend import Backend
+from medsa_deploy.runtime.backend import Backend, ImagePart, splitting
 from medsa_deploy.verify import Array, Case, Comparison, Outputs
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class FiniteBackend:
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.name = backend, backend.name
+        self._split = splitting(backend)
+        self.splits = self._split is not None
         self.count = 0
 
     def encode(self, image: Array) -> Array:
@@ -73,6 +76,19 @@ class FiniteBackend:
     ) -> tuple[Array, Array]:
         """See `Backend.decode`."""
         masks, iou = self.backend.decode(image_embeddings, point_coords, point_labels, mask)
+        return self._finite(masks), self._finite(iou)
+
+    def decode_image(self, image_embeddings: Array) -> ImagePart:
+        """See `SplitsDecoder.decode_image`."""
+        assert self._split is not None
+        return self._split.decode_image(image_embeddings)
+
+    def decode_click(
+        self, image_part: ImagePart, point_coords: Array, point_labels: Array
+    ) -> tuple[Array, Array]:
+        """See `SplitsDecoder.decode_click`."""
+        assert self._split is not None
+        masks, iou = self._split.decode_click(image_part, point_coords, point_labels)
         return self._finite(masks), self._finite(iou)
 
     def facts(self) -> dict[str, Any]:
@@ -89,30 +105,59 @@ class FiniteBackend:
         return np.where(wrong, np.float32(0), values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Comparisons of all cases, in their order."""
+
+    comparisons: list[Comparison]
+    nan_count: int
+    """Values that were NaN or infinite."""
+    split: Compared | None
+    """The same with the decoder in two parts, where the backend has them."""
+
+    def summary(self, cases: Sequence[Case], *, precision: str, backend: str) -> Parity:
+        """The worst of all cases, as the manifest records it."""
+        split = self.split
+        return verify.summarise(
+            cases,
+            self.comparisons,
+            precision=precision,
+            backend=backend,
+            nan_count=self.nan_count,
+            split=None
+            if split is None
+            else split.summary(cases, precision=precision, backend=backend),
+        )
+
+
 def parity(
     session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]], precision: str
 ) -> Parity:
     """Run the cases and compare; one case's outputs are held at a time."""
-    comparisons, nan_count = compare_all(session, cases, expected)
-    return verify.summarise(
-        cases,
-        comparisons,
-        precision=precision,
-        backend=session.backend.name,
-        nan_count=nan_count,
-    )
+    compared = compare_all(session, cases, expected)
+    return compared.summary(cases, precision=precision, backend=session.backend.name)
 
 
 def compare_all(
     session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]]
-) -> tuple[list[Comparison], int]:
-    """Every case's comparison, and how many values were NaN or infinite."""
+) -> Compared:
+    """Compare every case, encoded once, with each form of the decoder that the backend has."""
     backend = FiniteBackend(session.backend)
     counting = Session(session.manifest, backend)
     threshold = session.conventions.threshold
-    comparisons = []
+    forms = (False, True) if backend.splits else (False,)
+    found: dict[bool, list[Comparison]] = {split: [] for split in forms}
+    wrong = dict.fromkeys(forms, 0)
     for case, tensors in zip(cases, expected, strict=True):
-        actual = verify.run_case(counting, case)
-        wanted = Outputs(tensors=tensors, frame=actual.frame)
-        comparisons.append(verify.compare(case, wanted, actual, threshold))
-    return comparisons, backend.count
+        embeddings = counting.encode_slices(case.images)
+        for split in forms:
+            actual = verify.decode_case(counting, case, embeddings, split=split)
+            wanted = Outputs(tensors=tensors, frame=actual.frame)
+            found[split].append(verify.compare(case, wanted, actual, threshold))
+            wrong[split] += backend.count
+            backend.count = 0
+    compared = None
+    for split in reversed(forms):
+        compared = Compared(comparisons=found[split], nan_count=wrong[split], split=compared)
+    assert compared is not None
+    return compared

@@ -18,6 +18,7 @@ from medsa_deploy import manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
+from medsa_deploy.runtime.backend import PARTS
 from medsa_deploy.runtime.loading import check_options
 
 from .calibration import find_sources, hold_out, image_cases
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp16", "int8", "int8-cpu")
 """What is made here; files of these names that no manifest lists are leftovers."""
-GRAPH_ROLES = ("encoder", "decoder", "weights")
+GRAPH_ROLES = ("encoder", "decoder", *PARTS, "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,9 @@ def _entries(made: Manifest, added: Made) -> list[File]:
                 )
             )
     if added.decoder_of is not None:
-        shared = made.file("decoder", added.decoder_of)
-        entries.append(replace(shared, precision=added.recipe.precision))
+        entries += [
+            replace(shared, precision=added.recipe.precision)
+            for shared in made.files
+            if shared.precision == added.decoder_of and shared.role in ("decoder", *PARTS)
+        ]
     return entries

@@ -57,15 +57,15 @@ class Trials:
         """Run every case on two files and compare with float32."""
         self.runs += 1
         with self.open(encoder, decoder) as session:
-            comparisons, nan_count = compare_all(session, self.cases, self._expected)
+            compared = compare_all(session, self.cases, self._expected)
 
         def summary(count: int) -> Parity:
             return verify.summarise(
                 self.cases[:count],
-                comparisons[:count],
+                compared.comparisons[:count],
                 precision=precision,
                 backend=OnnxRuntimeBackend.name,
-                nan_count=nan_count,
+                nan_count=compared.nan_count,
             )
 
         parity = summary(len(self.cases))

@@ -88,10 +88,9 @@ def verify_bundle(
         chosen, recorded = _judged(made, name, to_run)
         with load(bundle, backend=backend, precision=name, threads=threads) as session:
             some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
-            comparisons, nan_count = compare_all(session, some, wanted)
-            one = verify.summarise(
-                some, comparisons, precision=name, backend=session.backend.name, nan_count=nan_count
-            )
+            compared = compare_all(session, some, wanted)
+            comparisons = compared.comparisons
+            one = compared.summary(some, precision=name, backend=session.backend.name)
             worst = worst_mask(session, some, wanted, comparisons) if report else None
         limits = verify.limits_of(name, recorded)
         dice = tuple(value for c in comparisons for value in c.mask_dice)
