@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from medsa_deploy.errors import DeviceError
+
 Array = NDArray[np.float32]
 
 
@@ -23,7 +25,10 @@ class Layer:
 
 
 class Backend(Protocol):
-    """Runs encoder and decoder with the bundle's tensor contract; float32 in and out."""
+    """Runs encoder and decoder with the bundle's tensor contract; float32 in and out.
+
+    On a GPU, embeddings may be a `cuda.DeviceArray`, which only the backend that gave it decodes.
+    """
 
     name: str
 
@@ -60,3 +65,12 @@ class TimesLayers(Protocol):
         Call it last: a backend may end its measurement with it.
         """
         ...
+
+
+def check_finite(backend: Backend, what: str, *values: Array) -> None:
+    """DeviceError where a backend gave NaN or Inf; what lies on a GPU is not looked at.
+
+    NaN or Inf in an embedding there becomes NaN in every mask, which comes to the host.
+    """
+    if not all(np.isfinite(one).all() for one in values if isinstance(one, np.ndarray)):
+        raise DeviceError(f"{backend.name} gave {what} with NaN or Inf: nothing returned")

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
-from medsa_deploy.errors import DeviceError, ImageError, PromptError, UsageError
+from medsa_deploy.errors import ImageError, PromptError, UsageError
 from medsa_deploy.images.image import Image, check_image, check_values
 from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import Array, Backend
+from .backend import Array, Backend, check_finite
+from .fallback import FallbackBackend
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Embedding:
     """An encoded image: all that prompts need of it."""
 
     values: Array
-    """(1, 256, g, g) float32."""
+    """(1, 256, g, g) float32; on a GPU a `cuda.DeviceArray`, which belongs to its session."""
     frame: Frame
     """How the image lies in the network's frame."""
     intensity_window: tuple[float, float] | None
@@ -56,6 +57,8 @@ class Prediction:
     frame: Frame
     timings_ms: dict[str, float]
     """`decode`, `postprocess`."""
+    degraded: str | None = None
+    """Why another backend than the one asked for made this, where a fallback did."""
 
     @property
     def best(self) -> NDArray[np.intp]:
@@ -169,10 +172,9 @@ class Session:
             sizes = sorted({frame.image_size for frame in frames})
             raise ImageError(f"the slices of a chunk have different sizes: {sizes}")
         prepared = perf_counter()
-        values = backend.encode(np.stack(batch))
+        values = backend.encode(batch[0][None] if len(batch) == 1 else np.stack(batch))
         end = perf_counter()
-        if not np.isfinite(values).all():
-            raise DeviceError(f"{backend.name} gave an embedding with NaN or Inf: nothing returned")
+        check_finite(backend, "an embedding", values)
         each = 1e3 / len(images)
         timings = {"preprocess": each * (prepared - start), "encode": each * (end - prepared)}
         return [
@@ -240,6 +242,7 @@ class Session:
             classes=network.outputs == "classes",
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
+            degraded=backend.degraded if isinstance(backend, FallbackBackend) else None,
         )
 
     def close(self) -> None:
@@ -294,8 +297,7 @@ def decode(
             np.stack([tokens[i][1] for i in members]),
             np.stack(masks)[:, None] if has_mask else None,
         )
-    if not (np.isfinite(logits).all() and np.isfinite(scores).all()):
-        raise DeviceError(f"{backend.name} gave masks with NaN or Inf: nothing returned")
+    check_finite(backend, "masks", logits, scores)
     return logits, scores
 
 
