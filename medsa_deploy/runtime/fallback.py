@@ -36,14 +36,11 @@ class FallbackBackend:
         self._owners: WeakSet[object] = WeakSet()
         """Of the embeddings that the backend in use holds on a GPU."""
         self._lock = threading.Lock()
+        self.name = ""
+        """Of the backend in use."""
         self.degraded: str | None = None
         """Why the first backend of the chain is not in use; None while it is."""
         self._in_use: Backend | None = self._next(None)
-
-    @property
-    def name(self) -> str:
-        """The backend in use."""
-        return self._backend.name
 
     @property
     def _backend(self) -> Backend:
@@ -123,6 +120,7 @@ class FallbackBackend:
                     raise
                 reason = f"{name}: {e}"
                 continue
+            self.name = backend.name
             if self.degraded:
                 logger.warning("%s is used, because %s", name, self.degraded)
             return backend

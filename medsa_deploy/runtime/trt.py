@@ -50,7 +50,8 @@ class TensorRTBackend:
         described = trt.describe(library, flavor)
         self._engine = engine.check_loadable(folder, made, library=described, device=device)
         self._about = {"version": described.version, "device": device.name if device else None}
-        self.name = flavor
+        self.name: str = flavor
+        self._flavor = flavor
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._free: dict[int, list[int]] = {}
@@ -64,10 +65,10 @@ class TensorRTBackend:
 
     def _open(self, folder: Path, graphs: dict[str, Graph], library: Any) -> None:
         """Load both engines, and allocate what images and prompts need of memory."""
-        if self._cuda_graphs and self.name == "tensorrt":
+        if self._cuda_graphs and self._flavor == "tensorrt":
             cuda.check_graphs()
         opening = Opening(
-            library=library, gpu=self._gpu, flavor=self.name, cuda_graphs=self._cuda_graphs
+            library=library, gpu=self._gpu, flavor=self._flavor, cuda_graphs=self._cuda_graphs
         )
         with self._gpu.current():
             self._encoder = EngineRun(
@@ -112,7 +113,7 @@ class TensorRTBackend:
         """
         with self._working():
             given = cuda.on_device(image_embeddings, self._gpu)
-            embeddings = np.asarray(image_embeddings) if given is None else given
+            embeddings: Any = np.asarray(image_embeddings) if given is None else given
             sets, most = len(point_coords), self._decoder.largest["point_coords"][0]
             self._check_prompts(len(embeddings), point_coords)
             parts = []
