@@ -131,7 +131,9 @@ def profile(inputs: tuple[Tensor, ...], options: Options) -> dict[str, tuple[Sha
 def save(engine: Engine, folder: Path) -> None:
     """Write `engine.json` into the folder of the engines."""
     text = json.dumps(dataclasses.asdict(engine), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / FILENAME).write_text(text + "\n", encoding="utf-8")
+    whole = folder / f".{FILENAME}.tmp"
+    whole.write_text(text + "\n", encoding="utf-8")
+    whole.replace(folder / FILENAME)
 
 
 def load(folder: Path) -> Engine:

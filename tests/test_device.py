@@ -189,7 +189,10 @@ def test_work_in_another_stream_is_waited_for(machine: Machine, session: Session
 
 @pytest.mark.parametrize(
     ("values", "strides"),
-    [(np.zeros((1, 3, SIDE, SIDE)), None), (np.zeros((1, 3, SIDE, SIDE), np.float32), (4, 4, 4, 4))],
+    [
+        (np.zeros((1, 3, SIDE, SIDE)), None),
+        (np.zeros((1, 3, SIDE, SIDE), np.float32), (4, 4, 4, 4)),
+    ],
     ids=["float64", "strides"],
 )
 def test_other_arrays_on_the_gpu_are_refused(
@@ -230,7 +233,7 @@ def test_a_full_memory_that_tensorrt_reports_is_named(
     machine: Machine, plain: Session, folder: Path
 ) -> None:
     machine.refuses = "[defaultAllocator.cpp::allocate] Cuda failure: out of memory"
-    with pytest.raises(errors.DeviceMemoryError, match=r"defaultAllocator.*build engines for fewer"):
+    with pytest.raises(errors.DeviceMemoryError, match=r"Allocator.*build engines for fewer"):
         open_engines(plain, folder)
     assert machine.used == machine.pinned == 0
 
@@ -258,7 +261,7 @@ def raising(error: BaseException):
 def test_a_lost_gpu_stays_lost(machine: Machine, session: Session) -> None:
     embedding = session.encode(frame(0))
     machine.on_wait = raising(CudaLogicError("cuStreamSynchronize failed: illegal address"))
-    with pytest.raises(errors.DeviceLostError, match="illegal address.*start the program again"):
+    with pytest.raises(errors.DeviceLostError, match=r"illegal address.*start the program"):
         session.segment(embedding, **POINT)
     machine.on_wait = lambda: None
     for call in (
@@ -348,7 +351,7 @@ def test_an_interrupt_in_a_stream_leaves_nothing_behind(
 
 def test_engines_that_are_none_are_named(machine: Machine, plain: Session, folder: Path) -> None:
     del machine.functions["decoder"]
-    with pytest.raises(errors.EngineChangedError, match=r"decoder.engine was not loaded: magic tag"):
+    with pytest.raises(errors.EngineChangedError, match=r"decoder.engine was not loaded: magic"):
         open_engines(plain, folder)
     assert machine.used == machine.pinned == 0
 
