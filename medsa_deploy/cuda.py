@@ -87,7 +87,7 @@ class Gpu:
         self._driver = _pycuda()
         self._lost: str | None = None
         self._closed = False
-        self._device: list[Any] = []
+        self._device: dict[int, Any] = {}
         self._pinned: list[Any] = []
         with self._named():
             self._context = _primary_context()
@@ -114,10 +114,16 @@ class Gpu:
                 self._driver.Context.pop()
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes, which stay allocated until `close`."""
+        """The address of `size` bytes, which stay allocated until `free` or `close`."""
         memory = self._driver.mem_alloc(max(size, 1))
-        self._device.append(memory)
+        self._device[int(memory)] = memory
         return int(memory)
+
+    def free(self, address: int) -> None:
+        """Release what `allocate` gave, once nothing that is queued uses it; 0 is nothing."""
+        if address:
+            self.wait()
+            self._device.pop(address).free()
 
     def pinned(self, length: int) -> Array:
         """Page-locked host memory, (length,) float32, which the GPU copies from and to directly."""
@@ -141,13 +147,43 @@ class Gpu:
             self._driver.memcpy_dtoh(values, address)
         return values
 
+    def write(self, address: int, data: bytes) -> None:
+        """Copy bytes to the GPU, now."""
+        self._driver.memcpy_htod(address, data)
+
+    def clear(self, address: int, size: int) -> None:
+        """Queue zeros."""
+        self._driver.memset_d8_async(address, 0, size, self._stream)
+
+    def module(self, cubin: bytes) -> Any:
+        """Kernels that were compiled for this GPU."""
+        return self._driver.module_from_buffer(cubin)
+
+    def launch(
+        self,
+        module: Any,
+        entry: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        parameters: bytes,
+    ) -> None:
+        """Queue a kernel, whose one argument is a structure by value."""
+        given = np.frombuffer(parameters, np.uint8)
+        module.get_function(entry)(given, grid=grid, block=block, stream=self._stream)
+
     def wait(self) -> None:
         """Until everything that was queued is done."""
         self._stream.synchronize()
 
-    def wait_for_others(self) -> None:
-        """Until everything is done that anyone queued in any stream of this process."""
-        self._driver.Context.synchronize()
+    def wait_for_owner(self, interface: dict[str, Any]) -> None:
+        """Until the work is done that an array's `__cuda_array_interface__` says to wait for.
+
+        This stream waits for the default stream by itself. Where another is named, every stream of
+        the process is waited for. PyTorch names none: work in another stream than the default is
+        for its caller to wait for.
+        """
+        if interface.get("stream", LEGACY_STREAM) not in (None, LEGACY_STREAM):
+            self._driver.Context.synchronize()
 
     def capture(self, queue: Callable[[], None]) -> Graph:
         """What `queue` puts into the stream, as a graph; it is not run."""
@@ -155,7 +191,7 @@ class Gpu:
 
     def close(self) -> None:
         """Wait for the stream, then free everything; what was lost is free already."""
-        device, self._device = self._device, []
+        device, self._device = list(self._device.values()), {}
         pinned, self._pinned = self._pinned, []
         with suppress(MedsaError), self.current():
             self.wait()
@@ -274,9 +310,7 @@ class DeviceArray:
 def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
     """Another library's array on this GPU, without a copy; None for what lies on the host.
 
-    `gpu` must be current. Work that its owner queued in the default stream is waited for, and so is
-    every stream where the array names another; PyTorch names none, so work in another of its
-    streams is for the caller to wait for. UsageError unless it is float32 and contiguous.
+    `gpu` must be current; see `Gpu.wait_for_owner`. UsageError unless it is float32 and contiguous.
     """
     if isinstance(values, DeviceArray):
         return values
@@ -290,8 +324,7 @@ def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
             f"the array on the GPU is {found['typestr']} with strides {strides}, expected "
             "contiguous float32"
         )
-    if found.get("stream", LEGACY_STREAM) not in (None, LEGACY_STREAM):
-        gpu.wait_for_others()
+    gpu.wait_for_owner(found)
     return DeviceArray(int(found["data"][0]), shape, values, gpu.read)
 
 

@@ -16,10 +16,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import cuda_on_host
 import numpy as np
 import pytest
 
 from medsa_deploy import cuda
+from medsa_deploy.kernels.axes import BLOCK, Launch
+from medsa_deploy.kernels.preprocess import Parameters
 
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
 Function = Callable[..., dict[str, np.ndarray]]
@@ -81,13 +84,14 @@ class Machine:
 
     def put(self, values: np.ndarray) -> SimpleNamespace:
         """Another library's array on the GPU."""
-        block = np.frombuffer(values.tobytes(), np.uint8).copy()
+        whole = values if values.base is None else values.base
+        block = np.frombuffer(whole.tobytes(), np.uint8).copy()
         self.blocks[block.ctypes.data] = block
         interface = {
             "shape": values.shape,
             "typestr": values.dtype.str,
             "data": (block.ctypes.data, False),
-            "strides": None,
+            "strides": None if values.flags.c_contiguous else values.strides,
             "version": 3,
             "stream": 1,
         }
@@ -188,6 +192,27 @@ def pycuda_driver(machine: Machine) -> ModuleType:
     driver.mem_alloc, driver.pagelocked_empty = Allocation, pagelocked_empty
     driver.memcpy_htod_async, driver.memcpy_dtoh_async = htod, dtoh
     driver.memcpy_dtoh = dtoh_now
+    driver.memcpy_htod = lambda address, data: np.copyto(
+        machine.view(address, len(data)), np.frombuffer(data, np.uint8)
+    )
+    driver.memset_d8_async = lambda address, value, size, stream: stream.add(
+        lambda: machine.view(address, size).fill(value)
+    )
+
+    class Module:
+        """The kernels' sources, as host C++."""
+
+        def get_function(self, entry: str) -> Callable[..., None]:
+            def call(parameters: np.ndarray, *, grid, block, stream: Stream) -> None:
+                machine.check()
+                assert block == BLOCK
+                given = Parameters.from_buffer_copy(parameters.tobytes())
+                launch = Launch(source="preprocess", entry=entry, grid=grid, parameters=given)
+                stream.add(lambda: cuda_on_host.run(launch))
+
+            return call
+
+    driver.module_from_buffer = lambda cubin: Module()
     return driver
 
 

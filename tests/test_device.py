@@ -175,6 +175,63 @@ def test_frames_on_the_gpu_are_taken_where_they_are(
     assert_array_equal(seen, np.asarray(embeddings))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "window"),
+    [
+        ((83, 71), np.uint8, None),
+        ((83, 71, 3), np.uint8, None),
+        ((60, 60), np.int16, (-100, 900)),
+        ((40, 90), np.float32, (0, 700)),
+    ],
+)
+def test_a_frame_on_the_gpu_stays_there(
+    machine: Machine, session: Session, plain: Session, monkeypatch, shape, dtype, window
+) -> None:
+    """The kernels' own sources run, compiled for the host; rows of the frame are apart."""
+    monkeypatch.setattr(session.backend._frames, "_cubin", lambda: b"cubin")
+    wide = np.random.default_rng(0).integers(0, 250, (shape[0], shape[1] + 5, *shape[2:]))
+    wide = wide.astype(dtype)
+    pixels = wide[:, : shape[1]]
+    theirs = machine.put(pixels)
+    for _ in range(3):
+        embedding = session.encode(theirs, intensity_window=window)
+        wanted = plain.encode(pixels, intensity_window=window)
+        assert embedding.frame == wanted.frame
+        assert embedding.intensity_window == window
+        close = 0 if dtype == np.uint8 else 1e-3
+        assert np.abs(np.asarray(embedding.values) - wanted.values).max() <= close
+        found = session.segment(embedding, points=[(20, 30)])
+        assert found.masks.shape[-2:] == shape[:2]
+    blocks = set(machine.blocks)
+    session.encode(theirs, intensity_window=window)
+    assert len(set(machine.blocks) - blocks) <= 1  # an embedding's, as the last is held
+
+
+def test_formats_of_frames_do_not_pile_up(machine: Machine, session: Session, monkeypatch) -> None:
+    monkeypatch.setattr(session.backend._frames, "_cubin", lambda: b"cubin")
+    used = []
+    for height in range(10, 32):
+        theirs = machine.put(np.zeros((height, 20), np.uint8))
+        session.encode(theirs)
+        machine.blocks.pop(theirs.__cuda_array_interface__["data"][0])
+        used.append(len(machine.blocks))
+    assert used[-1] == used[-5] == max(used)
+
+
+def test_frames_the_kernels_cannot_read_are_refused(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    for pixels, message in (
+        (np.zeros((1, 20, 20, 3), np.uint8), r"has shape \(1, 20, 20, 3\)"),
+        (np.zeros((20, 20), np.float64), "type <f8"),
+        (np.zeros((20, 40), np.uint8)[:, ::2], "expected pixels side by side"),
+    ):
+        with pytest.raises(errors.ImageError, match=message):
+            session.encode(machine.put(pixels))
+    with pytest.raises(errors.UsageError, match="bright pixels takes no frames on a GPU"):
+        plain.encode(machine.put(np.zeros((20, 20), np.uint8)))
+
+
 def test_work_in_another_stream_is_waited_for(machine: Machine, session: Session) -> None:
     theirs = machine.put(np.zeros((1, 3, SIDE, SIDE), np.float32))
     session.backend._encoder._cuda_graphs = False

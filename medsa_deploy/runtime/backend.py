@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medsa_deploy.errors import DeviceError
+from medsa_deploy.manifest import Conventions
+from medsa_deploy.transforms import Frame
 
 Array = NDArray[np.float32]
 
@@ -52,6 +54,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release what it holds."""
+        ...
+
+
+@runtime_checkable
+class TakesFrames(Protocol):
+    """A backend on a GPU that prepares frames which lie there."""
+
+    def encode_frame(
+        self, frame: Any, conventions: Conventions, window: tuple[float, float] | None
+    ) -> tuple[Any, Frame]:
+        """A frame with `__cuda_array_interface__` → its embedding, and how it lies in the network's
+        frame. `window`: intensities of black and white; None for display values."""
         ...
 
 

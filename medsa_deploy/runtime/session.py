@@ -19,7 +19,7 @@ from medsa_deploy.images.image import Image, check_image, check_values
 from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import Array, Backend, check_finite
+from .backend import Array, Backend, TakesFrames, check_finite
 from .fallback import FallbackBackend
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class Embedding:
     """Intensities that were mapped to black and white; None for display values taken as they are,
     for the file's own rendering, and for min–max profiles."""
     timings_ms: dict[str, float]
-    """`preprocess`, `encode`; a slice's share of its chunk's."""
+    """`preprocess`, `encode`; a slice's share of its chunk's. On a GPU's frames one is the other's.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,12 +108,16 @@ class Session:
         values; other types are mapped to them by `intensity_window` (low, high), else the bundle's,
         else the file's own, else from minimum to maximum, with a warning. ImageError for NaN,
         constant or misshapen images. UsageError for a 3D network, which takes `encode_slices`.
+        On `tensorrt` and `rtx` also an array with `__cuda_array_interface__`, which is prepared
+        where it is: whether it is constant is not seen there, and nothing is stretched.
         """
         if (chunk := self.manifest.network.chunk) > 1:
             raise UsageError(
                 f"this network sees {chunk} neighbouring slices at a time: give it a volume, "
                 "or slices to encode_slices"
             )
+        if hasattr(image, "__cuda_array_interface__"):
+            return self._encode_frame(image, intensity_window)
         source = _as_image(image)
         _check_pixels(source)
         return self._encode([check_image(source)], intensity_window, flat=False)[0]
@@ -186,6 +191,17 @@ class Session:
             )
             for i in range(len(images))
         ]
+
+    def _encode_frame(self, frame: object, window: tuple[float, float] | None) -> Embedding:
+        """A frame on the GPU → its embedding; none of it comes to the host."""
+        backend, start = self.backend, perf_counter()
+        if not isinstance(backend, TakesFrames):
+            raise UsageError(f"{backend.name} takes no frames on a GPU: copy it to the host")
+        uint8 = frame.__cuda_array_interface__["typestr"] == "|u1"  # type: ignore[attr-defined]
+        window = window or (None if uint8 else self.conventions.intensity_window)
+        values, placed = backend.encode_frame(frame, self.conventions, window)
+        timings = {"preprocess": 0.0, "encode": 1e3 * (perf_counter() - start)}
+        return Embedding(values=values, frame=placed, intensity_window=window, timings_ms=timings)
 
     def segment(
         self,

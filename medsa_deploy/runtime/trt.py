@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from medsa_deploy.errors import (
     PromptError,
     UsageError,
 )
-from medsa_deploy.manifest import Graph, Manifest
+from medsa_deploy.kernels.cubins import cubin
+from medsa_deploy.manifest import Conventions, Graph, Manifest
+from medsa_deploy.transforms import Frame
 
 from .backend import Array
 from .contract import decoder_inputs, mask_shape
 from .engine_run import EngineRun, Opening
+from .frames import FramePreprocessor
 
 
 class TensorRTBackend:
@@ -49,6 +53,8 @@ class TensorRTBackend:
         library = trt.load(flavor)
         described = trt.describe(library, flavor)
         self._engine = engine.check_loadable(folder, made, library=described, device=device)
+        bundle, capability = folder.parent.parent, device.capability if device else ""
+        self._cubin = partial(cubin, "preprocess", capability, bundle=bundle)
         self._about = {"version": described.version, "device": device.name if device else None}
         self.name: str = flavor
         self._flavor = flavor
@@ -81,6 +87,8 @@ class TensorRTBackend:
             if self._mask_shape is not None:
                 self._no_mask = self._zeros(self._decoder.largest["mask_input"])
             (shape,) = self._encoder.output_shapes(self._encoder.smallest["image"][0])
+            size = self._encoder.largest["image"][-1]
+            self._frames = FramePreprocessor(self._gpu, size, self._cubin)
             two = self._embedding(shape), self._embedding(shape)
             del two  # their memory is there for an image and the next
 
@@ -91,16 +99,28 @@ class TensorRTBackend:
         """
         with self._working():
             given = cuda.on_device(image, self._gpu)
-            image = np.asarray(image, np.float32) if given is None else given
-            smallest, largest = self._encoder.smallest["image"], self._encoder.largest["image"]
-            if image.shape[1:] != largest[1:] or not smallest[0] <= len(image) <= largest[0]:
-                raise ImageError(
-                    f"images of shape {tuple(image.shape)} were given, this engine encodes "
-                    f"{smallest} to {largest}: --batch of build-engine sets how many"
-                )
-            (shape,) = self._encoder.output_shapes(len(image))
-            embeddings = self._embedding(shape)
-            self._encoder.run({"image": image}, len(image), [embeddings.address])
+            return self._encode(np.asarray(image, np.float32) if given is None else given)
+
+    def encode_frame(
+        self, frame: Any, conventions: Conventions, window: tuple[float, float] | None
+    ) -> tuple[Any, Frame]:
+        """See `TakesFrames.encode_frame`. MissingDependencyError where the bundle has no kernels
+        for this GPU, none are cached and there is no compiler."""
+        with self._working():
+            image, placed = self._frames.run(frame, conventions, window)
+            return self._encode(image), placed
+
+    def _encode(self, image: Any) -> DeviceArray:
+        """Encode what was prepared; the GPU is current."""
+        smallest, largest = self._encoder.smallest["image"], self._encoder.largest["image"]
+        if image.shape[1:] != largest[1:] or not smallest[0] <= len(image) <= largest[0]:
+            raise ImageError(
+                f"images of shape {tuple(image.shape)} were given, this engine encodes "
+                f"{smallest} to {largest}: --batch of build-engine sets how many"
+            )
+        (shape,) = self._encoder.output_shapes(len(image))
+        embeddings = self._embedding(shape)
+        self._encoder.run({"image": image}, len(image), [embeddings.address])
         return embeddings
 
     def decode(
