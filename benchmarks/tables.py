@@ -55,8 +55,32 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
     )
 
 
+def precisions_table(result: dict[str, Any]) -> str:
+    """What each precision costs and saves."""
+    rows = [
+        "| model | precision | INT8 layers | encoder | decoder | Dice to labels "
+        "| Dice to float32, mean (worst) | encode | decode |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, precisions in result["models"].items():
+        for precision, found in precisions.items():
+            recipe = found["recipe"] or {"quantized": (), "left_out": ()}
+            layers = len(recipe["quantized"]) + len(recipe["left_out"])
+            count = f"{len(recipe['quantized'])} of {layers}" if layers else "none"
+            mean, worst = found["dice_to_float32_mean"], found["dice_to_float32_worst"]
+            rows.append(
+                f"| {model} | {precision} | {count} | {found['encoder_mb']:.1f} MB "
+                f"| {found['decoder_mb']:.1f} MB | {found['dice_to_labels_mean']:.3f} "
+                f"| {mean:.4f} ({worst:.4f}) | {found['encode_ms']['median']:.0f} ms "
+                f"| {found['decode_ms']['median']:.0f} ms |"
+            )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    what = f"{result['what']}, medians."
+    return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
+
+
 Tables = dict[str, Callable[[dict[str, Any]], str]]
-TABLES: Tables = {"export": export_table}
+TABLES: Tables = {"export": export_table, "precisions": precisions_table}
 CARD_TABLES: Tables = {"demo_checkpoint": demo_checkpoint_table}
 """Those of the demonstration checkpoint's model card."""
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"

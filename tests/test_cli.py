@@ -15,7 +15,7 @@ from command_line import call, contents, start
 from medsa_deploy import __version__, cli, stages
 from medsa_deploy.errors import DeviceError, ParityError
 
-COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS = [command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +38,11 @@ def failing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_there_are_the_commands_of_the_documentation() -> None:
-    documented = (
-        "inspect",
-        "export",
-        "build-engine",
-        "build-kernels",
-        "run",
-        "verify",
-        "doctor",
-        "demo",
-    )
-    assert set(documented) <= set(COMMANDS)
+    documented = {
+        *("inspect", "export", "quantize", "build-engine", "build-kernels"),
+        *("run", "verify", "profile", "doctor", "demo"),
+    }
+    assert documented == set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -225,7 +219,6 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "--point-order": "xy",
         "--point-frame": "image",
         "--point-scale": "2",
-        "--prompt-scope": "slice",
         "--threshold": "0.25",
     }
     given = [part for option in options.items() for part in option]
@@ -242,7 +235,7 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "point_frame": "image",
         "point_scale": 2,
         "pad_points": None,
-        "prompt_scope": "slice",
+        "prompt_scope": "chunk",
         "intensity_window": [-175, 250],
         "threshold": 0.25,
         "class_names": ["liver", "spleen", "aorta"],

@@ -40,8 +40,20 @@ def test_structures_are_seen_and_vary_slowly_over_depth(style: phantoms.Style) -
             mask = made.labels == k
             assert dice(mask[3], mask[4]) > 0.8
             assert not np.array_equal(mask[0], mask[-1])
-            # a structure stands out from what is around it
-            assert abs(made.pixels[mask].mean() - made.pixels[~mask].mean()) > 2
+
+
+def test_structures_stand_out() -> None:
+    for seed in range(4):
+        for style in chunks.STYLES:
+            made = phantoms.phantom((9, seed), style, depth=1)
+            for k in chunks.structures_of(made, pixels=400):
+                mask = torch.from_numpy(made.labels == k)
+                near = torch.nn.functional.max_pool2d(mask.float(), 21, stride=1, padding=10) > 0
+                around = (near & ~mask).numpy() & (made.labels == 0)
+                assert abs(made.pixels[mask.numpy()].mean() - made.pixels[around].mean()) > 5
+        tissue = phantoms.phantom((9, seed), "folded", depth=1)
+        one, two = (tissue.pixels[tissue.labels == k].mean() for k in (1, 2))
+        assert abs(one - two) > 10
 
 
 def test_nothing_held_out_is_trained_on() -> None:

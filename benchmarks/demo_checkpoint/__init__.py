@@ -2,6 +2,9 @@
 
     python -m benchmarks.demo_checkpoint [--state FOLDER]
 
-writes medsa_deploy/assets/medsa_demo.pth, benchmarks/results/demo_checkpoint.json and the model
-card. Interrupted, it goes on where it was.
+writes medsa_deploy/assets/medsa_demo.pth and benchmarks/results/demo_checkpoint.json; then
+`python benchmarks/tables.py` writes the model card's table. Interrupted, it goes on where it was.
+
+Large tensors come and go in every step, so on Linux it pays to let malloc keep its memory, in huge
+pages: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000.
 """

