@@ -1,7 +1,12 @@
-"""Engines on a real GPU, against ONNX Runtime on the processor. `make gpu-check` runs these."""
+"""Engines on a real GPU, against ONNX Runtime on the processor. `make gpu-check` runs these.
+
+TensorRT and TensorRT-RTX cannot meet in a process: MEDSA_TEST_FLAVOR says which one to try, by
+default the first that is installed.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +29,10 @@ CLOSE = 5e-3
 """Relative L2 that TF32 may differ by, over all layers."""
 
 
-def flavors() -> list[trt.Flavor]:
-    return [flavor for flavor in trt.FLAVORS if trt.installed(flavor)]
-
-
-@pytest.fixture(params=flavors())
-def flavor(request: pytest.FixtureRequest) -> trt.Flavor:
-    return request.param
+@pytest.fixture
+def flavor() -> trt.Flavor:
+    asked = os.environ.get("MEDSA_TEST_FLAVOR")
+    return next(f for f in trt.FLAVORS if (f == asked if asked else trt.installed(f)))
 
 
 @pytest.fixture
