@@ -5,6 +5,8 @@ What runs here is the package's own code; what stands in is pycuda, cuda-binding
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -413,6 +415,18 @@ def test_engines_that_are_none_are_named(machine: Machine, plain: Session, folde
     assert machine.used == machine.pinned == 0
 
 
+@pytest.mark.tensorrt
+def test_the_listener_is_one_that_the_library_takes() -> None:
+    """TensorRT-RTX itself, in a process of its own; without a GPU it refuses the engine as well."""
+    code = (
+        "from medsa_deploy import trt; library = trt.load('rtx'); listener = trt.listener(library);"
+        "print(library.Runtime(listener).deserialize_cuda_engine(b'none' * 99), listener.said)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("None ['IRuntime::deserializeCudaEngine: Error Code"), done.stderr
+
+
 def test_engines_of_another_contract_are_refused(
     machine: Machine, plain: Session, folder: Path
 ) -> None:
@@ -554,7 +568,7 @@ def test_a_gpu_without_pycuda_names_the_extra(
     machine: Machine, plain: Session, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, extra in (("cuda.bindings", "cuda-bindings"), ("pycuda.driver", "pycuda")):
-        monkeypatch.setitem(__import__("sys").modules, module, None)
+        monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(errors.MissingDependencyError, match=rf"{extra}.*medsa-deploy\[cuda\]"):
             open_engines(plain, folder)
     assert replace(describe(), tf32=True).tf32

@@ -276,9 +276,11 @@ class EngineRun:
 
     def _failure(self, what: str, kind: type[Exception]) -> Exception:
         """The error for a call that TensorRT refused, with what it said."""
-        said = self._logger.said[-1] if self._logger.said else "no reason given"
+        lines = self._logger.said or ["no reason given"]
+        said = lines[0][:300]  # the others follow from it
+        full = any("outofmemory" in line.lower().replace(" ", "") for line in lines)
         self._logger.said.clear()
-        if "memory" in said.lower() and "out" in said.lower():
+        if full:
             return DeviceMemoryError(
                 f"the GPU's memory is full ({said}): close what else uses it, or build engines for "
                 "fewer images and prompts with --batch and --prompts"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from medsa_deploy.cuda import FLOAT32, DeviceArray, Gpu
-from medsa_deploy.errors import ImageError
+from medsa_deploy.errors import ImageError, MedsaError
 from medsa_deploy.kernels.axes import BLOCK
 from medsa_deploy.kernels.preprocess import (
     EXTREMES_BYTES,
@@ -82,6 +83,11 @@ class FramePreprocessor:
             self._gpu.launch(self._module, launch.entry, launch.grid, BLOCK, parameters)
         shape = (1, 3, self._size, self._size)
         return DeviceArray(self._output, shape, self, self._gpu.read), one.plan.frame
+
+    def close(self) -> None:
+        """Unload the kernels; the `Gpu` frees the memory."""
+        with suppress(MedsaError), self._gpu.current():
+            self._module = None
 
     def _plan(
         self,

@@ -168,6 +168,7 @@ class TensorRTBackend:
         with self._lock:
             self._encoder.close()
             self._decoder.close()
+            self._frames.close()
             self._gpu.close()
 
     @contextmanager
