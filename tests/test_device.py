@@ -391,6 +391,19 @@ def test_a_session_used_after_close_is_refused(machine: Machine, session: Sessio
         backend.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
 
 
+def test_an_embedding_of_another_session_is_refused(
+    machine: Machine, session: Session, plain: Session, folder: Path
+) -> None:
+    """Its memory may be another's by now."""
+    embedding = session.encode(frame(0))
+    session.close()
+    with (
+        open_engines(plain, folder) as other,
+        pytest.raises(errors.UsageError, match="belongs to another session"),
+    ):
+        other.segment(embedding, **POINT)
+
+
 def test_an_interrupt_in_a_stream_leaves_nothing_behind(
     machine: Machine, session: Session, plain: Session
 ) -> None:

@@ -74,7 +74,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         try:
             binding = session.io_binding()
             for name, values in inputs.items():
-                if isinstance(values, DeviceArray):
+                if isinstance(values, DeviceArray) and isinstance(values.owner, ort.OrtValue):
                     place = (self.device, 0, np.float32, values.shape, values.address)
                     binding.bind_input(name, *place)
                 else:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ class TensorRTBackend:
         """
         with self._working():
             given = cuda.on_device(image_embeddings, self._gpu)
+            if given is not None and getattr(given.owner, "gpu", self._gpu) is not self._gpu:
+                raise UsageError(
+                    "this embedding belongs to another session, which may have released it: "
+                    "encode the image with this session"
+                )
             embeddings: Any = np.asarray(image_embeddings) if given is None else given
             sets, most = len(point_coords), self._decoder.largest["point_coords"][0]
             self._check_prompts(len(embeddings), point_coords)
@@ -208,7 +214,7 @@ class TensorRTBackend:
         """Memory for embeddings, which is free again when nothing holds the array or a part."""
         free = self._free.setdefault(shape[0], [])
         address = free.pop() if free else self._gpu.allocate(cuda.FLOAT32 * int(np.prod(shape)))
-        owner = _Owner()
+        owner = _Owner(self._gpu)
         weakref.finalize(owner, free.append, address)
         return DeviceArray(address, shape, owner, self._gpu.read)
 
@@ -222,5 +228,8 @@ class TensorRTBackend:
         return DeviceArray(address, shape, self, self._gpu.read)
 
 
+@dataclass(frozen=True, eq=False)
 class _Owner:
     """What an embedding and its parts hold in common."""
+
+    gpu: Gpu

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from medsa_deploy import engine, manifest, verify
 from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
@@ -78,7 +78,7 @@ def state_of(
             return replace(found, state=f"{found.state}; not run here: {parity}")
         problems = tuple(verify.failures(parity, limits_of(described, recorded)))
         found = replace(found, parity=parity)
-    state = "built" if problems else "verified"
+    state: Literal["built", "verified"] = "built" if problems else "verified"
     if described.state != state:
         engine.save(replace(described, state=state), folder)
     words = f"failed: {'; '.join(problems)}" if problems else "verified"
