@@ -55,6 +55,31 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
     )
 
 
+def volume_memory_table(result: dict[str, Any]) -> str:
+    """Memory of `run` on a volume, beyond what the network takes for a chunk of slices."""
+    rows = [
+        "| volume | image size | prompts | loaded | with a chunk | peak | beyond the network |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in result["samples"]:
+        prompts = "followed from one slice" if one["propagate"] else "boxes in every slice"
+        measured = [one[f"{when}_mb"] for when in ("loaded", "working", "peak", "beyond_working")]
+        rows.append(
+            f"| {one['volume']} → {one['output']} | {one['image_size']} | {prompts} | "
+            + " | ".join(f"{megabytes} MB" for megabytes in measured)
+            + " |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{result['what'][0].upper()}{result['what'][1:]}.",
+            f"Measured on: {result['machine']}; {versions}.",
+        ]
+    )
+
+
 def precisions_table(result: dict[str, Any]) -> str:
     """What each precision costs and saves."""
     rows = [
@@ -80,7 +105,11 @@ def precisions_table(result: dict[str, Any]) -> str:
 
 
 Tables = dict[str, Callable[[dict[str, Any]], str]]
-TABLES: Tables = {"export": export_table, "precisions": precisions_table}
+TABLES: Tables = {
+    "export": export_table,
+    "precisions": precisions_table,
+    "volume_memory": volume_memory_table,
+}
 CARD_TABLES: Tables = {"demo_checkpoint": demo_checkpoint_table}
 """Those of the demonstration checkpoint's model card."""
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"

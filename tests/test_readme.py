@@ -16,6 +16,7 @@ import pytest
 import torch
 from command_line import call
 from invented import efficient_keys, low_rank_keys, mobile_keys, vit_keys, weights
+from test_volumes_dicom import save, slices
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,6 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, checkpoint_of) -> Path:
         PIL.Image.fromarray(pixels).convert("L").point(lambda v: v > 90).resize(size).save(
             folder / name
         )
+    np.save(folder / "volume.npy", np.stack([np.roll(grey, i, axis=1) for i in range(3)]))
+    (example,) = blocks("json")
+    (folder / "prompts.json").write_text(example)
+    series = slices(6)
+    for dataset in series:
+        dataset.Rows, dataset.Columns = grey.shape
+        dataset.PixelData = grey.astype(np.int16).tobytes()
+    save(series, folder / "dicom-series")
     return folder
 
 
@@ -74,6 +83,7 @@ def test_every_command_runs_as_written(folder: Path) -> None:
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     written = ["ckpt.medsa", "mask.png", "overlay.png", "mask.nii.gz", "masks/1.png.mask.png"]
+    written += ["seg.nii.gz", "seg.dcm", "montage.png", "seg.npy"]
     assert all((folder / name).exists() for name in written)
 
 
@@ -84,6 +94,9 @@ def test_every_network_of_the_table_is_known(tmp_path: Path) -> None:
     mobile, efficient = (keys(adapted=False) for keys in (mobile_keys, efficient_keys))
     networks = {
         "ckpt": adapted,
+        "volumes": vit_keys(
+            adapters={"Space": range(4), "MLP": range(4), "Depth": range(4)},
+        ),
         "hyp": vit_keys(hyp={0: (16, 8, 8)}),
         "adapters": {k: v for k, v in adapted.items() if "_Adapter." in k},
         "sam_vit_b_01ec64": sam,

@@ -50,7 +50,7 @@ class OnnxRuntimeBackend:
     def encode(self, image: Array) -> Array:
         """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
         (embeddings,) = self._run(self._encoder, {"image": image})
-        return embeddings
+        return embeddings.copy()  # or, kept, they hold up the memory of the encoder's next runs
 
     def decode(
         self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
