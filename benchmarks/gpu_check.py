@@ -10,6 +10,7 @@ recorded in its own words. Without an NVIDIA GPU: one line, exit code 2.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -62,7 +63,8 @@ def main() -> None:
         record["engines"] = [build(bundle, *case) for case in cases()]
         if trt.installed("rtx"):
             record["rtx_for_current_device"] = for_current(bundle)
-    record["tests"] = tests()
+    flavors = [flavor for flavor in trt.FLAVORS if trt.installed(flavor)]
+    record["tests"] = {flavor: tests(flavor) for flavor in flavors}
     path = RESULTS / re.sub(r"\W+", "-", device.name.lower()).strip("-") / "gpu_check.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
@@ -120,11 +122,12 @@ def for_current(bundle: Path) -> dict[str, Any]:
     }
 
 
-def tests() -> dict[str, Any]:
-    """Every test marked gpu; code 5 means that there is none."""
+def tests(flavor: trt.Flavor) -> dict[str, Any]:
+    """Every test marked gpu, with engines of one library."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-q"],
         cwd=ROOT,
+        env=os.environ | {"MEDSA_TEST_FLAVOR": flavor},
         capture_output=True,
         text=True,
         check=False,

@@ -1,13 +1,36 @@
-"""The NVIDIA driver → the GPU of this machine. Every call of CUDA is made in this module.
+"""The NVIDIA driver → the GPU of this machine, its memory and its work. Every call of CUDA is here.
 
-The driver's own library is asked, which every machine with an NVIDIA GPU has, Jetsons included.
+`device` asks the driver's own library, which every machine with an NVIDIA GPU has, Jetsons
+included. `Gpu` works through pycuda, and captures graphs through cuda-bindings; both are imported
+when one is made.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .errors import (
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    MedsaError,
+    MissingDependencyError,
+    UsageError,
+)
+
+Array = NDArray[np.float32]
+FLOAT32 = np.dtype(np.float32).itemsize
+LEGACY_STREAM = 1
+"""CUDA's default stream in `__cuda_array_interface__`. A `Gpu`'s stream waits for its work."""
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MAJOR, MINOR = 75, 76
@@ -48,3 +71,297 @@ def device() -> Device | None:
         capability=f"sm{major.value}{minor.value}",
         driver_cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
+
+
+class Gpu:
+    """The first GPU: one stream, and everything that is allocated for it.
+
+    It works in the primary context, which PyTorch, CuPy and ONNX Runtime use as well, so that
+    addresses mean the same to all. `close` frees what was allocated here; the context itself stays
+    for the others. Everything but `read` and `close` happens in a `with gpu.current():`, from any
+    thread, but from one at a time.
+    """
+
+    def __init__(self) -> None:
+        """MissingDependencyError without pycuda; DeviceError without a GPU, or with a full one."""
+        self._driver = _pycuda()
+        self._lost: str | None = None
+        self._closed = False
+        self._device: dict[int, Any] = {}
+        self._pinned: list[Any] = []
+        with self._named():
+            self._context = _primary_context()
+        with self.current():
+            self._stream = self._driver.Stream()
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream."""
+        return int(self._stream.handle)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU this thread's; DeviceError, by name, for whatever CUDA says meanwhile."""
+        if self._closed:
+            raise UsageError("what was on the GPU was released with its session: load it again")
+        if self._lost is not None:
+            raise DeviceLostError(self._lost)
+        with self._named():
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._driver.Context.pop()
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes, which stay allocated until `free` or `close`."""
+        memory = self._driver.mem_alloc(max(size, 1))
+        self._device[int(memory)] = memory
+        return int(memory)
+
+    def free(self, address: int) -> None:
+        """Release what `allocate` gave, once nothing that is queued uses it; 0 is nothing."""
+        if address:
+            self.wait()
+            self._device.pop(address).free()
+
+    def pinned(self, length: int) -> Array:
+        """Page-locked host memory, (length,) float32, which the GPU copies from and to directly."""
+        memory: Array = self._driver.pagelocked_empty(length, np.float32)
+        self._pinned.append(memory)
+        return memory
+
+    def upload(self, address: int, values: Array) -> None:
+        """Queue a copy of pinned values to the GPU."""
+        self._driver.memcpy_htod_async(address, values, self._stream)
+
+    def download(self, values: Array, address: int) -> None:
+        """Queue a copy into pinned memory."""
+        self._driver.memcpy_dtoh_async(values, address, self._stream)
+
+    def read(self, address: int, shape: tuple[int, ...]) -> Array:
+        """A copy of values on the GPU, after everything that was queued."""
+        values = np.empty(shape, np.float32)
+        with self.current():
+            self.wait()
+            self._driver.memcpy_dtoh(values, address)
+        return values
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy bytes to the GPU, now."""
+        self._driver.memcpy_htod(address, data)
+
+    def clear(self, address: int, size: int) -> None:
+        """Queue zeros."""
+        self._driver.memset_d8_async(address, 0, size, self._stream)
+
+    def module(self, cubin: bytes) -> Any:
+        """Kernels that were compiled for this GPU."""
+        return self._driver.module_from_buffer(cubin)
+
+    def launch(
+        self,
+        module: Any,
+        entry: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        parameters: bytes,
+    ) -> None:
+        """Queue a kernel, whose one argument is a structure by value."""
+        given = np.frombuffer(parameters, np.uint8)
+        module.get_function(entry)(given, grid=grid, block=block, stream=self._stream)
+
+    def wait(self) -> None:
+        """Until everything that was queued is done."""
+        self._stream.synchronize()
+
+    def wait_for_owner(self, interface: dict[str, Any]) -> None:
+        """Until the work is done that an array's `__cuda_array_interface__` says to wait for.
+
+        This stream waits for the default stream by itself. Where another is named, every stream of
+        the process is waited for. PyTorch names none: work in another stream than the default is
+        for its caller to wait for.
+        """
+        if interface.get("stream", LEGACY_STREAM) not in (None, LEGACY_STREAM):
+            self._driver.Context.synchronize()
+
+    def capture(self, queue: Callable[[], None]) -> Graph:
+        """What `queue` puts into the stream, as a graph; it is not run."""
+        return Graph(self.stream, queue)
+
+    def close(self) -> None:
+        """Wait for the stream, then free everything; what was lost is free already."""
+        device, self._device = list(self._device.values()), {}
+        pinned, self._pinned = self._pinned, []
+        with suppress(MedsaError), self.current():
+            self.wait()
+            for memory in device:
+                memory.free()
+            for values in pinned:
+                values.base.free()
+            del self._stream
+        self._closed = True
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Give pycuda's errors the names of this package's."""
+        try:
+            yield
+        except self._driver.MemoryError as e:
+            raise DeviceMemoryError(
+                f"the GPU's memory is full ({_line(e)}): close what else uses it, or build engines "
+                "for fewer images and prompts with --batch and --prompts"
+            ) from e
+        except self._driver.Error as e:
+            self._lost = (
+                f"the GPU cannot be used any more ({_line(e)}): start the program again, and if "
+                "that fails, the machine"
+            )
+            raise DeviceLostError(self._lost) from e
+
+
+class Graph:
+    """Work that was queued in a stream once, to be queued again in one call.
+
+    It owns its executable form, until `close`. Addresses and shapes are those of the capture.
+    """
+
+    def __init__(self, stream: int, queue: Callable[[], None]) -> None:
+        """DeviceError if the work cannot be captured. Uses the current context."""
+        self._driver = driver = _bindings()
+        self._stream = driver.CUstream(stream)
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(driver.cuStreamBeginCapture, self._stream, mode)
+        try:
+            queue()
+        except BaseException:
+            driver.cuStreamEndCapture(self._stream)
+            raise
+        graph = self._call(driver.cuStreamEndCapture, self._stream)
+        try:
+            self._executable = self._call(driver.cuGraphInstantiate, graph, 0)
+        finally:
+            driver.cuGraphDestroy(graph)
+
+    def launch(self) -> None:
+        """Queue the work."""
+        self._call(self._driver.cuGraphLaunch, self._executable, self._stream)
+
+    def close(self) -> None:
+        """Release the executable form."""
+        self._driver.cuGraphExecDestroy(self._executable)
+
+    def _call(self, function: Callable[..., Any], *given: Any) -> Any:
+        """What a driver's function gives besides its status; DeviceError for a bad one."""
+        status, *found = function(*given)
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise DeviceError(f"{function.__name__} failed: {status.name}")
+        return found[0] if found else None
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceArray:
+    """float32 values on the GPU, row by row. PyTorch, CuPy and pycuda take them without a copy.
+
+    `np.asarray` copies them to the host. They live as long as `owner`, and no longer than what
+    allocated them: a view that another library made of them must not outlive either.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    owner: object
+    read: Callable[[int, tuple[int, ...]], Array]
+    """Copies values at an address to the host; an error where they are no more."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": "<f4",
+            "data": (self.address, True),
+            "strides": None,
+            "stream": None,  # what gives them out has waited for them
+            "version": 3,
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return FLOAT32 * int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Self:
+        """Neighbouring entries of the first axis, without a copy."""
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise UsageError("values on a GPU can be taken in steps of 1 only")
+        shape = (max(stop - start, 0), *self.shape[1:])
+        each = self.nbytes // max(len(self), 1)
+        return type(self)(self.address + start * each, shape, self.owner, self.read)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("values on a GPU cannot be had without a copy")
+        return self.read(self.address, self.shape).astype(dtype or np.float32, copy=False)
+
+
+def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
+    """Another library's array on this GPU, without a copy; None for what lies on the host.
+
+    `gpu` must be current; see `Gpu.wait_for_owner`. UsageError unless it is float32 and contiguous.
+    """
+    if isinstance(values, DeviceArray):
+        return values
+    found = getattr(values, "__cuda_array_interface__", None)
+    if found is None:
+        return None
+    shape, strides = tuple(found["shape"]), found.get("strides")
+    rows = tuple(int(FLOAT32 * np.prod(shape[i + 1 :])) for i in range(len(shape)))
+    if found["typestr"] != "<f4" or (strides is not None and tuple(strides) != rows):
+        raise UsageError(
+            f"the array on the GPU is {found['typestr']} with strides {strides}, expected "
+            "contiguous float32"
+        )
+    gpu.wait_for_owner(found)
+    return DeviceArray(int(found["data"][0]), shape, values, gpu.read)
+
+
+@cache
+def _primary_context() -> Any:
+    """The first GPU's primary context, retained until the process ends.
+
+    pycuda can release one only in the thread that retained it.
+    """
+    driver = _pycuda()
+    driver.init()
+    return driver.Device(0).retain_primary_context()
+
+
+def _pycuda() -> Any:
+    try:
+        import pycuda.driver
+    except ImportError as e:
+        raise MissingDependencyError("pycuda", extra="cuda", purpose="running engines") from e
+    return pycuda.driver
+
+
+def check_graphs() -> None:
+    """MissingDependencyError without what captures graphs."""
+    _bindings()
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as e:
+        raise MissingDependencyError(
+            "cuda-bindings", extra="cuda", purpose="replaying CUDA graphs (cuda_graphs=False: none)"
+        ) from e
+    return driver
+
+
+def _line(error: BaseException) -> str:
+    """What CUDA said, as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -18,6 +18,7 @@ from .errors import (
     BundleError,
     EngineChangedError,
     EngineDeviceError,
+    EngineError,
     EngineFlavorError,
     EngineStaleError,
     EngineVersionError,
@@ -130,7 +131,9 @@ def profile(inputs: tuple[Tensor, ...], options: Options) -> dict[str, tuple[Sha
 def save(engine: Engine, folder: Path) -> None:
     """Write `engine.json` into the folder of the engines."""
     text = json.dumps(dataclasses.asdict(engine), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / FILENAME).write_text(text + "\n", encoding="utf-8")
+    whole = folder / f".{FILENAME}.tmp"
+    whole.write_text(text + "\n", encoding="utf-8")
+    whole.replace(folder / FILENAME)
 
 
 def load(folder: Path) -> Engine:
@@ -158,6 +161,29 @@ def load(folder: Path) -> Engine:
             "beside it: build the engines again"
         )
     return engine
+
+
+def find(bundle: Path, flavor: Flavor, precision: str, device: cuda.Device | None) -> Path:
+    """The folder of a bundle's engines for a GPU; EngineError where there is none.
+
+    Of several the one for the fewest kinds of GPU.
+    """
+    name = f"{trt.NAMES[flavor]} {precision}"
+    found = []
+    for path in sorted((bundle / FOLDER).glob(f"*/{FILENAME}")):
+        if path.parent.name.startswith("."):
+            continue
+        engine = load(path.parent)
+        if (engine.options.flavor, engine.options.precision) == (flavor, precision):
+            found.append((len(engine.options.targets), path.parent, engine))
+    fitting = [one for one in found if device and device.capability in one[2].options.targets]
+    if found:
+        return min(fitting or found, key=lambda one: one[:2])[1]
+    target = f" --target {device.capability}" if device and flavor == "rtx" else ""
+    raise EngineError(
+        f"{bundle} holds no {name} engines: build them with medsa-deploy build-engine {bundle} "
+        f"--{precision} --flavor {flavor}{target}"
+    )
 
 
 def check_loadable(

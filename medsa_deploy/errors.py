@@ -17,6 +17,8 @@ MedsaError
 ├── BuildError             an engine could not be built, or a kernel not compiled         exit 3
 ├── ParityError            a proof failed: two networks that must agree do not            exit 1
 └── DeviceError            a backend failed while running                                 exit 3
+    ├── DeviceMemoryError  the device's memory is full
+    └── DeviceLostError    the device cannot be used any more in this process
 """
 
 from __future__ import annotations
@@ -110,3 +112,11 @@ class DeviceError(MedsaError):
     """A backend failed while it was running."""
 
     exit_code = 3
+
+
+class DeviceMemoryError(DeviceError):
+    """The device's memory is full."""
+
+
+class DeviceLostError(DeviceError):
+    """The device cannot be used any more in this process: reset, unplugged, or a fault in it."""

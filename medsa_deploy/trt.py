@@ -86,6 +86,21 @@ def ask(flavor: Flavor) -> Library:
     return Library(**answer | {"targets": tuple(answer["targets"])})
 
 
+def listener(library: Any) -> Any:
+    """A logger for the library's runtime, whose list `said` holds its errors."""
+
+    class Listener(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.said: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
+                self.said.append(" ".join(message.split()))
+
+    return Listener()
+
+
 def float32_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
     """Those of TensorRT-RTX's targets that take float32 graphs."""
     return tuple(target for target in targets if int(target[2:]) >= FLOAT32_TARGETS)

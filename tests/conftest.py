@@ -11,7 +11,7 @@ from command_line import call
 from golden_cases import GoldenCase, export_options
 from hypothesis import settings
 
-from medsa_deploy import stages
+from medsa_deploy import cuda, stages
 from medsa_deploy.exporters.architecture import Overrides
 
 Maker = Callable[[str], Path]
@@ -19,6 +19,14 @@ Maker = Callable[[str], Path]
 # The first example pays for caches and imports, and the machines are shared.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none; `make gpu-check` runs it."""
+    if cuda.device() is None:
+        out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=out)
 
 
 @pytest.fixture(scope="session")

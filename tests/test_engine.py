@@ -121,6 +121,24 @@ def test_what_does_not_fit_is_named_without_reading_the_engines(
     assert caught.value.exit_code == 2
 
 
+def test_engines_are_found_by_flavor_precision_and_gpu(folder: Path) -> None:
+    bundle = folder.parent.parent
+    for targets in (("sm89",), ("sm80", "sm86", "sm89")):
+        other = folder.with_name(f"rtx-fp32-{'+'.join(targets)}")
+        other.mkdir()
+        described = engine.load(folder)
+        engine.save(replace(described, options=replace(described.options, targets=targets)), other)
+    assert engine.find(bundle, "rtx", "fp32", DEVICE) == folder
+    sm89 = replace(DEVICE, capability="sm89")
+    assert engine.find(bundle, "rtx", "fp32", sm89).name == "rtx-fp32-sm89"
+    for device in (None, replace(DEVICE, capability="sm120")):  # check_loadable says what is wrong
+        assert engine.find(bundle, "rtx", "fp32", device).name == "rtx-fp32-sm89"
+    with pytest.raises(errors.EngineError, match=r"no TensorRT-RTX fp16 engines: .* --target sm86"):
+        engine.find(bundle, "rtx", "fp16", DEVICE)
+    with pytest.raises(errors.EngineError, match=r"--fp32 --flavor tensorrt$"):
+        engine.find(bundle, "tensorrt", "fp32", DEVICE)
+
+
 def test_an_engine_of_another_graph_is_stale(folder: Path, made: Manifest) -> None:
     files = tuple(
         replace(f, sha256="0" * 64) if f.path == "decoder.onnx" else f for f in made.files

@@ -125,11 +125,15 @@ def test_every_network_of_the_table_is_known(tmp_path: Path) -> None:
 def test_the_python_example_runs(folder: Path, bundle: Path) -> None:
     if not (folder / "ckpt.medsa").exists():
         shutil.copytree(bundle, folder / "ckpt.medsa")
-    (code,) = blocks("python")
+    code, on_a_gpu = blocks("python")
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "encode" not in done.stdout
     assert "decode" in done.stdout
+    command = [sys.executable, "-c", on_a_gpu]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "holds no TensorRT fp32 engines" in done.stdout
 
 
 def test_the_tables_are_the_results() -> None:

@@ -26,7 +26,11 @@ IntensityWindow = Annotated[
 ]
 Threshold = Annotated[float | None, typer.Option(help="Probability above which a pixel is mask")]
 Backend = Annotated[
-    str, typer.Option(help="onnxruntime, openvino, or auto: what doctor --tune found")
+    str,
+    typer.Option(
+        help="onnxruntime, openvino, or auto: what doctor --tune found; on an NVIDIA GPU tensorrt, "
+        "rtx and onnxruntime-cuda"
+    ),
 ]
 Precision = Annotated[
     str, typer.Option(help="Precision of the graphs to run; bf16: float32 graphs in bfloat16")

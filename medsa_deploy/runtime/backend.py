@@ -9,7 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.manifest import Role
+from medsa_deploy.errors import DeviceError
+from medsa_deploy.manifest import Conventions, Role
+from medsa_deploy.transforms import Frame
 
 Array = NDArray[np.float32]
 
@@ -26,7 +28,10 @@ class Layer:
 
 
 class Backend(Protocol):
-    """Runs encoder and decoder with the bundle's tensor contract; float32 in and out."""
+    """Runs encoder and decoder with the bundle's tensor contract; float32 in and out.
+
+    On a GPU, embeddings may be a `cuda.DeviceArray`, which only the backend that gave it decodes.
+    """
 
     name: str
 
@@ -83,6 +88,18 @@ def splitting(backend: Backend) -> SplitsDecoder | None:
 
 
 @runtime_checkable
+class TakesFrames(Protocol):
+    """A backend on a GPU that prepares frames which lie there."""
+
+    def encode_frame(
+        self, frame: Any, conventions: Conventions, window: tuple[float, float] | None
+    ) -> tuple[Any, Frame]:
+        """A frame with `__cuda_array_interface__` → its embedding, and how it lies in the network's
+        frame. `window`: intensities of black and white; None for display values."""
+        ...
+
+
+@runtime_checkable
 class TimesLayers(Protocol):
     """A backend that was opened to time its layers, which costs time itself."""
 
@@ -92,3 +109,12 @@ class TimesLayers(Protocol):
         Call it last: a backend may end its measurement with it.
         """
         ...
+
+
+def check_finite(backend: Backend, what: str, *values: Array) -> None:
+    """DeviceError where a backend gave NaN or Inf; what lies on a GPU is not looked at.
+
+    NaN or Inf in an embedding there becomes NaN in every mask, which comes to the host.
+    """
+    if not all(np.isfinite(one).all() for one in values if isinstance(one, np.ndarray)):
+        raise DeviceError(f"{backend.name} gave {what} with NaN or Inf: nothing returned")

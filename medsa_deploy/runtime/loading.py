@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medsa_deploy import cuda, engine
 from medsa_deploy.errors import MissingDependencyError, UsageError
 from medsa_deploy.manifest import Manifest, check_file
 from medsa_deploy.manifest import load as load_manifest
+from medsa_deploy.trt import FLAVORS
 
 from . import tuning
-from .backend import PARTS
+from .backend import PARTS, Backend
+from .fallback import FallbackBackend
 from .session import Session
 
 if TYPE_CHECKING:
@@ -20,10 +25,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS = ("onnxruntime", "openvino")
+BACKENDS = (*CPU_BACKENDS, "onnxruntime-cuda", *FLAVORS)
 DEFAULT = "onnxruntime"
 AUTO = "auto"
 """What `medsa-deploy doctor --tune` found fastest here for this bundle; else the default."""
+RUN = ("encoder", "decoder", *PARTS, "weights")
+"""Roles of the files that a backend on ONNX files reads."""
 COMPUTED = {"bf16": "fp32"}
 """Precisions of the arithmetic alone → the precision of the files they run."""
 
@@ -34,37 +42,77 @@ def load(
     backend: str = DEFAULT,
     precision: str = "fp32",
     threads: int | None = None,
+    fallback: Sequence[str] = (),
+    cuda_graphs: bool = True,
     time_layers: bool = False,
 ) -> Session:
-    """Open a bundle. The files it runs are compared with the manifest's SHA-256 first.
+    """Open a bundle. The files it runs are compared with their SHA-256 first.
 
     The decoder runs as its two parts where the bundle has them and a prompt has no mask.
 
-    `backend`: `onnxruntime`, `openvino`, or `auto` for what `medsa-deploy doctor --tune` stored.
+    `backend`: `onnxruntime`, `openvino`, or `auto` for what `medsa-deploy doctor --tune` stored;
+    on an NVIDIA GPU `tensorrt` and `rtx`, which run the bundle's engines, and `onnxruntime-cuda`.
     `precision`: of the files; and `bf16`, in which OpenVINO computes the encoder of float32 files.
-    `threads`: threads of one run, default all cores. `time_layers`: have the backend be a
-    `TimesLayers`, which makes it slower. BundleError for a bundle that is missing,
+    `threads`: threads of one run, default all cores. `fallback`: backends that take over, in this
+    order, where one cannot be opened or fails while it runs; their predictions are `degraded`.
+    `cuda_graphs`: whether engines may be replayed as CUDA graphs. `time_layers`: have the backend
+    be a `TimesLayers`, which makes it slower. BundleError for a bundle that is missing,
     changed or of another version. MissingDependencyError for a backend that is not installed.
+    EngineError where the bundle's engines do not fit this machine.
     """
     folder = Path(bundle)
     manifest = load_manifest(folder)
-    check_options(backend, threads, precision)
+    chain = (backend, *fallback)
+    for name in chain:
+        check_options(name, threads, precision)
     held = files_precision(precision)
-    paths = {role: check_file(manifest.file(role, held), folder) for role in ("encoder", "decoder")}
-    there = [manifest.file(role, held) for role in PARTS if manifest.has(role, held)]
-    parts = [check_file(entry, folder) for entry in there] if len(there) == len(PARTS) else []
-    for entry in manifest.files:
-        if entry.role == "weights" and entry.precision == held:
-            check_file(entry, folder)
-    if backend == AUTO:
-        backend, threads = _tuned(manifest, held, threads)
-    options: dict[str, Any] = {"parts": parts, "threads": threads, "time_layers": time_layers}
-    files = (paths["encoder"], paths["decoder"], manifest.graphs)
-    if backend == "openvino":
-        return Session(manifest, _openvino()(*files, bf16=precision == "bf16", **options))
+    for role in ("encoder", "decoder"):
+        manifest.file(role, held)
+    if not set(chain) <= set(FLAVORS):
+        for entry in manifest.files:
+            if entry.role in RUN and entry.precision == held:
+                check_file(entry, folder)
+    options: dict[str, Any] = {"threads": threads, "time_layers": time_layers}
+    openers = [
+        (name, partial(_open, name, folder, manifest, precision, cuda_graphs, options))
+        for name in chain
+    ]
+    return Session(manifest, FallbackBackend(openers) if fallback else openers[0][1]())
+
+
+def _open(
+    name: str,
+    folder: Path,
+    manifest: Manifest,
+    precision: str,
+    cuda_graphs: bool,
+    options: dict[str, Any],
+) -> Backend:
+    """A backend on files whose SHA-256 was compared."""
+    held = files_precision(precision)
+    for flavor in FLAVORS:
+        if name == flavor:
+            from .trt import TensorRTBackend
+
+            engines = engine.find(folder, flavor, held, cuda.device())
+            return TensorRTBackend(engines, manifest, flavor, cuda_graphs=cuda_graphs)
+    if name == AUTO:
+        name, threads = _tuned(manifest, held, options["threads"])
+        options = options | {"threads": threads}
+    encoder, decoder = (folder / manifest.file(r, held).path for r in ("encoder", "decoder"))
+    files = (encoder, decoder, manifest.graphs)
+    if name == "onnxruntime-cuda":
+        from .ort_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(*files, **options)
+    if all(manifest.has(role, held) for role in PARTS):
+        parts = [folder / manifest.file(role, held).path for role in PARTS]
+        options = options | {"parts": parts}
+    if name == "openvino":
+        return _openvino()(*files, bf16=precision == "bf16", **options)
     from .ort import OnnxRuntimeBackend
 
-    return Session(manifest, OnnxRuntimeBackend(*files, **options))
+    return OnnxRuntimeBackend(*files, **options)
 
 
 def check_options(backend: str, threads: int | None, precision: str = "fp32") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from medsa_deploy.errors import BundleError, DeviceError
+from medsa_deploy.errors import BundleError, DeviceError, DeviceLostError, DeviceMemoryError
 from medsa_deploy.manifest import Graph
 
 from .backend import PARTS, Array, ImagePart, Layer
@@ -19,6 +19,8 @@ from .contract import check_contract, decoder_inputs, mask_shape
 
 DTYPES = {"tensor(float)": "float32"}
 """ONNX Runtime's names of the contract's types."""
+FULL = ("out of memory", "failed to allocate memory", "bad_alloc", "bad allocation")
+"""What it says when memory is full."""
 KERNEL = "_kernel_time"
 """What its profiler adds to the name of a node that ran."""
 
@@ -27,6 +29,7 @@ class OnnxRuntimeBackend:
     """The graphs of a bundle as ONNX Runtime sessions."""
 
     name = "onnxruntime"
+    providers: Sequence[Any] = ("CPUExecutionProvider",)
 
     def __init__(
         self,
@@ -116,8 +119,10 @@ class OnnxRuntimeBackend:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._times / path.stem)
         try:
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(path, options, providers=list(self.providers))
         except Exception as e:  # onnxruntime raises classes of its own that share no base
+            if _memory_is_full(e):
+                raise DeviceMemoryError(f"{path} does not fit the memory: {_line(e)}") from e
             raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
         tensors = (*session.get_inputs(), *session.get_outputs())
         opened = [(t.name, DTYPES.get(t.type, t.type), t.shape) for t in tensors]
@@ -128,7 +133,7 @@ class OnnxRuntimeBackend:
         try:
             outputs: list[Array] = session.run(None, inputs)
         except Exception as e:  # as above
-            raise DeviceError(f"ONNX Runtime failed: {_line(e)}") from e
+            raise failure(e) from e
         return outputs
 
 
@@ -141,6 +146,20 @@ def _layers(path: Path) -> list[Layer]:
             key = (name, event["args"]["op_name"])
             samples.setdefault(key, []).append(event["dur"] / 1e3)
     return [Layer(name=n, operator=op, samples_ms=tuple(ms)) for (n, op), ms in samples.items()]
+
+
+def failure(error: BaseException) -> DeviceError:
+    """What ONNX Runtime said during a run, by name."""
+    if _memory_is_full(error):
+        return DeviceMemoryError(f"ONNX Runtime's memory is full: {_line(error)}")
+    if "CUDA failure" in str(error):
+        return DeviceLostError(f"the GPU failed, start the program again: {_line(error)}")
+    return DeviceError(f"ONNX Runtime failed: {_line(error)}")
+
+
+def _memory_is_full(error: BaseException) -> bool:
+    """Whether it was an allocation that failed, on the host or on a GPU."""
+    return any(words in str(error).lower() for words in FULL)
 
 
 def _line(error: BaseException) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Self
@@ -14,14 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
-from medsa_deploy.errors import DeviceError, ImageError, PromptError, UsageError
+from medsa_deploy.errors import ImageError, PromptError, UsageError
 from medsa_deploy.images.image import Image, check_image, check_values
 from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import Array, Backend, ImagePart, splitting
-
-logger = logging.getLogger(__name__)
+from .backend import Array, Backend, ImagePart, TakesFrames, check_finite, splitting
+from .fallback import FallbackBackend
+from .pixels import as_image, check_pixels, check_shown, intensities
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +27,7 @@ class Embedding:
     """An encoded image: all that prompts need of it."""
 
     values: Array
-    """(1, 256, g, g) float32."""
+    """(1, 256, g, g) float32; on a GPU a `cuda.DeviceArray`, which belongs to its session."""
     image_part: ImagePart | None = None
     """What clicks need of `values` where the decoder is split; None has `decoder.onnx` run whole.
     """
@@ -40,7 +38,8 @@ class Embedding:
     for the file's own rendering, and for min–max profiles."""
     timings_ms: dict[str, float]
     """`preprocess`, `encode`; a slice's share of its chunk's. The decoder's image part, which runs
-    here and not at the first click, counts as `encode`."""
+    here and not at the first click, counts as `encode`, as does the preprocessing of a GPU's frame.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +59,8 @@ class Prediction:
     frame: Frame
     timings_ms: dict[str, float]
     """`decode`, `postprocess`."""
+    degraded: str | None = None
+    """Why another backend than the one asked for made this, where a fallback did."""
 
     @property
     def best(self) -> NDArray[np.intp]:
@@ -108,14 +109,18 @@ class Session:
         values; other types are mapped to them by `intensity_window` (low, high), else the bundle's,
         else the file's own, else from minimum to maximum, with a warning. ImageError for NaN,
         constant or misshapen images. UsageError for a 3D network, which takes `encode_slices`.
+        On `tensorrt` and `rtx` also an array with `__cuda_array_interface__`, which is prepared
+        where it is: whether it is constant is not seen there, and nothing is stretched.
         """
         if (chunk := self.manifest.network.chunk) > 1:
             raise UsageError(
                 f"this network sees {chunk} neighbouring slices at a time: give it a volume, "
                 "or slices to encode_slices"
             )
-        source = _as_image(image)
-        _check_pixels(source)
+        if hasattr(image, "__cuda_array_interface__"):
+            return self._encode_frame(image, intensity_window)
+        source = as_image(image)
+        check_pixels(source)
         return self._encode([check_image(source)], intensity_window, flat=False)[0]
 
     def encode_slices(
@@ -138,9 +143,9 @@ class Session:
             )
         found = []
         for start in range(0, len(slices), chunk):
-            sources = [_as_image(one) for one in slices[start : start + chunk]]
+            sources = [as_image(one) for one in slices[start : start + chunk]]
             for source in sources:
-                _check_pixels(source)
+                check_pixels(source)
             checked = [check_values(source, str(source.path)) for source in sources]
             found += self._encode(checked, intensity_window, flat=True)
         return found
@@ -162,7 +167,7 @@ class Session:
         for image in images:
             pixels, window = intensities(image, self.conventions, intensity_window)
             if not flat:
-                _check_shown(image, pixels, window)
+                check_shown(image, pixels, window)
             network_image, frame = transforms.preprocess(
                 pixels, self.conventions.preprocess, self.manifest.network.image_size
             )
@@ -173,12 +178,11 @@ class Session:
             sizes = sorted({frame.image_size for frame in frames})
             raise ImageError(f"the slices of a chunk have different sizes: {sizes}")
         prepared = perf_counter()
-        values = backend.encode(np.stack(batch))
+        values = backend.encode(batch[0][None] if len(batch) == 1 else np.stack(batch))
         split = splitting(backend)
         part = None if split is None else split.decode_image(values)
         end = perf_counter()
-        if not np.isfinite(values).all():
-            raise DeviceError(f"{backend.name} gave an embedding with NaN or Inf: nothing returned")
+        check_finite(backend, "an embedding", values)
         each = 1e3 / len(images)
         timings = {"preprocess": each * (prepared - start), "encode": each * (end - prepared)}
         return [
@@ -191,6 +195,17 @@ class Session:
             )
             for i in range(len(images))
         ]
+
+    def _encode_frame(self, frame: object, window: tuple[float, float] | None) -> Embedding:
+        """A frame on the GPU → its embedding; none of it comes to the host."""
+        backend, start = self.backend, perf_counter()
+        if not isinstance(backend, TakesFrames):
+            raise UsageError(f"{backend.name} takes no frames on a GPU: copy it to the host")
+        uint8 = frame.__cuda_array_interface__["typestr"] == "|u1"  # type: ignore[attr-defined]
+        window = window or (None if uint8 else self.conventions.intensity_window)
+        values, placed = backend.encode_frame(frame, self.conventions, window)
+        timings = {"preprocess": 0.0, "encode": 1e3 * (perf_counter() - start)}
+        return Embedding(values=values, frame=placed, intensity_window=window, timings_ms=timings)
 
     def segment(
         self,
@@ -247,6 +262,7 @@ class Session:
             classes=network.outputs == "classes",
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
+            degraded=backend.degraded if isinstance(backend, FallbackBackend) else None,
         )
 
     def close(self) -> None:
@@ -305,87 +321,8 @@ def decode(
         logits[members], scores[members] = backend.decode(
             embedding.values, coords, labels, np.stack(masks)[:, None] if has_mask else None
         )
-    if not (np.isfinite(logits).all() and np.isfinite(scores).all()):
-        raise DeviceError(f"{backend.name} gave masks with NaN or Inf: nothing returned")
+    check_finite(backend, "masks", logits, scores)
     return logits, scores
-
-
-def intensities(
-    image: Image, conventions: Conventions, window: tuple[float, float] | None
-) -> tuple[NDArray[np.generic], tuple[float, float] | None]:
-    """The values a profile takes, and the window they were mapped with (None: no window).
-
-    A window the caller gives goes before the bundle's, that before the file's own rendering.
-    """
-    if window is None and image.pixels.dtype != np.uint8:
-        window = conventions.intensity_window
-    if window is not None:
-        return _windowed(image, window), window
-    if image.display is not None:
-        return image.display, None
-    if image.pixels.dtype == np.uint8:
-        return (255 - image.pixels if image.inverted else image.pixels), None
-    low, high = float(image.pixels.min()), float(image.pixels.max())
-    if low == high:
-        return np.zeros_like(image.pixels, np.uint8), None
-    if not transforms.PROFILES[conventions.preprocess].min_max:
-        logger.warning(
-            "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
-            "set an intensity window to fix the scale",
-            image.path,
-            image.pixels.dtype,
-            low,
-            high,
-        )
-    return _windowed(image, (low, high)), (low, high)
-
-
-def _check_shown(
-    image: Image, values: NDArray[np.generic], window: tuple[float, float] | None
-) -> None:
-    """ImageError for an image that its window shows as one flat grey."""
-    if window is not None and np.ptp(values) == 0:
-        raise ImageError(
-            f"{image.path}: its values {image.pixels.min():g}…{image.pixels.max():g} lie outside "
-            f"the intensity window {window[0]:g}…{window[1]:g}, which shows one flat grey: "
-            "choose another window"
-        )
-
-
-def _windowed(image: Image, window: tuple[float, float]) -> NDArray[np.float32]:
-    """Display values of an image under a window."""
-    if len(window) != 2:
-        raise UsageError(f"the intensity window {window} cannot be used: give (low, high)")
-    return transforms.display_values(image.pixels, window, inverted=image.inverted)
-
-
-def _as_image(image: Image | ArrayLike) -> Image:
-    """What a caller gives, as an image; arrays become one without a file."""
-    return image if isinstance(image, Image) else _from_array(image)
-
-
-def _from_array(array: ArrayLike) -> Image:
-    """An array as an image without a file."""
-    try:
-        pixels = np.asarray(array)
-    except ValueError as e:
-        raise ImageError(
-            "the image's rows differ in length, expected the shape (H, W) or (H, W, 3)"
-        ) from e
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * 255
-    return Image(pixels=pixels, path=Path("array"))
-
-
-def _check_pixels(image: Image) -> None:
-    """ImageError unless pixels are real numbers of shape (H, W) or (H, W, 3)."""
-    shape = image.pixels.shape
-    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
-        raise ImageError(f"{image.path} has shape {shape}, expected (H, W) or (H, W, 3)")
-    if image.pixels.dtype.kind not in "uif":
-        raise ImageError(f"{image.path} holds {image.pixels.dtype}, expected integers or floats")
 
 
 def _says_anything(prompt: Prompt) -> bool:

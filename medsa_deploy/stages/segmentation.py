@@ -22,7 +22,7 @@ from medsa_deploy.images import (
 )
 from medsa_deploy.images.files import suffix, whole_file
 from medsa_deploy.runtime import Embedding, Prediction, Session
-from medsa_deploy.runtime.session import intensities
+from medsa_deploy.runtime.pixels import intensities
 from medsa_deploy.transforms import NO_MASK_PROMPTS
 
 Array = NDArray[np.float32]

@@ -11,7 +11,7 @@ from time import perf_counter
 
 from medsa_deploy import machine, manifest
 from medsa_deploy.runtime import load, tuning
-from medsa_deploy.runtime.loading import BACKENDS, DEFAULT
+from medsa_deploy.runtime.loading import CPU_BACKENDS, DEFAULT
 from medsa_deploy.runtime.tuning import Choice
 from medsa_deploy.timing import Work, run_once, seeded_work
 
@@ -85,7 +85,7 @@ def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
 
 def _settings() -> list[tuple[str, int]]:
     """Backends and threads to try; the default first."""
-    there = [DEFAULT, *(b for b in BACKENDS if b != DEFAULT and find_spec(b) is not None)]
+    there = [DEFAULT, *(b for b in CPU_BACKENDS if b != DEFAULT and find_spec(b) is not None)]
     threads = dict.fromkeys(max(1, machine.cores() // part) for part in (1, 2, 4))
     return [(backend, count) for backend in there for count in threads]
 

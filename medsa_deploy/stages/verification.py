@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medsa_deploy import manifest, verify
+from medsa_deploy import cuda, engine, manifest, verify
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
 from medsa_deploy.parity_page import Result
@@ -14,6 +14,7 @@ from medsa_deploy.runtime import load
 from medsa_deploy.runtime.loading import check_options, files_precision
 from medsa_deploy.verify import Array, Case
 
+from . import engine_check
 from .checkpoints import export_extra
 from .engines import EngineState, engine_states
 from .parity_report import worst_mask, write_report
@@ -37,7 +38,7 @@ class Verification:
     failures: tuple[str, ...]
     """What exceeds the limits; empty when everything agrees."""
     engines: tuple[EngineState, ...]
-    """Engines in the bundle, which are not run here."""
+    """Engines in the bundle, which are run where there is a GPU."""
     report: Path | None = None
     """The page that shows it, where one was asked for."""
 
@@ -57,7 +58,8 @@ def verify_bundle(
     """Compare a bundle with its checkpoint's network, or with what that gave at export.
 
     Every file is compared with its SHA-256 first. Without `checkpoint` no torch is needed. `report`
-    writes `reports/parity.html` into the bundle.
+    writes `reports/parity.html` into the bundle. On a GPU the engines of these precisions are run
+    as well, and their `engine.json` says that they are verified, or no longer.
     """
     made = manifest.load(bundle)
     check_options(backend, threads, precision or "fp32")
@@ -95,19 +97,46 @@ def verify_bundle(
         limits = verify.limits_of(name, recorded)
         dice = tuple(value for c in comparisons for value in c.mask_dice)
         results.append(Result(parity=one, limits=limits, mask_dice=dice, worst=worst))
-    engines = engine_states(bundle, made)
+    on_step("run the engines, where there are any and a GPU")
+    engines = _engines(bundle, made, precisions, to_run, expected)
     return Verification(
         bundle=bundle,
         against=against,
         parity=tuple(result.parity for result in results),
-        failures=tuple(
-            f"{one.parity.precision}: {problem}" for one in results for problem in one.failures
+        failures=(
+            *(f"{one.parity.precision}: {problem}" for one in results for problem in one.failures),
+            *(f"{one.folder}: {problem}" for one in engines for problem in one.failures),
         ),
         engines=engines,
         report=write_report(bundle, made, results, against=AGAINST[against], engines=engines)
         if report
         else None,
     )
+
+
+def _engines(
+    bundle: Path,
+    made: Manifest,
+    precisions: Sequence[str],
+    to_run: Sequence[Case],
+    expected: Sequence[dict[str, Array]],
+) -> tuple[EngineState, ...]:
+    """The engines in the bundle; those of the precisions are run if there is a GPU."""
+    states = engine_states(bundle, made)
+    if cuda.device() is None:
+        return states
+    found = []
+    for state in states:
+        if state.state not in ("built, not run", "verified"):
+            found.append(state)
+            continue
+        precision = engine.load(bundle / state.folder).options.precision
+        if precision in precisions:
+            chosen, recorded = _judged(made, precision, to_run)
+            some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
+            state = engine_check.state_of(bundle, state, some, wanted, recorded)
+        found.append(state)
+    return tuple(found)
 
 
 def _judged(

@@ -22,7 +22,7 @@ from medsa_deploy.images import (
 from medsa_deploy.images.files import suffix
 from medsa_deploy.images.montage import Tile, spread, write_montage
 from medsa_deploy.runtime import Session
-from medsa_deploy.runtime.session import intensities
+from medsa_deploy.runtime.pixels import intensities
 from medsa_deploy.runtime.structures import MOST_LABELS, SlicePrompts, Structure, slice_prompts
 from medsa_deploy.runtime.volumes import VolumeOptions, VolumePrediction, segment_volume
 

@@ -1,0 +1,126 @@
+"""Backends in the order they are wanted → one backend: the first that works, while it does.
+
+Nothing falls back unless the caller names a chain, and what a later backend gives is marked.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from medsa_deploy.cuda import DeviceArray
+from medsa_deploy.errors import DeviceError, EngineError, MedsaError, MissingDependencyError
+
+from .backend import Array, Backend, check_finite
+
+logger = logging.getLogger(__name__)
+
+
+class FallbackBackend:
+    """The first backend of a chain that opens and runs; a fault moves on to the next, for good.
+
+    Owns the backend in use. One call runs at a time. An embedding that a backend held on a GPU is
+    brought along if it can be read; else it is refused by name: encode the image again.
+    """
+
+    def __init__(self, openers: Sequence[tuple[str, Callable[[], Backend]]]) -> None:
+        """`openers`: names of backends, and what opens them. Their last error where none does."""
+        self._openers = deque(openers)
+        self._owners: WeakSet[object] = WeakSet()
+        """Of the embeddings that the backend in use holds on a GPU."""
+        self._lock = threading.Lock()
+        self.name = ""
+        """Of the backend in use."""
+        self.degraded: str | None = None
+        """Why the first backend of the chain is not in use; None while it is."""
+        self._in_use: Backend | None = self._next(None)
+
+    @property
+    def _backend(self) -> Backend:
+        """The backend in use; DeviceError once none is left."""
+        if self._in_use is None:
+            raise DeviceError(f"no backend is left ({self.degraded}): load the bundle again")
+        return self._in_use
+
+    def encode(self, image: Array) -> Any:
+        """See `Backend.encode`."""
+        with self._lock:
+            while True:
+                try:
+                    embeddings = self._backend.encode(image)
+                    check_finite(self._backend, "an embedding", embeddings)
+                except DeviceError as e:
+                    self._step_down(e)
+                else:
+                    if isinstance(embeddings, DeviceArray):
+                        self._owners.add(embeddings.owner)
+                    return embeddings
+
+    def decode(
+        self, image_embeddings: Any, point_coords: Array, point_labels: Array, mask: Array | None
+    ) -> tuple[Array, Array]:
+        """See `Backend.decode`."""
+        embeddings = image_embeddings
+        with self._lock:
+            while True:
+                if isinstance(embeddings, DeviceArray) and embeddings.owner not in self._owners:
+                    raise DeviceError(
+                        f"this image was encoded by a backend that was given up ({self.degraded}): "
+                        f"encode it again, for {self.name}"
+                    )
+                try:
+                    masks, scores = self._backend.decode(
+                        embeddings, point_coords, point_labels, mask
+                    )
+                    check_finite(self._backend, "masks", masks, scores)
+                except DeviceError as e:
+                    with suppress(Exception):  # from what has just failed; refused below
+                        embeddings = np.asarray(embeddings)
+                    self._step_down(e)
+                else:
+                    return masks, scores
+
+    def facts(self) -> dict[str, Any]:
+        """Of the backend in use, and why it is."""
+        return {**self._backend.facts(), "degraded": self.degraded}
+
+    def close(self) -> None:
+        """Release the backend in use."""
+        with self._lock:
+            if self._in_use is not None:
+                self._in_use.close()
+
+    def _step_down(self, error: DeviceError) -> None:
+        """Give up the backend in use for the next one; `error` where there is none."""
+        if not self._openers:
+            raise error
+        given_up, self._in_use = self._backend, None
+        with suppress(MedsaError):
+            given_up.close()
+        self._owners.clear()
+        self._in_use = self._next(f"{given_up.name}: {error}")
+
+    def _next(self, reason: str | None) -> Backend:
+        """Open the next backend that can be; `reason`: why the last was given up."""
+        while True:
+            name, open_it = self._openers.popleft()
+            if reason is not None:
+                self.degraded = f"{self.degraded}; {reason}" if self.degraded else reason
+            try:
+                backend = open_it()
+            except (DeviceError, EngineError, MissingDependencyError) as e:
+                if not self._openers:
+                    raise
+                reason = f"{name}: {e}"
+                continue
+            self.name = backend.name
+            if self.degraded:
+                logger.warning("%s is used, because %s", name, self.degraded)
+            return backend

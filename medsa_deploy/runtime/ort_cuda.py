@@ -1,0 +1,87 @@
+"""ONNX Runtime on a GPU: its CUDA provider, with embeddings that stay there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from medsa_deploy.cuda import FLOAT32, DeviceArray
+from medsa_deploy.errors import EngineDeviceError, MissingDependencyError
+from medsa_deploy.manifest import Graph
+
+from .backend import Array
+from .contract import decoder_inputs
+from .ort import OnnxRuntimeBackend, failure
+
+
+class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
+    """The two graphs of a bundle in ONNX Runtime's CUDA provider, on the first GPU.
+
+    Float32 products are not computed in TF32. An embedding owns its memory there.
+    """
+
+    name = "onnxruntime-cuda"
+    device = "cuda"
+    provider = "CUDAExecutionProvider"
+    providers = (("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"}),)
+
+    def __init__(
+        self, encoder: Path, decoder: Path, graphs: dict[str, Graph], **options: Any
+    ) -> None:
+        """See `OnnxRuntimeBackend`. MissingDependencyError for a build of ONNX Runtime without
+        CUDA, EngineDeviceError where its CUDA finds no GPU or libraries."""
+        if self.provider not in ort.get_available_providers():
+            raise MissingDependencyError(
+                "onnxruntime-gpu", extra="gpu", purpose=f"the backend {self.name}"
+            )
+        super().__init__(encoder, decoder, graphs, **options)
+        for session in (self._encoder, self._decoder):
+            session.disable_fallback()  # else a fault would quietly move it to the CPU
+        if any(self.provider not in s.get_providers() for s in (self._encoder, self._decoder)):
+            self.close()
+            raise EngineDeviceError(
+                "ONNX Runtime could not start its CUDA provider, for want of a GPU, a driver or "
+                "CUDA's and cuDNN's libraries: install what its version asks for, or run the "
+                "bundle with --backend onnxruntime"
+            )
+
+    def encode(self, image: Array) -> Any:
+        """image (B, 3, S, S) on the host → image_embeddings (B, 256, g, g) on the GPU."""
+        (value,) = self._bound(self._encoder, {"image": image}, self.device)
+
+        def read(address: int, shape: tuple[int, ...]) -> Array:
+            start = (address - value.data_ptr()) // FLOAT32
+            values: Array = value.numpy().reshape(-1)[start : start + int(np.prod(shape))]
+            return values.reshape(shape)
+
+        return DeviceArray(value.data_ptr(), tuple(value.shape()), value, read)
+
+    def decode(
+        self, image_embeddings: Any, point_coords: Array, point_labels: Array, mask: Array | None
+    ) -> tuple[Array, Array]:
+        """See `Backend.decode`; embeddings are this backend's own, or on the host."""
+        inputs = decoder_inputs(
+            image_embeddings, point_coords, point_labels, mask, self._mask_shape
+        )
+        masks, iou = self._bound(self._decoder, inputs, "cpu")
+        return masks.numpy(), iou.numpy()
+
+    def _bound(self, session: ort.InferenceSession, inputs: dict[str, Any], device: str) -> Any:
+        """Run a graph; its outputs as ONNX Runtime's own values, on `device`."""
+        try:
+            binding = session.io_binding()
+            for name, values in inputs.items():
+                if isinstance(values, DeviceArray) and isinstance(values.owner, ort.OrtValue):
+                    place = (self.device, 0, np.float32, values.shape, values.address)
+                    binding.bind_input(name, *place)
+                else:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(values))
+            for output in session.get_outputs():
+                binding.bind_output(output.name, device)
+            session.run_with_iobinding(binding)
+            return binding.get_outputs()
+        except Exception as e:  # onnxruntime raises classes of its own that share no base
+            raise failure(e) from e

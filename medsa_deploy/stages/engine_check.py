@@ -1,0 +1,126 @@
+"""Engines of a bundle → how they compare with the checkpoint's network, on this machine's GPU.
+
+Each is run in a process of its own (`python -m medsa_deploy.stages.engine_check JOB`): TensorRT and
+TensorRT-RTX cannot meet in one, and an engine that ends its process ends no other's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from medsa_deploy import engine, manifest, verify
+from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
+from medsa_deploy.manifest import Parity
+from medsa_deploy.runtime import Session
+from medsa_deploy.verify import Array, Case, Limits, Outputs
+
+from .engines import EngineState
+from .proof import compare_all
+
+
+def check_engine(
+    bundle: Path, folder: Path, cases: Sequence[Case], expected: Sequence[dict[str, Array]]
+) -> Parity | str:
+    """How the engines in `folder` compare on the cases; else why they cannot be run here.
+
+    DeviceError, or another error of this package, where running them failed.
+    """
+    with TemporaryDirectory() as work:
+        for i, (case, tensors) in enumerate(zip(cases, expected, strict=True)):
+            # of a case's outputs the frame is not kept: the process finds it again
+            outputs = Outputs(tensors=tensors, frame=None)  # type: ignore[arg-type]
+            verify.save_reference(Path(work) / f"{i}.npz", case, outputs)
+        job = {"bundle": str(bundle), "folder": str(folder), "cases": work}
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__, json.dumps(job)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        words = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise EngineError(f"its process ended with {done.returncode}: {words}") from None
+    if "cannot" in answer:
+        return str(answer["cannot"])
+    if "error" in answer:
+        raise EngineError(answer["error"])
+    return manifest.decode(Parity, answer["parity"], "parity")
+
+
+def state_of(
+    bundle: Path,
+    found: EngineState,
+    cases: Sequence[Case],
+    expected: Sequence[dict[str, Array]],
+    recorded: float | None,
+) -> EngineState:
+    """The state of engines after they were run here; `engine.json` says so as well.
+
+    recorded: see `verify.limits_of`.
+    """
+    folder = bundle / found.folder
+    described = engine.load(folder)
+    try:
+        parity = check_engine(bundle, folder, cases, expected)
+    except MedsaError as e:
+        problems: tuple[str, ...] = (str(e),)
+    else:
+        if isinstance(parity, str):
+            return replace(found, state=f"{found.state}; not run here: {parity}")
+        problems = tuple(verify.failures(parity, limits_of(described, recorded)))
+        found = replace(found, parity=parity)
+    state: Literal["built", "verified"] = "built" if problems else "verified"
+    if described.state != state:
+        engine.save(replace(described, state=state), folder)
+    words = f"failed: {'; '.join(problems)}" if problems else "verified"
+    return replace(found, state=words, failures=problems)
+
+
+def limits_of(described: engine.Engine, recorded: float | None) -> Limits:
+    """Limits of engines: their precision's; products in TF32 are as exact as float16's."""
+    precision = described.options.precision
+    if precision == "fp32" and described.options.tf32:
+        precision = "fp16"
+    return verify.limits_of(precision, recorded)
+
+
+def _run(bundle: Path, folder: Path, references: Sequence[Path]) -> Parity:
+    """Run the engines on saved cases, in this process."""
+    from medsa_deploy.runtime.trt import TensorRTBackend
+
+    made = manifest.load(bundle)
+    described = engine.load(folder)
+    loaded = [verify.load_reference(path) for path in references]
+    cases = [case for case, _ in loaded]
+    backend = TensorRTBackend(folder, made, described.options.flavor)
+    with Session(made, backend) as session:
+        compared = compare_all(session, cases, [tensors for _, tensors in loaded])
+    return compared.summary(cases, precision=described.options.precision, backend=backend.name)
+
+
+def main() -> None:
+    """Run the job on the command line; one JSON document, on the last line of stdout."""
+    job = json.loads(sys.argv[1])
+    bundle, folder = Path(job["bundle"]), Path(job["folder"])
+    references = sorted(Path(job["cases"]).iterdir(), key=lambda path: int(path.stem))
+    answer: dict[str, Any]
+    try:
+        answer = {"parity": asdict(_run(bundle, folder, references))}
+    except (EngineError, MissingDependencyError) as e:
+        answer = {"cannot": str(e)}
+    except MedsaError as e:
+        answer = {"error": str(e)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

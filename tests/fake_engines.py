@@ -1,0 +1,92 @@
+"""Engines that compute bright pixels (fake_network.py) on the GPU of fake_gpu.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fake_gpu import DEVICE, Machine
+from fake_network import BrightPixels, bright_pixels
+
+from medsa_deploy import engine, manifest
+from medsa_deploy.engine import Engine, EngineFile, Options, Range
+from medsa_deploy.manifest import Manifest
+
+
+def describe(flavor: str = "tensorrt", **sizes: Range) -> Options:
+    """Options of engines for a batch of 1…2, 1…3 prompts and 1…4 points."""
+    ranges = {
+        "batch": Range(min=1, opt=1, max=2),
+        "points": Range(min=1, opt=2, max=4),
+        "prompts": Range(min=1, opt=1, max=3),
+        "embeddings": Range(min=1, opt=1, max=1),
+    }
+    return Options(
+        flavor=flavor,
+        precision="fp32",
+        targets=(DEVICE.capability,),
+        tf32=False,
+        fused_attention=True,
+        workspace_gb=None,
+        optimization_level=None,
+        **ranges | sizes,
+    )
+
+
+def write(folder: Path, made: Manifest, options: Options, version: str = "10.13.0") -> Path:
+    """A folder of engines that `Machine.functions` computes."""
+    folder.mkdir(parents=True)
+    files = []
+    for role in ("encoder", "decoder"):
+        path = folder / f"{role}.engine"
+        path.write_text(role)
+        files.append(
+            EngineFile(
+                role=role,
+                path=path.name,
+                bytes=path.stat().st_size,
+                sha256=manifest.sha256(path),
+                sources={},
+                profile=engine.profile(made.graphs[role].inputs, options),
+                attention="unknown",
+                seconds=1.0,
+            )
+        )
+    described = Engine(
+        options=options, version=version, device=None, state="built", files=tuple(files)
+    )
+    engine.save(described, folder)
+    return folder
+
+
+def compute(machine: Machine, made: Manifest, network: BrightPixels) -> None:
+    """Have the machine's engines compute a network of the manifest's contract."""
+
+    def encoder(image: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image_embeddings": np.concatenate([network.encode(one[None]) for one in image])}
+
+    def decoder(image_embeddings: np.ndarray, **prompt: Any) -> dict[str, np.ndarray]:
+        mask = prompt["mask_input"] if prompt["has_mask_input"][0] else None
+        masks, scores = network.decode(
+            image_embeddings, prompt["point_coords"].copy(), prompt["point_labels"].copy(), mask
+        )
+        if mask is not None:
+            masks = masks + mask
+        assert mask is not None or not prompt["mask_input"].any()
+        return {"low_res_masks": masks, "iou_predictions": scores}
+
+    for role, function in (("encoder", encoder), ("decoder", decoder)):
+        graph = made.graphs[role]
+        function.tensors = {
+            t.name: tuple(axis if isinstance(axis, int) else -1 for axis in t.shape)
+            for t in (*graph.inputs, *graph.outputs)
+        }
+        machine.functions[role] = function
+
+
+def session_of(machine: Machine) -> Any:
+    """A session on bright pixels themselves, whose network the machine's engines compute."""
+    session = bright_pixels()
+    compute(machine, session.manifest, BrightPixels(session.manifest.network))
+    return session

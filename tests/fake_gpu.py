@@ -1,0 +1,396 @@
+"""A GPU in host memory: as much of pycuda, cuda-bindings and TensorRT's runtime as a session uses.
+
+Nothing that is queued in a stream happens before the stream is waited for, addresses are checked
+against what is allocated, and every call wants its context current. An engine is a function on
+arrays. `Machine` counts what is allocated and injects faults.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import sys
+import threading
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import cuda_on_host
+import numpy as np
+import pytest
+
+from medsa_deploy import cuda
+from medsa_deploy.kernels.axes import BLOCK, Launch
+from medsa_deploy.kernels.preprocess import Parameters
+
+DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
+Function = Callable[..., dict[str, np.ndarray]]
+
+
+class CudaError(Exception):
+    pass
+
+
+class CudaMemoryError(CudaError):
+    pass
+
+
+class CudaLogicError(CudaError):
+    pass
+
+
+class Machine:
+    """What the stand-ins share, and what a test sees."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+        """Address → GPU memory."""
+        self.pinned = 0
+        """Arrays of pinned memory."""
+        self.streams: dict[int, Stream] = {}
+        self.graphs = 0
+        """Executable graphs."""
+        self.captured = self.replayed = self.enqueued = self.waited = 0
+        self.capacity = math.inf
+        self.functions: dict[str, Function] = {}
+        """What an engine's file holds → what it computes."""
+        self.current = threading.local()
+        self.on_wait: Callable[[], None] = lambda: None
+        """Called where the GPU is waited for: raises what a test wants."""
+        self.refuses: str | None = None
+        """What TensorRT says in place of running."""
+        self.uncapturable = False
+        self.runtime_cache: bytes | None = None
+        self.strategy: str | None = None
+        """TensorRT-RTX's CUDA graphs."""
+
+    @property
+    def used(self) -> int:
+        return sum(block.nbytes for block in self.blocks.values())
+
+    def check(self) -> None:
+        assert getattr(self.current, "depth", 0) > 0, "no current context"
+
+    def view(self, address: int, size: int) -> np.ndarray:
+        """Bytes at an address, all of one allocation."""
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + block.nbytes:
+                return block[address - start : address - start + size]
+        raise AssertionError(f"{size} bytes at {address:#x} are not allocated")
+
+    def array(self, address: int, shape: tuple[int, ...]) -> np.ndarray:
+        return self.view(address, 4 * math.prod(shape)).view(np.float32).reshape(shape)
+
+    def put(self, values: np.ndarray) -> SimpleNamespace:
+        """Another library's array on the GPU."""
+        whole = values if values.base is None else values.base
+        block = np.frombuffer(whole.tobytes(), np.uint8).copy()
+        self.blocks[block.ctypes.data] = block
+        interface = {
+            "shape": values.shape,
+            "typestr": values.dtype.str,
+            "data": (block.ctypes.data, False),
+            "strides": None if values.flags.c_contiguous else values.strides,
+            "version": 3,
+            "stream": 1,
+        }
+        return SimpleNamespace(__cuda_array_interface__=interface)
+
+
+class Stream:
+    def __init__(self, machine: Machine) -> None:
+        machine.check()
+        self.machine, self.queue, self.capturing = machine, [], None
+        self.handle = 1000 + len(machine.streams)
+        machine.streams[self.handle] = self
+
+    def add(self, work: Callable[[], None]) -> None:
+        (self.queue if self.capturing is None else self.capturing).append(work)
+
+    def synchronize(self) -> None:
+        self.machine.check()
+        self.machine.waited += 1
+        self.machine.on_wait()
+        while self.queue:
+            self.queue.pop(0)()
+
+
+def pycuda_driver(machine: Machine) -> ModuleType:
+    """pycuda.driver."""
+    driver = ModuleType("pycuda.driver")
+    driver.Error, driver.MemoryError, driver.LogicError = CudaError, CudaMemoryError, CudaLogicError
+    driver.init = lambda: None
+
+    class Context:
+        def push(self) -> None:
+            machine.current.depth = getattr(machine.current, "depth", 0) + 1
+
+        @staticmethod
+        def pop() -> None:
+            machine.current.depth -= 1
+
+        @staticmethod
+        def synchronize() -> None:
+            for stream in machine.streams.values():
+                stream.synchronize()
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            assert index == 0
+
+        def retain_primary_context(self) -> Context:
+            return Context()
+
+    class Allocation:
+        def __init__(self, size: int) -> None:
+            machine.check()
+            assert size > 0
+            if machine.used + size > machine.capacity:
+                raise CudaMemoryError("cuMemAlloc failed: out of memory")
+            self.block = np.full(size, 0xFF, np.uint8)  # NaN, until something is written
+            machine.blocks[int(self)] = self.block
+
+        def __int__(self) -> int:
+            return self.block.ctypes.data
+
+        def free(self) -> None:
+            machine.check()
+            del machine.blocks[int(self)]
+
+    class Pinned:
+        def __init__(self, length: int) -> None:
+            machine.check()
+            machine.pinned += 1
+            self.memory = np.full(length, np.nan, np.float32)
+            self.__array_interface__ = self.memory.__array_interface__
+
+        def free(self) -> None:
+            machine.check()
+            machine.pinned -= 1
+
+    def pagelocked_empty(length: int, dtype: type) -> np.ndarray:
+        assert dtype is np.float32
+        return np.asarray(Pinned(length))
+
+    def htod(address: int, values: np.ndarray, stream: Stream) -> None:
+        machine.check()
+        target = machine.view(address, values.nbytes).view(np.float32)
+        stream.add(lambda: np.copyto(target, values.reshape(-1)))
+
+    def dtoh(values: np.ndarray, address: int, stream: Stream) -> None:
+        machine.check()
+        source = machine.view(address, values.nbytes).view(np.float32)
+        stream.add(lambda: np.copyto(values, source))
+
+    def dtoh_now(values: np.ndarray, address: int) -> None:
+        machine.check()
+        np.copyto(values, machine.array(address, values.shape))
+
+    driver.Context, driver.Device = Context, Device
+    driver.Stream = lambda: Stream(machine)
+    driver.mem_alloc, driver.pagelocked_empty = Allocation, pagelocked_empty
+    driver.memcpy_htod_async, driver.memcpy_dtoh_async = htod, dtoh
+    driver.memcpy_dtoh = dtoh_now
+    driver.memcpy_htod = lambda address, data: np.copyto(
+        machine.view(address, len(data)), np.frombuffer(data, np.uint8)
+    )
+    driver.memset_d8_async = lambda address, value, size, stream: stream.add(
+        lambda: machine.view(address, size).fill(value)
+    )
+
+    class Module:
+        """The kernels' sources, as host C++."""
+
+        def get_function(self, entry: str) -> Callable[..., None]:
+            def call(parameters: np.ndarray, *, grid, block, stream: Stream) -> None:
+                machine.check()
+                assert block == BLOCK
+                given = Parameters.from_buffer_copy(parameters.tobytes())
+                launch = Launch(source="preprocess", entry=entry, grid=grid, parameters=given)
+                stream.add(lambda: cuda_on_host.run(launch))
+
+            return call
+
+    driver.module_from_buffer = lambda cubin: Module()
+    return driver
+
+
+def bindings_driver(machine: Machine) -> ModuleType:
+    """cuda.bindings.driver: calls give a status first."""
+    driver = ModuleType("cuda.bindings.driver")
+    driver.CUresult = enum.Enum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_INVALIDATED": 901})
+    driver.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    driver.CUstream = int
+    done = driver.CUresult.CUDA_SUCCESS
+
+    def cuStreamBeginCapture(stream: int, mode: int) -> tuple[Any, ...]:
+        machine.check()
+        machine.streams[stream].capturing = []
+        return (done,)
+
+    def cuStreamEndCapture(stream: int) -> tuple[Any, ...]:
+        graph, machine.streams[stream].capturing = machine.streams[stream].capturing, None
+        if machine.uncapturable:
+            return driver.CUresult.CUDA_ERROR_INVALIDATED, None
+        machine.captured += 1
+        return done, graph
+
+    def cuGraphInstantiate(graph: list[Any], flags: int) -> tuple[Any, ...]:
+        machine.graphs += 1
+        return done, list(graph)
+
+    def cuGraphDestroy(graph: list[Any]) -> tuple[Any, ...]:
+        graph.clear()
+        return (done,)
+
+    def cuGraphLaunch(executable: list[Any], stream: int) -> tuple[Any, ...]:
+        machine.replayed += 1
+        for work in executable:
+            machine.streams[stream].add(work)
+        return (done,)
+
+    def cuGraphExecDestroy(executable: list[Any]) -> tuple[Any, ...]:
+        machine.graphs -= 1
+        return (done,)
+
+    for function in (
+        *(cuStreamBeginCapture, cuStreamEndCapture, cuGraphInstantiate),
+        *(cuGraphDestroy, cuGraphLaunch, cuGraphExecDestroy),
+    ):
+        setattr(driver, function.__name__, function)
+    return driver
+
+
+def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
+    """What runs engines of tensorrt or tensorrt_rtx. An engine's file names one of the functions.
+
+    A context's shapes are those of its last `set_input_shape`, for graphs captured from it too.
+    """
+    library = ModuleType(name)
+    library.__spec__ = ModuleSpec(name, None)
+    library.__version__ = version
+    library.DataType = enum.Enum("DataType", ("FLOAT", "HALF"))
+    library.ExecutionContextAllocationStrategy = enum.Enum("Strategy", ("STATIC", "USER_MANAGED"))
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING = range(3)
+
+        def __init__(self) -> None:
+            pass
+
+    class RuntimeCache:
+        def deserialize(self, data: bytes) -> bool:
+            machine.runtime_cache = data
+            return True
+
+        def serialize(self) -> bytes:
+            return b"compiled kernels"
+
+    class RuntimeConfig:
+        def __setattr__(self, field: str, value: Any) -> None:
+            assert field == "cuda_graph_strategy"
+            machine.strategy = value.name
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            return True
+
+    class ExecutionContext:
+        def __init__(self, engine: Engine, scratch: bool) -> None:
+            self.engine, self.shapes, self.addresses = engine, {}, {}
+            self.ready = scratch
+
+        def set_device_memory(self, address: int, size: int) -> None:
+            machine.view(address, size)
+            self.ready = True
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            self.shapes[name] = shape
+            return True
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self.addresses[name] = address
+            return True
+
+        def execute_async_v3(self, handle: int) -> bool:
+            machine.check()
+            assert self.ready, "no scratch memory"
+            if machine.refuses is not None:
+                self.engine.logger.log(ILogger.ERROR, machine.refuses)
+                return False
+            machine.enqueued += 1
+            addresses = dict(self.addresses)
+
+            def work() -> None:
+                inputs = {n: machine.array(addresses[n], s) for n, s in self.shapes.items()}
+                for n, values in self.engine.function(**inputs).items():
+                    np.copyto(machine.array(addresses[n], values.shape), values)
+
+            machine.streams[handle].add(work)
+            return True
+
+    class Engine:
+        device_memory_size_v2 = 1 << 10
+
+        def __init__(self, logger: Any, function: Function) -> None:
+            self.logger, self.function = logger, function
+            self.tensors = function.tensors
+
+        num_io_tensors = property(lambda self: len(self.tensors))
+
+        def get_tensor_name(self, i: int) -> str:
+            return list(self.tensors)[i]
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            return library.DataType.FLOAT
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return self.tensors[name]
+
+        def create_runtime_config(self) -> RuntimeConfig:
+            return RuntimeConfig()
+
+        def create_execution_context(self, given: Any) -> ExecutionContext | None:
+            machine.check()
+            if machine.refuses is not None:
+                self.logger.log(ILogger.ERROR, machine.refuses)
+                return None
+            return ExecutionContext(self, isinstance(given, RuntimeConfig))
+
+    class Runtime:
+        def __init__(self, logger: ILogger) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            machine.check()
+            function = machine.functions.get(plan.decode())
+            if function is None:
+                self.logger.log(ILogger.ERROR, "magic tag does not match")
+            return None if function is None else Engine(self.logger, function)
+
+    library.ILogger, library.Runtime = ILogger, Runtime
+    if name == "tensorrt_rtx":
+        library.CudaGraphStrategy = enum.Enum("Graphs", ("DISABLED", "WHOLE_GRAPH_CAPTURE"))
+    return library
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch, *, name: str = "tensorrt", version: str = "10.13.0"
+) -> Machine:
+    """Put the stand-ins where imports find them; the other flavor is hidden."""
+    machine = Machine()
+    pycuda, bindings = ModuleType("pycuda"), ModuleType("cuda.bindings")
+    pycuda.driver, bindings.driver = pycuda_driver(machine), bindings_driver(machine)
+    package = ModuleType("cuda")
+    package.bindings = bindings
+    for module in (pycuda, pycuda.driver, package, bindings, bindings.driver):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for other in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    monkeypatch.setitem(sys.modules, name, tensorrt_runtime(machine, name, version))
+    monkeypatch.setattr(cuda, "device", lambda: DEVICE)
+    cuda._primary_context.cache_clear()
+    return machine

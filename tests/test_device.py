@@ -1,0 +1,587 @@
+"""The runtime of engines on a GPU in host memory (fake_gpu.py): same masks, faults by name.
+
+What runs here is the package's own code; what stands in is pycuda, cuda-bindings and TensorRT.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import fake_gpu
+import numpy as np
+import pytest
+from fake_engines import compute, describe, session_of, write
+from fake_gpu import CudaLogicError, CudaMemoryError, Machine
+from fake_network import SIDE, BrightPixels, bright_pixels
+from numpy.testing import assert_array_equal
+
+from medsa_deploy import cuda, errors
+from medsa_deploy.engine import Range
+from medsa_deploy.runtime import Session
+from medsa_deploy.runtime.fallback import FallbackBackend
+from medsa_deploy.runtime.trt import TensorRTBackend
+
+POINT = {"points": [(20, 30)]}
+BOX = {"box": (5, 8, 40, 50)}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return fake_gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def plain(machine: Machine) -> Session:
+    """The network without a GPU."""
+    return session_of(machine)
+
+
+@pytest.fixture
+def folder(plain: Session, tmp_path: Path) -> Path:
+    return write(tmp_path / "a.medsa" / "engines" / "x", plain.manifest, describe())
+
+
+@pytest.fixture
+def session(plain: Session, folder: Path) -> Session:
+    return open_engines(plain, folder)
+
+
+def open_engines(plain: Session, folder: Path, **options) -> Session:
+    flavor = options.pop("flavor", "tensorrt")
+    return Session(plain.manifest, TensorRTBackend(folder, plain.manifest, flavor, **options))
+
+
+def frame(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+
+
+def same(session: Session, plain: Session, image: np.ndarray, **prompt) -> None:
+    """The same logits with a GPU and without."""
+    found = session.segment(session.encode(image), **prompt)
+    wanted = plain.segment(plain.encode(image), **prompt)
+    assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+    assert_array_equal(found.masks, wanted.masks)
+    assert_array_equal(found.scores, wanted.scores)
+    assert found.degraded is None
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_masks_are_those_of_the_network(
+    monkeypatch, tmp_path: Path, name: str, cuda_graphs: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine = fake_gpu.install(monkeypatch, name=name)
+    flavor = "rtx" if name == "tensorrt_rtx" else "tensorrt"
+    plain = session_of(machine)
+    folder = write(tmp_path / "x", plain.manifest, describe(flavor))
+    with open_engines(plain, folder, flavor=flavor, cuda_graphs=cuda_graphs) as session:
+        mask = np.random.default_rng(9).normal(size=(SIDE, SIDE)).astype(np.float32)
+        for seed in range(5):
+            same(session, plain, frame(seed), **POINT)
+            same(session, plain, frame(seed), **BOX)
+            same(session, plain, frame(seed), points=[(3, 4), (5, 6)], labels=[1, 0])
+            same(session, plain, frame(seed), box=np.array([[1, 2, 30, 40], [5, 6, 50, 51]]))
+        found = session.segment(session.encode(frame(1)), **POINT, mask=mask)
+        wanted = plain.segment(plain.encode(frame(1)), **POINT)
+        assert_array_equal(found.low_res_logits, wanted.low_res_logits + mask)
+        same(session, plain, frame(1), **POINT)
+        assert session.backend.facts()["backend"] == flavor
+    assert machine.used == machine.pinned == machine.graphs == 0
+    assert (machine.replayed > 10) == (cuda_graphs and flavor == "tensorrt")
+    strategies = {True: "WHOLE_GRAPH_CAPTURE", False: "DISABLED"}
+    assert machine.strategy == (strategies[cuda_graphs] if flavor == "rtx" else None)
+
+
+def test_a_graph_of_one_shape_survives_another(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    """A captured context whose shapes changed would compute the wrong prompt."""
+    embedding = session.encode(frame(0))
+    one = {"points": [(20, 30)]}
+    two = {"points": [(20, 30), (40, 10)], "labels": [1, 0]}
+    for prompt in (one, one, two, two, one, two, one):
+        found = session.segment(embedding, **prompt)
+        wanted = plain.segment(plain.encode(frame(0)), **prompt)
+        assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+    assert machine.captured == 2
+    assert machine.replayed == 3
+
+
+def test_graphs_are_bounded(machine: Machine, session: Session, plain: Session) -> None:
+    embeddings = [session.encode(frame(i)) for i in range(12)]
+    for _ in range(3):
+        for i, embedding in enumerate(embeddings):
+            found = session.segment(embedding, **POINT)
+            wanted = plain.segment(plain.encode(frame(i)), **POINT)
+            assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+    for _ in range(4):
+        session.segment(embeddings[0], **POINT)
+    assert 0 < machine.graphs <= 16
+
+
+def test_what_cannot_be_captured_runs_plainly(
+    machine: Machine, session: Session, plain: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.uncapturable = True
+    for seed in range(4):
+        same(session, plain, frame(seed), **POINT)
+    assert machine.replayed == 0
+    assert "runs without CUDA graphs: cuStreamEndCapture failed" in caplog.text
+
+
+def test_nothing_is_allocated_between_frames(machine: Machine, session: Session) -> None:
+    for seed in range(3):
+        session.segment(session.encode(frame(seed)), **POINT)
+    blocks, pinned = set(machine.blocks), machine.pinned
+    for seed in range(6):
+        embedding = session.encode(frame(seed))
+        session.segment(embedding, **POINT)
+        session.segment(embedding, **BOX)
+    assert (set(machine.blocks), machine.pinned) == (blocks, pinned)
+
+
+def test_an_embedding_that_is_held_is_not_overwritten(session: Session, plain: Session) -> None:
+    held = [session.encode(frame(seed)) for seed in range(5)]
+    for seed, embedding in enumerate(held):
+        assert isinstance(embedding.values, cuda.DeviceArray)
+        wanted = plain.encode(frame(seed)).values
+        assert_array_equal(np.asarray(embedding.values), wanted)
+        assert embedding.values.nbytes == wanted.nbytes
+
+
+def test_more_prompts_than_the_engine_takes_are_several_runs(
+    session: Session, plain: Session
+) -> None:
+    points = np.random.default_rng(0).integers(0, SIDE, (7, 1, 2))
+    same(session, plain, frame(0), points=points)
+
+
+def test_frames_on_the_gpu_are_taken_where_they_are(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    image = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
+    theirs = machine.put(image)
+    before = machine.used
+    embeddings = session.backend.encode(theirs)
+    assert machine.used == before
+    assert_array_equal(np.asarray(embeddings), plain.backend.encode(image))
+    interface = embeddings.__cuda_array_interface__
+    assert interface["shape"] == embeddings.shape
+    assert interface["typestr"] == "<f4"
+    seen = machine.array(interface["data"][0], embeddings.shape)
+    assert_array_equal(seen, np.asarray(embeddings))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "window"),
+    [
+        ((83, 71), np.uint8, None),
+        ((83, 71, 3), np.uint8, None),
+        ((60, 60), np.int16, (-100, 900)),
+        ((40, 90), np.float32, (0, 700)),
+    ],
+)
+def test_a_frame_on_the_gpu_stays_there(
+    machine: Machine, session: Session, plain: Session, monkeypatch, shape, dtype, window
+) -> None:
+    """The kernels' own sources run, compiled for the host; rows of the frame are apart."""
+    monkeypatch.setattr(session.backend._frames, "_cubin", lambda: b"cubin")
+    wide = np.random.default_rng(0).integers(0, 250, (shape[0], shape[1] + 5, *shape[2:]))
+    wide = wide.astype(dtype)
+    pixels = wide[:, : shape[1]]
+    theirs = machine.put(pixels)
+    for _ in range(3):
+        embedding = session.encode(theirs, intensity_window=window)
+        wanted = plain.encode(pixels, intensity_window=window)
+        assert embedding.frame == wanted.frame
+        assert embedding.intensity_window == window
+        close = 0 if dtype == np.uint8 else 1e-3
+        assert np.abs(np.asarray(embedding.values) - wanted.values).max() <= close
+        found = session.segment(embedding, points=[(20, 30)])
+        assert found.masks.shape[-2:] == shape[:2]
+    blocks = set(machine.blocks)
+    session.encode(theirs, intensity_window=window)
+    assert len(set(machine.blocks) - blocks) <= 1  # an embedding's, as the last is held
+
+
+def test_formats_of_frames_do_not_pile_up(machine: Machine, session: Session, monkeypatch) -> None:
+    monkeypatch.setattr(session.backend._frames, "_cubin", lambda: b"cubin")
+    used = []
+    for height in range(10, 32):
+        theirs = machine.put(np.zeros((height, 20), np.uint8))
+        session.encode(theirs)
+        machine.blocks.pop(theirs.__cuda_array_interface__["data"][0])
+        used.append(len(machine.blocks))
+    assert used[-1] == used[-5] == max(used)
+
+
+def test_frames_the_kernels_cannot_read_are_refused(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    for pixels, message in (
+        (np.zeros((1, 20, 20, 3), np.uint8), r"has shape \(1, 20, 20, 3\)"),
+        (np.zeros((20, 20), np.float64), "type <f8"),
+        (np.zeros((20, 40), np.uint8)[:, ::2], "expected pixels side by side"),
+    ):
+        with pytest.raises(errors.ImageError, match=message):
+            session.encode(machine.put(pixels))
+    with pytest.raises(errors.UsageError, match="bright pixels takes no frames on a GPU"):
+        plain.encode(machine.put(np.zeros((20, 20), np.uint8)))
+
+
+def test_work_in_another_stream_is_waited_for(machine: Machine, session: Session) -> None:
+    theirs = machine.put(np.zeros((1, 3, SIDE, SIDE), np.float32))
+    session.backend._encoder._cuda_graphs = False
+    waited = []
+    for stream in (1, None, 77):
+        theirs.__cuda_array_interface__["stream"] = stream
+        before = machine.waited
+        session.backend.encode(theirs)
+        waited.append(machine.waited - before)
+    assert waited == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "strides"),
+    [
+        (np.zeros((1, 3, SIDE, SIDE)), None),
+        (np.zeros((1, 3, SIDE, SIDE), np.float32), (4, 4, 4, 4)),
+    ],
+    ids=["float64", "strides"],
+)
+def test_other_arrays_on_the_gpu_are_refused(
+    machine: Machine, session: Session, values: np.ndarray, strides
+) -> None:
+    theirs = machine.put(values)
+    theirs.__cuda_array_interface__["strides"] = strides
+    with pytest.raises(errors.UsageError, match="expected contiguous float32"):
+        session.backend.encode(theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, SIDE, SIDE + 4), (3, 3, SIDE, SIDE), (1, 1, SIDE, SIDE)])
+def test_frames_of_a_wrong_size_are_refused(session: Session, shape: tuple[int, ...]) -> None:
+    with pytest.raises(errors.ImageError, match=r"this engine encodes \(1, 3, 60, 60\) to \(2, 3"):
+        session.backend.encode(np.zeros(shape, np.float32))
+
+
+def test_too_many_points_are_refused(session: Session) -> None:
+    embedding = session.encode(frame(0))
+    with pytest.raises(errors.PromptError, match="these engines take 1 to 4, which --points"):
+        session.segment(embedding, points=np.ones((6, 2)))
+
+
+def test_a_full_memory_at_load_is_named_and_released(
+    machine: Machine, plain: Session, folder: Path
+) -> None:
+    open_engines(plain, folder).close()
+    with open_engines(plain, folder):
+        needed = machine.used
+    for capacity in range(1, needed, needed // 7):
+        machine.capacity = capacity
+        with pytest.raises(errors.DeviceMemoryError, match="memory is full"):
+            open_engines(plain, folder)
+        assert machine.used == machine.pinned == 0
+
+
+def test_a_full_memory_that_tensorrt_reports_is_named(
+    machine: Machine, plain: Session, folder: Path
+) -> None:
+    machine.refuses = "[defaultAllocator.cpp::allocate] Cuda failure: out of memory"
+    with pytest.raises(errors.DeviceMemoryError, match=r"Allocator.*build engines for fewer"):
+        open_engines(plain, folder)
+    assert machine.used == machine.pinned == 0
+
+
+def test_a_full_memory_mid_stream_leaves_a_session_that_works(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    held = [session.encode(frame(0)), session.encode(frame(1))]
+    machine.capacity = machine.used
+    with pytest.raises(errors.DeviceMemoryError):
+        session.encode(frame(2))
+    wanted = plain.segment(plain.encode(frame(1)), **POINT)
+    assert_array_equal(session.segment(held[1], **POINT).masks, wanted.masks)
+    del held
+    same(session, plain, frame(2), **POINT)
+
+
+def raising(error: BaseException):
+    def on_wait() -> None:
+        raise error
+
+    return on_wait
+
+
+def test_a_lost_gpu_stays_lost(machine: Machine, session: Session) -> None:
+    embedding = session.encode(frame(0))
+    machine.on_wait = raising(CudaLogicError("cuStreamSynchronize failed: illegal address"))
+    with pytest.raises(errors.DeviceLostError, match=r"illegal address.*start the program"):
+        session.segment(embedding, **POINT)
+    machine.on_wait = lambda: None
+    for call in (
+        lambda: session.segment(embedding, **POINT),
+        lambda: session.encode(frame(0)),
+        lambda: np.asarray(embedding.values),
+    ):
+        with pytest.raises(errors.DeviceLostError, match="illegal address"):
+            call()
+    session.close()
+
+
+def test_what_tensorrt_refuses_is_said(machine: Machine, session: Session, plain: Session) -> None:
+    machine.refuses = "IExecutionContext::enqueueV3: Error Code 3"
+    with pytest.raises(errors.DeviceError, match=r"encoder.engine failed: IExec.*Error Code 3"):
+        session.encode(frame(0))
+    machine.refuses = None
+    same(session, plain, frame(0), **POINT)
+
+
+def test_nan_is_never_a_mask(machine: Machine, session: Session, plain: Session) -> None:
+    function = machine.functions["decoder"]
+    embedding = session.encode(frame(0))
+
+    def broken(**inputs):
+        return {name: values * np.nan for name, values in function(**inputs).items()}
+
+    broken.tensors = function.tensors
+    session.backend._decoder._engine.function = broken
+    with pytest.raises(errors.DeviceError, match="tensorrt gave masks with NaN or Inf"):
+        session.segment(embedding, **POINT)
+    session.backend._decoder._engine.function = function
+    same(session, plain, frame(0), **POINT)
+
+
+def test_two_threads_on_one_session_are_refused(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def on_wait() -> None:
+        entered.set()
+        assert go_on.wait(30)
+
+    found = []
+    machine.on_wait = on_wait
+    thread = threading.Thread(target=lambda: found.append(session.encode(frame(0))))
+    thread.start()
+    assert entered.wait(30)
+    with pytest.raises(errors.UsageError, match="two threads use one session on tensorrt"):
+        session.encode(frame(1))
+    machine.on_wait = lambda: None
+    go_on.set()
+    thread.join(30)
+    assert_array_equal(np.asarray(found[0].values), plain.encode(frame(0)).values)
+
+
+def test_a_session_used_after_close_is_refused(machine: Machine, session: Session) -> None:
+    embedding, backend = session.encode(frame(0)), session.backend
+    session.close()
+    session.close()
+    assert machine.used == machine.pinned == 0
+    with pytest.raises(errors.UsageError, match="this session is closed"):
+        session.segment(embedding, **POINT)
+    with pytest.raises(errors.UsageError, match="released with its session"):
+        np.asarray(embedding.values)
+    with pytest.raises(errors.UsageError, match="released with its session"):
+        backend.encode(np.zeros((1, 3, SIDE, SIDE), np.float32))
+
+
+def test_an_embedding_of_another_session_is_refused(
+    machine: Machine, session: Session, plain: Session, folder: Path
+) -> None:
+    """Its memory may be another's by now."""
+    embedding = session.encode(frame(0))
+    session.close()
+    with (
+        open_engines(plain, folder) as other,
+        pytest.raises(errors.UsageError, match="belongs to another session"),
+    ):
+        other.segment(embedding, **POINT)
+
+
+def test_an_interrupt_in_a_stream_leaves_nothing_behind(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    embedding = session.encode(frame(0))
+    for _ in range(3):
+        machine.on_wait = raising(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            session.segment(embedding, **BOX)
+        with pytest.raises(KeyboardInterrupt):
+            session.encode(frame(7))
+        machine.on_wait = lambda: None
+        same(session, plain, frame(1), **POINT)
+    assert machine.current.depth == 0
+    session.close()
+    assert machine.used == machine.pinned == machine.graphs == 0
+
+
+def test_engines_that_are_none_are_named(machine: Machine, plain: Session, folder: Path) -> None:
+    del machine.functions["decoder"]
+    with pytest.raises(errors.EngineChangedError, match=r"decoder.engine was not loaded: magic"):
+        open_engines(plain, folder)
+    assert machine.used == machine.pinned == 0
+
+
+@pytest.mark.tensorrt
+def test_the_listener_is_one_that_the_library_takes() -> None:
+    """TensorRT-RTX itself, in a process of its own; without a GPU it refuses the engine as well."""
+    code = (
+        "from medsa_deploy import trt; library = trt.load('rtx'); listener = trt.listener(library);"
+        "print(library.Runtime(listener).deserialize_cuda_engine(b'none' * 99), listener.said)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("None ['IRuntime::deserializeCudaEngine: Error Code"), done.stderr
+
+
+def test_engines_of_another_contract_are_refused(
+    machine: Machine, plain: Session, folder: Path
+) -> None:
+    machine.functions["decoder"].tensors["point_labels"] = (-1, 7)
+    with pytest.raises(errors.BundleError, match=r"point_labels is float32 \(\*, 7\)"):
+        open_engines(plain, folder)
+
+
+def test_chunks_of_slices(machine: Machine, tmp_path: Path) -> None:
+    plain = bright_pixels(chunk=4, context=0.3)
+    compute(machine, plain.manifest, BrightPixels(plain.manifest.network, context=0.3))
+    network = BrightPixels(plain.manifest.network, context=0.3)
+    encoder = machine.functions["encoder"]
+
+    def chunked(image: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image_embeddings": network.encode(image)}
+
+    chunked.tensors = encoder.tensors
+    machine.functions["encoder"] = chunked
+    four = Range(min=4, opt=4, max=4)
+    folder = write(tmp_path / "x", plain.manifest, describe(batch=four))
+    slices = [frame(i) for i in range(8)]
+    with open_engines(plain, folder) as session:
+        found, wanted = session.encode_slices(slices), plain.encode_slices(slices)
+        for one, other in zip(found, wanted, strict=True):
+            assert_array_equal(np.asarray(one.values), other.values)
+            assert_array_equal(
+                session.segment(one, **POINT).masks, plain.segment(other, **POINT).masks
+            )
+
+
+def test_kernels_of_rtx_are_kept(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = fake_gpu.install(monkeypatch, name="tensorrt_rtx")
+    plain = session_of(machine)
+    folder = write(tmp_path / "x", plain.manifest, describe("rtx"))
+    open_engines(plain, folder, flavor="rtx").close()
+    kept = list((tmp_path / "medsa-deploy" / "rtx").iterdir())
+    assert [path.read_bytes() for path in kept] == [b"compiled kernels"] * len(kept)
+    assert len(kept) == 2
+    assert machine.runtime_cache is None
+    open_engines(plain, folder, flavor="rtx").close()
+    assert machine.runtime_cache == b"compiled kernels"
+    assert not list(folder.glob("*cache*"))
+
+
+def chain(session: Session, plain: Session, *, also=()) -> Session:
+    """A session that falls back from the engines to the network itself."""
+    openers = [
+        ("tensorrt", lambda: session.backend),
+        *also,
+        ("plain", lambda: BrightPixels(plain.manifest.network)),
+    ]
+    return Session(plain.manifest, FallbackBackend(openers))
+
+
+def test_a_fallback_is_marked(machine: Machine, session: Session, plain: Session, caplog) -> None:
+    falling = chain(session, plain)
+    same(falling, plain, frame(0), **POINT)
+    embedding = falling.encode(frame(1))
+    machine.on_wait = raising(CudaMemoryError("cuMemAlloc failed: out of memory"))
+    backend = falling.backend
+    with pytest.raises(errors.DeviceError, match=r"was given up.*out of memory.*encode it again"):
+        falling.segment(embedding, **POINT)
+    assert backend.name == "bright pixels"
+    found = falling.segment(falling.encode(frame(1)), **POINT)
+    assert "tensorrt: the GPU's memory is full" in found.degraded
+    assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **POINT).masks)
+    assert "plain is used, because tensorrt: the GPU's memory is full" in caplog.text
+    machine.on_wait = lambda: None
+    assert falling.segment(falling.encode(frame(2)), **POINT).degraded == found.degraded
+    falling.close()
+
+
+def test_an_embedding_is_brought_along_where_it_can_be(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    falling = chain(session, plain)
+    embedding = falling.encode(frame(1))
+    machine.refuses = "Error Code 3"
+    found = falling.segment(embedding, **BOX)
+    assert "Error Code 3" in found.degraded
+    assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **BOX).masks)
+    assert machine.used == machine.pinned == 0
+
+
+def test_an_encoder_that_fails_falls_back_at_once(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    falling = chain(session, plain)
+    machine.refuses = "Error Code 3"
+    found = falling.segment(falling.encode(frame(1)), **POINT)
+    assert "Error Code 3" in found.degraded
+    assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **POINT).masks)
+
+
+def test_a_chain_skips_what_cannot_be_opened(machine: Machine, plain: Session) -> None:
+    def absent():
+        raise errors.MissingDependencyError("onnxruntime-gpu", extra="gpu", purpose="it")
+
+    def no_engine():
+        raise errors.EngineError("no engines here")
+
+    openers = [("tensorrt", no_engine), ("onnxruntime-cuda", absent)]
+    last = ("plain", lambda: BrightPixels(plain.manifest.network))
+    falling = Session(plain.manifest, FallbackBackend([*openers, last]))
+    found = falling.segment(falling.encode(frame(0)), **POINT)
+    assert found.degraded.startswith("tensorrt: no engines here; onnxruntime-cuda: it needs")
+    assert falling.backend.facts()["degraded"] == found.degraded
+    with pytest.raises(errors.MissingDependencyError):
+        FallbackBackend(openers)
+
+
+def test_a_chain_that_ends_is_an_error_and_can_be_closed(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    def no_engine():
+        raise errors.EngineError("no engines here")
+
+    falling = Session(
+        plain.manifest,
+        FallbackBackend([("tensorrt", lambda: session.backend), ("rtx", no_engine)]),
+    )
+    machine.refuses = "Error Code 3"
+    with pytest.raises(errors.EngineError, match="no engines here"):
+        falling.encode(frame(0))
+    with pytest.raises(errors.DeviceError, match="no backend is left"):
+        falling.encode(frame(0))
+    falling.close()
+    assert machine.used == 0
+
+
+def test_an_option_of_another_flavor_is_found_by_name(plain: Session, folder: Path) -> None:
+    with pytest.raises(errors.EngineFlavorError, match="TensorRT is loaded in this process"):
+        open_engines(plain, folder, flavor="rtx")
+
+
+def test_a_gpu_without_pycuda_names_the_extra(
+    machine: Machine, plain: Session, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, extra in (("cuda.bindings", "cuda-bindings"), ("pycuda.driver", "pycuda")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(errors.MissingDependencyError, match=rf"{extra}.*medsa-deploy\[cuda\]"):
+            open_engines(plain, folder)
+    assert replace(describe(), tf32=True).tf32

@@ -1,0 +1,173 @@
+"""Engines against the checkpoint's network: verified, wrong, or not for this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import fake_gpu
+import numpy as np
+import onnxruntime
+import pytest
+from command_line import copied
+from fake_engines import compute, describe, session_of, write
+from fake_gpu import Machine
+from fake_network import SIDE, BrightPixels
+
+from medsa_deploy import engine, manifest, stages, verify
+from medsa_deploy.engine import Range
+from medsa_deploy.runtime import Session
+from medsa_deploy.stages import engine_check
+from medsa_deploy.stages.engines import EngineState
+
+STATE = EngineState(folder="engines/x", state="built, not run")
+CASE = verify.seeded_case(SIDE, None, 1)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Stand-ins in this process, which is the one that runs the engines."""
+    machine = fake_gpu.install(monkeypatch)
+
+    def run(command: list[str], **_) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-P", "-m", engine_check.__name__]
+        said: list[str] = []
+        monkeypatch.setattr(sys, "argv", [command[3], command[4]])
+        monkeypatch.setattr(engine_check, "print", said.append, raising=False)
+        engine_check.main()
+        return subprocess.CompletedProcess(command, 0, "\n".join(["noise", *said]), "")
+
+    monkeypatch.setattr(engine_check.subprocess, "run", run)
+    return machine
+
+
+@pytest.fixture
+def plain(machine: Machine) -> Session:
+    return session_of(machine)
+
+
+@pytest.fixture
+def made(plain: Session, tmp_path: Path) -> Path:
+    """A bundle with engines for up to three prompts of up to four points."""
+    bundle = tmp_path / "a.medsa"
+    write(bundle / "engines" / "x", plain.manifest, describe())
+    manifest.save(plain.manifest, bundle)
+    return bundle
+
+
+def checked(bundle: Path, plain: Session) -> EngineState:
+    expected = [verify.run_case(plain, CASE).tensors]
+    return engine_check.state_of(bundle, STATE, [CASE], expected, None)
+
+
+def written(bundle: Path) -> str:
+    return engine.load(bundle / "engines" / "x").state
+
+
+def test_engines_that_agree_are_verified(made: Path, plain: Session) -> None:
+    found = checked(made, plain)
+    assert (found.state, found.failures) == ("verified", ())
+    assert found.parity is not None
+    assert found.parity.tensors["low_res_masks"].relative_l2 == 0
+    assert written(made) == "verified"
+
+
+def test_engines_that_differ_are_not_verified_any_more(
+    made: Path, plain: Session, machine: Machine
+) -> None:
+    checked(made, plain)
+    compute(machine, plain.manifest, BrightPixels(plain.manifest.network, clicks=0.3))
+    found = checked(made, plain)
+    assert found.state.startswith("failed: low_res_masks: relative L2")
+    assert found.failures
+    assert written(made) == "built"
+
+
+def test_an_engine_that_cannot_run_is_a_failure(
+    made: Path, plain: Session, machine: Machine
+) -> None:
+    machine.refuses = "Error Code 3"
+    assert "Error Code 3" in checked(made, plain).failures[0]
+
+
+def test_an_engine_of_another_version_is_not_run(made: Path, plain: Session, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.0.0")
+    found = checked(made, plain)
+    assert found.state.startswith("built, not run; not run here: ")
+    assert "11.0.0 is installed" in found.state
+    assert found.failures == ()
+    assert written(made) == "built"
+
+
+def test_a_process_that_ends_early_is_a_failure(made: Path, plain: Session, monkeypatch) -> None:
+    died = subprocess.CompletedProcess([], -11, "", "first\nSegmentation fault\n")
+    monkeypatch.setattr(engine_check.subprocess, "run", lambda *_, **__: died)
+    assert checked(made, plain).failures == ("its process ended with -11: Segmentation fault",)
+
+
+def test_tf32_is_judged_like_float16() -> None:
+    described = engine.Engine(options=describe(), version="1", device=None, state="built", files=())
+    assert engine_check.limits_of(described, None).relative_l2 == 1e-4
+    tf32 = replace(described, options=replace(described.options, tf32=True))
+    assert engine_check.limits_of(tf32, None) == verify.LIMITS["fp16"]
+
+
+def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
+    """The real one, where there is no GPU."""
+    machine = fake_gpu.install(monkeypatch)
+    plain = session_of(machine)
+    bundle = tmp_path / "a.medsa"
+    folder = write(bundle / "engines" / "x", plain.manifest, describe("rtx", batch=ONE))
+    manifest.save(plain.manifest, bundle)
+    job = json.dumps({"bundle": str(bundle), "folder": str(folder), "cases": str(tmp_path / "no")})
+    (tmp_path / "no").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", engine_check.__name__, job],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"cannot"}, done.stderr
+    assert str(folder) in answer["cannot"]
+
+
+ONE = Range(min=1, opt=1, max=1)
+
+
+def test_verify_runs_engines_where_there_is_a_gpu(
+    bundle: Path, tmp_path: Path, machine: Machine
+) -> None:
+    """The engines compute what ONNX Runtime does with the bundle's own graphs."""
+    copy = copied(bundle, tmp_path)
+    made = manifest.load(copy)
+    for role in ("encoder", "decoder"):
+        session = onnxruntime.InferenceSession(copy / made.file(role).path)
+        names = [t.name for t in made.graphs[role].outputs]
+
+        def function(*, session=session, names=names, **inputs: np.ndarray):
+            return dict(zip(names, session.run(names, inputs), strict=True))
+
+        function.tensors = {
+            t.name: tuple(axis if isinstance(axis, int) else -1 for axis in t.shape)
+            for t in (*made.graphs[role].inputs, *made.graphs[role].outputs)
+        }
+        machine.functions[role] = function
+    write(copy / "engines" / "x", made, describe())
+    found = stages.verify_bundle(
+        copy,
+        checkpoint=None,
+        base=None,
+        images=None,
+        backend="onnxruntime",
+        precision=None,
+        threads=None,
+    )
+    assert [(one.state, one.failures) for one in found.engines] == [("verified", ())]
+    assert found.failures == ()
+    assert engine.load(copy / "engines" / "x").state == "verified"

@@ -1,0 +1,86 @@
+"""`load` with a chain of backends, and ONNX Runtime's I/O binding, on a machine without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from medsa_deploy import errors, load, manifest
+from medsa_deploy.cuda import DeviceArray
+from medsa_deploy.runtime import Session
+from medsa_deploy.runtime.ort import failure
+from medsa_deploy.runtime.ort_cuda import OnnxRuntimeCudaBackend
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (80, 100), dtype=np.uint8)
+POINTS = {"points": [(20, 30)]}
+
+
+class BoundOnHost(OnnxRuntimeCudaBackend):
+    """The same code with the CPU in the GPU's place: ONNX Runtime binds its memory alike."""
+
+    name = "bound"
+    device = "cpu"
+    provider = "CPUExecutionProvider"
+    providers = ("CPUExecutionProvider",)
+
+
+def test_a_chain_ends_at_what_every_machine_has(bundle: Path, caplog) -> None:
+    chain = ("onnxruntime-cuda", "onnxruntime")
+    with load(bundle, backend="tensorrt", fallback=chain) as session, load(bundle) as plain:
+        found = session.segment(session.encode(IMAGE), **POINTS)
+        wanted = plain.segment(plain.encode(IMAGE), **POINTS)
+    assert_array_equal(found.masks, wanted.masks)
+    assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+    assert found.degraded.startswith("tensorrt: ")
+    assert "holds no TensorRT fp32 engines: build them with medsa-deploy build-engine" in (
+        found.degraded
+    )
+    assert "; onnxruntime-cuda: the backend onnxruntime-cuda needs onnxruntime-gpu" in (
+        found.degraded
+    )
+    assert wanted.degraded is None
+    assert "onnxruntime is used, because tensorrt" in caplog.text
+
+
+def test_without_a_chain_nothing_falls_back(bundle: Path) -> None:
+    with pytest.raises(errors.EngineError, match="holds no TensorRT fp32 engines"):
+        load(bundle, backend="tensorrt")
+    with pytest.raises(errors.MissingDependencyError, match=r"medsa-deploy\[gpu\]"):
+        load(bundle, backend="onnxruntime-cuda")
+    with pytest.raises(errors.UsageError, match="unknown backend 'cpu'; there are: onnxruntime, "):
+        load(bundle, backend="tensorrt", fallback=("cpu",))
+
+
+def test_bound_memory_gives_the_same_masks(bundle: Path) -> None:
+    made = manifest.load(bundle)
+    files = (bundle / made.file("encoder").path, bundle / made.file("decoder").path, made.graphs)
+    with Session(made, BoundOnHost(*files)) as bound, load(bundle) as plain:
+        embedding = bound.encode(IMAGE)
+        assert isinstance(embedding.values, DeviceArray)
+        wanted = plain.encode(IMAGE)
+        assert_array_equal(np.asarray(embedding.values), wanted.values)
+        for prompt in (POINTS, {"box": (5, 6, 50, 60)}):
+            assert_array_equal(
+                bound.segment(embedding, **prompt).low_res_logits,
+                plain.segment(wanted, **prompt).low_res_logits,
+            )
+            on_host = bound.segment(wanted, **prompt).low_res_logits
+            assert_array_equal(on_host, plain.segment(wanted, **prompt).low_res_logits)
+        with pytest.raises(errors.DeviceError, match="ONNX Runtime failed"):
+            bound.backend.encode(np.zeros((1, 3, 7, 7), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", errors.DeviceMemoryError),
+        ("BFCArena: Failed to allocate memory for requested buffer", errors.DeviceMemoryError),
+        ("CUDA failure 719: unspecified launch failure ; GPU=0", errors.DeviceLostError),
+        ("Got invalid dimensions for input", errors.DeviceError),
+    ],
+)
+def test_what_onnxruntime_says_has_a_name(said: str, kind: type[errors.DeviceError]) -> None:
+    assert type(failure(RuntimeError(said))) is kind

@@ -1,0 +1,94 @@
+"""Engines on a real GPU, against ONNX Runtime on the processor. `make gpu-check` runs these.
+
+TensorRT and TensorRT-RTX cannot meet in a process: MEDSA_TEST_FLAVOR says which one to try, by
+default the first that is installed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import call, copied
+
+from medsa_deploy import cuda, errors, load, trt
+from medsa_deploy.runtime import Session
+
+pytestmark = pytest.mark.gpu
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (200, 240), dtype=np.uint8)
+PROMPTS = (
+    {"points": [(120, 90)]},
+    {"points": [(120, 90), (30, 40)], "labels": [1, 0]},
+    {"box": (40, 30, 180, 170)},
+    {"points": [[(10, 10)], [(120, 90)], [(200, 150)]]},
+)
+CLOSE = 5e-3
+"""Relative L2 that TF32 may differ by, over all layers."""
+
+
+@pytest.fixture
+def flavor() -> trt.Flavor:
+    asked = os.environ.get("MEDSA_TEST_FLAVOR")
+    return next(f for f in trt.FLAVORS if (f == asked if asked else trt.installed(f)))
+
+
+@pytest.fixture
+def engines(bundle: Path, tmp_path: Path, flavor: trt.Flavor) -> Path:
+    """A bundle with engines for this GPU."""
+    copy = copied(bundle, tmp_path)
+    device = cuda.device()
+    assert device is not None
+    target = ["--target", device.capability] if flavor == "rtx" else []
+    done = call("build-engine", copy, "--fp32", "--no-tf32", "--flavor", flavor, *target)
+    assert done.code == 0, done.err
+    return copy
+
+
+def difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def compare(session: Session, plain: Session) -> None:
+    """Every prompt three times: plainly, captured, replayed."""
+    wanted = plain.encode(IMAGE)
+    for _ in range(3):
+        embedding = session.encode(IMAGE)
+        assert difference(np.asarray(embedding.values), wanted.values) < CLOSE
+        for prompt in PROMPTS:
+            found = session.segment(embedding, **prompt)
+            expected = plain.segment(wanted, **prompt)
+            assert difference(found.low_res_logits, expected.low_res_logits) < CLOSE
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_engines_give_the_masks_of_the_graphs(
+    engines: Path, flavor: trt.Flavor, cuda_graphs: bool
+) -> None:
+    with (
+        load(engines, backend=flavor, cuda_graphs=cuda_graphs) as session,
+        load(engines) as plain,
+    ):
+        compare(session, plain)
+        held = session.encode(IMAGE)
+    with pytest.raises(errors.UsageError, match="released"):
+        np.asarray(held.values)
+
+
+def test_verify_marks_them(engines: Path) -> None:
+    done = call("verify", engines, "--json")
+    assert done.code == 0, done.err
+    assert [one["state"] for one in done.json["engines"]] == ["verified"]
+
+
+def test_loading_again_and_again_leaks_nothing(engines: Path, flavor: trt.Flavor) -> None:
+    for _ in range(5):
+        with load(engines, backend=flavor) as session:
+            session.segment(session.encode(IMAGE), **PROMPTS[0])
+
+
+def test_onnxruntime_on_the_gpu(bundle: Path) -> None:
+    with load(bundle, backend="onnxruntime-cuda") as session, load(bundle) as plain:
+        compare(session, plain)
