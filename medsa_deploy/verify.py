@@ -48,6 +48,7 @@ LIMITS = {
     "bf16": Limits(dice_mean=0.995, dice_worst=0.98),
     "int8": Limits(dice_mean=0.99),
     "int8-cpu": Limits(dice_mean=0.99),
+    "int8-bf16": Limits(dice_mean=0.99),
 }
 """Limits by precision; any other has float32's."""
 TENSORS = ("image_embeddings", "low_res_masks", "iou_predictions")
@@ -244,11 +245,12 @@ def summarise(
     backend: str,
     nan_count: int = 0,
     split: Parity | None = None,
+    fused: Parity | None = None,
 ) -> Parity:
     """The worst of all cases, as the manifest records it.
 
     `nan_count`: values that were NaN or infinite, and compared as 0. `split`: the same with the
-    decoder in two parts.
+    decoder in two parts. `fused`: with ONNX Runtime's own encoder.
     """
     found = list(comparisons)
     return Parity(
@@ -269,6 +271,7 @@ def summarise(
         mask_dice_worst=min(min(c.mask_dice) for c in found),
         nan_count=nan_count,
         split=split,
+        fused=fused,
     )
 
 
@@ -285,8 +288,14 @@ def limits_of(precision: str, recorded_dice: float | None = None) -> Limits:
 def failures(parity: Parity, limits: Limits | None = None) -> list[str]:
     """What exceeds the limits, by default the precision's, in words; empty when the proof holds."""
     limits = limits or limits_of(parity.precision)
-    split = [] if parity.split is None else failures(parity.split, limits)
-    return _failures(parity, limits) + [f"decoder in two parts: {problem}" for problem in split]
+    found = _failures(parity, limits)
+    for form, other in (
+        ("decoder in two parts", parity.split),
+        ("encoder for ONNX Runtime", parity.fused),
+    ):
+        if other is not None:
+            found += [f"{form}: {problem}" for problem in failures(other, limits)]
+    return found
 
 
 def _failures(parity: Parity, limits: Limits) -> list[str]:

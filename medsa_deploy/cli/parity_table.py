@@ -17,12 +17,15 @@ def print_parity(parity: Parity, against: str) -> None:
     for name, tensor in parity.tensors.items():
         table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
     table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
-    if parity.split is not None:
-        table.add_row("with the decoder in two parts:", "", "")
-        for name in ("low_res_masks", "iou_predictions"):
-            tensor = parity.split.tensors[name]
-            table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
-        table.add_row("mask pixels differing", f"{parity.split.mask_pixels_differing:.1e}", "")
+    for words, other, own in (
+        ("with the decoder in two parts:", parity.split, 1),
+        ("with the encoder for ONNX Runtime:", parity.fused, 0),
+    ):
+        if other is not None:
+            table.add_row(words, "", "")
+            for name, tensor in list(other.tensors.items())[own:]:
+                table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
+            table.add_row("mask pixels differing", f"{other.mask_pixels_differing:.1e}", "")
     out.print(table)
     if parity.mask_dice_mean is not None and parity.mask_dice_worst is not None:
         said = f"mean {parity.mask_dice_mean:.4f}, worst {parity.mask_dice_worst:.4f}"

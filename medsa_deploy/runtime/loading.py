@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medsa_deploy import cuda, engine
 from medsa_deploy.errors import MissingDependencyError, UsageError
-from medsa_deploy.manifest import Manifest, check_file
+from medsa_deploy.manifest import Manifest, Role, check_file
 from medsa_deploy.manifest import load as load_manifest
 from medsa_deploy.trt import FLAVORS
 
@@ -30,9 +31,10 @@ BACKENDS = (*CPU_BACKENDS, "onnxruntime-cuda", *FLAVORS)
 DEFAULT = "onnxruntime"
 AUTO = "auto"
 """What `medsa-deploy doctor --tune` found fastest here for this bundle; else the default."""
-RUN = ("encoder", "decoder", *PARTS, "weights")
+FUSED: Role = "encoder-fused"
+RUN = ("encoder", FUSED, "decoder", *PARTS, "weights")
 """Roles of the files that a backend on ONNX files reads."""
-COMPUTED = {"bf16": "fp32"}
+COMPUTED = {"bf16": "fp32", "int8-bf16": "int8-cpu"}
 """Precisions of the arithmetic alone → the precision of the files they run."""
 
 
@@ -44,6 +46,7 @@ def load(
     threads: int | None = None,
     fallback: Sequence[str] = (),
     cuda_graphs: bool = True,
+    portable: bool = False,
     time_layers: bool = False,
 ) -> Session:
     """Open a bundle. The files it runs are compared with their SHA-256 first.
@@ -52,11 +55,13 @@ def load(
 
     `backend`: `onnxruntime`, `openvino`, or `auto` for what `medsa-deploy doctor --tune` stored;
     on an NVIDIA GPU `tensorrt` and `rtx`, which run the bundle's engines, and `onnxruntime-cuda`.
-    `precision`: of the files; and `bf16`, in which OpenVINO computes the encoder of float32 files.
+    `precision`: of the files; `bf16` and `int8-bf16` have OpenVINO compute the encoder of float32
+    files, or of `int8-cpu` what is not INT8 there, in bfloat16.
     `threads`: threads of one run, default all cores. `fallback`: backends that take over, in this
     order, where one cannot be opened or fails while it runs; their predictions are `degraded`.
-    `cuda_graphs`: whether engines may be replayed as CUDA graphs. `time_layers`: have the backend
-    be a `TimesLayers`, which makes it slower. BundleError for a bundle that is missing,
+    `cuda_graphs`: whether engines may be replayed as CUDA graphs. `portable`: have ONNX Runtime run
+    `encoder.onnx` although the bundle has an encoder of its own for it. `time_layers`: have the
+    backend be a `TimesLayers`, which makes it slower. BundleError for a bundle that is missing,
     changed or of another version. MissingDependencyError for a backend that is not installed.
     EngineError where the bundle's engines do not fit this machine.
     """
@@ -72,47 +77,58 @@ def load(
         for entry in manifest.files:
             if entry.role in RUN and entry.precision == held:
                 check_file(entry, folder)
-    options: dict[str, Any] = {"threads": threads, "time_layers": time_layers}
-    openers = [
-        (name, partial(_open, name, folder, manifest, precision, cuda_graphs, options))
-        for name in chain
-    ]
+    options = _Options(
+        precision=precision,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+        portable=portable,
+        time_layers=time_layers,
+    )
+    openers = [(name, partial(_open, name, folder, manifest, options)) for name in chain]
     return Session(manifest, FallbackBackend(openers) if fallback else openers[0][1]())
 
 
-def _open(
-    name: str,
-    folder: Path,
-    manifest: Manifest,
-    precision: str,
-    cuda_graphs: bool,
-    options: dict[str, Any],
-) -> Backend:
-    """A backend on files whose SHA-256 was compared."""
-    held = files_precision(precision)
-    for flavor in FLAVORS:
-        if name == flavor:
-            from .trt import TensorRTBackend
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Of `load`, those that say how a backend is opened."""
 
-            engines = engine.find(folder, flavor, held, cuda.device())
-            return TensorRTBackend(engines, manifest, flavor, cuda_graphs=cuda_graphs)
+    precision: str
+    threads: int | None
+    cuda_graphs: bool
+    portable: bool
+    time_layers: bool
+
+
+def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Backend:
+    """A backend on files whose SHA-256 was compared."""
+    held = files_precision(options.precision)
+    if name in FLAVORS:
+        from .trt import TensorRTBackend
+
+        engines = engine.find(folder, name, held, cuda.device())
+        return TensorRTBackend(engines, manifest, name, cuda_graphs=options.cuda_graphs)
+    threads = options.threads
     if name == AUTO:
-        name, threads = _tuned(manifest, held, options["threads"])
-        options = options | {"threads": threads}
-    encoder, decoder = (folder / manifest.file(r, held).path for r in ("encoder", "decoder"))
-    files = (encoder, decoder, manifest.graphs)
+        name, threads = _tuned(manifest, held, threads)
+
+    def path(role: Role) -> Path:
+        return folder / manifest.file(role, held).path
+
+    files = (path("encoder"), path("decoder"), manifest.graphs)
+    common: dict[str, Any] = {"threads": threads, "time_layers": options.time_layers}
     if name == "onnxruntime-cuda":
         from .ort_cuda import OnnxRuntimeCudaBackend
 
-        return OnnxRuntimeCudaBackend(*files, **options)
+        return OnnxRuntimeCudaBackend(*files, **common)
     if all(manifest.has(role, held) for role in PARTS):
-        parts = [folder / manifest.file(role, held).path for role in PARTS]
-        options = options | {"parts": parts}
+        common["parts"] = [path(role) for role in PARTS]
     if name == "openvino":
-        return _openvino()(*files, bf16=precision == "bf16", **options)
+        return _openvino()(*files, bf16=options.precision in COMPUTED, **common)
     from .ort import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(*files, **options)
+    if manifest.has(FUSED, held) and not options.portable:
+        files = (path(FUSED), *files[1:])
+    return OnnxRuntimeBackend(*files, **common)
 
 
 def check_options(backend: str, threads: int | None, precision: str = "fp32") -> None:

@@ -16,7 +16,7 @@ from medsa_deploy.runtime import load
 from medsa_deploy.verify import Case
 
 from .checkpoints import export_extra, read_checkpoint
-from .proof import Progress, cases, parity, reference_outputs
+from .proof import Progress, cases, compare_all, reference_outputs
 
 if TYPE_CHECKING:
     from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
@@ -80,6 +80,7 @@ def _write_bundle(
         from medsa_deploy.exporters.folded import fold
         from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
         from medsa_deploy.exporters.reference import build_reference
+        from medsa_deploy.graph.fused import write_fused
     made = Manifest(
         source=loaded.source,
         network=architecture.network,
@@ -103,6 +104,9 @@ def _write_bundle(
         on_graph=lambda name: on_step(f"export the {name}"),
     )
     del folded
+    fused = folder / "encoder.fused.onnx"
+    if write_fused(graphs["encoder"], fused):
+        graphs["encoder-fused"] = [fused]
     files = [
         manifest.describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
         for name, paths in graphs.items()
@@ -114,8 +118,14 @@ def _write_bundle(
     made = replace(made, files=tuple(files))
     manifest.save(made, folder)
     on_step("prove the graphs equal to it")
-    with load(folder) as session:
-        proof = parity(session, to_prove, [outputs.tensors for outputs in expected], "fp32")
+    wanted = [outputs.tensors for outputs in expected]
+    with load(folder, portable=True) as session:
+        compared = compare_all(session, to_prove, wanted)
+        backend = session.backend.name
+    if fused.exists():
+        with load(folder) as session:
+            compared = replace(compared, fused=compare_all(session, to_prove, wanted))
+    proof = compared.summary(to_prove, precision="fp32", backend=backend)
     verify.require(proof)
     made = replace(made, parity=(proof,))
     manifest.save(made, folder)

@@ -21,14 +21,14 @@ from medsa_deploy.graph.float16 import Change, round_like_float16, to_float16
 from medsa_deploy.graph.islands import islands
 from medsa_deploy.graph.ranges import HIGH, LOW, computed_values, watch
 from medsa_deploy.graph.scopes import module_of
-from medsa_deploy.manifest import Island, Parity, Recipe
+from medsa_deploy.manifest import Island, Parity, Recipe, Role
 from medsa_deploy.runtime import Session
 from medsa_deploy.scopes import block_of
 
 from .proof import Progress
 from .trials import Trial, Trials, WatchingBackend
 
-GRAPHS = ("encoder", "decoder")
+GRAPHS: tuple[Role, Role] = ("encoder", "decoder")
 PRECISION = "fp16"
 
 Ranges = dict[str, dict[str, float]]
@@ -39,8 +39,8 @@ Ranges = dict[str, dict[str, float]]
 class Made:
     """A precision's graphs, not yet in the bundle."""
 
-    graphs: dict[str, list[Path]]
-    """`encoder`, and `decoder` where there is a new one → files, the graph first."""
+    graphs: dict[Role, list[Path]]
+    """`encoder`, and others where there are new ones → files, the graph first."""
     decoder_of: str | None = None
     """The precision whose decoder this one uses."""
     recipe: Recipe
@@ -62,7 +62,8 @@ def make_float16(trials: Trials, folder: Path, on_step: Progress) -> Made:
             on_step(f"return {blocks[-1]} to float32")
             rounded = _measure(trials, folder, ranges, blocks)
     on_step("run the float16 graphs in onnxruntime")
-    files, reasons = {}, list[str]()
+    files: dict[Role, list[Path]] = {}
+    reasons: list[str] = []
     for name in GRAPHS:
         model = load_graph(getattr(trials, name))
         kept = islands(model, blocks=of_graph(name, blocks), ranges=ranges[name])

@@ -7,7 +7,7 @@ is small and stays as it is: the float16 one for TensorRT, the float32 one for t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,10 @@ from medsa_deploy import verify
 from medsa_deploy.errors import ParityError
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
+from medsa_deploy.graph.fused import write_fused
 from medsa_deploy.graph.islands import islands
 from medsa_deploy.graph.qdq import Layer, linear_layers, quantize_layers
-from medsa_deploy.manifest import Recipe
+from medsa_deploy.manifest import Recipe, Role
 
 from . import calibration
 from .calibration import Measured, Source
@@ -154,7 +155,14 @@ def make_int8(
     on_step(f"run the {search.precision} graphs in onnxruntime")
     files, kept = search.write(sorted(layers, key=lambda layer: layer.node))
     final = trials.measure(files[0], base.decoder, search.precision)
-    verify.require(final.parity)
+    parity = final.parity
+    graphs: dict[Role, list[Path]] = {"encoder": files}
+    fused = folder / f"encoder.fused.{search.precision}.onnx"
+    if not search.half and write_fused(files, fused):
+        other = trials.measure(fused, base.decoder, search.precision)
+        parity = replace(parity, fused=other.parity)
+        graphs["encoder-fused"] = [fused]
+    verify.require(parity)
     again = reference.measure(files[0], base.decoder, search.precision)
     recipe = Recipe(
         precision=search.precision,
@@ -175,5 +183,4 @@ def make_int8(
         reference_dice_mean=again.parity.mask_dice_mean,
         runs=trials.runs,
     )
-    graphs = {"encoder": files}
-    return Made(graphs=graphs, decoder_of=base.precision, recipe=recipe, parity=final.parity)
+    return Made(graphs=graphs, decoder_of=base.precision, recipe=recipe, parity=parity)

@@ -114,28 +114,26 @@ class Compared:
     """Values that were NaN or infinite."""
     split: Compared | None
     """The same with the decoder in two parts, where the backend has them."""
+    fused: Compared | None = None
+    """The same with ONNX Runtime's own encoder, where the bundle has it."""
 
     def summary(self, cases: Sequence[Case], *, precision: str, backend: str) -> Parity:
         """The worst of all cases, as the manifest records it."""
-        split = self.split
+
+        def nested(other: Compared | None) -> Parity | None:
+            if other is None:
+                return None
+            return other.summary(cases, precision=precision, backend=backend)
+
         return verify.summarise(
             cases,
             self.comparisons,
             precision=precision,
             backend=backend,
             nan_count=self.nan_count,
-            split=None
-            if split is None
-            else split.summary(cases, precision=precision, backend=backend),
+            split=nested(self.split),
+            fused=nested(self.fused),
         )
-
-
-def parity(
-    session: Session, cases: Sequence[Case], expected: Iterable[dict[str, Array]], precision: str
-) -> Parity:
-    """Run the cases and compare; one case's outputs are held at a time."""
-    compared = compare_all(session, cases, expected)
-    return compared.summary(cases, precision=precision, backend=session.backend.name)
 
 
 def compare_all(

@@ -19,7 +19,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
 from medsa_deploy.runtime.backend import PARTS
-from medsa_deploy.runtime.loading import check_options
+from medsa_deploy.runtime.loading import FUSED, check_options
 
 from .calibration import find_sources, hold_out, image_cases
 from .float16 import Made, make_float16
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp16", "int8", "int8-cpu")
 """What is made here; files of these names that no manifest lists are leftovers."""
-GRAPH_ROLES = ("encoder", "decoder", *PARTS, "weights")
+GRAPH_ROLES = ("encoder", FUSED, "decoder", *PARTS, "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _add(bundle: Path, additions: Sequence[Made]) -> Manifest:
     bundles.add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], made)
     listed = {entry.path for entry in made.files}
     for precision in PRECISIONS:
-        for file in bundle.glob(f"*coder.{precision}.onnx*"):
+        for file in bundle.glob(f"*coder*.{precision}.onnx*"):
             if file.name not in listed:
                 file.unlink(missing_ok=True)
     return made
@@ -162,13 +162,13 @@ def _entries(made: Manifest, added: Made) -> list[File]:
     """The manifest's entries for new files, each still in the folder it was made in."""
     entries = []
     for role, paths in added.graphs.items():
-        opset = made.file("encoder" if role == "encoder" else "decoder").opset
+        opset = made.file(role).opset
         for i, path in enumerate(paths):
             entries.append(
                 manifest.describe_file(
                     path,
                     path.parent,
-                    role=("encoder" if role == "encoder" else "decoder") if i == 0 else "weights",
+                    role=role if i == 0 else "weights",
                     precision=added.recipe.precision,
                     opset=opset if i == 0 else None,
                 )

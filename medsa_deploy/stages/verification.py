@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medsa_deploy import cuda, engine, manifest, verify
@@ -11,7 +11,7 @@ from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
 from medsa_deploy.parity_page import Result
 from medsa_deploy.runtime import load
-from medsa_deploy.runtime.loading import check_options, files_precision
+from medsa_deploy.runtime.loading import FUSED, check_options, files_precision
 from medsa_deploy.verify import Array, Case
 
 from . import engine_check
@@ -88,9 +88,15 @@ def verify_bundle(
     for name in precisions:
         on_step(f"run the {name} graphs in {backend}")
         chosen, recorded = _judged(made, name, to_run)
-        with load(bundle, backend=backend, precision=name, threads=threads) as session:
-            some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
-            compared = compare_all(session, some, wanted)
+        some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
+        fused = None
+        if made.has(FUSED, files_precision(name)) and backend == "onnxruntime":
+            with load(bundle, backend=backend, precision=name, threads=threads) as session:
+                fused = compare_all(session, some, wanted)
+        with load(
+            bundle, backend=backend, precision=name, threads=threads, portable=True
+        ) as session:
+            compared = replace(compare_all(session, some, wanted), fused=fused)
             comparisons = compared.comparisons
             one = compared.summary(some, precision=name, backend=session.backend.name)
             worst = worst_mask(session, some, wanted, comparisons) if report else None
@@ -147,7 +153,7 @@ def _judged(
     INT8 is fitted to a user's images: it is judged on such, and on seeded ones only by what it gave
     for the saved reference when it was made.
     """
-    recipe = made.recipe(precision)
+    recipe = made.recipe(files_precision(precision))
     if recipe is None or recipe.reference_dice_mean is None:
         return list(range(len(to_run))), None
     theirs = [i for i, case in enumerate(to_run) if not case.seeded]
