@@ -115,13 +115,13 @@ def test_a_damaged_one_is_refused(bundle: Path, tmp_path: Path) -> None:
 def test_verify_judges_it(bundle: Path, tmp_path: Path) -> None:
     done = call("verify", bundle)
     assert done.code == 0, done.error
-    assert "with the encoder for ONNX Runtime" in done.output
+    assert "with the encoder for ONNX Runtime" in done.out
     copy = copied(bundle, tmp_path)
     doubled(copy / NAME)
     accept_changes(copy)
     done = call("verify", copy, "--json")
     assert done.code == 1
-    failures = json.loads(done.output)["failures"]
+    failures = json.loads(done.out)["failures"]
     assert failures
     assert all("encoder for ONNX Runtime" in failure for failure in failures)
 

@@ -226,6 +226,27 @@ def test_every_precision_is_verified(every: Path) -> None:
         assert mean == pytest.approx(recipe.reference_dice_mean, abs=1e-3)
 
 
+def test_int8_with_the_rest_in_bfloat16(every: Path) -> None:
+    import openvino
+
+    done = call("verify", every, "--backend", "openvino", "--precision", "int8-bf16", "--json")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert done.code == 2
+        assert "does not compute in bf16: use fp32, or int8-cpu" in done.error
+        return
+    (parity,) = done.json["parity"]
+    assert (parity["precision"], parity["backend"]) == ("int8-bf16", "openvino")
+    recipe = manifest.load(every).recipe("int8-cpu")
+    assert recipe is not None
+    assert recipe.reference_dice_mean is not None
+    least = recipe.reference_dice_mean - verify.DICE_TOLERANCE
+    assert done.code == (0 if parity["mask_dice_mean"] >= least else 1)
+    assert parity["mask_dice_mean"] > 0.9
+    refused = call("verify", every, "--precision", "int8-bf16")
+    assert refused.code == 2
+    assert refused.error.startswith("int8-bf16 is what OpenVINO can compute in")
+
+
 def test_int8_is_judged_on_images_where_there_are_some(
     every: Path, checkpoint_of: Any, tmp_path: Path
 ) -> None:

@@ -33,7 +33,11 @@ Backend = Annotated[
     ),
 ]
 Precision = Annotated[
-    str, typer.Option(help="Precision of the graphs to run; bf16: float32 graphs in bfloat16")
+    str,
+    typer.Option(
+        help="Precision of the graphs to run; in OpenVINO also bf16 and int8-bf16, which compute what "
+        "is float32 in bfloat16"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
 

@@ -77,7 +77,9 @@ class OpenVINOBackend:
         self._core = openvino.Core()
         if bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             name = self._core.get_property("CPU", "FULL_DEVICE_NAME")
-            raise UsageError(f"this processor ({name}) does not compute in bf16: use fp32")
+            raise UsageError(
+                f"this processor ({name}) does not compute in bf16: use fp32, or int8-cpu"
+            )
         self._mask_shape = mask_shape(graphs["decoder"])
         self._encoder = self._open(encoder, graphs["encoder"], bf16=bf16)
         self._decoder = self._open(decoder, graphs["decoder"])
