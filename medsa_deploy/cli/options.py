@@ -35,8 +35,8 @@ Backend = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        help="Precision of the graphs to run; in OpenVINO also bf16 and int8-bf16, which compute what "
-        "is float32 in bfloat16"
+        help="Precision of the graphs to run; in OpenVINO also bf16 and int8-bf16, which compute "
+        "what is float32 in bfloat16"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
