@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,14 @@ SLICES_3D = (range(44, 52), range(88, 96))
 """Axial slices of the MNI template that masks are compared on; those in one entry go together."""
 BOXES = ((0.2, 0.25, 0.7, 0.8), (0.1, 0.1, 0.9, 0.9))
 """On seeded images: x0, y0, x1, y1 as shares of their size."""
+
+
+META_NAMES = (
+    (".mlp.layers.0.0.", ".mlp.lin1."),
+    (".mlp.fc.", ".mlp.lin2."),
+    (".attn.rel_", ".attn.rel_pos_"),
+)
+"""The public Med-SA code's names of SAM's parameters, and Meta's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +105,7 @@ def sam(rel_pos_scale: float) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         vit_b_checkpoint(path, rel_pos_scale=rel_pos_scale)
         state = {
-            key.replace(".mlp.layers.0.0.", ".mlp.lin1.").replace(".mlp.fc.", ".mlp.lin2."): value
+            functools.reduce(lambda name, pair: name.replace(*pair), META_NAMES, key): value
             for key, value in torch.load(path, weights_only=True).items()
             if "_Adapter." not in key
         }
