@@ -13,12 +13,12 @@ import pytest
 
 from benchmarks import scaling, tables
 from benchmarks.peers import files, rounds
-from benchmarks.peers.__main__ import Limits, measure_network
+from benchmarks.peers.__main__ import measure_network
 from benchmarks.peers.candidates import Candidate, candidates
 from benchmarks.peers.names import DEFAULT_NAME, OURS, PLAIN, SWIN
 from benchmarks.peers.networks import Network
 from benchmarks.peers.plot import draw
-from benchmarks.peers.rounds import WorkerError, ratio, worker
+from benchmarks.peers.rounds import Limits, WorkerError, ratio, worker
 from benchmarks.peers.store import environment, resumed, save
 from benchmarks.peers.table import main_table, others_table, patches, targets_table, volume_table
 from benchmarks.peers.targets import best, strongest_peer, targets

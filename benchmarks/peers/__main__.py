@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .files import say
 from .names import DEFAULT_NAME, SWIN
 from .networks import NETWORKS, PAIRS, Network
 from .plot import draw
-from .rounds import WorkerError, measure, ratio, start, worker
+from .rounds import Limits, WorkerError, measure, ratio, start, worker
 from .store import resumed, save
 from .targets import Result
 
@@ -27,18 +27,7 @@ PAIR_ROUNDS = 5
 PAIR_REPEATS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How a network's candidates are measured."""
-
-    rounds: int
-    need_gb: float
-    """Memory that has to be free for one candidate more."""
-
-
 SWIN_LIMITS = Limits(rounds=3, need_gb=4.0)
-
-
 WHAT = (
     "Milliseconds of an encoding, of the first prompt of an image (decoder) and of the next one "
     "(click), each candidate in a process of its own, candidates of a group in turn; ratios are "
@@ -60,36 +49,30 @@ def measure_network(
     if not all_of_it or not costs.exists():
         say(f"{name}: not prepared: {files.failures(place)}")
         return
+    limits = replace(limits, rounds=args.rounds or limits.rounds, threads=args.threads)
     empty = {"gflop": json.loads(costs.read_text()), "groups": {}, "candidates": {}}
     entry = result["networks"].setdefault(name, empty)
     todo = [one for one in all_of_it if _wanted(f"{name}/{one.name}", entry, one, args.only)]
     for one in [one for one in todo if one.missing]:
         entry["candidates"][one.name] = {"not_measured": one.missing}
     todo = [one for one in todo if not one.missing]
-    logs = place / "logs"
-    logs.mkdir(exist_ok=True)
     renewed = {one.name for one in todo}
     reference = next((one for one in all_of_it if not one.missing), None)
+    (place / "logs").mkdir(exist_ok=True)
     while todo and reference is not None:
         say(f"{name}: {len(todo)} to measure")
         try:
-            facts, found, todo = measure(
-                todo,
-                reference=reference,
-                rounds=args.rounds or limits.rounds,
-                need_gb=limits.need_gb,
-                logs=logs,
-                threads=args.threads,
-            )
+            group = measure(todo, reference, limits, place / "logs")
         except WorkerError as e:
             say(f"{name}: {reference.name}, which ratios are to: {e}")
             return
-        group = str(1 + max(map(int, entry["groups"]), default=0))
-        entry["groups"][group] = facts
-        for which, measured in found.items():
-            if which in renewed:
-                entry["candidates"][which] = measured | {"group": group}
-                renewed.discard(which)  # the reference's figures are of its first group
+        number = str(1 + max(map(int, entry["groups"]), default=0))
+        entry["groups"][number] = group.facts
+        for which, measured in group.found.items():
+            if which in renewed:  # the reference's figures are of its first group
+                entry["candidates"][which] = measured | {"group": number}
+                renewed.discard(which)
+        todo = group.rest
         save(result, args.result)
 
 

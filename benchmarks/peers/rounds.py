@@ -139,73 +139,85 @@ def available_gb() -> float:
     return next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")) / 2**20
 
 
-def measure(
-    todo: Sequence[Candidate],
-    *,
-    reference: Candidate,
-    rounds: int,
-    need_gb: float,
-    logs: Path,
-    threads: int | None,
-) -> tuple[dict[str, Any], dict[str, Any], list[Candidate]]:
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How a network's candidates are measured."""
+
+    rounds: int
+    need_gb: float
+    """Memory that has to be free for one candidate more."""
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What was measured together."""
+
+    facts: dict[str, Any]
+    found: dict[str, Any]
+    """Candidate → its figures, or the reason there are none."""
+    rest: list[Candidate]
+    """Still to do."""
+
+
+def measure(todo: Sequence[Candidate], reference: Candidate, limits: Limits, logs: Path) -> Group:
     """The first candidates of `todo`, as many as the memory takes, beside `reference`.
 
-    Gives the group's facts, each measured candidate's figures or the reason there are none, and
-    what is still to do.
+    WorkerError where that one fails; another's failure is the reason it has no figures.
     """
     found: dict[str, Any] = {}
     rest = [one for one in todo if one.name != reference.name]
     with ExitStack() as stack:
-        gemm = stack.enter_context(worker(GEMM | {"threads": threads}, logs / "gemm.log"))
+        gemm = stack.enter_context(worker(GEMM | {"threads": limits.threads}, logs / "gemm.log"))
         group = [_started(stack, reference, logs)]
-        while rest and len(group) < MOST_TOGETHER and available_gb() > need_gb:
+        while rest and len(group) < MOST_TOGETHER and available_gb() > limits.need_gb:
             candidate = rest.pop(0)
             try:
                 group.append(_started(stack, candidate, logs))
             except WorkerError as e:
-                say(f"  {candidate.name}: {e}")
-                found[candidate.name] = {"not_measured": str(e)}
-        if len(group) == 1 and rest:
-            reason = f"{available_gb():.1f} GB of memory free, {need_gb:.1f} needed"
+                found[candidate.name] = _failed(candidate, e)
+        if rest and not found and len(group) == 1:
+            reason = f"{available_gb():.1f} GB of memory free, {limits.need_gb:.1f} needed"
             found[rest.pop(0).name] = {"not_measured": reason}
-        load = os.getloadavg()[0]
-        throughput: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            time.sleep(PAUSE_S)
-            for library, value in gemm.ask("gemm")["gflops"].items():
-                throughput.setdefault(library, []).append(value)
-            _round(group, found, reference)
         facts = {
             "reference": reference.name,
             "measured": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "load_average": load,
-            "rounds": rounds,
-            "gemm_gflops": {name: median(values) for name, values in throughput.items()},
-            "gemm_samples": throughput,
+            "load_average": os.getloadavg()[0],
+            "rounds": limits.rounds,
         }
-        first = group[0]
-        for one in group:
-            found[one.candidate.name] = figures(one, first)
-    return facts, found, rest
+        throughput: dict[str, list[float]] = {}
+        for _ in range(limits.rounds):
+            time.sleep(PAUSE_S)
+            for library, value in gemm.ask("gemm")["gflops"].items():
+                throughput.setdefault(library, []).append(value)
+            _round(group, found)
+        facts["gemm_gflops"] = {name: median(values) for name, values in throughput.items()}
+        facts["gemm_samples"] = throughput
+        found |= {one.candidate.name: figures(one, group[0]) for one in group}
+    return Group(facts=facts, found=found, rest=rest)
+
+
+def _round(group: list[Running], found: dict[str, Any]) -> None:
+    """One round of all; what fails leaves the group, which cannot be the first, the reference."""
+    for one in list(group):
+        try:
+            one.take()
+        except WorkerError as e:
+            if one is group[0]:
+                raise
+            found[one.candidate.name] = _failed(one.candidate, e)
+            group.remove(one)
+
+
+def _failed(candidate: Candidate, error: WorkerError) -> dict[str, str]:
+    say(f"  {candidate.name}: {error}")
+    return {"not_measured": str(error)}
 
 
 def _started(stack: ExitStack, candidate: Candidate, logs: Path) -> Running:
     say(f"  {candidate.name}: load and warm up")
     name = "".join(c if c.isalnum() else "-" for c in candidate.name)
     return start(candidate, stack.enter_context(worker(candidate.spec, logs / f"{name}.log")))
-
-
-def _round(group: list[Running], found: dict[str, Any], reference: Candidate) -> None:
-    """One round of all; what fails leaves the group, which cannot be the reference."""
-    for one in list(group):
-        try:
-            one.take()
-        except WorkerError as e:
-            if one.candidate is reference:
-                raise
-            say(f"  {one.candidate.name}: {e}")
-            found[one.candidate.name] = {"not_measured": str(e)}
-            group.remove(one)
 
 
 def figures(one: Running, reference: Running) -> dict[str, Any]:
