@@ -1,6 +1,7 @@
-"""Tables of README and model card from `benchmarks/results/*.json`: python benchmarks/tables.py
+"""Tables of README and model card from `benchmarks/results/*.json`: python -m benchmarks.tables
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test holds them equal.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test holds them equal. One whose
+result is not there says so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks import scaling
+from benchmarks.peers import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -104,21 +108,49 @@ def precisions_table(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
 
 
+def targets_table(result: dict[str, Any]) -> str:
+    """Targets of speed, from peers.json and depth.json."""
+    depth = RESULTS / "depth.json"
+    return table.targets_table(result, json.loads(depth.read_text()) if depth.exists() else None)
+
+
+def scaling_text(result: dict[str, Any]) -> str:
+    """A sentence for each curve, and what was measured."""
+    found = [f"- {sentence}" for sentence in scaling.sentences(result)]
+    curves = "; ".join(f"{name}: {one['what']}" for name, one in result["curves"].items())
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
+    what = f"Medians, onnxruntime fp32. {curves[0].upper()}{curves[1:]}."
+    return "\n".join([*found, "", what, f"Measured on: {result['machine']}; {versions}."])
+
+
 Tables = dict[str, Callable[[dict[str, Any]], str]]
 TABLES: Tables = {
     "export": export_table,
     "precisions": precisions_table,
     "volume_memory": volume_memory_table,
+    "peers": table.main_table,
+    "targets": targets_table,
+    "scaling": scaling_text,
 }
+BENCHMARK_TABLES: Tables = {"peers_others": table.others_table, "peers_volume": table.volume_table}
+"""Those of benchmarks/README.md."""
+RESULT_OF = {"targets": "peers", "peers_others": "peers", "peers_volume": "peers"}
+"""Result that a table is of, where it has another name."""
 CARD_TABLES: Tables = {"demo_checkpoint": demo_checkpoint_table}
 """Those of the demonstration checkpoint's model card."""
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"
+DOCUMENTS = {
+    ROOT / "README.md": TABLES,
+    ROOT / "benchmarks" / "README.md": BENCHMARK_TABLES,
+    CARD: CARD_TABLES,
+}
 
 
 def with_tables(document: str, tables: Tables = TABLES) -> str:
     """The document's text with every table made anew from its result."""
-    for name, table in tables.items():
-        text = table(json.loads((RESULTS / f"{name}.json").read_text()))
+    for name, text_of in tables.items():
+        result = RESULTS / f"{RESULT_OF.get(name, name)}.json"
+        text = text_of(json.loads(result.read_text())) if result.exists() else "Not measured yet."
         block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
         document, count = re.subn(
             f"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, document, flags=re.DOTALL
@@ -129,5 +161,5 @@ def with_tables(document: str, tables: Tables = TABLES) -> str:
 
 
 if __name__ == "__main__":
-    for path, tables in ((ROOT / "README.md", TABLES), (CARD, CARD_TABLES)):
+    for path, tables in DOCUMENTS.items():
         path.write_text(with_tables(path.read_text(), tables))

@@ -1,0 +1,55 @@
+"""peers.json → peers.png: what each candidate's encoder takes, network by network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .names import OURS
+
+OURS_COLOUR, PEER_COLOUR = "#1f6f8b", "#b0b7bd"
+ROW, HEAD = 0.24, 0.75
+"""Inches of a candidate's row and of what a network has besides."""
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """One panel a network: a bar to the median, a dot for every sample."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        name: sorted(found, key=lambda one: one[1]["median_ms"]["encoder"], reverse=True)
+        for name, entry in result["networks"].items()
+        if (found := [one for one in entry["candidates"].items() if "median_ms" in one[1]])
+    }
+    if not panels:
+        return
+    heights = [HEAD + ROW * len(found) for found in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for axis, (name, found) in zip(axes[:, 0], panels.items(), strict=True):
+        _panel(axis, name, found)
+    figure.suptitle(result["machine"], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(axis: Any, name: str, found: list[tuple[str, dict[str, Any]]]) -> None:
+    """A network's candidates, the fastest on top."""
+    for row, (candidate, one) in enumerate(found):
+        middle = one["median_ms"]["encoder"]
+        colour = OURS_COLOUR if candidate.startswith(OURS) else PEER_COLOUR
+        axis.barh(row, middle, color=colour, height=0.7)
+        samples = [sample for some in one["samples_ms"]["encoder"] for sample in some]
+        axis.plot(samples, [row] * len(samples), ".", color="black", markersize=2)
+        axis.text(middle, row, f" {middle:.0f} ", va="center", fontsize=7)
+    axis.set_yticks(range(len(found)), [candidate for candidate, _ in found], fontsize=7)
+    axis.set_title(f"{name}: encoder, milliseconds", fontsize=9, loc="left")
+    axis.tick_params(axis="x", labelsize=7)
+    axis.margins(x=0.08)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

@@ -1,0 +1,171 @@
+"""What was aimed at, as ratios of figures of one run, and whether it was reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .names import DEFAULT_NAME, OURS, PLAIN
+
+Result = dict[str, Any]
+"""peers.json."""
+TABLES = ("zero", "real")
+EVIDENCE = ("Demonstration, 2D", "Demonstration, 3D")
+"""Networks with real weights that say what a recipe does to a Med-SA ViT's masks."""
+LEAST_DICE = 0.99
+CLICKED = "LiteMedSAM"
+IMAGE_SIZE = 1024
+REASONS: dict[str, str] = {}
+"""Target → why it is not met, once that is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One target."""
+
+    name: str
+    limit: str
+    """`≤ 0.80`, in words."""
+    measured: float | None
+    met: bool | None
+    """None where it was not measured."""
+    note: str = ""
+
+
+def targets(result: Result, depth: Result | None) -> list[Target]:
+    """Every target, those that were not measured too. `depth`: what benchmarks/depth.py wrote."""
+    found: list[Target] = []
+    for tables in TABLES:
+        network = f"Med-SA ViT-B, {tables} tables"
+        found += _vit_b(result, network)
+    for name in TABLES:
+        pair = f"Med-SA ViT-B, {name} tables", f"SAM ViT-B, {name} tables"
+        found.append(_pair(result, f"{pair[0]}: adapters, over SAM without", *pair))
+    for name in TABLES:
+        found.append(_depth(depth, name))
+    demonstration = "Demonstration, 3D", "Demonstration, 2D"
+    found.append(_pair(result, "demonstration checkpoint: a slice in 3D, over 2D", *demonstration))
+    found.append(_next_click(result))
+    return found
+
+
+def best(result: Result, network: str) -> str | None:
+    """Our fastest encoder whose recipe keeps the masks of real weights."""
+    ratios = {
+        name: one["ratio"]["encoder"]
+        for name, one in _measured(result, network)
+        if name.startswith(OURS) and keeps_masks(result, name)
+    }
+    return min(ratios, key=lambda name: ratios[name]) if ratios else None
+
+
+def strongest_peer(result: Result, network: str) -> str | None:
+    """The fastest encoder that is not ours."""
+    ratios = {
+        name: one["ratio"]["encoder"]
+        for name, one in _measured(result, network)
+        if not name.startswith(OURS)
+    }
+    return min(ratios, key=lambda name: ratios[name]) if ratios else None
+
+
+def keeps_masks(result: Result, name: str) -> bool:
+    """Whether the same backend and precision keeps masks on every network with real weights."""
+    dice = [
+        dict(_measured(result, network)).get(name, {}).get("agreement", {}).get("mask_dice_mean")
+        for network in EVIDENCE
+    ]
+    return all(value is not None and value >= LEAST_DICE for value in dice)
+
+
+def gemm_share(result: Result, network: str, one: dict[str, Any]) -> float | None:
+    """The encoder's throughput over the fastest large product's of the same group."""
+    found = result["networks"].get(network, {})
+    gflop = found.get("gflop", {}).get("encoder")
+    if not gflop or "median_ms" not in one:
+        return None
+    throughput = max(found["groups"][one["group"]]["gemm_gflops"].values())
+    return float(gflop / (one["median_ms"]["encoder"] / 1e3) / throughput)
+
+
+def _measured(result: Result, network: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Candidates that have figures."""
+    candidates = result["networks"].get(network, {}).get("candidates", {})
+    return ((name, one) for name, one in candidates.items() if "ratio" in one)
+
+
+def _vit_b(result: Result, network: str) -> Iterator[Target]:
+    """The targets of one network at 1024²."""
+    measured = dict(_measured(result, network))
+    ours, plain = measured.get(DEFAULT_NAME), measured.get(PLAIN)
+    both = ours is not None and plain is not None
+    name = f"{network}: float32, over the plain export in ONNX Runtime"
+    yield _at_most(name, 0.80, ours["ratio"]["encoder"] if both else None)
+    name = f"{network}: its peak memory, over the same"
+    yield _at_most(name, 0.30, ours["peak_mb"] / plain["peak_mb"] if both else None)
+    chosen, peer = best(result, network), strongest_peer(result, network)
+    name = f"{network}: best precision, over the strongest peer"
+    value, note = None, ""
+    if chosen is not None and peer is not None:
+        value = measured[chosen]["ratio"]["encoder"] / measured[peer]["ratio"]["encoder"]
+        note = f"{chosen.removeprefix(f'{OURS}, ')}, over {peer}"
+    yield _at_most(name, 0.65, value, note)
+    name = f"{network}: float32 throughput, over one large product's"
+    shares = {
+        one: share
+        for one, figures in measured.items()
+        if one.startswith(OURS) and one.endswith(" fp32")
+        if (share := gemm_share(result, network, figures)) is not None
+    }
+    fastest = max(shares, key=lambda one: shares[one]) if shares else None
+    share = shares[fastest] if fastest else None
+    note = fastest.removeprefix(f"{OURS}, ") if fastest else ""
+    yield _target(name, "≥ 0.85", share, share is not None and share >= 0.85, note)
+
+
+def _pair(result: Result, name: str, one: str, other: str) -> Target:
+    """What a network costs over another."""
+    pair = result.get("pairs", {}).get(f"{one} / {other}", {})
+    return _at_most(name, 1.10, pair.get("ratio"))
+
+
+def _depth(depth: Result | None, tables: str) -> Target:
+    """What a slice costs in 3D, by benchmarks/depth.py."""
+    wanted = (f"exported, {tables} tables", IMAGE_SIZE)
+    rows = depth["rows"] if depth else []
+    ratios = {(row["graph"], row["image_size"]): row["ratio"] for row in rows}
+    name = f"Med-SA ViT-B, {tables} tables: a slice in 3D, over 2D"
+    return _at_most(name, 1.10, ratios.get(wanted))
+
+
+def _next_click(result: Result) -> Target:
+    """The time of a further click, the fastest of our backends."""
+    times = {
+        name: one["median_ms"]["click"]
+        for name, one in _measured(result, CLICKED)
+        if "click" in one["median_ms"] and name.endswith(" fp32")
+    }
+    fastest = min(times, key=lambda name: times[name]) if times else None
+    value = times[fastest] if fastest else None
+    note = fastest.removeprefix(f"{OURS}, ") if fastest else ""
+    name = f"{CLICKED}: the next click"
+    return _target(name, "≤ 15 ms", value, value is not None and value <= 15, note)
+
+
+def _at_most(name: str, limit: float, measured: float | None, note: str = "") -> Target:
+    met = measured is not None and measured <= limit
+    return _target(name, f"≤ {limit:.2f}", measured, met, note)
+
+
+def _target(name: str, limit: str, measured: float | None, met: bool, note: str) -> Target:
+    notes = [note] if note else []
+    if measured is not None and not met and name in REASONS:
+        notes.append(REASONS[name])
+    return Target(
+        name=name,
+        limit=limit,
+        measured=measured,
+        met=None if measured is None else met,
+        note="; ".join(notes),
+    )
