@@ -31,10 +31,13 @@ from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.graphs import OPSET, contract, export_encoder
 from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.graph.fused import write_fused
 from medsa_deploy.stages import diagnose
 
 RESULT = Path(__file__).parent / "results" / "depth.json"
 SLICES = 8
+SINGLE = 4
+"""Slices of a sample in 2D."""
 ROWS = (
     ("exported, zero tables", 1024, 0.0, True),
     ("exported, real tables", 1024, 0.2, True),
@@ -46,7 +49,9 @@ ROWS = (
 WORKER = """
 import resource, sys, time
 import numpy as np, onnxruntime as ort
-session = ort.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+options = ort.SessionOptions()
+options.enable_mem_pattern = False  # as the runtime has it
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 batches, batch, side = map(int, sys.argv[2:])
 image = np.random.default_rng(0).random((batch, 3, side, side), dtype=np.float32)
 session.run(None, {"image": image})
@@ -60,16 +65,17 @@ for _ in sys.stdin:
 """
 
 
-def export(checkpoint: Path, path: Path, *, depth: bool, folded: bool) -> None:
-    """One encoder as ONNX, in 2D or 3D."""
+def export(checkpoint: Path, path: Path, *, depth: bool, folded: bool) -> Path:
+    """One encoder as ONNX, in 2D or 3D; the file that the runtime would run."""
     loaded = load_checkpoint(checkpoint)
     overrides = Overrides(depth_chunk=SLICES if depth else None)
     network = infer(loaded, overrides).network
     reference = build_reference(network, loaded.tensors)
     if folded:
         encoder = fold(reference).encoder
-        export_encoder(encoder, contract(network)["encoder"], path, chunk=network.chunk)
-        return
+        files = export_encoder(encoder, contract(network)["encoder"], path, chunk=network.chunk)
+        fused = path.with_suffix(".fused.onnx")
+        return fused if write_fused(files, fused) else path
     side = network.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,12 +89,13 @@ def export(checkpoint: Path, path: Path, *, depth: bool, folded: bool) -> None:
             external_data=False,
             verbose=False,
         )
+    return path
 
 
 @contextmanager
 def worker(path: Path, *, depth: bool, side: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that encodes eight slices whenever it gets a line."""
-    sizes = ("1", str(SLICES), str(side)) if depth else (str(SLICES), "1", str(side))
+    """A process that encodes a chunk, or single slices one by one, whenever it gets a line."""
+    sizes = ("1", str(SLICES), str(side)) if depth else (str(SINGLE), "1", str(side))
     command = [sys.executable, "-c", WORKER, str(path), *sizes]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -101,14 +108,14 @@ def worker(path: Path, *, depth: bool, side: int) -> Iterator[subprocess.Popen[s
         process.stdin.close()
 
 
-def sample(process: subprocess.Popen[str]) -> dict[str, float]:
+def sample(process: subprocess.Popen[str], slices: int) -> dict[str, float]:
     """Seconds a slice, and the process's peak memory so far."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("\n")
     process.stdin.flush()
     seconds, peak = process.stdout.readline().split()
-    return {"seconds": float(seconds) / SLICES, "peak_mb": int(peak) / 1024}
+    return {"seconds": float(seconds) / slices, "peak_mb": int(peak) / 1024}
 
 
 def measure(row: tuple[str, int, float, bool], runs: int, folder: Path) -> dict[str, object]:
@@ -121,11 +128,11 @@ def measure(row: tuple[str, int, float, bool], runs: int, folder: Path) -> dict[
         processes = {}
         for kind in samples:
             path = folder / f"{re.sub('[^a-z]+', '-', name)}-{side}-{kind}.onnx"
-            export(checkpoint, path, depth=kind == "3D", folded=folded)
+            path = export(checkpoint, path, depth=kind == "3D", folded=folded)
             processes[kind] = stack.enter_context(worker(path, depth=kind == "3D", side=side))
         for _ in range(runs):
             for kind, process in processes.items():
-                samples[kind].append(sample(process))
+                samples[kind].append(sample(process, SLICES if kind == "3D" else SINGLE))
                 print(name, side, kind, samples[kind][-1], file=sys.stderr)
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(*samples.values(), strict=True)]
     return {
