@@ -108,6 +108,24 @@ def precisions_table(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
 
 
+def depth_table(result: dict[str, Any]) -> str:
+    """Encoder time of a slice in 3D beside the same checkpoint's in 2D."""
+    rows = [
+        "| graph | image size | a slice in 2D | in 3D | ratio | peak memory in 2D | in 3D |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        seconds, peak = row["seconds"], row["peak_mb"]
+        rows.append(
+            f"| {row['graph']} | {row['image_size']} | {seconds['2D']:.2f} s "
+            f"| {seconds['3D']:.2f} s | {row['ratio']:.2f} | {peak['2D'] / 1024:.1f} GiB "
+            f"| {peak['3D'] / 1024:.1f} GiB |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    what = f"{result['what'][0].upper()}{result['what'][1:]}."
+    return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
+
+
 def targets_table(result: dict[str, Any]) -> str:
     """Targets of speed, from peers.json and depth.json."""
     depth = RESULTS / "depth.json"
@@ -128,6 +146,7 @@ TABLES: Tables = {
     "export": export_table,
     "precisions": precisions_table,
     "volume_memory": volume_memory_table,
+    "depth": depth_table,
     "peers": table.main_table,
     "targets": targets_table,
     "scaling": scaling_text,
