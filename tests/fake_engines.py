@@ -85,8 +85,8 @@ def compute(machine: Machine, made: Manifest, network: BrightPixels) -> None:
         machine.functions[role] = function
 
 
-def session_of(machine: Machine) -> Any:
+def session_of(machine: Machine, **options: Any) -> Any:
     """A session on bright pixels themselves, whose network the machine's engines compute."""
-    session = bright_pixels()
+    session = bright_pixels(**options)
     compute(machine, session.manifest, BrightPixels(session.manifest.network))
     return session

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import DTypeLike
 
 from medsa_deploy.cuda import FLOAT32, DeviceArray
 from medsa_deploy.errors import EngineDeviceError, MissingDependencyError
@@ -52,7 +53,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         """image (B, 3, S, S) on the host → image_embeddings (B, 256, g, g) on the GPU."""
         (value,) = self._bound(self._encoder, {"image": image}, self.device)
 
-        def read(address: int, shape: tuple[int, ...]) -> Array:
+        def read(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             start = (address - value.data_ptr()) // FLOAT32
             values: Array = value.numpy().reshape(-1)[start : start + int(np.prod(shape))]
             return values.reshape(shape)

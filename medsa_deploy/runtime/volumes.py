@@ -24,8 +24,9 @@ from medsa_deploy.transforms import Frame, Prompt
 
 from .backend import Array
 from .chunks import ChunkEncoder
+from .decoding import decode
 from .label_map import LabelMap
-from .session import Session, decode
+from .session import Session
 from .structures import (
     Labelling,
     SlicePrompts,
