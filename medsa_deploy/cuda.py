@@ -133,7 +133,7 @@ class Gpu:
         self._pinned[memory.ctypes.data] = memory
         return memory
 
-    def unpin(self, memory: Array) -> None:
+    def unpin(self, memory: NDArray[Any]) -> None:
         """Release what `pinned` gave, once nothing that is queued uses it."""
         self.wait()
         self._pinned.pop(memory.ctypes.data).base.free()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,6 +93,11 @@ class Session:
         if self._backend is None:
             raise UsageError("this session is closed: load the bundle again")
         return self._backend
+
+    @property
+    def degraded(self) -> str | None:
+        """Why another backend than the one asked for is in use, where a fallback is."""
+        return self.backend.degraded if isinstance(self.backend, FallbackBackend) else None
 
     @property
     def conventions(self) -> Conventions:
@@ -273,7 +278,7 @@ class Session:
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
             counted=None if made is None else [regions(of_set, size) for of_set in made.tally],
-            degraded=backend.degraded if isinstance(backend, FallbackBackend) else None,
+            degraded=self.degraded,
         )
 
     def close(self) -> None:
@@ -294,9 +299,7 @@ class Session:
         self.close()
 
 
-def _masks(
-    logits: Array, made: MadeMasks | None, wanted: MasksWanted, backend: Backend
-) -> NDArray[np.bool_]:
+def _masks(logits: Array, made: MadeMasks | None, wanted: MasksWanted, backend: Backend) -> Any:
     """The masks that a GPU made, or those of the logits."""
     if made is None:
         if wanted.on_device:

@@ -101,9 +101,10 @@ class TensorRTBackend:
 
     def _mask_maker(self) -> MaskMaker | None:
         """What makes masks on this GPU; None, said aloud, where its kernels cannot be had."""
-        (logits, *_) = self._decoder.output_shapes(self._decoder.largest["point_coords"][0])
+        most = max(shape[0] for shape in self._decoder.largest.values())
+        logits, *_ = self._decoder.output_shapes(most)
         try:
-            return MaskMaker(self._gpu, self._cubin("postprocess"), logits[:3])
+            return MaskMaker(self._gpu, self._cubin("postprocess"), logits)
         except (BuildError, MissingDependencyError) as e:
             logger.warning(
                 "masks are made on the processor: %s; or put kernels for this GPU into the bundle, "
@@ -211,6 +212,7 @@ class TensorRTBackend:
             **self._about,
             "precision": self._engine.options.precision,
             "state": self._engine.state,
+            "tf32": self._engine.options.tf32,
             "cuda_graphs": self._cuda_graphs,
             "masks": "processor" if self._masks is None else "GPU",
         }
