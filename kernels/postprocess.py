@@ -128,8 +128,8 @@ def pack(masks: NDArray[np.bool_]) -> Words:
 
 def unpack(words: Words, width: int) -> NDArray[np.bool_]:
     """(…, H, ceil(W / 32)) → (…, H, W)."""
-    bits = np.unpackbits(words.astype("<u4").view(np.uint8), axis=-1, bitorder="little")
-    return bits[..., :width].astype(bool)
+    data = words.astype("<u4", copy=False).view(np.uint8)
+    return np.unpackbits(data, axis=-1, count=width, bitorder="little").view(np.bool_)
 
 
 def region(mask: NDArray[np.bool_]) -> Region:

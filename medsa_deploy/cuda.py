@@ -11,7 +11,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Self
 
@@ -28,7 +28,9 @@ from .errors import (
 )
 
 Array = NDArray[np.float32]
-FLOAT32 = np.dtype(np.float32).itemsize
+DTYPE = np.dtype(np.float32)
+"""Of what the graphs take and give."""
+FLOAT32 = DTYPE.itemsize
 LEGACY_STREAM = 1
 """CUDA's default stream in `__cuda_array_interface__`. A `Gpu`'s stream waits for its work."""
 
@@ -88,7 +90,7 @@ class Gpu:
         self._lost: str | None = None
         self._closed = False
         self._device: dict[int, Any] = {}
-        self._pinned: list[Any] = []
+        self._pinned: dict[int, Any] = {}
         with self._named():
             self._context = _primary_context()
         with self.current():
@@ -128,20 +130,27 @@ class Gpu:
     def pinned(self, length: int) -> Array:
         """Page-locked host memory, (length,) float32, which the GPU copies from and to directly."""
         memory: Array = self._driver.pagelocked_empty(length, np.float32)
-        self._pinned.append(memory)
+        self._pinned[memory.ctypes.data] = memory
         return memory
+
+    def unpin(self, memory: NDArray[Any]) -> None:
+        """Release what `pinned` gave, once nothing that is queued uses it."""
+        self.wait()
+        self._pinned.pop(memory.ctypes.data).base.free()
 
     def upload(self, address: int, values: Array) -> None:
         """Queue a copy of pinned values to the GPU."""
         self._driver.memcpy_htod_async(address, values, self._stream)
 
-    def download(self, values: Array, address: int) -> None:
+    def download(self, values: NDArray[Any], address: int) -> None:
         """Queue a copy into pinned memory."""
         self._driver.memcpy_dtoh_async(values, address, self._stream)
 
-    def read(self, address: int, shape: tuple[int, ...]) -> Array:
+    def read(
+        self, address: int, shape: tuple[int, ...], dtype: DTypeLike = np.float32
+    ) -> NDArray[Any]:
         """A copy of values on the GPU, after everything that was queued."""
-        values = np.empty(shape, np.float32)
+        values = np.empty(shape, dtype)
         with self.current():
             self.wait()
             self._driver.memcpy_dtoh(values, address)
@@ -192,7 +201,7 @@ class Gpu:
     def close(self) -> None:
         """Wait for the stream, then free everything; what was lost is free already."""
         device, self._device = list(self._device.values()), {}
-        pinned, self._pinned = self._pinned, []
+        pinned, self._pinned = list(self._pinned.values()), {}
         with suppress(MedsaError), self.current():
             self.wait()
             for memory in device:
@@ -261,7 +270,7 @@ class Graph:
 
 @dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """float32 values on the GPU, row by row. PyTorch, CuPy and pycuda take them without a copy.
+    """Values on the GPU, row by row. PyTorch, CuPy and pycuda take them without a copy.
 
     `np.asarray` copies them to the host. They live as long as `owner`, and no longer than what
     allocated them: a view that another library made of them must not outlive either.
@@ -270,14 +279,15 @@ class DeviceArray:
     address: int
     shape: tuple[int, ...]
     owner: object
-    read: Callable[[int, tuple[int, ...]], Array]
+    read: Callable[[int, tuple[int, ...], DTypeLike], NDArray[Any]]
     """Copies values at an address to the host; an error where they are no more."""
+    dtype: np.dtype[Any] = DTYPE
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
-            "typestr": "<f4",
+            "typestr": self.dtype.str,
             "data": (self.address, True),
             "strides": None,
             "stream": None,  # what gives them out has waited for them
@@ -287,7 +297,7 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return FLOAT32 * int(np.prod(self.shape))
+        return self.dtype.itemsize * int(np.prod(self.shape))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -299,12 +309,13 @@ class DeviceArray:
             raise UsageError("values on a GPU can be taken in steps of 1 only")
         shape = (max(stop - start, 0), *self.shape[1:])
         each = self.nbytes // max(len(self), 1)
-        return type(self)(self.address + start * each, shape, self.owner, self.read)
+        return replace(self, address=self.address + start * each, shape=shape)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("values on a GPU cannot be had without a copy")
-        return self.read(self.address, self.shape).astype(dtype or np.float32, copy=False)
+        values = self.read(self.address, self.shape, self.dtype)
+        return values.astype(dtype or self.dtype, copy=False)
 
 
 def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
@@ -312,7 +323,7 @@ def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
 
     `gpu` must be current; see `Gpu.wait_for_owner`. UsageError unless it is float32 and contiguous.
     """
-    if isinstance(values, DeviceArray):
+    if isinstance(values, DeviceArray) and values.dtype == np.float32:
         return values
     found = getattr(values, "__cuda_array_interface__", None)
     if found is None:

@@ -59,11 +59,14 @@ def facts(profile: Profile) -> dict[str, str]:
     held = "not measured on this system"
     if profile.peak_mb is not None and profile.loaded_mb is not None:
         held = f"{profile.peak_mb:.0f} MB at most, {profile.loaded_mb:.0f} MB when loaded"
+    if gpu := machine.get("gpu"):
+        gpu, held = f"; {gpu}", f"{held}, without the GPU's"
     return {
         "bundle": profile.bundle,
         "what": f"{profile.precision} in {profile.backend}; image: {profile.work}",
         "threads": "all cores" if profile.threads is None else str(profile.threads),
-        "machine": f"{machine['processor']}, {machine['cores']} cores{memory}; {machine['system']}",
+        "machine": f"{machine['processor']}, {machine['cores']} cores{memory}; "
+        f"{machine['system']}{gpu or ''}",
         "versions": ", ".join(f"{name} {number}" for name, number in profile.versions.items()),
         "cold load": f"{profile.load_ms / 1e3:.2f} s in a new process, checking of files included",
         "memory": held,

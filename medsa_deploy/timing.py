@@ -128,11 +128,13 @@ def measure(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any
             run_once(session, work)
         on_step(f"measure {options.runs} runs")
         found["samples_ms"] = _samples(session, work, options.runs, on_run)
-    found["peak_mb"] = _memory_mb("VmHWM")
-    runs = min(options.runs, LAYER_RUNS)
-    on_step(f"time the layers, {runs} runs")
-    with load(options.bundle, **opening, threads=options.threads, time_layers=True) as session:
-        found["layers"] = _layers(session, work, runs, on_run)
+        timed = isinstance(session.backend, TimesLayers)
+    found |= {"peak_mb": _memory_mb("VmHWM"), "layers": {}}
+    if timed:
+        runs = min(options.runs, LAYER_RUNS)
+        on_step(f"time the layers, {runs} runs")
+        with load(options.bundle, **opening, threads=options.threads, time_layers=True) as session:
+            found["layers"] = _layers(session, work, runs, on_run)
     return found
 
 
@@ -151,8 +153,7 @@ def _layers(
 ) -> dict[str, list[dict[str, Any]]]:
     """Layers of both graphs over `runs` runs, after one to warm up, of a first click each."""
     backend = session.backend
-    if not isinstance(backend, TimesLayers):
-        return {}
+    assert isinstance(backend, TimesLayers)
     for run in range(1 + runs):
         embeddings = session.encode_slices(work.images)
         session.segment_sets(embeddings[0], [work.first])

@@ -18,7 +18,8 @@ from . import transforms
 from .errors import BundleError, ImageError, ParityError
 from .images import Image, read_volume
 from .manifest import Parity, TensorParity
-from .runtime.session import Embedding, Session, decode
+from .runtime import Embedding, Session
+from .runtime.decoding import decode
 from .transforms import Frame, Prompt
 
 Array = NDArray[np.float32]

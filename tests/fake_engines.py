@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fake_gpu import DEVICE, Machine
-from fake_network import BrightPixels, bright_pixels
+from fake_network import SIDE, BrightPixels, bright_pixels
 
-from medsa_deploy import engine, manifest
+from medsa_deploy import engine, manifest, verify
 from medsa_deploy.engine import Engine, EngineFile, Options, Range
-from medsa_deploy.manifest import Manifest
+from medsa_deploy.manifest import File, Manifest
 
 
 def describe(flavor: str = "tensorrt", **sizes: Range) -> Options:
@@ -85,8 +86,31 @@ def compute(machine: Machine, made: Manifest, network: BrightPixels) -> None:
         machine.functions[role] = function
 
 
-def session_of(machine: Machine) -> Any:
+def session_of(machine: Machine, **options: Any) -> Any:
     """A session on bright pixels themselves, whose network the machine's engines compute."""
-    session = bright_pixels()
+    session = bright_pixels(**options)
     compute(machine, session.manifest, BrightPixels(session.manifest.network))
     return session
+
+
+def bundle_of(machine: Machine, folder: Path) -> Path:
+    """A bundle of bright pixels with TensorRT's engines. Its ONNX files are none."""
+    plain = session_of(machine)
+    folder.mkdir()
+    case = verify.seeded_case(SIDE, None, 1)
+    verify.save_reference(folder / "reference.npz", case, verify.run_case(plain, case))
+    files = []
+    for role, name in (
+        ("encoder", "encoder.onnx"),
+        ("decoder", "decoder.onnx"),
+        ("reference", "reference.npz"),
+    ):
+        path = folder / name
+        if role != "reference":
+            path.write_text(role)
+        size, digest = path.stat().st_size, manifest.sha256(path)
+        files.append(File(path=name, role=role, precision="fp32", bytes=size, sha256=digest))
+    made = replace(plain.manifest, files=tuple(files))
+    manifest.save(made, folder)
+    write(folder / "engines" / "x", made, describe())
+    return folder

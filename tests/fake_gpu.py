@@ -21,11 +21,14 @@ import numpy as np
 import pytest
 
 from medsa_deploy import cuda
+from medsa_deploy.kernels import postprocess, preprocess
 from medsa_deploy.kernels.axes import BLOCK, Launch
-from medsa_deploy.kernels.preprocess import Parameters
+from medsa_deploy.runtime import trt
 
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
 Function = Callable[..., dict[str, np.ndarray]]
+PARAMETERS = {"preprocess": preprocess.Parameters, "postprocess": postprocess.Parameters}
+"""Source of kernels → what they are launched with."""
 
 
 class CudaError(Exception):
@@ -52,7 +55,12 @@ class Machine:
         self.graphs = 0
         """Executable graphs."""
         self.captured = self.replayed = self.enqueued = self.waited = 0
-        self.capacity = math.inf
+        self.launched: list[str] = []
+        """Entries of kernels, in order."""
+        self.downloaded = 0
+        """Bytes that came to the host."""
+        self.capacity = self.pinnable = math.inf
+        """Bytes of GPU memory, and arrays of pinned memory, that there may be."""
         self.functions: dict[str, Function] = {}
         """What an engine's file holds → what it computes."""
         self.current = threading.local()
@@ -161,6 +169,8 @@ def pycuda_driver(machine: Machine) -> ModuleType:
     class Pinned:
         def __init__(self, length: int) -> None:
             machine.check()
+            if machine.pinned >= machine.pinnable:
+                raise CudaMemoryError("cuMemHostAlloc failed: out of memory")
             machine.pinned += 1
             self.memory = np.full(length, np.nan, np.float32)
             self.__array_interface__ = self.memory.__array_interface__
@@ -180,12 +190,15 @@ def pycuda_driver(machine: Machine) -> ModuleType:
 
     def dtoh(values: np.ndarray, address: int, stream: Stream) -> None:
         machine.check()
-        source = machine.view(address, values.nbytes).view(np.float32)
+        machine.downloaded += values.nbytes
+        source = machine.view(address, values.nbytes).view(values.dtype).reshape(values.shape)
         stream.add(lambda: np.copyto(values, source))
 
     def dtoh_now(values: np.ndarray, address: int) -> None:
         machine.check()
-        np.copyto(values, machine.array(address, values.shape))
+        np.copyto(
+            values, machine.view(address, values.nbytes).view(values.dtype).reshape(values.shape)
+        )
 
     driver.Context, driver.Device = Context, Device
     driver.Stream = lambda: Stream(machine)
@@ -200,19 +213,24 @@ def pycuda_driver(machine: Machine) -> ModuleType:
     )
 
     class Module:
-        """The kernels' sources, as host C++."""
+        """A source of kernels, as host C++. A cubin is its name."""
+
+        def __init__(self, cubin: bytes) -> None:
+            machine.check()
+            self.source = cubin.decode()
 
         def get_function(self, entry: str) -> Callable[..., None]:
             def call(parameters: np.ndarray, *, grid, block, stream: Stream) -> None:
                 machine.check()
                 assert block == BLOCK
-                given = Parameters.from_buffer_copy(parameters.tobytes())
-                launch = Launch(source="preprocess", entry=entry, grid=grid, parameters=given)
+                given = PARAMETERS[self.source].from_buffer_copy(parameters.tobytes())
+                launch = Launch(source=self.source, entry=entry, grid=grid, parameters=given)
+                machine.launched.append(entry)
                 stream.add(lambda: cuda_on_host.run(launch))
 
             return call
 
-    driver.module_from_buffer = lambda cubin: Module()
+    driver.module_from_buffer = Module
     return driver
 
 
@@ -392,5 +410,6 @@ def install(
         monkeypatch.delitem(sys.modules, other, raising=False)
     monkeypatch.setitem(sys.modules, name, tensorrt_runtime(machine, name, version))
     monkeypatch.setattr(cuda, "device", lambda: DEVICE)
+    monkeypatch.setattr(trt, "cubin", lambda source, target, bundle: source.encode())
     cuda._primary_context.cache_clear()
     return machine

@@ -91,9 +91,10 @@ def bright_pixels(
     clicks: float = 0.0,
     context: float = 0.0,
     names: Sequence[str] = (),
+    outputs: str = "classes",
     **conventions: Any,
 ) -> Session:
-    """A session on bright pixels: 3D if `chunk` is more than 1."""
+    """A session on bright pixels: 3D if `chunk` is more than 1; `outputs` sam: of candidates."""
     network = Network(
         family="medsa",
         encoder="vit",
@@ -112,7 +113,7 @@ def bright_pixels(
         two_way="meta",
         mask_tokens=max(4, classes),
         classes=classes,
-        outputs="classes",
+        outputs=outputs,
         sd_trans="public" if chunk > 1 else None,
         depth_chunk=chunk if chunk > 1 else None,
     )

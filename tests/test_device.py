@@ -19,14 +19,18 @@ from fake_gpu import CudaLogicError, CudaMemoryError, Machine
 from fake_network import SIDE, BrightPixels, bright_pixels
 from numpy.testing import assert_array_equal
 
-from medsa_deploy import cuda, errors
+from medsa_deploy import cuda, errors, transforms
 from medsa_deploy.engine import Range
-from medsa_deploy.runtime import Session
+from medsa_deploy.kernels.postprocess import region
+from medsa_deploy.runtime import Prediction, Session, trt
 from medsa_deploy.runtime.fallback import FallbackBackend
 from medsa_deploy.runtime.trt import TensorRTBackend
+from medsa_deploy.transforms import prompts
 
 POINT = {"points": [(20, 30)]}
 BOX = {"box": (5, 8, 40, 50)}
+TOLERANCE = 1e-6
+"""As postprocess.cu states it, of the largest logit."""
 
 
 @pytest.fixture
@@ -187,10 +191,9 @@ def test_frames_on_the_gpu_are_taken_where_they_are(
     ],
 )
 def test_a_frame_on_the_gpu_stays_there(
-    machine: Machine, session: Session, plain: Session, monkeypatch, shape, dtype, window
+    machine: Machine, session: Session, plain: Session, shape, dtype, window
 ) -> None:
     """The kernels' own sources run, compiled for the host; rows of the frame are apart."""
-    monkeypatch.setattr(session.backend._frames, "_cubin", lambda: b"cubin")
     wide = np.random.default_rng(0).integers(0, 250, (shape[0], shape[1] + 5, *shape[2:]))
     wide = wide.astype(dtype)
     pixels = wide[:, : shape[1]]
@@ -209,8 +212,7 @@ def test_a_frame_on_the_gpu_stays_there(
     assert len(set(machine.blocks) - blocks) <= 1  # an embedding's, as the last is held
 
 
-def test_formats_of_frames_do_not_pile_up(machine: Machine, session: Session, monkeypatch) -> None:
-    monkeypatch.setattr(session.backend._frames, "_cubin", lambda: b"cubin")
+def test_formats_of_frames_do_not_pile_up(machine: Machine, session: Session) -> None:
     used = []
     for height in range(10, 32):
         theirs = machine.put(np.zeros((height, 20), np.uint8))
@@ -232,6 +234,139 @@ def test_frames_the_kernels_cannot_read_are_refused(
             session.encode(machine.put(pixels))
     with pytest.raises(errors.UsageError, match="bright pixels takes no frames on a GPU"):
         plain.encode(machine.put(np.zeros((20, 20), np.uint8)))
+
+
+def assert_masks(found: Prediction, wanted: Prediction) -> None:
+    """Those that numpy makes of the logits, but where these are the threshold up to rounding."""
+    assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+    logits = transforms.upsample(wanted.low_res_logits, wanted.frame)
+    cut = transforms.probability_to_logit(wanted.threshold)
+    clear = np.abs(logits - cut) > TOLERANCE * max(float(np.abs(logits).max()), abs(cut))
+    masks = np.asarray(found.masks)
+    assert masks.dtype == np.bool_
+    assert clear.mean() > 0.99
+    assert_array_equal(masks[clear], wanted.masks[clear])
+    assert found.regions == [[region(mask) for mask in of_set] for of_set in masks]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("shape", [(60, 60), (83, 71), (200, 33), (20, 301)])
+def test_masks_are_made_on_the_gpu(
+    machine: Machine, session: Session, plain: Session, shape: tuple[int, int], on_device: bool
+) -> None:
+    """The kernels' own sources run, compiled for the host."""
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    embedding, on_host = session.encode(image), plain.encode(image)
+    boxes = np.array([[1, 2, 30, 19], [5, 6, 32, 18], [0, 0, 9, 9], [3, 3, 20, 9], [2, 4, 6, 8]])
+    for prompt in ({"points": [(20, 10)]}, {"box": boxes}, {"box": boxes[:2], "threshold": 0.4}):
+        found = session.segment(embedding, **prompt, on_device=on_device)
+        assert_masks(found, plain.segment(on_host, **prompt))
+        assert isinstance(found.masks, cuda.DeviceArray) == on_device
+    assert set(machine.launched) == {"label_map" if on_device else "threshold_masks"}
+
+
+def test_only_what_is_asked_for_comes_to_the_host(machine: Machine, session: Session) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 96), dtype=np.uint8)
+    embedding = session.encode(image)
+    logits, words, tally = 4 * SIDE**2 + 4, 64 * 96 // 8, 5 * 4
+    for on_device in (False, True):
+        machine.downloaded = 0
+        found = session.segment(embedding, points=[(20, 10)], on_device=on_device)
+        assert found.masks.shape == (1, 1, 64, 96)
+        assert machine.downloaded == logits + tally + (0 if on_device else words)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("multimask", [False, True])
+def test_masks_of_several_a_set(
+    machine: Machine, tmp_path: Path, multimask: bool, on_device: bool
+) -> None:
+    """SAM's candidates, of which only those that are wanted are made."""
+    plain = session_of(machine, outputs="sam")
+    folder = write(tmp_path / "x", plain.manifest, describe())
+    image, points = frame(3)[:50], np.array([[[9, 9]], [[30, 20]], [[5, 40]], [[50, 45]]])
+    with open_engines(plain, folder) as session:
+        options = {"points": points, "multimask": multimask}
+        found = session.segment(session.encode(image), **options, on_device=on_device)
+        assert_masks(found, plain.segment(plain.encode(image), **options))
+        assert found.masks.shape[:2] == (4, 3 if multimask else 1)
+
+
+def test_sets_of_different_lengths_keep_their_order(session: Session, plain: Session) -> None:
+    two = {"points": [(40, 9), (3, 3)], "labels": [1, 0]}
+    sets = [*prompts(box=[1, 2, 40, 50]), *prompts(**two), *prompts(points=[(9, 9)])]
+    embedding, on_host = (one.encode(frame(3)[:50]) for one in (session, plain))
+    assert_masks(session.segment_sets(embedding, sets), plain.segment_sets(on_host, sets))
+    with pytest.raises(errors.UsageError, match="sets with equally many points"):
+        session.segment_sets(embedding, sets, on_device=True)
+
+
+def test_masks_on_the_gpu_are_arrays_for_other_libraries(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    embedding, prompt = session.encode(frame(0)[:40]), {"points": [(9, 9)], "on_device": True}
+    found = session.segment(embedding, **prompt)
+    interface = found.masks.__cuda_array_interface__
+    assert (interface["typestr"], interface["shape"]) == ("|b1", (1, 1, 40, SIDE))
+    seen = machine.view(interface["data"][0], 40 * SIDE).reshape(40, SIDE)
+    assert_array_equal(seen, np.asarray(found.masks)[0, 0])
+    assert_array_equal(found.label_map() > 0, seen)
+    with pytest.raises(errors.UsageError, match=r"is \|b1 with strides None, expected contiguous"):
+        session.backend.encode(found.masks)
+    others = [session.segment(embedding, **prompt) for _ in range(3)]
+    assert len({one.masks.address for one in (found, *others)}) == 4
+    del others
+    blocks = set(machine.blocks)
+    for _ in range(5):
+        session.segment(embedding, **prompt)
+    assert set(machine.blocks) == blocks
+    session.close()
+    with pytest.raises(errors.UsageError, match="released with its session"):
+        np.asarray(found.masks)
+    with pytest.raises(errors.UsageError, match="bright pixels makes no masks on a GPU"):
+        plain.segment(plain.encode(frame(0)), **prompt)
+
+
+def test_sizes_of_masks_do_not_pile_up(machine: Machine, session: Session) -> None:
+    used = []
+    for height in range(10, 40):
+        embedding = session.encode(frame(0)[:height])
+        for on_device in (False, True):
+            session.segment(embedding, points=[(2, 2)], on_device=on_device)
+        used.append((len(machine.blocks), machine.pinned))
+    assert used[-1] == used[-9] == max(used)
+
+
+def test_without_kernels_masks_are_made_on_the_processor(
+    machine: Machine, plain: Session, folder: Path, monkeypatch, caplog
+) -> None:
+    def cubin(source: str, target: str, bundle: Path) -> bytes:
+        raise errors.MissingDependencyError("nvidia-cuda-nvrtc", extra="kernels", purpose="it")
+
+    monkeypatch.setattr(trt, "cubin", cubin)
+    with open_engines(plain, folder) as session:
+        assert "masks are made on the processor: it needs nvidia-cuda-nvrtc" in caplog.text
+        assert session.backend.facts()["masks"] == "processor"
+        same(session, plain, frame(0)[:40], points=[(9, 9)])
+        with pytest.raises(errors.UsageError, match="tensorrt makes no masks on a GPU"):
+            session.segment(session.encode(frame(0)), **POINT, on_device=True)
+
+
+def test_a_full_memory_for_masks_is_named_and_leaves_nothing(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    embedding = session.encode(frame(0)[:40])
+    before = machine.used, machine.pinned
+    machine.capacity = machine.used
+    for _ in range(2):
+        with pytest.raises(errors.DeviceMemoryError):
+            session.segment(embedding, points=[(9, 9)])
+    machine.capacity, machine.pinnable = np.inf, 0
+    with pytest.raises(errors.DeviceMemoryError):
+        session.segment(embedding, points=[(9, 9)])
+    assert (machine.used, machine.pinned) == before
+    machine.pinnable = np.inf
+    same(session, plain, frame(0)[:40], points=[(9, 9)])
 
 
 def test_work_in_another_stream_is_waited_for(machine: Machine, session: Session) -> None:
@@ -301,6 +436,7 @@ def test_a_full_memory_mid_stream_leaves_a_session_that_works(
     machine: Machine, session: Session, plain: Session
 ) -> None:
     held = [session.encode(frame(0)), session.encode(frame(1))]
+    session.segment(held[0], **POINT)
     machine.capacity = machine.used
     with pytest.raises(errors.DeviceMemoryError):
         session.encode(frame(2))
@@ -524,6 +660,32 @@ def test_an_embedding_is_brought_along_where_it_can_be(
     assert "Error Code 3" in found.degraded
     assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **BOX).masks)
     assert machine.used == machine.pinned == 0
+
+
+def test_frames_and_masks_stay_on_the_gpu_within_a_chain(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    """Until its first backend is given up; also between two prompt sets of one call."""
+    falling, image = chain(session, plain), frame(1)[:50]
+    embedding, on_host = falling.encode(machine.put(image)), plain.encode(image)
+    found = falling.segment(embedding, points=[(9, 9)], on_device=True)
+    assert isinstance(found.masks, cuda.DeviceArray)
+    assert_masks(found, plain.segment(on_host, points=[(9, 9)]))
+    sets = [*prompts(points=[(9, 9), (20, 30)], labels=[1, 0]), *prompts(points=[(9, 9)])]
+
+    def on_wait() -> None:
+        machine.refuses = "Error Code 3"
+
+    machine.on_wait = on_wait
+    found = falling.segment_sets(embedding, sets)
+    assert "Error Code 3" in found.degraded
+    wanted = plain.segment_sets(on_host, sets)
+    assert_array_equal(found.masks, wanted.masks)
+    assert found.regions == wanted.regions
+    with pytest.raises(errors.UsageError, match="bright pixels takes no frames on a GPU"):
+        falling.encode(machine.put(image))
+    with pytest.raises(errors.UsageError, match="bright pixels makes no masks on a GPU"):
+        falling.segment(falling.encode(image), points=[(9, 9)], on_device=True)
 
 
 def test_an_encoder_that_fails_falls_back_at_once(

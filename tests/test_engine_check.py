@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import fake_gpu
@@ -110,10 +109,8 @@ def test_a_process_that_ends_early_is_a_failure(made: Path, plain: Session, monk
 
 
 def test_tf32_is_judged_like_float16() -> None:
-    described = engine.Engine(options=describe(), version="1", device=None, state="built", files=())
-    assert engine_check.limits_of(described, None).relative_l2 == 1e-4
-    tf32 = replace(described, options=replace(described.options, tf32=True))
-    assert engine_check.limits_of(tf32, None) == verify.LIMITS["fp16"]
+    assert engine_check.limits_of("fp32", None, tf32=False).relative_l2 == 1e-4
+    assert engine_check.limits_of("fp32", None, tf32=True) == verify.LIMITS["fp16"]
 
 
 def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:

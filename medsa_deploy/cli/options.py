@@ -32,6 +32,15 @@ Backend = Annotated[
         "rtx and onnxruntime-cuda"
     ),
 ]
+Fallback = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Backend that takes over if the one before cannot run; again for more"
+    ),
+]
+NoCudaGraphs = Annotated[
+    bool, typer.Option("--no-cuda-graphs", help="tensorrt, rtx: replay no CUDA graphs")
+]
 Precision = Annotated[
     str,
     typer.Option(

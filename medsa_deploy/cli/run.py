@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,10 @@ from .mask_tables import print_segmentation, print_volume
 from .options import (
     Backend,
     Bundle,
+    Fallback,
     IntensityWindow,
     Json,
+    NoCudaGraphs,
     Precision,
     Threads,
     Threshold,
@@ -83,6 +86,8 @@ def run(
         bool, typer.Option("--multimask", help="SAM's three candidates; the best is written")
     ] = False,
     backend: Backend = "onnxruntime",
+    fallback: Fallback = None,
+    no_cuda_graphs: NoCudaGraphs = False,
     precision: Precision = "fp32",
     threads: Threads = None,
     json: Json = False,
@@ -101,6 +106,8 @@ def run(
 
     medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
 
+    medsa-deploy run ckpt.medsa image.png --point 120,88 --backend rtx --fallback onnxruntime
+
     prompts.json, in voxels:
 
     ```
@@ -114,6 +121,15 @@ def run(
     z0 to z1 - 1. "class" instead of "name" takes one class of a network of several; without
     either, a structure gives all of them.
     """
+    open_session = partial(
+        load,
+        bundle,
+        backend=backend,
+        fallback=fallback or (),
+        cuda_graphs=not no_cuda_graphs,
+        precision=precision,
+        threads=threads,
+    )
     window = parse_window(intensity_window)
     rows = [parse_numbers(text, float, "--point") for text in point or ()]
     boxes = [parse_numbers(text, float, "--box") for text in box or ()]
@@ -122,7 +138,7 @@ def run(
         refuse("images", mask_input=mask_input, save_logits=save_logits, multimask=multimask)
         structures = stages.structures_of(rows, boxes, prompts)
         with (
-            load(bundle, backend=backend, precision=precision, threads=threads) as session,
+            open_session() as session,
             console.progress(not json, "slices") as on_slice,
         ):
             segmented = stages.run_volume(
@@ -161,7 +177,7 @@ def run(
     )
     default = Path("masks") if image.is_dir() else Path(f"{image.name}.mask.png")
     with (
-        load(bundle, backend=backend, precision=precision, threads=threads) as session,
+        open_session() as session,
         console.progress(image.is_dir() and not json, "images") as on_image,
     ):
         results = stages.run(

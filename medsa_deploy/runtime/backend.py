@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.errors import DeviceError
+from medsa_deploy.cuda import DeviceArray
+from medsa_deploy.errors import DeviceError, UsageError
 from medsa_deploy.manifest import Conventions, Role
 from medsa_deploy.transforms import Frame
 
@@ -96,6 +97,58 @@ class TakesFrames(Protocol):
     ) -> tuple[Any, Frame]:
         """A frame with `__cuda_array_interface__` → its embedding, and how it lies in the network's
         frame. `window`: intensities of black and white; None for display values."""
+        ...
+
+
+def taking_frames(backend: Backend) -> TakesFrames:
+    """The backend, if it takes frames on a GPU; else UsageError."""
+    if not isinstance(backend, TakesFrames):
+        raise UsageError(f"{backend.name} takes no frames on a GPU: copy it to the host")
+    return backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasksWanted:
+    """What masks are made of a decoder's logits."""
+
+    frame: Frame
+    """How the image lies in the network's frame."""
+    cut: float
+    """The logit that a mask's pixels exceed."""
+    chosen: range
+    """Which of a prompt set's K masks, n neighbours."""
+    on_device: bool = False
+    """Whether they stay on the GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MadeMasks:
+    """Masks of P prompt sets that a GPU made, n each."""
+
+    masks: NDArray[np.uint32] | DeviceArray
+    """(P, n, H, ceil(W / 32)), packed as `kernels.postprocess.unpack` takes them; or those that
+    stayed on the GPU, (P, n, H, W) bool."""
+    tally: NDArray[np.uint32]
+    """(P, n, 5), as `kernels.postprocess.regions` takes it."""
+
+
+Decoded = tuple[Array, Array, MadeMasks | None]
+"""low_res_masks, iou_predictions, and the masks of the image's size where a GPU made them."""
+
+
+@runtime_checkable
+class MakesMasks(Protocol):
+    """A backend on a GPU that makes masks of the image's size where its logits are."""
+
+    def decode_masks(
+        self,
+        image_embeddings: Array,
+        point_coords: Array,
+        point_labels: Array,
+        mask: Array | None,
+        wanted: MasksWanted,
+    ) -> Decoded:
+        """As `Backend.decode`, with masks; None in their place where it cannot make them now."""
         ...
 
 

@@ -13,7 +13,8 @@ from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.transforms import PROFILES
 
-from .session import Embedding, Session
+from .decoding import Embedding
+from .session import Session
 
 logger = logging.getLogger(__name__)
 

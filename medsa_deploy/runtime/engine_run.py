@@ -63,7 +63,7 @@ class _Captured:
 class EngineRun:
     """A deserialized engine, its buffers and its execution contexts, on a `Gpu` that is current.
 
-    The `Gpu` owns the memory. `run` is called from one thread at a time.
+    The `Gpu` owns the memory. It is used from one thread at a time.
     """
 
     def __init__(
@@ -111,30 +111,32 @@ class EngineRun:
         """Shapes of the outputs with `rows` entries in the first axis, in the contract's order."""
         return list(self._outputs(rows).values())
 
-    def run(
+    def queue(
         self,
         inputs: dict[str, Array | DeviceArray],
         rows: int,
         addresses: Sequence[int] | None = None,
-    ) -> list[Array]:
-        """Run once and wait. Inputs on the GPU are used where they are.
+    ) -> list[int]:
+        """Queue one run: where its outputs will be on the GPU, in the contract's order.
 
-        rows: entries in the first axis of the outputs. addresses: where to leave the outputs on the
-        GPU, in the contract's order; nothing is returned then. Otherwise they are copied to the
-        host.
+        Inputs on the GPU are used where they are. rows: entries in the first axis of the outputs.
+        addresses: where to leave them, in place of memory that the next run writes over.
         """
         shapes = {name: tuple(values.shape) for name, values in inputs.items()}
-        outputs = self._outputs(rows)
         tensors = {name: self._place(name, values) for name, values in inputs.items()}
-        given = addresses or [self._buffers[name].address for name in outputs]
-        tensors |= dict(zip(outputs, given, strict=True))
-        self._queue(shapes, tensors)
+        names = [tensor.name for tensor in self._graph.outputs]
+        outputs = list(addresses or (self._buffers[name].address for name in names))
+        self._queue_engine(shapes, tensors | dict(zip(names, outputs, strict=True)))
+        return outputs
+
+    def fetch(self, rows: int) -> list[Array]:
+        """Wait for the last run, and copy its outputs to the host."""
         found = []
-        if addresses is None:
-            for name, shape in outputs.items():
-                part = self._buffers[name].pinned[: int(np.prod(shape))]
-                self._gpu.download(part, tensors[name])
-                found.append(part.reshape(shape))
+        for name, shape in self._outputs(rows).items():
+            buffer = self._buffers[name]
+            part = buffer.pinned[: int(np.prod(shape))]
+            self._gpu.download(part, buffer.address)
+            found.append(part.reshape(shape))
         self._gpu.wait()
         return [values.copy() for values in found]  # the next run writes over these
 
@@ -147,7 +149,7 @@ class EngineRun:
                 self._forget()
             self._context = self._engine = self._runtime = self._runtime_cache = None
 
-    def _queue(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
+    def _queue_engine(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
         """Queue the engine, by replaying a graph where these shapes and addresses have one."""
         if self._flavor == "rtx" or not self._cuda_graphs:  # RTX keeps graphs of its own
             self._enqueue(self._context, shapes, addresses)

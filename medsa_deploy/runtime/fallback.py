@@ -10,17 +10,20 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 
 from medsa_deploy.cuda import DeviceArray
 from medsa_deploy.errors import DeviceError, EngineError, MedsaError, MissingDependencyError
+from medsa_deploy.manifest import Conventions
+from medsa_deploy.transforms import Frame
 
-from .backend import Array, Backend, check_finite
+from .backend import Array, Backend, Decoded, MakesMasks, MasksWanted, check_finite, taking_frames
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class FallbackBackend:
@@ -51,23 +54,33 @@ class FallbackBackend:
 
     def encode(self, image: Array) -> Any:
         """See `Backend.encode`."""
-        with self._lock:
-            while True:
-                try:
-                    embeddings = self._backend.encode(image)
-                    check_finite(self._backend, "an embedding", embeddings)
-                except DeviceError as e:
-                    self._step_down(e)
-                else:
-                    if isinstance(embeddings, DeviceArray):
-                        self._owners.add(embeddings.owner)
-                    return embeddings
+        return self._encoded(lambda backend: (backend.encode(image), None))[0]
+
+    def encode_frame(
+        self, frame: Any, conventions: Conventions, window: tuple[float, float] | None
+    ) -> tuple[Any, Frame]:
+        """See `TakesFrames.encode_frame`; UsageError where the backend in use takes none."""
+        return self._encoded(
+            lambda backend: taking_frames(backend).encode_frame(frame, conventions, window)
+        )
 
     def decode(
         self, image_embeddings: Any, point_coords: Array, point_labels: Array, mask: Array | None
     ) -> tuple[Array, Array]:
         """See `Backend.decode`."""
+        return self.decode_masks(image_embeddings, point_coords, point_labels, mask, None)[:2]
+
+    def decode_masks(
+        self,
+        image_embeddings: Any,
+        point_coords: Array,
+        point_labels: Array,
+        mask: Array | None,
+        wanted: MasksWanted | None,
+    ) -> Decoded:
+        """See `MakesMasks.decode_masks`; no masks where the backend in use makes none."""
         embeddings = image_embeddings
+        prompts = point_coords, point_labels, mask
         with self._lock:
             while True:
                 if isinstance(embeddings, DeviceArray) and embeddings.owner not in self._owners:
@@ -76,16 +89,19 @@ class FallbackBackend:
                         f"encode it again, for {self.name}"
                     )
                 try:
-                    masks, scores = self._backend.decode(
-                        embeddings, point_coords, point_labels, mask
-                    )
-                    check_finite(self._backend, "masks", masks, scores)
+                    backend = self._backend
+                    found: Decoded
+                    if wanted is not None and isinstance(backend, MakesMasks):
+                        found = backend.decode_masks(embeddings, *prompts, wanted)
+                    else:
+                        found = (*backend.decode(embeddings, *prompts), None)
+                    check_finite(backend, "masks", *found[:2])
                 except DeviceError as e:
                     with suppress(Exception):  # from what has just failed; refused below
                         embeddings = np.asarray(embeddings)
                     self._step_down(e)
                 else:
-                    return masks, scores
+                    return found
 
     def facts(self) -> dict[str, Any]:
         """Of the backend in use, and why it is."""
@@ -96,6 +112,20 @@ class FallbackBackend:
         with self._lock:
             if self._in_use is not None:
                 self._in_use.close()
+
+    def _encoded(self, encode: Callable[[Backend], tuple[Any, T]]) -> tuple[Any, T]:
+        """What `encode` gives on the first backend that does not fail: embeddings first."""
+        with self._lock:
+            while True:
+                try:
+                    embeddings, also = encode(self._backend)
+                    check_finite(self._backend, "an embedding", embeddings)
+                except DeviceError as e:
+                    self._step_down(e)
+                else:
+                    if isinstance(embeddings, DeviceArray):
+                        self._owners.add(embeddings.owner)
+                    return embeddings, also
 
     def _step_down(self, error: DeviceError) -> None:
         """Give up the backend in use for the next one; `error` where there is none."""

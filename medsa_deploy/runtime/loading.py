@@ -70,6 +70,11 @@ def load(
     chain = (backend, *fallback)
     for name in chain:
         check_options(name, threads, precision)
+    if not (cuda_graphs or set(chain) & set(FLAVORS)):
+        raise UsageError(
+            f"CUDA graphs are what {' and '.join(FLAVORS)} replay: for {', '.join(chain)} leave "
+            "--no-cuda-graphs (cuda_graphs=False) out"
+        )
     held = files_precision(precision)
     for role in ("encoder", "decoder"):
         manifest.file(role, held)

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import DTypeLike
 
+from medsa_deploy import cuda
 from medsa_deploy.cuda import FLOAT32, DeviceArray
 from medsa_deploy.errors import EngineDeviceError, MissingDependencyError
 from medsa_deploy.manifest import Graph
 
-from .backend import Array
+from .backend import Array, Layer
 from .contract import decoder_inputs
 from .ort import OnnxRuntimeBackend, failure
 
@@ -37,7 +39,8 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             raise MissingDependencyError(
                 "onnxruntime-gpu", extra="gpu", purpose=f"the backend {self.name}"
             )
-        super().__init__(encoder, decoder, graphs, **options)
+        untimed = options | {"time_layers": False}
+        super().__init__(encoder, decoder, graphs, **untimed)
         for session in (self._encoder, self._decoder):
             session.disable_fallback()  # else a fault would quietly move it to the CPU
         if any(self.provider not in s.get_providers() for s in (self._encoder, self._decoder)):
@@ -52,7 +55,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         """image (B, 3, S, S) on the host → image_embeddings (B, 256, g, g) on the GPU."""
         (value,) = self._bound(self._encoder, {"image": image}, self.device)
 
-        def read(address: int, shape: tuple[int, ...]) -> Array:
+        def read(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             start = (address - value.data_ptr()) // FLOAT32
             values: Array = value.numpy().reshape(-1)[start : start + int(np.prod(shape))]
             return values.reshape(shape)
@@ -69,6 +72,15 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         masks, iou = self._bound(self._decoder, inputs, "cpu")
         return masks.numpy(), iou.numpy()
 
+    def layers(self) -> dict[str, list[Layer]]:
+        """None: ONNX Runtime times what launches a layer's kernels, not the kernels."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Version, providers, threads and GPU."""
+        found = cuda.device()
+        return {**super().facts(), "device": found.name if found else None}
+
     def _bound(self, session: ort.InferenceSession, inputs: dict[str, Any], device: str) -> Any:
         """Run a graph; its outputs as ONNX Runtime's own values, on `device`."""
         try:
@@ -82,6 +94,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             for output in session.get_outputs():
                 binding.bind_output(output.name, device)
             session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
             return binding.get_outputs()
         except Exception as e:  # onnxruntime raises classes of its own that share no base
             raise failure(e) from e

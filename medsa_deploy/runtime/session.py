@@ -6,40 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
-from medsa_deploy.errors import ImageError, PromptError, UsageError
+from medsa_deploy.cuda import DeviceArray
+from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images.image import Image, check_image, check_values
+from medsa_deploy.kernels.postprocess import Region, region, regions, unpack
 from medsa_deploy.manifest import Conventions, Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import Array, Backend, ImagePart, TakesFrames, check_finite, splitting
+from .backend import (
+    Array,
+    Backend,
+    MadeMasks,
+    MasksWanted,
+    check_finite,
+    splitting,
+    taking_frames,
+)
+from .decoding import Embedding, decode_masks
 from .fallback import FallbackBackend
 from .pixels import as_image, check_pixels, check_shown, intensities
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Embedding:
-    """An encoded image: all that prompts need of it."""
-
-    values: Array
-    """(1, 256, g, g) float32; on a GPU a `cuda.DeviceArray`, which belongs to its session."""
-    image_part: ImagePart | None = None
-    """What clicks need of `values` where the decoder is split; None has `decoder.onnx` run whole.
-    """
-    frame: Frame
-    """How the image lies in the network's frame."""
-    intensity_window: tuple[float, float] | None
-    """Intensities that were mapped to black and white; None for display values taken as they are,
-    for the file's own rendering, and for min–max profiles."""
-    timings_ms: dict[str, float]
-    """`preprocess`, `encode`; a slice's share of its chunk's. The decoder's image part, which runs
-    here and not at the first click, counts as `encode`, as does the preprocessing of a GPU's frame.
-    """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +38,8 @@ class Prediction:
     """Masks of P prompt sets, K each: one per class, or SAM's candidates."""
 
     masks: NDArray[np.bool_]
-    """(P, K, H, W) at the image's size."""
+    """(P, K, H, W) at the image's size; with `on_device` a `cuda.DeviceArray`, which belongs to its
+    session."""
     scores: Array
     """(P, K) predicted IoU of each mask."""
     low_res_logits: Array
@@ -58,7 +50,9 @@ class Prediction:
     """Whether K counts classes; otherwise the K masks of a set are candidates for one object."""
     frame: Frame
     timings_ms: dict[str, float]
-    """`decode`, `postprocess`."""
+    """`decode`, `postprocess`; masks that a GPU makes count as `decode`, but for unpacking them."""
+    counted: list[list[Region]] | None = None
+    """What `regions` gives, where a GPU made the masks and counted it."""
     degraded: str | None = None
     """Why another backend than the one asked for made this, where a fallback did."""
 
@@ -66,6 +60,11 @@ class Prediction:
     def best(self) -> NDArray[np.intp]:
         """(P,) the candidate with the highest score."""
         return np.asarray(self.scores.argmax(axis=1))
+
+    @property
+    def regions(self) -> list[list[Region]]:
+        """Area and bounding box of each mask, K for each of P sets."""
+        return self.counted or [[region(mask) for mask in of_set] for of_set in self.masks]
 
     def label_map(self) -> NDArray[np.uint8]:
         """(H, W): 0 where no mask is, else a number from 1; the highest logit wins an overlap.
@@ -94,6 +93,11 @@ class Session:
         if self._backend is None:
             raise UsageError("this session is closed: load the bundle again")
         return self._backend
+
+    @property
+    def degraded(self) -> str | None:
+        """Why another backend than the one asked for is in use, where a fallback is."""
+        return self.backend.degraded if isinstance(self.backend, FallbackBackend) else None
 
     @property
     def conventions(self) -> Conventions:
@@ -198,9 +202,7 @@ class Session:
 
     def _encode_frame(self, frame: object, window: tuple[float, float] | None) -> Embedding:
         """A frame on the GPU → its embedding; none of it comes to the host."""
-        backend, start = self.backend, perf_counter()
-        if not isinstance(backend, TakesFrames):
-            raise UsageError(f"{backend.name} takes no frames on a GPU: copy it to the host")
+        backend, start = taking_frames(self.backend), perf_counter()
         uint8 = frame.__cuda_array_interface__["typestr"] == "|u1"  # type: ignore[attr-defined]
         window = window or (None if uint8 else self.conventions.intensity_window)
         values, placed = backend.encode_frame(frame, self.conventions, window)
@@ -217,16 +219,21 @@ class Session:
         mask: ArrayLike | None = None,
         multimask: bool = False,
         threshold: float | None = None,
+        on_device: bool = False,
     ) -> Prediction:
         """Masks for prompts, in pixels (x, y) of the image.
 
         `points` (N, 2) or (P, N, 2) with `labels` (N,) or (P, N), 1 foreground (default), 0
         background; `box` (4,) or (P, 4) as x0, y0, x1, y1; `mask` (4g, 4g) or (P, 4g, 4g) from an
         earlier prediction's `low_res_logits`. P sets are decoded in one call. `multimask` gives
-        SAM's three candidates. PromptError for prompts outside the image, empty boxes, or none.
+        SAM's three candidates. `tensorrt` and `rtx` make the masks on the GPU, where `on_device`
+        leaves them. PromptError for prompts outside the image, empty boxes, or none. UsageError for
+        `on_device` where the masks are not made on a GPU.
         """
         sets = transforms.prompts(points=points, labels=labels, box=box, mask=mask)
-        return self.segment_sets(embedding, sets, multimask=multimask, threshold=threshold)
+        return self.segment_sets(
+            embedding, sets, multimask=multimask, threshold=threshold, on_device=on_device
+        )
 
     def segment_sets(
         self,
@@ -235,6 +242,7 @@ class Session:
         *,
         multimask: bool = False,
         threshold: float | None = None,
+        on_device: bool = False,
     ) -> Prediction:
         """Masks for prompt sets that may differ in how many points they have.
 
@@ -244,16 +252,23 @@ class Session:
         backend, network = self.backend, self.manifest.network
         if multimask and network.outputs == "classes":
             raise UsageError("multimask is for SAM's outputs; this network's masks are classes")
-        probability = self.conventions.threshold if threshold is None else threshold
-        cut = transforms.probability_to_logit(probability)
-        start = perf_counter()
-        logits, scores = decode(backend, self.manifest, embedding, prompts)
+        chosen = range(network.masks)
         if network.outputs == "sam":
-            chosen = slice(1, None) if multimask else slice(0, 1)
-            logits, scores = logits[:, chosen], scores[:, chosen]
+            chosen = chosen[1:] if multimask else chosen[:1]
+        probability = self.conventions.threshold if threshold is None else threshold
+        wanted = MasksWanted(
+            frame=embedding.frame,
+            cut=transforms.probability_to_logit(probability),
+            chosen=chosen,
+            on_device=on_device,
+        )
+        start = perf_counter()
+        logits, scores, made = decode_masks(backend, self.manifest, embedding, prompts, wanted)
+        logits, scores = (a[:, chosen.start : chosen.stop] for a in (logits, scores))
         decoded = perf_counter()
-        masks = transforms.upsample(logits, embedding.frame) > cut
+        masks = _masks(logits, made, wanted, backend)
         end = perf_counter()
+        size = embedding.frame.image_size
         return Prediction(
             masks=masks,
             scores=scores,
@@ -262,7 +277,8 @@ class Session:
             classes=network.outputs == "classes",
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
-            degraded=backend.degraded if isinstance(backend, FallbackBackend) else None,
+            counted=None if made is None else [regions(of_set, size) for of_set in made.tally],
+            degraded=self.degraded,
         )
 
     def close(self) -> None:
@@ -283,61 +299,12 @@ class Session:
         self.close()
 
 
-def decode(
-    backend: Backend, manifest: Manifest, embedding: Embedding, prompts: Sequence[Prompt]
-) -> tuple[Array, Array]:
-    """Decoder outputs of P prompt sets, in their order: (P, K, 4g, 4g) and (P, K).
-
-    Sets with equally many tokens, and alike in having a mask, go through the decoder together:
-    through its click part, where there is one and they have none.
-    """
-    network = manifest.network
-    split, part = splitting(backend), embedding.image_part
-    side = 4 * network.embedding_size
-    _check_embedding(embedding, manifest)
-    if not prompts or not all(map(_says_anything, prompts)):
-        raise PromptError("a prompt set is empty: give points, a box or a mask")
-    groups: dict[tuple[int, bool], list[int]] = {}
-    tokens = []
-    for i, prompt in enumerate(prompts):
-        tokens.append(
-            transforms.network_prompt(
-                prompt,
-                embedding.frame,
-                manifest.conventions,
-                mask_size=network.mask_prompt_size,
-            )
-        )
-        groups.setdefault((len(tokens[i][1]), prompt.mask is not None), []).append(i)
-    logits = np.empty((len(prompts), network.masks, side, side), np.float32)
-    scores = np.empty((len(prompts), network.masks), np.float32)
-    for (_, has_mask), members in groups.items():
-        coords = np.stack([tokens[i][0] for i in members])
-        labels = np.stack([tokens[i][1] for i in members])
-        if split is not None and part is not None and not has_mask:
-            logits[members], scores[members] = split.decode_click(part, coords, labels)
-            continue
-        masks = [mask for i in members if (mask := prompts[i].mask) is not None]
-        logits[members], scores[members] = backend.decode(
-            embedding.values, coords, labels, np.stack(masks)[:, None] if has_mask else None
-        )
-    check_finite(backend, "masks", logits, scores)
-    return logits, scores
-
-
-def _says_anything(prompt: Prompt) -> bool:
-    """Whether a prompt set holds more than the padding point that every set without a box gets."""
-    return len(prompt.points) > 0 or prompt.box is not None or prompt.mask is not None
-
-
-def _check_embedding(embedding: Embedding, manifest: Manifest) -> None:
-    """UsageError for an embedding that cannot be this network's."""
-    network = manifest.network
-    (tensor,) = manifest.graphs["encoder"].outputs
-    expected = (1, *tensor.shape[1:])
-    found, size = embedding.values.shape, embedding.frame.network_size
-    if found != expected or size != network.image_size:
-        raise UsageError(
-            f"the embedding has shape {found} and frame {size}, this network's have {expected} and "
-            f"{network.image_size}: encode the image with this session"
-        )
+def _masks(logits: Array, made: MadeMasks | None, wanted: MasksWanted, backend: Backend) -> Any:
+    """The masks that a GPU made, or those of the logits."""
+    if made is None:
+        if wanted.on_device:
+            raise UsageError(f"{backend.name} makes no masks on a GPU: leave on_device out")
+        return transforms.upsample(logits, wanted.frame) > wanted.cut
+    if isinstance(made.masks, DeviceArray):
+        return made.masks
+    return unpack(made.masks, wanted.frame.image_size[1])

@@ -1,16 +1,16 @@
 """TensorRT and TensorRT-RTX on a GPU: a bundle's engines, with memory that is allocated once.
 
-An embedding stays on the GPU between `encode` and `decode`. Copies to the GPU, the engine and
-copies from it are queued in one stream and waited for once a call.
+An embedding stays on the GPU between `encode` and `decode`, and logits until masks are made of
+them. Copies to the GPU, the engine, kernels and copies from it are queued in one stream and waited
+for once a run of the engine.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import numpy as np
 from medsa_deploy import cuda, engine, trt
 from medsa_deploy.cuda import DeviceArray, Gpu
 from medsa_deploy.errors import (
+    BuildError,
     ImageError,
+    MissingDependencyError,
     PromptError,
     UsageError,
 )
@@ -28,10 +30,14 @@ from medsa_deploy.kernels.cubins import cubin
 from medsa_deploy.manifest import Conventions, Graph, Manifest
 from medsa_deploy.transforms import Frame
 
-from .backend import Array
+from .backend import Array, Decoded, MadeMasks, MasksWanted
 from .contract import decoder_inputs, mask_shape
 from .engine_run import EngineRun, Opening
 from .frames import FramePreprocessor
+from .lent import LentMemory
+from .masks import MaskMaker
+
+logger = logging.getLogger(__name__)
 
 
 class TensorRTBackend:
@@ -55,15 +61,14 @@ class TensorRTBackend:
         described = trt.describe(library, flavor)
         self._engine = engine.check_loadable(folder, made, library=described, device=device)
         bundle, capability = folder.parent.parent, device.capability if device else ""
-        self._cubin = partial(cubin, "preprocess", capability, bundle=bundle)
+        self._cubin = partial(cubin, target=capability, bundle=bundle)
         self._about = {"version": described.version, "device": device.name if device else None}
         self.name: str = flavor
         self._flavor = flavor
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
-        self._free: dict[int, list[int]] = {}
-        """Images in an embedding → addresses of memory for it that none uses."""
         self._gpu = Gpu()
+        self._lent = LentMemory(self._gpu)
         try:
             self._open(folder, made.graphs, library)
         except BaseException:
@@ -89,9 +94,24 @@ class TensorRTBackend:
                 self._no_mask = self._zeros(self._decoder.largest["mask_input"])
             (shape,) = self._encoder.output_shapes(self._encoder.smallest["image"][0])
             size = self._encoder.largest["image"][-1]
-            self._frames = FramePreprocessor(self._gpu, size, self._cubin)
-            two = self._embedding(shape), self._embedding(shape)
+            self._frames = FramePreprocessor(self._gpu, size, partial(self._cubin, "preprocess"))
+            self._masks = self._mask_maker()
+            two = self._lent.array(shape), self._lent.array(shape)
             del two  # their memory is there for an image and the next
+
+    def _mask_maker(self) -> MaskMaker | None:
+        """What makes masks on this GPU; None, said aloud, where its kernels cannot be had."""
+        most = max(shape[0] for shape in self._decoder.largest.values())
+        logits, *_ = self._decoder.output_shapes(most)
+        try:
+            return MaskMaker(self._gpu, self._cubin("postprocess"), logits)
+        except (BuildError, MissingDependencyError) as e:
+            logger.warning(
+                "masks are made on the processor: %s; or put kernels for this GPU into the bundle, "
+                "with medsa-deploy build-kernels where a compiler is",
+                e,
+            )
+            return None
 
     def encode(self, image: Any) -> Any:
         """image (B, 3, S, S) on the host or the GPU → image_embeddings (B, 256, g, g) on the GPU.
@@ -120,8 +140,9 @@ class TensorRTBackend:
                 f"{smallest} to {largest}: --batch of build-engine sets how many"
             )
         (shape,) = self._encoder.output_shapes(len(image))
-        embeddings = self._embedding(shape)
-        self._encoder.run({"image": image}, len(image), [embeddings.address])
+        embeddings = self._lent.array(shape)
+        self._encoder.queue({"image": image}, len(image), [embeddings.address])
+        self._gpu.wait()
         return embeddings
 
     def decode(
@@ -132,41 +153,68 @@ class TensorRTBackend:
         More prompt sets than the engine takes are decoded in several runs. PromptError for more
         points than it takes.
         """
+        return self.decode_masks(image_embeddings, point_coords, point_labels, mask, None)[:2]
+
+    def decode_masks(
+        self,
+        image_embeddings: Any,
+        point_coords: Array,
+        point_labels: Array,
+        mask: Array | None,
+        wanted: MasksWanted | None,
+    ) -> Decoded:
+        """See `MakesMasks.decode_masks` and `decode`. No masks without kernels for this GPU."""
         with self._working():
-            given = cuda.on_device(image_embeddings, self._gpu)
-            if given is not None and getattr(given.owner, "gpu", self._gpu) is not self._gpu:
-                raise UsageError(
-                    "this embedding belongs to another session, which may have released it: "
-                    "encode the image with this session"
-                )
-            embeddings: Any = np.asarray(image_embeddings) if given is None else given
-            sets, most = len(point_coords), self._decoder.largest["point_coords"][0]
+            embeddings, sets = self._own(image_embeddings), len(point_coords)
             self._check_prompts(len(embeddings), point_coords)
-            parts = []
+            wanted, kept = (wanted if self._masks else None), None
+            if wanted is not None and wanted.on_device:
+                shape = (len(wanted.chosen), *wanted.frame.image_size)
+                kept = self._lent.array((max(len(embeddings), sets), *shape), np.bool_)
+            parts, most = [], self._decoder.largest["point_coords"][0]
             for start in range(0, sets, most):
-                part = slice(start, start + most)
-                inputs: dict[str, Any] = decoder_inputs(
-                    embeddings,
-                    point_coords[part],
-                    point_labels[part],
-                    None if mask is None else mask[part],
-                    self._mask_shape,
-                )
-                if mask is None and self._mask_shape is not None:
-                    inputs["mask_input"] = self._no_mask[: len(point_coords[part])]
-                rows = max(len(embeddings), len(point_coords[part]))
-                parts.append(self._decoder.run(inputs, rows))
-        masks, scores = zip(*parts, strict=True)
-        return np.concatenate(masks), np.concatenate(scores)
+                some = slice(start, start + most)
+                masks = None if mask is None else mask[some]
+                inputs = self._inputs(embeddings, point_coords[some], point_labels[some], masks)
+                rows = max(len(embeddings), len(point_coords[some]))
+                place = None if kept is None else kept[start : start + rows]
+                parts.append(self._run_decoder(inputs, rows, wanted, place))
+        return _joined(parts, kept)
+
+    def _inputs(
+        self, embeddings: Any, coords: Array, labels: Array, mask: Array | None
+    ) -> dict[str, Any]:
+        """What the decoder's engine takes; zeros that lie on the GPU where there is no mask."""
+        inputs: dict[str, Any] = decoder_inputs(embeddings, coords, labels, mask, self._mask_shape)
+        if mask is None and self._mask_shape is not None:
+            inputs["mask_input"] = self._no_mask[: len(coords)]
+        return inputs
+
+    def _run_decoder(
+        self,
+        inputs: dict[str, Any],
+        rows: int,
+        wanted: MasksWanted | None,
+        kept: DeviceArray | None,
+    ) -> Decoded:
+        """One run of the decoder's engine, and the kernels on its logits."""
+        logits, _ = self._decoder.queue(inputs, rows)
+        made = None
+        if wanted is not None and self._masks is not None:
+            made = self._masks.queue(logits, rows, wanted, kept)
+        low_res_masks, scores = self._decoder.fetch(rows)
+        return low_res_masks, scores, made and made()
 
     def facts(self) -> dict[str, Any]:
-        """Version, GPU, what the engines are and whether CUDA graphs are replayed."""
+        """Version, GPU, what engines, whether CUDA graphs are replayed, what makes masks."""
         return {
             "backend": self.name,
             **self._about,
             "precision": self._engine.options.precision,
             "state": self._engine.state,
+            "tf32": self._engine.options.tf32,
             "cuda_graphs": self._cuda_graphs,
+            "masks": "processor" if self._masks is None else "GPU",
         }
 
     def close(self) -> None:
@@ -175,6 +223,8 @@ class TensorRTBackend:
             self._encoder.close()
             self._decoder.close()
             self._frames.close()
+            if self._masks is not None:
+                self._masks.close()
             self._gpu.close()
 
     @contextmanager
@@ -210,26 +260,30 @@ class TensorRTBackend:
                 f"and {largest[0]}, which --embeddings and --prompts of build-engine set"
             )
 
-    def _embedding(self, shape: tuple[int, ...]) -> DeviceArray:
-        """Memory for embeddings, which is free again when nothing holds the array or a part."""
-        free = self._free.setdefault(shape[0], [])
-        address = free.pop() if free else self._gpu.allocate(cuda.FLOAT32 * int(np.prod(shape)))
-        owner = _Owner(self._gpu)
-        weakref.finalize(owner, free.append, address)
-        return DeviceArray(address, shape, owner, self._gpu.read)
+    def _own(self, embeddings: Any) -> Any:
+        """Embeddings on this GPU, or on the host; UsageError for another session's."""
+        given = cuda.on_device(embeddings, self._gpu)
+        if given is None:
+            return np.asarray(embeddings)
+        if getattr(given.owner, "gpu", self._gpu) is not self._gpu:
+            raise UsageError(
+                "this embedding belongs to another session, which may have released it: "
+                "encode the image with this session"
+            )
+        return given
 
     def _zeros(self, shape: tuple[int, ...]) -> DeviceArray:
         """Zeros on the GPU."""
-        values = self._gpu.pinned(int(np.prod(shape)))
-        values[:] = 0
-        address = self._gpu.allocate(values.nbytes)
-        self._gpu.upload(address, values)
-        self._gpu.wait()
-        return DeviceArray(address, shape, self, self._gpu.read)
+        zeros = self._lent.array(shape)
+        self._gpu.clear(zeros.address, zeros.nbytes)
+        return zeros
 
 
-@dataclass(frozen=True, eq=False)
-class _Owner:
-    """What an embedding and its parts hold in common."""
-
-    gpu: Gpu
+def _joined(parts: list[Decoded], kept: DeviceArray | None) -> Decoded:
+    """Outputs of several runs as one's. kept: where all their masks are, if on the GPU."""
+    logits, scores, made = zip(*parts, strict=True)
+    masks = None
+    if found := [one for one in made if one is not None]:
+        words = kept or np.concatenate([one.masks for one in found])
+        masks = MadeMasks(masks=words, tally=np.concatenate([one.tally for one in found]))
+    return np.concatenate(logits), np.concatenate(scores), masks

@@ -24,8 +24,9 @@ from medsa_deploy.transforms import Frame, Prompt
 
 from .backend import Array
 from .chunks import ChunkEncoder
+from .decoding import decode
 from .label_map import LabelMap
-from .session import Session, decode
+from .session import Session
 from .structures import (
     Labelling,
     SlicePrompts,
@@ -77,6 +78,8 @@ class VolumePrediction:
     intensity_window: tuple[float, float] | None
     timings_ms: dict[str, float]
     """Medians of a slice: `encode`, preprocessing included, and `decode`, all its structures."""
+    degraded: str | None = None
+    """Why another backend than the one asked for made some of it, where a fallback did."""
 
 
 def segment_volume(
@@ -121,6 +124,7 @@ def segment_volume(
         slices=tuple(sorted(run.decode_ms)),
         intensity_window=encoder.window,
         timings_ms={"encode": encoder.encode_ms, "decode": median(run.decode_ms.values())},
+        degraded=session.degraded,
     )
 
 

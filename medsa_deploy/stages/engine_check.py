@@ -76,7 +76,9 @@ def state_of(
     else:
         if isinstance(parity, str):
             return replace(found, state=f"{found.state}; not run here: {parity}")
-        problems = tuple(verify.failures(parity, limits_of(described, recorded)))
+        options = described.options
+        limits = limits_of(options.precision, recorded, tf32=options.tf32)
+        problems = tuple(verify.failures(parity, limits))
         found = replace(found, parity=parity)
     state: Literal["built", "verified"] = "built" if problems else "verified"
     if described.state != state:
@@ -85,12 +87,9 @@ def state_of(
     return replace(found, state=words, failures=problems)
 
 
-def limits_of(described: engine.Engine, recorded: float | None) -> Limits:
-    """Limits of engines: their precision's; products in TF32 are as exact as float16's."""
-    precision = described.options.precision
-    if precision == "fp32" and described.options.tf32:
-        precision = "fp16"
-    return verify.limits_of(precision, recorded)
+def limits_of(precision: str, recorded: float | None, *, tf32: bool) -> Limits:
+    """Limits of a precision; products in TF32 are as exact as float16's."""
+    return verify.limits_of("fp16" if precision == "fp32" and tf32 else precision, recorded)
 
 
 def _run(bundle: Path, folder: Path, references: Sequence[Path]) -> Parity:

@@ -185,6 +185,7 @@ def _profile(
 ) -> Profile:
     """What was measured, in numbers. `load`: the load average before."""
     slices, facts = found["slices"], found["facts"]
+    untimed = () if found["layers"] else (f"{facts['backend']} does not time its layers",)
     stages = {
         name: profiling.distribution(samples, slices=slices if name in SHARED else 1)
         for name, samples in found["samples_ms"].items()
@@ -194,7 +195,7 @@ def _profile(
         encoder_sha256=encoder.sha256,
         backend=facts["backend"],
         precision=options.precision,
-        threads=facts["threads"] if isinstance(facts["threads"], int) else None,
+        threads=threads if isinstance(threads := facts.get("threads"), int) else None,
         facts=facts,
         work=found["work"],
         slices=slices,
@@ -204,6 +205,7 @@ def _profile(
             "cores": machine.cores(),
             "memory_gb": machine.memory_gb(),
             "system": machine.system(),
+            **({"gpu": facts["device"]} if "device" in facts else {}),
         },
         versions={
             "medsa-deploy": __version__,
@@ -217,7 +219,7 @@ def _profile(
         peak_mb=found["peak_mb"],
         stages=stages,
         layers={name: profiling.graph_layers(layers) for name, layers in found["layers"].items()},
-        warnings=tuple(profiling.noise(stages, load=load, cores=machine.cores())),
+        warnings=(*untimed, *profiling.noise(stages, load=load, cores=machine.cores())),
     )
 
 

@@ -78,6 +78,8 @@ class Segmentation:
     """(H, W)"""
     intensity_window: tuple[float, float] | None = None
     timings_ms: dict[str, float] | None = None
+    degraded: str | None = None
+    """Why another backend than the one asked for made it, where a fallback did."""
     error: str | None = None
     """Why this image of a folder has no mask; the others were segmented."""
 
@@ -194,6 +196,7 @@ def _report(
         image_size=embedding.frame.image_size,
         intensity_window=embedding.intensity_window,
         timings_ms=embedding.timings_ms | prediction.timings_ms,
+        degraded=prediction.degraded,
     )
 
 

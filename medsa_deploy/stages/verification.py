@@ -99,8 +99,9 @@ def verify_bundle(
             compared = replace(compare_all(session, some, wanted), fused=fused)
             comparisons = compared.comparisons
             one = compared.summary(some, precision=name, backend=session.backend.name)
+            tf32 = session.backend.facts().get("tf32", False)
             worst = worst_mask(session, some, wanted, comparisons) if report else None
-        limits = verify.limits_of(name, recorded)
+        limits = engine_check.limits_of(name, recorded, tf32=tf32)
         dice = tuple(value for c in comparisons for value in c.mask_dice)
         results.append(Result(parity=one, limits=limits, mask_dice=dice, worst=worst))
     on_step("run the engines, where there are any and a GPU")

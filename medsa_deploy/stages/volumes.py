@@ -61,6 +61,8 @@ class VolumeSegmentation:
     timings_ms: dict[str, float]
     """Medians of a slice: `encode`, `decode`."""
     seconds: float
+    degraded: str | None
+    """Why another backend than the one asked for made some of it, where a fallback did."""
 
 
 def takes_volume(
@@ -147,6 +149,7 @@ def run_volume(
         intensity_window=prediction.intensity_window,
         timings_ms=prediction.timings_ms,
         seconds=perf_counter() - start,
+        degraded=prediction.degraded,
     )
 
 

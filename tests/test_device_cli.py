@@ -1,0 +1,154 @@
+"""run, verify and profile on the GPU of fake_gpu.py, and on a machine without one."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import fake_gpu
+import numpy as np
+import PIL.Image
+import pytest
+from command_line import call, start
+from fake_engines import bundle_of, describe, write
+from fake_gpu import Machine
+from fake_network import SHAPE, SIDE, BrightPixels
+
+from medsa_deploy import manifest, timing, trt
+from medsa_deploy.stages import profile
+
+CHAIN = ("--backend", "tensorrt", "--fallback", "rtx", "--fallback", "onnxruntime")
+IMAGE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return fake_gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def bundle(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its network is in the engines, and in place of ONNX Runtime."""
+    made = bundle_of(machine, tmp_path / "a.medsa")
+    network = manifest.load(made).network
+    monkeypatch.setattr(
+        "medsa_deploy.runtime.ort.OnnxRuntimeBackend", lambda *_, **__: BrightPixels(network)
+    )
+    PIL.Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def run(bundle: Path, image: str, *options: str) -> tuple[dict, str]:
+    done = call("run", bundle, image, "--json", *options)
+    assert done.code == 0, done.err
+    return done.json, done.err
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+def test_run_on_engines(bundle: Path, machine: Machine, plainly: bool) -> None:
+    options = ["--no-cuda-graphs"] if plainly else []
+    for folder in ("b", "c"):
+        (bundle.parent / folder).mkdir()
+        for i in range(4):
+            PIL.Image.fromarray(np.roll(IMAGE, i, 0)).save(bundle.parent / folder / f"{i}.png")
+    found, said = run(bundle, "b", "--point", "20,30", "-o", "gpu", *CHAIN[:2], *options)
+    assert [one["degraded"] for one in found] == [None] * 4
+    assert said == ""
+    assert (machine.replayed > 0) == (not plainly)
+    run(bundle, "b", "--point", "20,30", "-o", "cpu")
+    for i in range(4):
+        gpu, cpu = (bundle.parent / name / f"{i}.png.mask.png" for name in ("gpu", "cpu"))
+        assert gpu.read_bytes() == cpu.read_bytes()
+
+
+def test_a_degraded_mask_says_so(bundle: Path, machine: Machine) -> None:
+    machine.refuses = "IExecutionContext::enqueueV3: Error Code 3"
+    found, said = run(bundle, "a.png", "--point", "20,30", *CHAIN)
+    assert found["degraded"].startswith("tensorrt: ")
+    assert "Error Code 3" in found["degraded"]
+    assert "; rtx: " in found["degraded"]
+    assert f"warning: onnxruntime is used, because {found['degraded']}" in said
+    done = call("run", bundle, "a.png", "--point", "20,30", *CHAIN[:2])
+    assert done.code == 3
+    assert "Error Code 3" in done.error
+
+
+def test_a_degraded_volume_says_so(bundle: Path, machine: Machine) -> None:
+    np.save("v.npy", np.random.default_rng(0).integers(0, 256, SHAPE[::-1]).astype(np.uint8))
+    options = ("--point", "2,4,3", "-o", "seg.npy")
+    found, said = run(bundle, "v.npy", *options, *CHAIN)
+    assert (found["degraded"], said) == (None, "")
+    machine.refuses = "Error Code 3"
+    found, said = run(bundle, "v.npy", *options, *CHAIN)
+    assert "Error Code 3" in found["degraded"]
+    assert "warning: onnxruntime is used, because tensorrt: " in said
+
+
+def test_verify_on_engines(bundle: Path, machine: Machine) -> None:
+    done = call("verify", bundle, "--backend", "tensorrt", "--json")
+    assert done.code == 0, done.err
+    (parity,) = done.json["parity"]
+    assert (parity["backend"], parity["precision"]) == ("tensorrt", "fp32")
+    assert parity["tensors"]["low_res_masks"]["max_abs"] == 0
+
+
+def test_profile_on_engines(bundle: Path, machine: Machine, monkeypatch) -> None:
+    """Every stage lasts until the GPU is done; layers are left out, and that is said."""
+    monkeypatch.setattr(profile, "measured", timing.measure)  # in this process
+    machine.on_wait = lambda: time.sleep(0.01)
+    done = call("profile", bundle, "--backend", "tensorrt", "--runs", "3", "-o", "p.json")
+    assert done.code == 0, done.err
+    assert "tensorrt does not time its layers" in done.err
+    assert "time the layers" not in done.err
+    words = " ".join(done.out.split())
+    assert "NVIDIA Orin" in words
+    assert "without the GPU's" in words
+    found = call("profile", bundle, "--backend", "tensorrt", "--runs", "3", "--json").json
+    assert (found["threads"], found["layers"]) == (None, {})
+    assert found["machine"]["gpu"] == "NVIDIA Orin"
+    assert found["versions"]["tensorrt"] == "10.13.0"
+    for stage in ("encode", "decode"):
+        assert min(found["stages"][stage]["samples_ms"]) >= 10
+    for name, least in (("next click", 10), ("first click", 20)):
+        assert min(found["stages"][name]["samples_ms"]) >= least
+    assert machine.used == machine.pinned == 0
+
+
+def test_cuda_graphs_are_the_engines(bundle: Path) -> None:
+    done = call("run", bundle, "a.png", "--point", "9,9", "--no-cuda-graphs")
+    assert done.code == 2
+    assert "CUDA graphs are what tensorrt and rtx replay: for onnxruntime leave" in done.error
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "profile"])
+@pytest.mark.parametrize("backend", ["tensorrt", "rtx", "onnxruntime-cuda"])
+def test_what_is_not_installed_or_built_is_one_line(
+    bundle: Path, command: str, backend: str
+) -> None:
+    """No stand-ins: processes of their own, on engines that none built."""
+    (bundle / "engines" / "x" / "engine.json").unlink()
+    given = ["a.png", "--point", "9,9"] if command == "run" else []
+    done = start(command, bundle, *given, "--backend", backend)
+    assert done.code == 2, done.err
+    expected = {
+        "tensorrt": "holds no TensorRT fp32 engines: build them with medsa-deploy build-engine",
+        "rtx": "holds no TensorRT-RTX fp32 engines: build them with medsa-deploy build-engine",
+        "onnxruntime-cuda": "pip install 'medsa-deploy[gpu]'",
+    }
+    assert expected[backend] in done.error
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("command", ["run", "profile"])
+def test_engines_without_a_gpu_are_one_line(machine: Machine, bundle: Path, command: str) -> None:
+    made = manifest.load(bundle)
+    version = trt.ask("rtx").version
+    write(bundle / "engines" / "y", made, describe("rtx"), version)
+    given = ["a.png", "--point", "9,9"] if command == "run" else []
+    hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
+    done = start(command, bundle, *given, "--backend", "rtx", env=os.environ | hidden)
+    assert done.code == 2, done.err
+    assert "no NVIDIA driver or GPU was found" in done.error
+    assert "run the bundle with --backend onnxruntime" in done.error
