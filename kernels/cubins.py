@@ -19,6 +19,7 @@ from pathlib import Path
 
 from medsa_deploy import manifest
 from medsa_deploy.bundle import new_bundle
+from medsa_deploy.decoding import decode
 from medsa_deploy.errors import BundleError, UsageError
 
 from .compilers import HEADER, STANDARD, Compiler, find_compiler
@@ -141,7 +142,7 @@ def load(bundle: Path) -> Kernels | None:
             f"{path} is not of the schema this medsa-deploy reads, version {SCHEMA_VERSION}: "
             f"{again}"
         )
-    kernels = manifest.decode(Kernels, data, FILENAME)
+    kernels = decode(Kernels, data, FILENAME)
     if any(Path(file.path).name != file.path for file in kernels.files):
         raise BundleError(f"{path} names files in other folders: {again}")
     return kernels

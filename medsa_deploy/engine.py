@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import cuda, trt
+from .decoding import decode
 from .errors import (
     BundleError,
     EngineChangedError,
@@ -23,7 +24,7 @@ from .errors import (
     EngineStaleError,
     EngineVersionError,
 )
-from .manifest import Manifest, Role, Tensor, decode, sha256
+from .manifest import Manifest, Role, Tensor, sha256
 from .trt import Flavor
 
 SCHEMA_VERSION = 1

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from medsa_deploy import engine, manifest, verify
+from medsa_deploy.decoding import decode
 from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
 from medsa_deploy.manifest import Parity
 from medsa_deploy.runtime import Session
@@ -53,7 +54,7 @@ def check_engine(
         return str(answer["cannot"])
     if "error" in answer:
         raise EngineError(answer["error"])
-    return manifest.decode(Parity, answer["parity"], "parity")
+    return decode(Parity, answer["parity"], "parity")
 
 
 def state_of(
