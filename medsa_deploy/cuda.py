@@ -122,10 +122,9 @@ class Gpu:
         return int(memory)
 
     def free(self, address: int) -> None:
-        """Release what `allocate` gave, once nothing that is queued uses it; 0 is nothing."""
-        if address:
-            self.wait()
-            self._device.pop(address).free()
+        """Release what `allocate` gave, once nothing that is queued uses it."""
+        self.wait()
+        self._device.pop(address).free()
 
     def pinned(self, length: int) -> Array:
         """Page-locked host memory, (length,) float32, which the GPU copies from and to directly."""

@@ -68,7 +68,8 @@ class Machine:
         """Called where the GPU is waited for: raises what a test wants."""
         self.refuses: str | None = None
         """What TensorRT says in place of running."""
-        self.uncapturable = False
+        self.uncapturable = self.unlaunchable = False
+        """Whether graphs cannot be captured; whether those there are cannot be launched."""
         self.runtime_cache: bytes | None = None
         self.strategy: str | None = None
         """TensorRT-RTX's CUDA graphs."""
@@ -103,7 +104,7 @@ class Machine:
             "version": 3,
             "stream": 1,
         }
-        return SimpleNamespace(__cuda_array_interface__=interface)
+        return SimpleNamespace(__cuda_array_interface__=interface, block=block)
 
 
 class Stream:
@@ -263,6 +264,8 @@ def bindings_driver(machine: Machine) -> ModuleType:
         return (done,)
 
     def cuGraphLaunch(executable: list[Any], stream: int) -> tuple[Any, ...]:
+        if machine.unlaunchable:
+            return (driver.CUresult.CUDA_ERROR_INVALIDATED,)
         machine.replayed += 1
         for work in executable:
             machine.streams[stream].add(work)

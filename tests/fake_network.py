@@ -120,7 +120,9 @@ def bright_pixels(
     manifest = Manifest(
         source=SOURCE,
         network=network,
-        conventions=Conventions(preprocess="medsa", class_names=tuple(names), **conventions),
+        conventions=Conventions(
+            **{"preprocess": "medsa", "class_names": tuple(names)} | conventions
+        ),
         graphs=contract(network),
         files=(),
     )

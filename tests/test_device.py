@@ -229,8 +229,9 @@ def test_frames_the_kernels_cannot_read_are_refused(
         (np.zeros((1, 20, 20, 3), np.uint8), r"has shape \(1, 20, 20, 3\)"),
         (np.zeros((20, 20), np.float64), "type <f8"),
         (np.zeros((20, 40), np.uint8)[:, ::2], "expected pixels side by side"),
+        (np.zeros((0, 40), np.uint8), "at least one pixel"),
     ):
-        with pytest.raises(errors.ImageError, match=message):
+        with pytest.raises((errors.ImageError, errors.UsageError), match=message):
             session.encode(machine.put(pixels))
     with pytest.raises(errors.UsageError, match="bright pixels takes no frames on a GPU"):
         plain.encode(machine.put(np.zeros((20, 20), np.uint8)))
@@ -446,6 +447,42 @@ def test_a_full_memory_mid_stream_leaves_a_session_that_works(
     same(session, plain, frame(2), **POINT)
 
 
+@pytest.mark.parametrize("stage", ["frame", "masks", "mask on the GPU"])
+def test_a_full_memory_at_each_stage_of_a_stream_leaves_nothing(
+    machine: Machine, tmp_path: Path, stage: str
+) -> None:
+    """A new size of frame or mask needs memory: it comes, or the session is what it was."""
+    plain = session_of(machine, preprocess="medsam")
+    folder = write(tmp_path / "x", plain.manifest, describe())
+    image = frame(0)[:40]
+    with open_engines(plain, folder) as session:
+        embedding, theirs = session.encode(image), machine.put(image)
+
+        def step() -> object:
+            if stage == "frame":
+                return session.encode(theirs)
+            return session.segment(embedding, points=[(9, 9)], on_device=stage != "masks")
+
+        before = machine.used, machine.pinned
+        needed = 4 * 3 * SIDE**2 + 10_000
+        failed = 0
+        for more in range(0, needed, needed // 9):
+            machine.capacity = before[0] + more
+            try:
+                step()
+            except errors.DeviceMemoryError:
+                failed += 1
+        assert failed > 0
+        machine.capacity = np.inf
+        step()
+        after = machine.used
+        for _ in range(5):
+            step()
+        assert machine.used == after
+        same(session, plain, image, points=[(9, 9)])
+    assert machine.pinned == 0
+
+
 def raising(error: BaseException):
     def on_wait() -> None:
         raise error
@@ -469,6 +506,41 @@ def test_a_lost_gpu_stays_lost(machine: Machine, session: Session) -> None:
     session.close()
 
 
+@pytest.mark.parametrize("step", ["encode", "frame", "mask on the GPU", "read"])
+def test_a_gpu_is_lost_at_each_stage_of_a_stream(
+    machine: Machine, session: Session, step: str
+) -> None:
+    embedding, theirs = session.encode(frame(0)), machine.put(frame(1))
+    kept = session.segment(embedding, **POINT, on_device=True).masks
+    steps = {
+        "encode": lambda: session.encode(frame(1)),
+        "frame": lambda: session.encode(theirs),
+        "mask on the GPU": lambda: session.segment(embedding, **POINT, on_device=True),
+        "read": lambda: np.asarray(kept),
+    }
+    machine.on_wait = raising(CudaLogicError("cuStreamSynchronize failed: unspecified launch"))
+    with pytest.raises(errors.DeviceLostError, match="unspecified launch"):
+        steps[step]()
+    machine.on_wait = lambda: None
+    for call in steps.values():
+        with pytest.raises(errors.DeviceLostError, match="unspecified launch"):
+            call()
+    session.close()
+
+
+def test_a_graph_that_cannot_be_launched_is_named(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    embedding = session.encode(frame(0))
+    for _ in range(2):
+        session.segment(embedding, **POINT)
+    machine.unlaunchable = True
+    with pytest.raises(errors.DeviceError, match=r"cuGraphLaunch failed: CUDA_ERROR_INVALIDATED"):
+        session.segment(embedding, **POINT)
+    machine.unlaunchable = False
+    same(session, plain, frame(0), **POINT)
+
+
 def test_what_tensorrt_refuses_is_said(machine: Machine, session: Session, plain: Session) -> None:
     machine.refuses = "IExecutionContext::enqueueV3: Error Code 3"
     with pytest.raises(errors.DeviceError, match=r"encoder.engine failed: IExec.*Error Code 3"):
@@ -477,18 +549,23 @@ def test_what_tensorrt_refuses_is_said(machine: Machine, session: Session, plain
     same(session, plain, frame(0), **POINT)
 
 
-def test_nan_is_never_a_mask(machine: Machine, session: Session, plain: Session) -> None:
-    function = machine.functions["decoder"]
-    embedding = session.encode(frame(0))
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("broken", ["encoder", "decoder"])
+def test_nan_is_never_a_mask(
+    machine: Machine, session: Session, plain: Session, broken: str, on_device: bool
+) -> None:
+    """An embedding on the GPU is not looked at: what is decoded from it is."""
+    function = machine.functions[broken]
+    engine = getattr(session.backend, f"_{broken}")._engine
 
-    def broken(**inputs):
+    def nan(**inputs):
         return {name: values * np.nan for name, values in function(**inputs).items()}
 
-    broken.tensors = function.tensors
-    session.backend._decoder._engine.function = broken
+    engine.function = nan
+    embedding = session.encode(frame(0))
     with pytest.raises(errors.DeviceError, match="tensorrt gave masks with NaN or Inf"):
-        session.segment(embedding, **POINT)
-    session.backend._decoder._engine.function = function
+        session.segment(embedding, **POINT, on_device=on_device)
+    engine.function = function
     same(session, plain, frame(0), **POINT)
 
 
@@ -512,6 +589,61 @@ def test_two_threads_on_one_session_are_refused(
     go_on.set()
     thread.join(30)
     assert_array_equal(np.asarray(found[0].values), plain.encode(frame(0)).values)
+
+
+def test_every_call_of_a_second_thread_is_refused(machine: Machine, session: Session) -> None:
+    """And `close` waits for the one that is running."""
+    embedding, theirs = session.encode(frame(0)), machine.put(frame(1))
+    entered, go_on = threading.Event(), threading.Event()
+
+    def on_wait() -> None:
+        entered.set()
+        assert go_on.wait(30)
+
+    found = []
+    machine.on_wait = on_wait
+    running = threading.Thread(target=lambda: found.append(session.segment(embedding, **POINT)))
+    running.start()
+    assert entered.wait(30)
+    for call in (
+        lambda: session.encode(frame(1)),
+        lambda: session.encode(theirs),
+        lambda: session.segment(embedding, **POINT, on_device=True),
+    ):
+        with pytest.raises(errors.UsageError, match="two threads use one session on tensorrt"):
+            call()
+    closing = threading.Thread(target=session.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    machine.on_wait = lambda: None
+    go_on.set()
+    for thread in (running, closing):
+        thread.join(30)
+    assert found[0].masks.shape == (1, 1, SIDE, SIDE)
+    assert machine.used == sum(block.nbytes for block in (theirs.block,))
+    assert machine.pinned == machine.graphs == 0
+
+
+def test_threads_on_a_chain_wait_for_each_other(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    falling = chain(session, plain)
+    found: dict[int, np.ndarray] = {}
+
+    def stream(seed: int) -> None:
+        for _ in range(5):
+            embedding = falling.encode(frame(seed))
+            found[seed] = falling.segment(embedding, **POINT).low_res_logits
+
+    threads = [threading.Thread(target=stream, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for seed in range(3):
+        wanted = plain.segment(plain.encode(frame(seed)), **POINT)
+        assert_array_equal(found[seed], wanted.low_res_logits)
 
 
 def test_a_session_used_after_close_is_refused(machine: Machine, session: Session) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +86,30 @@ def test_a_degraded_volume_says_so(bundle: Path, machine: Machine) -> None:
     found, said = run(bundle, "v.npy", *options, *CHAIN)
     assert "Error Code 3" in found["degraded"]
     assert "warning: onnxruntime is used, because tensorrt: " in said
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_ctrl_c_in_a_stream(bundle: Path, machine: Machine, monkeypatch, stop: int) -> None:
+    """While a GPU is waited for: masks that are there are whole, and all memory is free."""
+    monkeypatch.setattr("os._exit", sys.exit)  # how an interrupted command ends
+    (bundle.parent / "b").mkdir()
+    for i in range(4):
+        PIL.Image.fromarray(np.roll(IMAGE, i, 0)).save(bundle.parent / "b" / f"{i}.png")
+    waited = []
+
+    def on_wait() -> None:
+        waited.append(1)
+        if len(waited) == stop:
+            signal.raise_signal(signal.SIGINT)
+
+    machine.on_wait = on_wait
+    done = call("run", bundle, "b", "--point", "20,30", "-o", "m", *CHAIN)
+    assert done.code == 130
+    assert done.error == "interrupted: nothing half-written was left"
+    assert machine.used == machine.pinned == machine.graphs == 0
+    masks = sorted(bundle.parent.glob("m/*"))
+    assert [path.name for path in masks] == [f"{i}.png.mask.png" for i in range(len(masks))]
+    assert all(path.read_bytes()[-8:-4] == b"IEND" for path in masks)
 
 
 def test_verify_on_engines(bundle: Path, machine: Machine) -> None:

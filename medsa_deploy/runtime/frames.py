@@ -42,7 +42,7 @@ class _Planned:
     plan: Preprocessing
     tables: int
     scratch: int
-    """0: none."""
+    """Addresses, of one allocation at `tables`."""
 
 
 class FramePreprocessor:
@@ -69,9 +69,10 @@ class FramePreprocessor:
         self._gpu.wait_for_owner(found)
         if self._module is None:
             self._module = self._gpu.module(self._cubin())
+        if not self._output:
             self._output = self._gpu.allocate(FLOAT32 * 3 * self._size**2)
         one = self._plan(layout, conventions, window)
-        if one.scratch:
+        if one.plan.scratch_bytes:
             self._gpu.clear(one.scratch, EXTREMES_BYTES)
         for launch in one.plan.launches(
             frame=int(found["data"][0]),
@@ -101,14 +102,12 @@ class FramePreprocessor:
             self._planned.move_to_end(key)
             return self._planned[key]
         plan = preprocessing(layout, conventions.preprocess, self._size, Intensities(window=window))
-        tables = self._gpu.allocate(len(plan.tables))
+        tables = self._gpu.allocate(len(plan.tables) + plan.scratch_bytes)
         self._gpu.write(tables, plan.tables)
-        scratch = self._gpu.allocate(plan.scratch_bytes) if plan.scratch_bytes else 0
-        self._planned[key] = made = _Planned(plan, tables, scratch)
+        self._planned[key] = made = _Planned(plan, tables, tables + len(plan.tables))
         if len(self._planned) > FORMATS:
             _, old = self._planned.popitem(last=False)
-            for address in (old.tables, old.scratch):
-                self._gpu.free(address)
+            self._gpu.free(old.tables)
         return made
 
 
