@@ -36,6 +36,8 @@ PROMPTS = 3
 """Prompts decoded on every image of the base's batches."""
 CLICKS = (0, 0, 1, 2, 3)
 """Clicks of a prompt, drawn evenly; 0 is a box."""
+TISSUE, PROMPTED_MASK = 0.5, 2.0
+"""What each of the base's masks counts: to answer to prompts is what it is slow to learn."""
 ABSENT = 0.1
 """What an empty mask counts; those of the classes present count 1 together."""
 
@@ -76,7 +78,7 @@ class PhantomImages:
             found += tissues[2:] if folded else []
             for k in rng.integers(0, len(found), PROMPTS):
                 targets.append(np.stack([*tissues, found[k]]))
-                weights.append([float(folded)] * 3 + [1.0])
+                weights.append([TISSUE * folded] * 3 + [PROMPTED_MASK])
                 prompt = sample(rng, found[k][None], clicks=clicks)
                 prompts.append(decoder_inputs(prompt, FRAME))
         image = _shaded(rng, torch.from_numpy(np.stack(images)))[:, None]

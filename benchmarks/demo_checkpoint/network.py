@@ -40,6 +40,8 @@ HEADS_OF_OUTPUT = re.compile(
 """What makes the classes' masks: trained with the adapters, since the base knows no classes."""
 RECONSTRUCTION = "reconstruction."
 """Prefix of the keys of what helps to train the base, and is no part of it."""
+POSITION_GAIN = 1.5
+"""How much larger than usual projections start that match positions."""
 DETAIL = PATCH // 2
 """Side of what is reconstructed of a patch: means of 2×2 pixels, as fine as the masks."""
 
@@ -149,7 +151,29 @@ def base_tensors(seed: int) -> dict[str, Tensor]:
         tensors[RECONSTRUCTION + key] = value.detach().clone()
     # every file has SAM's 64×64 positions, whatever its image size
     tensors["image_encoder.pos_embed"] = 0.02 * torch.randn(1, 64, 64, WIDTH)
-    return tensors
+    return tensors | _matched_positions(tensors)
+
+
+def _matched_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positions, and attention between tokens and image that starts out matching them.
+
+    Coordinates come with x and y swapped, as Med-SA's do, and among SAM's random frequencies no
+    linear map undoes that; here a frequency (a, b) comes with (b, a), so swapping exchanges the
+    halves of sines and cosines. Frequencies are spread down to a tenth of SAM's: low ones tell on
+    which side of a corner a place lies.
+    """
+    pairs = torch.randn(2, PROMPT_WIDTH // 4) * torch.logspace(-1, 0, PROMPT_WIDTH // 4)
+    matched = {
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": torch.cat(
+            [pairs, pairs.flip(0)], dim=1
+        )
+    }
+    swapped = torch.arange(PROMPT_WIDTH).view(2, 2, -1).flip(1).flatten()
+    for key, weight in tensors.items():
+        if re.search(r"(token_to_image|image_to_token)\.q_proj\.weight", key):
+            matched[key] = POSITION_GAIN * weight
+            matched[key.replace("q_proj", "k_proj")] = POSITION_GAIN * weight[:, swapped]
+    return matched
 
 
 def adapter_tensors(seed: int) -> dict[str, Tensor]:

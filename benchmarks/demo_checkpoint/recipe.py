@@ -48,7 +48,7 @@ class Part:
     rate: float
     """Highest learning rate."""
     shrunk: int
-    """2: on images of half the size, a quarter of the tokens."""
+    """Images are so many times smaller, and have as many times squared fewer tokens."""
     batch: int = 1
     """The base's images; the adapters see one chunk a step."""
 
@@ -76,13 +76,14 @@ RECIPE = Recipe(
     seed=20,
     threads=2,
     base={
-        "base-coarse": Part(steps=2000, rate=7e-4, shrunk=2, batch=8),
-        "base": Part(steps=1000, rate=4e-4, shrunk=1, batch=4),
+        "base-quarter": Part(steps=1000, rate=1.5e-3, shrunk=4, batch=16),
+        "base-half": Part(steps=1200, rate=8e-4, shrunk=2, batch=8),
+        "base": Part(steps=1000, rate=5e-4, shrunk=1, batch=4),
     },
     base_images=2500,
     adapt={
-        "adapt-coarse": Part(steps=400, rate=1e-3, shrunk=2),
-        "adapt": Part(steps=600, rate=8e-4, shrunk=1),
+        "adapt-half": Part(steps=500, rate=1e-3, shrunk=2),
+        "adapt": Part(steps=800, rate=8e-4, shrunk=1),
     },
     adapt_phantoms=200,
     save_every=50,

@@ -35,7 +35,7 @@ class Example:
     """What one step learns from."""
 
     image: Tensor
-    """(B, 3, s, s), s = S or S/2; B counts whole chunks of `depth` slices."""
+    """(B, 3, s, s), s = S, S/2 or S/4; B counts whole chunks of `depth` slices."""
     coords: Tensor
     """(P, N, 2), P = 1 or k·B, k in turn for each image."""
     labels: Tensor
