@@ -7,13 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-MALLOC = {
+ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "OMP_WAIT_POLICY": "passive",
 }
-"""Large tensors come and go in every step: memory is kept, in huge pages. Without it, most of the
-time goes into the kernel's clearing of pages."""
+"""Large tensors come and go in every step: memory is kept, in huge pages, or most of the time goes
+into clearing pages. And threads wait asleep: where another process has one of two cores, those that
+spin made a step thirty times slower."""
 
 
 def main() -> int:
@@ -29,8 +31,8 @@ def main() -> int:
         "and checkpoint go to the state's folder",
     )
     args = parser.parse_args()
-    if not os.environ.keys() >= MALLOC.keys():  # read by libc when a process starts
-        os.environ.update(MALLOC | os.environ)
+    if not os.environ.keys() >= ENVIRONMENT.keys():  # read when a process starts
+        os.environ.update(ENVIRONMENT | os.environ)
         os.execv(sys.executable, [sys.executable, "-m", __spec__.parent, *sys.argv[1:]])
     from .recipe import RECIPE, make
 
