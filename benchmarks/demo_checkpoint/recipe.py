@@ -78,12 +78,12 @@ RECIPE = Recipe(
     base={
         "base-quarter": Part(steps=1000, rate=1.5e-3, shrunk=4, batch=16),
         "base-half": Part(steps=1400, rate=8e-4, shrunk=2, batch=8),
-        "base": Part(steps=1200, rate=5e-4, shrunk=1, batch=4),
+        "base": Part(steps=900, rate=5e-4, shrunk=1, batch=4),
     },
     base_images=2500,
     adapt={
         "adapt-half": Part(steps=500, rate=1e-3, shrunk=2),
-        "adapt": Part(steps=900, rate=8e-4, shrunk=1),
+        "adapt": Part(steps=800, rate=8e-4, shrunk=1),
     },
     adapt_phantoms=200,
     save_every=50,
