@@ -42,7 +42,8 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
             figures = " | ".join(f"{row[name]:.3f}" for name in classes)
             rows.append(f"| {variant} | {kind} | {figures} |")
     training = [
-        f"{name}: {figures['steps']} steps in {figures['seconds'] / 60:.0f} minutes"
+        f"{name}: {figures['steps']} steps in {figures['seconds'] / 60:.0f} minutes, "
+        f"{figures['cpu_seconds'] / 60:.0f} of one processor"
         for name, figures in result["training"].items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -52,8 +53,7 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
             "",
             f"Pixels the adapted network gives to classes that are not in the chunk: "
             f"{result['wrong']['test']:.2%}.",
-            f"Training: {'; '.join(training)}, on {result['threads']} thread of a machine that "
-            "others used at the same time.",
+            f"Training, on a machine that others used at the same time: {'; '.join(training)}.",
             f"Machine: {result['machine']}; {versions}.",
         ]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.demo_checkpoint import chunks, network, phantoms, prompts, training
+from benchmarks.demo_checkpoint import (
+    chunks,
+    examples,
+    network,
+    phantoms,
+    prompts,
+    readout,
+    training,
+)
 from benchmarks.demo_checkpoint.evaluation import dice
 from benchmarks.demo_checkpoint.recipe import CHECKPOINT, RESULT
 from medsa_deploy.exporters.architecture import Overrides, infer
@@ -35,7 +44,7 @@ def test_a_seed_is_a_phantom(style: phantoms.Style) -> None:
 def test_structures_are_seen_and_vary_slowly_over_depth(style: phantoms.Style) -> None:
     for seed in range(4):
         made = phantoms.phantom((9, seed), style, depth=network.CHUNK)
-        found = chunks.structures_of(made, pixels=400 * network.CHUNK)
+        found = chunks.structures_of(made.labels, pixels=400 * network.CHUNK)
         for k in found:
             mask = made.labels == k
             assert dice(mask[3], mask[4]) > 0.8
@@ -46,7 +55,7 @@ def test_structures_stand_out() -> None:
     for seed in range(4):
         for style in chunks.STYLES:
             made = phantoms.phantom((9, seed), style, depth=1)
-            for k in chunks.structures_of(made, pixels=400):
+            for k in chunks.structures_of(made.labels, pixels=400):
                 mask = torch.from_numpy(made.labels == k)
                 near = torch.nn.functional.max_pool2d(mask.float(), 21, stride=1, padding=10) > 0
                 around = (near & ~mask).numpy() & (made.labels == 0)
@@ -74,6 +83,118 @@ def test_phantom_chunks_are_of_their_seed_alone() -> None:
     assert list(tested.structures) == ["phantom"]
     assert tested.structures["phantom"].sum() >= 150 * network.CHUNK
     assert not np.array_equal(trained.image, tested.image)
+
+
+def test_a_phantom_is_prompted_for_two_of_its_structures(tmp_path: Path) -> None:
+    made = examples.Chunks(2, tmp_path, lambda done: None)
+    drawn = [made.example(np.random.default_rng((6, i))) for i in range(12)]
+    phantom = [example for example in drawn if len(example.coords) == 2 * network.CHUNK]
+    brain = [example for example in drawn if len(example.coords) == network.CHUNK]
+    assert len(phantom) + len(brain) == len(drawn)
+    for example in phantom:
+        assert not example.target[:, :3].any()
+        assert example.target[:, 3].flatten(1).any(dim=1).sum() > 2
+        assert torch.equal(example.coords[0], example.coords[2])  # in turn for every slice
+        both = example.target[0::2, 3] * example.target[1::2, 3]
+        assert both.sum() == 0 or torch.equal(example.target[0::2], example.target[1::2])
+        assert torch.equal(example.weight, torch.tensor([[0.1, 0.1, 0.1, 1.0]] * 2))
+    for example in brain:
+        white, grey, whole, other = example.target.transpose(0, 1)
+        assert torch.equal(torch.maximum(white, grey), whole)
+        assert not other.any()
+        assert torch.allclose(example.weight, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.1]]))
+    assert phantom
+    assert brain
+
+
+def test_the_bases_masks_are_tissues_and_what_was_prompted(tmp_path: Path) -> None:
+    images = examples.PhantomImages(5, tmp_path, lambda done: None)
+    made = images.example(np.random.default_rng(3), batch=12)
+    assert made.target.shape == (12 * examples.PROMPTS, 4, network.SIZE, network.SIZE)
+    assert made.weight[:, network.PROMPTED].all()
+    folded = made.weight[:, 0] > 0
+    assert folded.any()
+    assert not made.weight[~folded, :3].any()
+    inner, outer, both, prompted = made.target[folded].transpose(0, 1)
+    assert torch.equal(both, inner + outer)
+    assert prompted.flatten(1).any(dim=1).all()
+    for coords, structure in zip(made.coords, made.target[:, network.PROMPTED], strict=True):
+        if made.labels[0, 0] == 2:
+            rows, columns = structure.nonzero().T
+            assert abs(coords[0, 0] - columns.min()) < 20
+            assert abs(coords[1, 1] - rows.max()) < 20
+
+
+def a_comparison(target: torch.Tensor, weight: torch.Tensor, *, depth: int = 1) -> training.Example:
+    """Black images, one for each target."""
+    return training.Example(
+        image=torch.zeros(len(target), 3, network.SIZE, network.SIZE),
+        coords=INPUTS[0],
+        labels=INPUTS[1],
+        target=target,
+        weight=weight,
+        depth=depth,
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_masks_count_as_weighted_and_by_whole_chunks(depth: int) -> None:
+    target = torch.zeros(2, 4, network.SIZE, network.SIZE)
+    target[0, :, :64] = 1
+    right = 20 * torch.nn.functional.avg_pool2d(target, 2) - 10
+    wrong = right * torch.tensor([1, 1, -1, 1])[:, None, None]
+    iou = torch.ones(2, 4)
+    some, every = (
+        a_comparison(target, torch.tensor([[1, 1, third, 1]] * (2 // depth)), depth=depth)
+        for third in (0, 1)
+    )
+    assert training.loss_of(right, iou, every) < 0.02
+    assert training.loss_of(wrong, iou, every) > 5
+    assert training.loss_of(wrong, iou, some) < 0.02
+
+
+def test_a_pixel_too_many_in_an_empty_mask_is_no_catastrophe() -> None:
+    empty = torch.zeros(1, 4, network.SIZE, network.SIZE)
+    logits = torch.full((1, 4, 128, 128), -20.0)
+    logits[..., 0, 0] = 0
+    loss = training.loss_of(logits, torch.ones(1, 4), a_comparison(empty, torch.ones(1, 4)))
+    assert loss < 0.05
+
+
+def test_the_base_is_trained_to_keep_the_image_and_the_help_is_dropped() -> None:
+    network_of_base = network.DemoNetwork(network.base_tensors(3))
+    assert network_of_base.reconstruction is not None
+    assert network.DemoNetwork(plain_base(3)).reconstruction is None
+    target = torch.zeros(1, 4, network.SIZE, network.SIZE)
+    example = a_comparison(target, torch.zeros(1, 4))  # no mask counts
+    with torch.no_grad():
+        network_of_base.reconstruction.weight.zero_()
+        network_of_base.reconstruction.bias.zero_()
+    black = training.step(network_of_base, example)
+    white = training.step(
+        network_of_base, dataclasses.replace(example, image=torch.ones_like(example.image))
+    )
+    assert black == 0
+    assert white.item() == pytest.approx(training.RECONSTRUCTION_WEIGHT)
+
+
+def test_white_matter_is_read_out_of_the_base() -> None:
+    found = readout.readouts(plain_base(3))
+    assert list(found) == ["last block", "neck", "upscaled"]
+    assert all(0 <= value < 1 for value in found.values())
+
+
+def test_the_first_images_are_smaller_than_the_frame_of_their_prompts(tmp_path: Path) -> None:
+    images = examples.PhantomImages(4, tmp_path, lambda done: None)
+    whole, small = (
+        images.example(np.random.default_rng(2), batch=2, shrunk=shrunk) for shrunk in (1, 2)
+    )
+    half = network.SIZE // 2
+    assert small.image.shape == (2, 3, half, half)
+    assert torch.allclose(small.image, torch.nn.functional.avg_pool2d(whole.image, 2), atol=1e-6)
+    assert torch.equal(small.coords, whole.coords)
+    logits, _ = network.DemoNetwork(plain_base(3))(small.image, small.coords, small.labels)
+    assert logits.shape == (2 * examples.PROMPTS, 4, half // 2, half // 2)
 
 
 def test_clicks_lie_in_the_structure_and_boxes_around_it() -> None:
@@ -106,11 +227,33 @@ def test_the_decoder_gets_row_before_column() -> None:
     assert labels.tolist() == [[1, -1]]
 
 
+def plain_base(seed: int) -> dict[str, torch.Tensor]:
+    """A SAM alone, without what helps to train it."""
+    return {
+        key: value
+        for key, value in network.base_tensors(seed).items()
+        if not key.startswith(network.RECONSTRUCTION)
+    }
+
+
 INPUTS = (torch.tensor([[[100.0, 80.0], [180.0, 190.0]]]), torch.tensor([[2.0, 3.0]]))
 
 
+def test_swapped_coordinates_are_matched_by_the_attention_to_the_image() -> None:
+    model = network.DemoNetwork(plain_base(3))
+    positions = model.prompt_encoder.get_dense_pe()[0].flatten(1).T  # (g², C)
+    attention = model.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+    with torch.inference_mode():
+        row, column = 4, 19
+        middle = (torch.tensor([[[row, column]]]) + 0.5) * network.PATCH - 0.5
+        point = model.prompt_encoder.sparse(middle, torch.tensor([[1.0]]))[0]
+        point = point - model.prompt_encoder.point_embeddings[1].weight
+        scores = attention.q_proj(point) @ attention.k_proj(positions).T
+    assert divmod(int(scores.argmax()), network.GRID) == (row, column)
+
+
 def test_fresh_adapters_change_nothing() -> None:
-    base = network.base_tensors(3)
+    base = plain_base(3)
     image = torch.rand(8, 3, network.SIZE, network.SIZE, generator=torch.manual_seed(1))
     with torch.inference_mode():
         alone, _ = network.DemoNetwork(base)(image, *INPUTS)
@@ -119,7 +262,7 @@ def test_fresh_adapters_change_nothing() -> None:
 
 
 def test_parts_are_switched_off_and_on_again() -> None:
-    tensors = network.base_tensors(3) | network.adapter_tensors(4)
+    tensors = plain_base(3) | network.adapter_tensors(4)
     generator = torch.manual_seed(2)
     for key, value in tensors.items():
         if "_Adapter." in key:
@@ -141,20 +284,32 @@ def test_parts_are_switched_off_and_on_again() -> None:
 
 
 def test_only_adapters_and_output_heads_are_trained_in_the_second_stage() -> None:
-    base, added = network.base_tensors(3), network.adapter_tensors(4)
+    base, added = plain_base(3), network.adapter_tensors(4)
     assert all(map(network.is_trained_with_adapters, added))
     trained = {key.split(".")[1] for key in base if network.is_trained_with_adapters(key)}
-    assert trained == {"mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head"}
+    assert trained == {
+        "mask_tokens",
+        "output_hypernetworks_mlps",
+        "output_upscaling",
+        "iou_prediction_head",
+    }
 
 
 def a_stage(steps: int, **changes: object) -> training.Stage:
     """Training of adapters on noise: an example is a matter of the generator alone."""
 
     def example(rng: np.random.Generator) -> training.Example:
-        target = torch.zeros(2, 4, network.SIZE, network.SIZE)
+        target = torch.zeros(network.CHUNK, 4, network.SIZE, network.SIZE)
         target[:, :, 60:120, 60:120] = 1
-        image = torch.from_numpy(rng.random((2, 3, network.SIZE, network.SIZE), np.float32))
-        return training.Example(image=image, coords=INPUTS[0], labels=INPUTS[1], target=target)
+        image = torch.from_numpy(rng.random((network.CHUNK, 3, 64, 64), np.float32))
+        return training.Example(
+            image=image,
+            coords=INPUTS[0],
+            labels=INPUTS[1],
+            target=target,
+            weight=torch.ones(1, 4),
+            depth=network.CHUNK,
+        )
 
     fields = {
         "name": "test",
@@ -169,7 +324,7 @@ def a_stage(steps: int, **changes: object) -> training.Stage:
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    tensors = network.base_tensors(3) | network.adapter_tensors(4)
+    tensors = plain_base(3) | network.adapter_tensors(4)
     seen: list[int] = []
 
     def interrupted(done: int, loss: float) -> None:
@@ -187,6 +342,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> 
     )
     assert seen == [*range(1, 14), *range(11, 21)]  # three steps were lost and done again
     assert figures["steps"] == 20
+    assert figures["cpu_seconds"] > 0
     assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
     changed = {key for key, value in whole.items() if not torch.equal(value, tensors[key])}
     assert changed
@@ -195,7 +351,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> 
 
 
 def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
-    tensors = network.base_tensors(3) | network.adapter_tensors(4)
+    tensors = plain_base(3) | network.adapter_tensors(4)
     training.train(a_stage(1), tensors, tmp_path / "state.pt", save_every=1)
     with pytest.raises(SystemExit, match="seed 5"):
         training.train(a_stage(1, seed=6), tensors, tmp_path / "state.pt", save_every=1)
@@ -217,7 +373,7 @@ def test_the_checkpoint_shows_what_it_is() -> None:
     found = infer(checkpoint, Overrides(classes=4))
     facts = found.network
     assert (facts.widths, facts.depths, facts.heads) == ((128,), (8,), (2,))
-    assert (facts.windows, facts.global_blocks, facts.image_size) == ((8,), (1, 3, 5, 7), 256)
+    assert (facts.windows, facts.global_blocks, facts.image_size) == ((8,), (3, 7), 256)
     assert (facts.rel_pos, facts.outputs, facts.classes) == ("real", "classes", 4)
     assert set(facts.adapters) == {"space", "mlp", "hyp", "decoder-mlp", "decoder-image"}
     assert (facts.hyp_lengths, facts.hyp_prompt_length) == ((64, 32, 64), 32)

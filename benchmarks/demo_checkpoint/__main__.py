@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from .recipe import RECIPE, make
+ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "OMP_WAIT_POLICY": "passive",
+}
+"""Large tensors come and go in every step: memory is kept, in huge pages, or most of the time goes
+into clearing pages. And threads wait asleep: where another process has one of two cores, those that
+spin made a step thirty times slower."""
 
 
 def main() -> int:
@@ -15,11 +24,22 @@ def main() -> int:
     parser.add_argument(
         "--state", type=Path, default=Path("demo-training"), help="where progress is kept"
     )
-    folder = parser.parse_args().state
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="stop after the validation split, which is what the recipe may be decided by: figures "
+        "and checkpoint go to the state's folder",
+    )
+    args = parser.parse_args()
+    if not os.environ.keys() >= ENVIRONMENT.keys():  # read when a process starts
+        os.environ.update(ENVIRONMENT | os.environ)
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.parent, *sys.argv[1:]])
+    from .recipe import RECIPE, make
+
     try:
-        make(RECIPE, folder)
+        make(RECIPE, args.state, release=not args.validate)
     except KeyboardInterrupt:
-        print(f"interrupted; what is done is in {folder}: call again to go on", file=sys.stderr)
+        print(f"interrupted; what is done is in {args.state}: call again to go on", file=sys.stderr)
         return 130
     return 0
 

@@ -31,6 +31,8 @@ GAP = 2
 """Slices on either side of a held-out block that nothing is trained on either."""
 STYLES: tuple[Style, Style] = ("ultrasound", "ct")
 """Phantoms of the class `phantom`; the base also sees folded ones."""
+SMALLEST = 150
+"""Pixels of the smallest structure that is prompted; in a chunk, on average of its slices."""
 TRAIN, VALIDATION, TEST = 0, 1, 2
 """First number of a phantom's seed."""
 
@@ -100,23 +102,29 @@ class Template:
         )
 
 
-def phantom_chunk(seed: tuple[int, ...]) -> Chunk:
-    """A phantom of CHUNK slices, and one of its structures that is large enough."""
+def phantom_of(seed: tuple[int, ...]) -> Phantom:
+    """A phantom of CHUNK slices that has a structure large enough to be asked for."""
     for attempt in range(100):
         style = STYLES[(seed[-1] + attempt) % len(STYLES)]
         made = phantom((*seed, attempt), style, depth=CHUNK)
-        if found := structures_of(made, pixels=150 * CHUNK):
-            chosen = made.labels == found[seed[-1] % len(found)]
-            prepared = [preprocess(plane, "medsa", SIZE) for plane in made.pixels]
-            return Chunk(
-                image=np.stack([image[0] for image, _ in prepared]),
-                frame=prepared[0][1],
-                structures={CLASSES[-1]: chosen},
-            )
+        if structures_of(made.labels, pixels=SMALLEST * CHUNK):
+            return made
     raise AssertionError(f"no phantom of the seed {seed} has a structure large enough")
 
 
-def structures_of(made: Phantom, *, pixels: int) -> list[int]:
-    """Labels of a phantom's structures of at least `pixels` pixels."""
-    counts = np.bincount(made.labels.ravel())
+def phantom_chunk(seed: tuple[int, ...]) -> Chunk:
+    """A phantom of CHUNK slices, and one of its structures that is large enough."""
+    made = phantom_of(seed)
+    found = structures_of(made.labels, pixels=SMALLEST * CHUNK)
+    prepared = [preprocess(plane, "medsa", SIZE) for plane in made.pixels]
+    return Chunk(
+        image=np.stack([image[0] for image, _ in prepared]),
+        frame=prepared[0][1],
+        structures={CLASSES[-1]: made.labels == found[seed[-1] % len(found)]},
+    )
+
+
+def structures_of(labels: NDArray[np.uint8], *, pixels: int) -> list[int]:
+    """The structures, 1…, of at least `pixels` pixels."""
+    counts = np.bincount(labels.ravel())
     return [k for k in range(1, len(counts)) if counts[k] >= pixels]

@@ -17,7 +17,7 @@ from torch import Tensor
 from medsa_deploy.transforms import Frame, upsample
 
 from .chunks import Chunk
-from .network import CLASSES, DemoNetwork
+from .network import CLASSES, PROMPTED, DemoNetwork
 from .prompts import KINDS, Kind, Mask, decoder_inputs, sample
 
 VARIANTS = ("base", "adapted", "HyP-Adpt's prompt zeroed", "SD-Trans off")
@@ -44,8 +44,8 @@ def evaluate(
 ) -> Iterator[Score]:
     """Scores of all variants on every chunk, its structures, and DRAWS prompts of each kind.
 
-    The base has one mask, so it is asked for each structure by a prompt of its own; prompts are the
-    same for all variants.
+    The base knows no classes, so it is asked for each structure by a prompt of its own, and its
+    answer is the mask of what was prompted; prompts are the same for all variants.
     """
     for number, chunk in enumerate(chunks):
         image = torch.from_numpy(chunk.image)[:, None].expand(-1, 3, -1, -1)
@@ -66,7 +66,7 @@ def evaluate(
                             sample(rng, mask, clicks=clicks), chunk.frame
                         )
                         masks = _masks(network, embeddings, coords, labels, chunk.frame)
-                        mine = masks[:, 0 if network is base else CLASSES.index(structure)]
+                        mine = masks[:, PROMPTED if network is base else CLASSES.index(structure)]
                         absent = [i for i, name in enumerate(CLASSES) if not _has(chunk, name)]
                         yield Score(
                             variant=variant,

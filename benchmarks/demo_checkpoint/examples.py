@@ -14,62 +14,80 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunks import LABEL_THRESHOLD, TRAIN, Template, phantom_chunk, structures_of, train_windows
+from .chunks import (
+    LABEL_THRESHOLD,
+    SMALLEST,
+    TRAIN,
+    Template,
+    phantom_of,
+    structures_of,
+    train_windows,
+)
 from .network import CHUNK, CLASSES, SIZE
-from .phantoms import Style, phantom
+from .phantoms import INNER, OUTER, Style, phantom
 from .prompts import FRAME, decoder_inputs, sample
 from .training import Example
 
 Rng = np.random.Generator
 Progress = Callable[[int], None]
 
-BASE_STYLES: tuple[Style, ...] = ("ultrasound", "ct", "folded", "folded")
+BASE_STYLES: tuple[Style, ...] = ("ultrasound", "ct", "folded", "folded", "folded")
 PROMPTS = 3
 """Prompts decoded on every image of the base's batches."""
-SMALLEST = 150
-"""Pixels of the smallest structure that is prompted."""
 CLICKS = (0, 0, 1, 2, 3)
 """Clicks of a prompt, drawn evenly; 0 is a box."""
-DEEP = 0.75
-"""Part of the steps in which SD-Trans is on; in the others every slice is by itself, so that the
-network also serves single images."""
-BRAINS = 0.6
-"""Part of the steps on the template; the others are on phantoms."""
+TISSUE, PROMPTED_MASK = 0.5, 2.0
+"""What each of the base's masks counts: to answer to prompts is what it is slow to learn."""
+ABSENT = 0.1
+"""What an empty mask counts; those of the classes present count 1 together."""
 
 
 class PhantomImages:
-    """Single phantom slices, each with its structures: what the base learns from."""
+    """Single phantom slices, each with its structures: what the base learns from.
+
+    As SAM's masks are a whole, a part and a subpart, the base's are, in the classes' order, a
+    folded head's inner tissue, its outer tissue and both, whatever was prompted, and the structure
+    that was prompted. Of other styles the first three do not count.
+    """
 
     def __init__(self, count: int, folder: Path, on_made: Progress) -> None:
         def make(i: int) -> NDArray[np.uint8]:
             style = BASE_STYLES[i % len(BASE_STYLES)]
             for attempt in range(100):
                 made = phantom((TRAIN, 1, i, attempt), style, depth=1)
-                if structures_of(made, pixels=SMALLEST):
+                if structures_of(made.labels, pixels=SMALLEST):
                     break
             return np.concatenate([made.pixels, made.labels])
 
         self._pool = _pool(folder / f"images-{count}.npy", (count, 2, SIZE, SIZE), make, on_made)
 
-    def example(self, rng: Rng, batch: int) -> Example:
-        """A batch of images, each with PROMPTS prompts; the target of each is the one mask."""
+    def example(self, rng: Rng, batch: int, *, shrunk: int = 1) -> Example:
+        """A batch of images, each with PROMPTS prompts for structures drawn apart.
+
+        Images are `shrunk` times smaller than the network's frame; prompts stay in that frame.
+        """
         clicks = int(rng.choice(CLICKS))
-        images, targets, prompts = [], [], []
+        images, targets, weights, prompts = [], [], [], []
         for i in rng.integers(0, len(self._pool), batch):
+            folded = BASE_STYLES[i % len(BASE_STYLES)] == "folded"
             pixels, labels = _turned(rng, self._pool[i])
             image = pixels.astype(np.float32) / 255
             images.append(1 - image if rng.random() < 0.3 else image)
-            found = 1 + np.flatnonzero(np.bincount(labels.ravel())[1:] >= SMALLEST)
-            for k in rng.choice(found, PROMPTS):
-                targets.append(labels == k)
-                prompt = sample(rng, targets[-1][None], clicks=clicks)
+            tissues = [labels == INNER, labels == OUTER, (labels == INNER) | (labels == OUTER)]
+            found = [labels == k for k in structures_of(labels, pixels=SMALLEST)]
+            found += tissues[2:] if folded else []
+            for k in rng.integers(0, len(found), PROMPTS):
+                targets.append(np.stack([*tissues, found[k]]))
+                weights.append([TISSUE * folded] * 3 + [PROMPTED_MASK])
+                prompt = sample(rng, found[k][None], clicks=clicks)
                 prompts.append(decoder_inputs(prompt, FRAME))
-        image = _shaded(rng, torch.from_numpy(np.stack(images)))
+        image = _shaded(rng, torch.from_numpy(np.stack(images)))[:, None]
         return Example(
-            image=image[:, None].expand(-1, 3, -1, -1),
+            image=F.avg_pool2d(image, shrunk).expand(-1, 3, -1, -1),
             coords=torch.cat([coords for coords, _ in prompts]),
             labels=torch.cat([labels for _, labels in prompts]),
-            target=torch.from_numpy(np.stack(targets))[:, None].float(),
+            target=torch.from_numpy(np.stack(targets)).float(),
+            weight=torch.tensor(weights),
         )
 
 
@@ -86,40 +104,50 @@ class Chunks:
         self._windows = [where[window.start] for window in windows]
 
         def make(i: int) -> NDArray[np.uint8]:
-            chunk = phantom_chunk((TRAIN, 2, i))
-            pixels = np.round(chunk.image * 255).astype(np.uint8)
-            return np.stack([pixels, chunk.structures[CLASSES[-1]].astype(np.uint8)])
+            made = phantom_of((TRAIN, 2, i))
+            return np.stack([made.pixels, made.labels])
 
         shape = (phantoms, 2, CHUNK, SIZE, SIZE)
         self._phantoms = _pool(folder / f"chunks-{phantoms}.npy", shape, make, on_made)
 
-    def example(self, rng: Rng) -> Example:
-        """A chunk and one prompt set for its slices; the targets are all classes' masks."""
-        target = torch.zeros(len(CLASSES), CHUNK, SIZE, SIZE)
-        if rng.random() < BRAINS:
+    def example(self, rng: Rng, *, shrunk: int = 1, brains: float = 0.5) -> Example:
+        """A chunk and its prompt sets, each for all slices; targets are all classes' masks.
+
+        It is a brain's in `brains` of the steps, a phantom's in the others; slices are `shrunk`
+        times smaller than the network's frame, prompts stay in that frame. A brain has one set,
+        whose answer is the same whatever was prompted; a phantom has two, for structures drawn
+        apart, so that the answer is a matter of the prompt.
+        """
+        if rng.random() < brains:
             start = int(rng.choice(self._windows))
             planes = _warped(rng, self._slices[:, start : start + CHUNK])
             white, grey = planes[1:] >= LABEL_THRESHOLD / 255
-            target[:3] = torch.stack([white, grey, white | grey])
-            prompted = int(rng.integers(0, 3))
+            target = torch.zeros(1, len(CLASSES), CHUNK, SIZE, SIZE)
+            target[0, :3] = torch.stack([white, grey, white | grey])
+            prompted = target[0, [int(rng.integers(0, 3))]]
         else:
-            i = int(rng.integers(0, len(self._phantoms)))
-            pixels, labels = self._phantoms[i].astype(np.float32)
-            planes = _warped(rng, torch.from_numpy(np.stack([pixels / 255, labels])))
-            target[3] = planes[1] >= 0.5
-            prompted = 3
-        image = _shaded(rng, planes[0])
-        structure = target[prompted].numpy() > 0
-        if not structure.any():  # warped out of the image
-            return self.example(rng)
-        prompt = sample(rng, structure, clicks=int(rng.choice(CLICKS)))
-        coords, labels = decoder_inputs(prompt, FRAME)
+            pixels, labels = self._phantoms[int(rng.integers(0, len(self._phantoms)))]
+            found = structures_of(labels, pixels=SMALLEST * CHUNK)
+            chosen = rng.choice(found, 2, replace=len(found) < 2)
+            stacked = [pixels / np.float32(255), *(labels == k for k in chosen)]
+            planes = _warped(rng, torch.from_numpy(np.stack(stacked).astype(np.float32)))
+            target = torch.zeros(len(chosen), len(CLASSES), CHUNK, SIZE, SIZE)
+            target[:, 3] = planes[1:] >= 0.5
+            prompted = target[:, 3]
+        if not prompted.flatten(1).any(dim=1).all():  # warped out of the image
+            return self.example(rng, shrunk=shrunk, brains=brains)
+        clicks = int(rng.choice(CLICKS))
+        drawn = [sample(rng, mask.numpy() > 0, clicks=clicks) for mask in prompted]
+        inputs = [decoder_inputs(prompt, FRAME) for prompt in drawn]
+        present = target.flatten(2).any(dim=2)
+        image = _shaded(rng, planes[0])[:, None]
         return Example(
-            image=image[:, None].expand(-1, 3, -1, -1),
-            coords=coords,
-            labels=labels,
-            target=target.transpose(0, 1),
-            deep=bool(rng.random() < DEEP),
+            image=F.avg_pool2d(image, shrunk).expand(-1, 3, -1, -1),
+            coords=torch.cat([coords for coords, _ in inputs] * CHUNK),
+            labels=torch.cat([labels for _, labels in inputs] * CHUNK),
+            target=target.permute(2, 0, 1, 3, 4).flatten(0, 1),
+            weight=torch.where(present, 1 / present.sum(1, keepdim=True), ABSENT),
+            depth=CHUNK,
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,21 +21,29 @@ from medsa_deploy.exporters.sam import modeling
 from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
 
-SIZE, PATCH = 256, 16
+SIZE, PATCH = 256, 8
 GRID = SIZE // PATCH
 WIDTH, DEPTH, HEADS = 128, 8, 2
-WINDOW, GLOBAL = 8, (1, 3, 5, 7)
+WINDOW, GLOBAL = 8, (3, 7)
 PROMPT_WIDTH = 256
 CHUNK = 8
 """Slices that SD-Trans sees together."""
 CLASSES = ("white matter", "grey matter", "brain", "phantom")
+PROMPTED = 3
+"""The mask of what was prompted, of the base; the first three are tissues."""
 HYP_LENGTHS, HYP_PROMPT = (64, 32, 64), 32
 """HyP-Adpt: widths L_0…L_K, and that of the reduced prompt."""
 
 HEADS_OF_OUTPUT = re.compile(
-    r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)\."
+    r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|output_upscaling|iou_prediction_head)\."
 )
-"""What names the classes: trained with the adapters, since the base knows a single mask."""
+"""What makes the classes' masks: trained with the adapters, since the base knows no classes."""
+RECONSTRUCTION = "reconstruction."
+"""Prefix of the keys of what helps to train the base, and is no part of it."""
+POSITION_GAIN = 1.5
+"""How much larger than usual projections start that match positions."""
+DETAIL = PATCH // 2
+"""Side of what is reconstructed of a patch: means of 2×2 pixels, as fine as the masks."""
 
 
 class DemoNetwork(nn.Module):
@@ -55,14 +62,24 @@ class DemoNetwork(nn.Module):
         )
         self.prompt_encoder = PromptTokens(shapes, image_size=SIZE, embedding_size=GRID)
         self.mask_decoder = Decoder(shapes, form="meta")
+        self.reconstruction = (
+            nn.Conv2d(PROMPT_WIDTH, DETAIL**2, kernel_size=1)
+            if any(key.startswith(RECONSTRUCTION) for key in tensors)
+            else None
+        )
         self.load_state_dict(dict(tensors))
 
     def forward(self, image: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, S, S), coords (P, N, 2) as the decoder takes them, labels (P, N), P = 1 for
         all images or k·B, k in turn for each → low-resolution logits (max(B, P), 4, 4g, 4g) and
         IoU predictions (max(B, P), 4)."""
-        embeddings = self.image_encoder(image)
-        each = max(1, len(coords) // len(image))
+        return self.decode(self.image_encoder(image), coords, labels)
+
+    def decode(self, embeddings: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of images that are encoded already, (B, 256, g, g)."""
+        # training also takes images of half the size; positions are relative to the image's
+        self.prompt_encoder.image_embedding_size = tuple(embeddings.shape[2:])
+        each = max(1, len(coords) // len(embeddings))
         return self.mask_decoder(
             embeddings.repeat_interleave(each, dim=0),
             self.prompt_encoder.get_dense_pe(),
@@ -99,7 +116,10 @@ class DemoNetwork(nn.Module):
 
 
 def base_tensors(seed: int) -> dict[str, Tensor]:
-    """A SAM of these sizes as SAM's own modules initialise it; its positions are not zero."""
+    """A SAM of these sizes as SAM's own modules initialise it; its positions are not zero.
+
+    With it comes a linear reconstruction of the image from the embeddings, for training alone.
+    """
     torch.manual_seed(seed)
     parts = {
         "image_encoder": modeling.ImageEncoderViT(
@@ -126,9 +146,34 @@ def base_tensors(seed: int) -> dict[str, Tensor]:
         for part, module in parts.items()
         for key, value in module.state_dict().items()
     }
+    reconstruction = nn.Conv2d(PROMPT_WIDTH, DETAIL**2, kernel_size=1)
+    for key, value in reconstruction.state_dict().items():
+        tensors[RECONSTRUCTION + key] = value.detach().clone()
     # every file has SAM's 64×64 positions, whatever its image size
     tensors["image_encoder.pos_embed"] = 0.02 * torch.randn(1, 64, 64, WIDTH)
-    return tensors
+    return tensors | _matched_positions(tensors)
+
+
+def _matched_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positions, and attention between tokens and image that starts out matching them.
+
+    Coordinates come with x and y swapped, as Med-SA's do, and among SAM's random frequencies no
+    linear map undoes that; here a frequency (a, b) comes with (b, a), so swapping exchanges the
+    halves of sines and cosines. Frequencies are spread down to a tenth of SAM's: low ones tell on
+    which side of a corner a place lies.
+    """
+    pairs = torch.randn(2, PROMPT_WIDTH // 4) * torch.logspace(-1, 0, PROMPT_WIDTH // 4)
+    matched = {
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": torch.cat(
+            [pairs, pairs.flip(0)], dim=1
+        )
+    }
+    swapped = torch.arange(PROMPT_WIDTH).view(2, 2, -1).flip(1).flatten()
+    for key, weight in tensors.items():
+        if re.search(r"(token_to_image|image_to_token)\.q_proj\.weight", key):
+            matched[key] = POSITION_GAIN * weight
+            matched[key.replace("q_proj", "k_proj")] = POSITION_GAIN * weight[:, swapped]
+    return matched
 
 
 def adapter_tensors(seed: int) -> dict[str, Tensor]:
@@ -143,9 +188,8 @@ def adapter_tensors(seed: int) -> dict[str, Tensor]:
         tensors |= _bottleneck(f"{layer}.MLP_Adapter", PROMPT_WIDTH)
         tensors |= _bottleneck(f"{layer}.Image_Adapter", PROMPT_WIDTH)
         hyper = HyperPromptAdapter(PROMPT_WIDTH, HYP_LENGTHS, HYP_PROMPT)
-        for linear, (a, _) in zip(hyper.hyper, pairwise(HYP_LENGTHS), strict=True):
-            # a generated matrix of a linear layer's usual scale, whatever the prompt
-            nn.init.normal_(linear.bias, std=a**-0.5)
+        for linear in hyper.hyper:
+            nn.init.zeros_(linear.bias)  # all of a generated matrix comes from the prompt
         nn.init.zeros_(hyper.D_fc2.weight)
         nn.init.zeros_(hyper.D_fc2.bias)
         tensors |= {f"{layer}.HyP_Adapter.{k}": v for k, v in hyper.state_dict().items()}

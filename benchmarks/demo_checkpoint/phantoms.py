@@ -26,6 +26,8 @@ ANGLES = 256
 """Samples of a blob's outline."""
 REACH = 1.8
 """How far, in radii, a blob is computed; no outline goes as far."""
+OUTER, INNER = 1, 2
+"""Labels of the two tissues of a folded head."""
 OUTSIDE = -1.0
 """What `blob` says of pixels far outside."""
 
@@ -37,7 +39,7 @@ class Phantom:
     pixels: NDArray[np.uint8]
     """(D, S, S) display values."""
     labels: NDArray[np.uint8]
-    """(D, S, S) 0 background, 1… structures."""
+    """(D, S, S) 0 background, 1… structures; of `folded` OUTER, INNER, and 3 its hollow."""
 
 
 def phantom(seed: tuple[int, ...], style: Style, *, depth: int) -> Phantom:
@@ -173,21 +175,26 @@ def _folded(rng: Rng, depth: int) -> tuple[Floats, NDArray[np.uint8]]:
         rng, depth, centre=(centre[0], centre[1]), radius=rng.uniform(0.75, 1.0), closing=False
     )
     head = head - 0.1
-    folds = smooth_noise(rng, int(rng.integers(7, 20)), depth)
-    rim = rng.uniform(0.12, 0.3)
-    inside = head > 0.02 * np.maximum(folds, 0)
-    inner = inside & (head > rim * (1 + 0.9 * np.tanh(folds)))
-    labels = np.where(inner, 2, np.where(inside, 1, 0)).astype(np.uint8)
+    folds = smooth_noise(rng, int(rng.integers(8, 36)), depth)
+    finer = smooth_noise(rng, int(rng.integers(30, 72)), depth)
+    folds = folds + rng.uniform(0, 0.6) * finer
+    rim = rng.uniform(0.12, 0.45)
+    border = rim * (1 + 0.9 * np.tanh(folds))
+    clefts = (folds > rng.uniform(0.6, 2.5)) & (head < border - rng.uniform(0.02, 0.2))
+    inside = (head > 0.02 * np.maximum(folds, 0)) & ~clefts
+    islands = smooth_noise(rng, int(rng.integers(4, 12)), depth) > rng.uniform(1.3, 3)
+    inner = inside & (head > border) & ~islands
+    labels = np.where(inner, INNER, np.where(inside, OUTER, 0)).astype(np.uint8)
     hollow = blob(rng, depth, centre=(centre[0], centre[1]), radius=rng.uniform(0.08, 0.2)) > 0
     labels[hollow] = 3
-    levels = rng.permutation(np.linspace(35, rng.uniform(150, 245), 4)) + rng.normal(0, 6, 4)
+    low = rng.uniform(20, 140)
+    levels = rng.permutation(np.linspace(low, rng.uniform(low + 70, 245), 4)) + rng.normal(0, 4, 4)
     image = levels[labels].astype(np.float32)
-    image[head <= 0] = rng.uniform(0, 60)
-    shell = (head <= -0.03) & (head > -0.1)
-    image[shell] = rng.uniform(60, 240)
-    image[head <= -0.1] = rng.uniform(0, 12)
-    image += rng.uniform(0, 10) * smooth_noise(rng, int(rng.integers(4, 30)), depth)
-    image = _blurred(image, int(rng.choice([1, 3])))
+    shell = -0.1 if rng.random() < 0.6 else -0.03  # or none
+    image[(head <= -0.03) & (head > shell)] = rng.uniform(60, 240)
+    image[head <= shell] = rng.uniform(0, 12)
+    image += rng.uniform(0, 8) * smooth_noise(rng, int(rng.integers(4, 30)), depth)
+    image = _blurred(image, int(rng.choice([1, 3, 5])))
     return image + rng.uniform(0, 8) * rng.standard_normal(image.shape, np.float32), labels
 
 

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .network import SIZE, DemoNetwork
+from .network import DETAIL, PATCH, SIZE, DemoNetwork
 
 WARM_UP = 100
 """Steps over which the learning rate rises."""
 COOL_DOWN = 0.3
 """Part of the steps, the last, over which it falls to nothing."""
-LOSS_SIZE = SIZE // 2
-"""Side of the frame in which masks are compared."""
+EMPTY_SMOOTHING = 100.0
+"""Pixels added to both terms of Dice of a mask that ought to be empty: one is no catastrophe."""
+IOU_WEIGHT = 0.05
+RECONSTRUCTION_WEIGHT = 10.0
+"""Of the mean squared error of grey values 0…1, whose variance is about 0.05."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,15 +35,16 @@ class Example:
     """What one step learns from."""
 
     image: Tensor
-    """(B, 3, S, S)"""
+    """(B, 3, s, s), s = S, S/2 or S/4; B counts whole chunks of `depth` slices."""
     coords: Tensor
-    """(P, N, 2), P = 1 or k·B."""
+    """(P, N, 2), P = 1 or k·B, k in turn for each image."""
     labels: Tensor
     """(P, N)"""
     target: Tensor
-    """(max(B, P), K, S, S) 0 or 1: the first K masks."""
-    deep: bool = False
-    """The B slices are one chunk, and SD-Trans sees them together."""
+    """(M, 4, S, S) 0 or 1, M = max(B, P)."""
+    weight: Tensor
+    """(M / depth, 4) how much each mask counts, by chunk and prompt."""
+    depth: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +82,8 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train `stage` from `tensors`, or from where `state_path` says it was.
 
-    Returns the network's tensors; steps, seconds, and the mean loss of the last tenth of the steps.
+    Returns the network's tensors; steps, seconds, processor seconds (of all threads together), and
+    the mean loss of the last tenth of the steps.
     Steps after the last state saved are lost to an interrupt, and done again.
     """
     network = DemoNetwork(tensors).train()
@@ -86,7 +91,7 @@ def train(
         parameter.requires_grad_(stage.is_trained(name))
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    done, seconds, losses = 0, 0.0, []
+    done, seconds, cpu_seconds, losses = 0, 0.0, 0.0, []
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         if state["stage"] != stage.identity:
@@ -96,12 +101,14 @@ def train(
             )
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        done, seconds, losses = state["done"], state["seconds"], state["losses"]
-    began = time.perf_counter() - seconds
+        done, losses = state["done"], state["losses"]
+        seconds, cpu_seconds = state["seconds"], state["cpu_seconds"]
+    began, cpu_began = time.perf_counter() - seconds, time.process_time() - cpu_seconds
     while done < stage.steps:
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * schedule(done, stage.steps)
-        loss = step(network, stage.example(np.random.default_rng((stage.seed, stage.number, done))))
+        example = stage.example(np.random.default_rng((stage.seed, stage.number, done)))
+        loss = step(network, example)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -110,7 +117,7 @@ def train(
         losses.append(loss.item())
         on_step(done, losses[-1])
         if done % save_every == 0 or done == stage.steps:
-            seconds = time.perf_counter() - began
+            seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             _save(
                 {
                     "stage": stage.identity,
@@ -118,13 +125,15 @@ def train(
                     "optimizer": optimizer.state_dict(),
                     "done": done,
                     "seconds": seconds,
+                    "cpu_seconds": cpu_seconds,
                     "losses": losses,
                 },
                 state_path,
             )
     last = losses[-max(1, stage.steps // 10) :]
     trained = {key: value.detach().clone() for key, value in network.state_dict().items()}
-    return trained, {"steps": done, "seconds": seconds, "loss": sum(last) / len(last)}
+    figures = {"steps": done, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    return trained, figures | {"loss": sum(last) / len(last)}
 
 
 def schedule(done: int, steps: int) -> float:
@@ -135,33 +144,46 @@ def schedule(done: int, steps: int) -> float:
 def step(network: DemoNetwork, example: Example) -> Tensor:
     """The loss of one example; matrices are multiplied in bfloat16."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        if example.deep:
-            logits, iou = network(example.image, example.coords, example.labels)
-        else:
-            with network.without_depth():
-                logits, iou = network(example.image, example.coords, example.labels)
-    classes = example.target.shape[1]
-    return loss_of(logits[:, :classes].float(), iou[:, :classes].float(), example.target)
+        embeddings = network.image_encoder(example.image)
+        logits, iou = network.decode(embeddings, example.coords, example.labels)
+        drawn = None if network.reconstruction is None else network.reconstruction(embeddings)
+    loss = loss_of(logits.float(), iou.float(), example)
+    if drawn is not None:
+        grey = F.avg_pool2d(example.image[:, :1], PATCH // DETAIL)
+        loss = loss + RECONSTRUCTION_WEIGHT * F.mse_loss(
+            drawn.float(), F.pixel_unshuffle(grey, DETAIL)
+        )
+    return loss
 
 
-def loss_of(logits: Tensor, iou: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy and Dice, and the error of the predicted IoU.
+def loss_of(logits: Tensor, iou: Tensor, example: Example) -> Tensor:
+    """Cross-entropy, Dice and the error of the predicted IoU, by chunk and mask, weighted.
 
-    logits (B, K, 4g, 4g), iou (B, K), target (B, K, S, S).
+    logits (M, K, 4g, 4g), iou (M, K); masks are compared at the logits' resolution.
     """
-    target = F.avg_pool2d(target, SIZE // LOSS_SIZE)
-    upsampled = F.interpolate(logits, (LOSS_SIZE, LOSS_SIZE), mode="bilinear", align_corners=False)
-    entropy = F.binary_cross_entropy_with_logits(upsampled, target)
-    probability = upsampled.sigmoid()
-    both = (probability * target).sum((2, 3))
-    total = probability.sum((2, 3)) + target.sum((2, 3))
-    dice = 1 - (2 * both + 1) / (total + 1)
+    prompts = len(logits) // len(example.image)
+
+    def of_chunks(x: Tensor) -> Tensor:
+        """(M, K) → (M / depth, K), the sum over the slices of a chunk."""
+        return x.unflatten(0, (-1, example.depth, prompts)).sum(1).flatten(0, 1)
+
+    target = F.avg_pool2d(example.target, SIZE // logits.shape[-1])
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    entropy = of_chunks(entropy.mean((2, 3))) / example.depth
+    probability = logits.sigmoid()
+    both = of_chunks((probability * target).sum((2, 3)))
+    true = of_chunks(target.sum((2, 3)))
+    smoothing = torch.where(true > 0, 1.0, EMPTY_SMOOTHING)
+    total = of_chunks(probability.sum((2, 3))) + true
+    dice = 1 - (2 * both + smoothing) / (total + smoothing)
     with torch.no_grad():
-        mask = (upsampled > 0).float()
+        mask = (logits > 0).float()
         overlap = (mask * target).sum((2, 3))
         union = mask.sum((2, 3)) + target.sum((2, 3)) - overlap
         actual = (overlap + 1) / (union + 1)
-    return entropy + 0.5 * dice.mean() + 0.05 * F.mse_loss(iou, actual)
+    error = of_chunks((iou - actual) ** 2) / example.depth
+    each = entropy + dice + IOU_WEIGHT * error
+    return (example.weight * each).sum() / len(example.weight)
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
