@@ -35,12 +35,20 @@ DepthGrouping = Literal["public", "paper"]
 PromptScope = Literal["chunk", "slice"]
 Target = Literal["any", "tensorrt", "cpu"]
 Role = Literal[
-    "encoder", "encoder-fused", "decoder", "decoder-image", "decoder-click", "weights", "reference"
+    "encoder",
+    "encoder-onnxruntime",
+    "encoder-openvino",
+    "decoder",
+    "decoder-image",
+    "decoder-click",
+    "weights",
+    "reference",
 ]
-"""`encoder-fused`: the encoder once more, with attention as an operator of ONNX Runtime's own; its
-weights are those in the encoder's file. `decoder-image` and `decoder-click`: the decoder once more,
-cut into what runs once an image and what runs with every prompt that has no mask. `weights`:
-external data of a graph over protobuf's limit. `reference`: outputs to verify by."""
+"""`encoder-onnxruntime`, `encoder-openvino`: the encoder once more, with attention as that backend
+runs it best; its weights are those in the encoder's file. `decoder-image` and `decoder-click`: the
+decoder once more, cut into what runs once an image and what runs with every prompt that has no
+mask. `weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +211,9 @@ class Parity:
     split: Parity | None = None
     """The same with the decoder's two parts in its place, for prompt sets without a mask. None
     where a precision has no such files."""
-    fused: Parity | None = None
-    """The same with the encoder for ONNX Runtime in its place, where there is one and that ran."""
+    encoders: dict[str, Parity] = field(default_factory=dict)
+    """The same with a backend's own encoder in its place, by role, where there is one and it ran.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

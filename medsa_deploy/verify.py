@@ -6,7 +6,7 @@ cases through the same session code; what differs is the network alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -246,12 +246,12 @@ def summarise(
     backend: str,
     nan_count: int = 0,
     split: Parity | None = None,
-    fused: Parity | None = None,
+    encoders: Mapping[str, Parity] | None = None,
 ) -> Parity:
     """The worst of all cases, as the manifest records it.
 
     `nan_count`: values that were NaN or infinite, and compared as 0. `split`: the same with the
-    decoder in two parts. `fused`: with ONNX Runtime's own encoder.
+    decoder in two parts. `encoders`: with a backend's own encoder, by role.
     """
     found = list(comparisons)
     return Parity(
@@ -272,7 +272,7 @@ def summarise(
         mask_dice_worst=min(min(c.mask_dice) for c in found),
         nan_count=nan_count,
         split=split,
-        fused=fused,
+        encoders=dict(encoders or {}),
     )
 
 
@@ -290,10 +290,8 @@ def failures(parity: Parity, limits: Limits | None = None) -> list[str]:
     """What exceeds the limits, by default the precision's, in words; empty when the proof holds."""
     limits = limits or limits_of(parity.precision)
     found = _failures(parity, limits)
-    for form, other in (
-        ("decoder in two parts", parity.split),
-        ("encoder for ONNX Runtime", parity.fused),
-    ):
+    others = {"decoder in two parts": parity.split, **parity.encoders}
+    for form, other in others.items():
         if other is not None:
             found += [f"{form}: {problem}" for problem in failures(other, limits)]
     return found

@@ -17,13 +17,11 @@ def print_parity(parity: Parity, against: str) -> None:
     for name, tensor in parity.tensors.items():
         table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
     table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
-    for words, other, own in (
-        ("with the decoder in two parts:", parity.split, 1),
-        ("with the encoder for ONNX Runtime:", parity.fused, 0),
-    ):
+    others = {"the decoder in two parts": parity.split, **parity.encoders}
+    for words, other in others.items():
         if other is not None:
-            table.add_row(words, "", "")
-            for name, tensor in list(other.tensors.items())[own:]:
+            table.add_row(f"with {words}:", "", "")
+            for name, tensor in other.tensors.items():
                 table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
             table.add_row("mask pixels differing", f"{other.mask_pixels_differing:.1e}", "")
     out.print(table)

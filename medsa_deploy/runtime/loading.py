@@ -31,8 +31,12 @@ BACKENDS = (*CPU_BACKENDS, "onnxruntime-cuda", *FLAVORS)
 DEFAULT = "onnxruntime"
 AUTO = "auto"
 """What `medsa-deploy doctor --tune` found fastest here for this bundle; else the default."""
-FUSED: Role = "encoder-fused"
-RUN = ("encoder", FUSED, "decoder", *PARTS, "weights")
+OWN_ENCODERS: dict[str, Role] = {
+    "onnxruntime": "encoder-onnxruntime",
+    "openvino": "encoder-openvino",
+}
+"""Backend → role of the encoder that is made for it."""
+RUN = ("encoder", *OWN_ENCODERS.values(), "decoder", *PARTS, "weights")
 """Roles of the files that a backend on ONNX files reads."""
 COMPUTED = {"bf16": "fp32", "int8-bf16": "int8-cpu"}
 """Precisions of the arithmetic alone → the precision of the files they run."""
@@ -59,7 +63,7 @@ def load(
     files, or of `int8-cpu` what is not INT8 there, in bfloat16.
     `threads`: threads of one run, default all cores. `fallback`: backends that take over, in this
     order, where one cannot be opened or fails while it runs; their predictions are `degraded`.
-    `cuda_graphs`: whether engines may be replayed as CUDA graphs. `portable`: have ONNX Runtime run
+    `cuda_graphs`: whether engines may be replayed as CUDA graphs. `portable`: have a backend run
     `encoder.onnx` although the bundle has an encoder of its own for it. `time_layers`: have the
     backend be a `TimesLayers`, which makes it slower. BundleError for a bundle that is missing,
     changed or of another version. MissingDependencyError for a backend that is not installed.
@@ -127,12 +131,14 @@ def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Bac
         return OnnxRuntimeCudaBackend(*files, **common)
     if all(manifest.has(role, held) for role in PARTS):
         common["parts"] = [path(role) for role in PARTS]
+    own = OWN_ENCODERS[name]
+    if manifest.has(own, held) and not options.portable:
+        files = (path(own), *files[1:])
     if name == "openvino":
-        return _openvino()(*files, bf16=options.precision in COMPUTED, **common)
+        chunk, bf16 = manifest.network.chunk, options.precision in COMPUTED
+        return _openvino()(*files, chunk=chunk, bf16=bf16, **common)
     from .ort import OnnxRuntimeBackend
 
-    if manifest.has(FUSED, held) and not options.portable:
-        files = (path(FUSED), *files[1:])
     return OnnxRuntimeBackend(*files, **common)
 
 

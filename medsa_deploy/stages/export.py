@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from medsa_deploy import __version__, bundle, manifest, verify
 from medsa_deploy.manifest import Manifest
-from medsa_deploy.runtime import load
+from medsa_deploy.runtime import Session, load
+from medsa_deploy.runtime.ort import OnnxRuntimeBackend
 from medsa_deploy.verify import Case
 
 from .checkpoints import export_extra, read_checkpoint
@@ -80,7 +81,7 @@ def _write_bundle(
         from medsa_deploy.exporters.folded import fold
         from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
         from medsa_deploy.exporters.reference import build_reference
-        from medsa_deploy.graph.fused import write_fused
+        from medsa_deploy.graph.attention import write_own_encoders
     made = Manifest(
         source=loaded.source,
         network=architecture.network,
@@ -104,9 +105,8 @@ def _write_bundle(
         on_graph=lambda name: on_step(f"export the {name}"),
     )
     del folded
-    fused = folder / "encoder.fused.onnx"
-    if write_fused(graphs["encoder"], fused):
-        graphs["encoder-fused"] = [fused]
+    own = write_own_encoders(graphs["encoder"])
+    graphs |= {role: [path] for role, path in own.items()}
     files = [
         manifest.describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
         for name, paths in graphs.items()
@@ -122,9 +122,10 @@ def _write_bundle(
     with load(folder, portable=True) as session:
         compared = compare_all(session, to_prove, wanted)
         backend = session.backend.name
-    if fused.exists():
-        with load(folder) as session:
-            compared = replace(compared, fused=compare_all(session, to_prove, wanted))
+    decoder = graphs["decoder"][0]
+    for role, path in own.items():
+        with Session(made, OnnxRuntimeBackend(path, decoder, made.graphs)) as session:
+            compared.encoders[role] = compare_all(session, to_prove, wanted)
     proof = compared.summary(to_prove, precision="fp32", backend=backend)
     verify.require(proof)
     made = replace(made, parity=(proof,))

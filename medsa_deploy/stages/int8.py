@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from medsa_deploy import verify
 from medsa_deploy.errors import ParityError
+from medsa_deploy.graph.attention import write_own_encoders
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
-from medsa_deploy.graph.fused import write_fused
 from medsa_deploy.graph.islands import islands
 from medsa_deploy.graph.qdq import Layer, linear_layers, quantize_layers
 from medsa_deploy.manifest import Recipe, Role
@@ -157,11 +157,10 @@ def make_int8(
     final = trials.measure(files[0], base.decoder, search.precision)
     parity = final.parity
     graphs: dict[Role, list[Path]] = {"encoder": files}
-    fused = folder / f"encoder.fused.{search.precision}.onnx"
-    if not search.half and write_fused(files, fused):
-        other = trials.measure(fused, base.decoder, search.precision)
-        parity = replace(parity, fused=other.parity)
-        graphs["encoder-fused"] = [fused]
+    for role, path in ({} if search.half else write_own_encoders(files)).items():
+        other = trials.measure(path, base.decoder, search.precision)
+        parity = replace(parity, encoders={**parity.encoders, role: other.parity})
+        graphs[role] = [path]
     verify.require(parity)
     again = reference.measure(files[0], base.decoder, search.precision)
     recipe = Recipe(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,15 +114,13 @@ class Compared:
     """Values that were NaN or infinite."""
     split: Compared | None
     """The same with the decoder in two parts, where the backend has them."""
-    fused: Compared | None = None
-    """The same with ONNX Runtime's own encoder, where the bundle has it."""
+    encoders: dict[str, Compared] = field(default_factory=dict)
+    """The same with a backend's own encoder, by role, where the bundle has it."""
 
     def summary(self, cases: Sequence[Case], *, precision: str, backend: str) -> Parity:
         """The worst of all cases, as the manifest records it."""
 
-        def nested(other: Compared | None) -> Parity | None:
-            if other is None:
-                return None
+        def nested(other: Compared) -> Parity:
             return other.summary(cases, precision=precision, backend=backend)
 
         return verify.summarise(
@@ -131,8 +129,8 @@ class Compared:
             precision=precision,
             backend=backend,
             nan_count=self.nan_count,
-            split=nested(self.split),
-            fused=nested(self.fused),
+            split=None if self.split is None else nested(self.split),
+            encoders={role: nested(other) for role, other in self.encoders.items()},
         )
 
 

@@ -19,7 +19,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.manifest import File, Manifest, Parity, Recipe
 from medsa_deploy.runtime.backend import PARTS
-from medsa_deploy.runtime.loading import FUSED, check_options
+from medsa_deploy.runtime.loading import OWN_ENCODERS, check_options
 
 from .calibration import find_sources, hold_out, image_cases
 from .float16 import Made, make_float16
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp16", "int8", "int8-cpu")
 """What is made here; files of these names that no manifest lists are leftovers."""
-GRAPH_ROLES = ("encoder", FUSED, "decoder", *PARTS, "weights")
+GRAPH_ROLES = ("encoder", *OWN_ENCODERS.values(), "decoder", *PARTS, "weights")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,14 @@ from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.manifest import Manifest, Parity
 from medsa_deploy.parity_page import Result
 from medsa_deploy.runtime import load
-from medsa_deploy.runtime.loading import FUSED, check_options, files_precision
+from medsa_deploy.runtime.loading import OWN_ENCODERS, check_options, files_precision
 from medsa_deploy.verify import Array, Case
 
 from . import engine_check
 from .checkpoints import export_extra
 from .engines import EngineState, engine_states
 from .parity_report import worst_mask, write_report
-from .proof import Progress, cases, compare_all, reference_outputs
+from .proof import Compared, Progress, cases, compare_all, reference_outputs
 
 AGAINST = {
     "checkpoint": "the checkpoint's own network",
@@ -89,14 +89,15 @@ def verify_bundle(
         on_step(f"run the {name} graphs in {backend}")
         chosen, recorded = _judged(made, name, to_run)
         some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
-        fused = None
-        if made.has(FUSED, files_precision(name)) and backend == "onnxruntime":
+        own: dict[str, Compared] = {}
+        role = OWN_ENCODERS.get(backend)
+        if role is not None and made.has(role, files_precision(name)):
             with load(bundle, backend=backend, precision=name, threads=threads) as session:
-                fused = compare_all(session, some, wanted)
+                own[role] = compare_all(session, some, wanted)
         with load(
             bundle, backend=backend, precision=name, threads=threads, portable=True
         ) as session:
-            compared = replace(compare_all(session, some, wanted), fused=fused)
+            compared = replace(compare_all(session, some, wanted), encoders=own)
             comparisons = compared.comparisons
             one = compared.summary(some, precision=name, backend=session.backend.name)
             tf32 = session.backend.facts().get("tf32", False)

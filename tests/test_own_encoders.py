@@ -1,4 +1,4 @@
-"""ONNX Runtime's own encoder: attention over many tokens is one operator, and the masks stay."""
+"""Encoders that are made for one backend: the same function, and what each runs best."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from invented import rows, vit_keys, weights
 
 from medsa_deploy import load, manifest, verify
 from medsa_deploy.errors import BundleError
-from medsa_deploy.runtime.loading import FUSED
+from medsa_deploy.runtime.loading import OWN_ENCODERS
 
 SIZE, TOKENS = 512, 1024
 """The smallest image whose tokens, 32×32, are enough."""
-NAME = "encoder.fused.onnx"
+NAME = "encoder.onnxruntime.onnx"
+OURS, THEIRS = OWN_ENCODERS["onnxruntime"], OWN_ENCODERS["openvino"]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +73,14 @@ def encoded(bundle: Path, image: np.ndarray, **options: object) -> np.ndarray:
 
 def test_the_bundle_holds_an_encoder_of_onnx_runtimes_own(bundle: Path) -> None:
     made = manifest.load(bundle)
-    assert made.file(FUSED).path == NAME
+    assert made.file(OURS).path == NAME
     assert operators(bundle / NAME).count("MultiHeadAttention") == 1
     assert "MultiHeadAttention" not in operators(bundle / "encoder.onnx")
     assert operators(bundle / NAME).count("Softmax") == 1  # that of windows
     (parity,) = made.parity
-    assert parity.fused is not None
-    assert parity.fused.tensors["image_embeddings"].relative_l2 < verify.RELATIVE_L2_LIMIT
+    assert set(parity.encoders) == {OURS, THEIRS}
+    for other in parity.encoders.values():
+        assert other.tensors["image_embeddings"].relative_l2 < verify.RELATIVE_L2_LIMIT
 
 
 def test_it_stores_no_scores(bundle: Path) -> None:
@@ -102,7 +104,37 @@ def test_the_session_runs_it(bundle: Path, image: np.ndarray, tmp_path: Path) ->
     accept_changes(copy)
     assert relative_l2(encoded(copy, image), whole) > 1e-3
     assert np.array_equal(encoded(copy, image, portable=True), whole)
-    assert relative_l2(encoded(copy, image, backend="openvino"), whole) < 1e-5
+    assert relative_l2(encoded(copy, image, backend="openvino"), whole) < 1e-5  # not this one
+
+
+def test_openvino_has_one_for_relative_positions(
+    bundle: Path, image: np.ndarray, tmp_path: Path
+) -> None:
+    """Its products are of the heads' own width, and the positions are added."""
+    name = manifest.load(bundle).file(THEIRS).path
+    assert operators(bundle / name).count("Expand") == 1  # that of windows
+    assert operators(bundle / "encoder.onnx").count("Expand") == 2
+    whole = encoded(bundle, image, portable=True)
+    assert relative_l2(encoded(bundle, image, backend="openvino"), whole) < 1e-5
+    assert relative_l2(encoded(bundle, image, backend="openvino", portable=True), whole) < 1e-5
+    done = call("verify", bundle, "--backend", "openvino")
+    assert done.code == 0, done.err
+    assert "with encoder-openvino" in done.out
+    copy = copied(bundle, tmp_path)
+    model = onnx.load(copy / name, load_external_data=False)
+    for node in model.graph.node:
+        if node.name.endswith("/with_rows"):
+            node.op_type = "Sub"
+    (copy / name).write_bytes(model.SerializeToString())
+    accept_changes(copy)
+    assert call("verify", copy).code == 0  # ONNX Runtime does not run it
+    done = call("verify", copy, "--backend", "openvino", "--json")
+    assert done.code == 1
+    assert all("encoder-openvino: " in failure for failure in done.json["failures"])
+
+
+def test_without_relative_positions_openvino_has_none(export) -> None:
+    assert not manifest.load(export("none")).has(THEIRS)
 
 
 def test_a_damaged_one_is_refused(bundle: Path, tmp_path: Path) -> None:
@@ -115,7 +147,7 @@ def test_a_damaged_one_is_refused(bundle: Path, tmp_path: Path) -> None:
 def test_verify_judges_it(bundle: Path, tmp_path: Path) -> None:
     done = call("verify", bundle)
     assert done.code == 0, done.error
-    assert "with the encoder for ONNX Runtime" in done.out
+    assert "with encoder-onnxruntime" in done.out
     copy = copied(bundle, tmp_path)
     doubled(copy / NAME)
     accept_changes(copy)
@@ -123,7 +155,7 @@ def test_verify_judges_it(bundle: Path, tmp_path: Path) -> None:
     assert done.code == 1
     failures = json.loads(done.out)["failures"]
     assert failures
-    assert all("encoder for ONNX Runtime" in failure for failure in failures)
+    assert all("encoder-onnxruntime: " in failure for failure in failures)
 
 
 @pytest.mark.parametrize("head_size", [16, 20])
@@ -153,7 +185,7 @@ def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np
         Image.fromarray(verify.seeded_image(64, seed)).save(images / f"{seed}.png")
     done = call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu")
     assert done.code == 0, done.error
-    name = manifest.load(copy).file(FUSED, "int8-cpu").path
+    name = manifest.load(copy).file(OURS, "int8-cpu").path
     assert {"MultiHeadAttention", "QuantizeLinear"} <= set(operators(copy / name))
     with load(copy, precision="int8-cpu", threads=2) as session:
         found = session.encode(image).values
@@ -163,7 +195,7 @@ def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np
 
 def test_small_grids_have_none(bundle_of) -> None:
     made = bundle_of("medsa_hyp_2d")
-    assert not manifest.load(made).has(FUSED)
+    assert not manifest.load(made).has(OURS)
     assert not (made / NAME).exists()
 
 

@@ -1,0 +1,189 @@
+"""An encoder's graph → the same with attention over many tokens as one backend runs it best.
+
+ONNX Runtime's `MultiHeadAttention` computes softmax(QKᵀ)V block by block, as FlashAttention does
+(Dao and others, 2022), and never stores the scores: over the 64×64 tokens of an image of 1024×1024
+they are 67 MB a head.
+
+OpenVINO fuses the products around a softmax by itself, and a bias [rh, rw] that is broadcast over
+the keys' rows and columns with them. So relative positions are added there, where portable graphs
+multiply wider queries and keys (folding 6), which takes three times the work at 64×64 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medsa_deploy.manifest import Role
+
+from .files import import_onnx, load_graph, save_beside
+
+DOMAIN = "com.microsoft"
+LEAST_TOKENS = 1024
+"""Over fewer, scores are small, and the portable graph is as fast."""
+SWAP = (0, 2, 1, 3)
+"""(M, heads, n, d) ⇄ (M, n, heads, d)."""
+
+
+def write_own_encoders(encoder: Sequence[Path]) -> dict[Role, Path]:
+    """Write a backend's own encoder beside a portable one, for each that runs another form better.
+
+    `encoder`: its files, the last of which holds the weights; they are shared, not copied. The new
+    files have the backend's name before the suffix: `encoder.openvino.onnx`.
+    """
+    written: dict[Role, Path] = {}
+    rewrites: tuple[tuple[Role, Any], ...] = (
+        ("encoder-onnxruntime", fuse_attention),
+        ("encoder-openvino", bias_scores),
+    )
+    for role, rewrite in rewrites:
+        model = load_graph(encoder[0])
+        if rewrite(model):
+            stem, rest = encoder[0].name.split(".", 1)
+            backend = role.removeprefix("encoder-")
+            written[role] = encoder[0].with_name(f"{stem}.{backend}.{rest}")
+            save_beside(model, written[role], encoder[-1])
+    return written
+
+
+def fuse_attention(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
+    """Make softmax(QKᵀ)V of at least so many tokens one operator, in place; how many there were."""
+    rewrite = _Rewrite(model)
+    for node in list(model.graph.node):
+        found = rewrite.attention(node)
+        if found is None or rewrite.shapes[found[0].output[0]][-2] < least_tokens:
+            rewrite.nodes.append(node)
+            continue
+        scores, softmax = found
+        heads, width = rewrite.shapes[softmax.output[0]][1], rewrite.shapes[node.output[0]][3]
+        q = _flat(rewrite, scores.input[0], SWAP, f"{node.name}/query")
+        k = _flat(rewrite, scores.input[1], (0, 3, 1, 2), f"{node.name}/key")
+        v = _flat(rewrite, node.input[1], SWAP, f"{node.name}/value")
+        options = {"domain": DOMAIN, "num_heads": heads, "scale": 1.0}
+        joined = rewrite.node("MultiHeadAttention", [q, k, v], f"{node.name}/fused", **options)
+        shape = rewrite.shape((0, 0, heads, width))
+        apart = rewrite.node("Reshape", [joined, shape], f"{node.name}/heads")
+        rewrite.node("Transpose", [apart], node.output[0], perm=SWAP)
+        rewrite.count += 1
+    if rewrite.finish():
+        model.opset_import.append(import_onnx().helper.make_opsetid(DOMAIN, 1))
+    return rewrite.count
+
+
+def bias_scores(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
+    """Add relative positions to scores of at least so many tokens, in place; how many there were.
+
+    [q, rh, rw]·[k, onehot(row), onehot(column)] becomes q·k + rh[row] + rw[column].
+    """
+    rewrite = _Rewrite(model)
+    for node in list(model.graph.node):
+        found = rewrite.wide_scores(node)
+        if found is None or rewrite.shapes[node.output[0]][-1] < least_tokens:
+            rewrite.nodes.append(node)
+            continue
+        _add_positions(rewrite, node, *found)
+        rewrite.count += 1
+    rewrite.finish()
+    return rewrite.count
+
+
+def _add_positions(rewrite: _Rewrite, node: Any, wide: Sequence[str], key: str) -> None:
+    """The nodes that take the place of `node`: scores of [q, rh, rw] = `wide` and k."""
+    query, rows, columns = wide
+    grid = rewrite.shapes[rows][-1], rewrite.shapes[columns][-1]
+
+    def reshaped(value: str, axes: tuple[int, ...], what: str) -> str:
+        shape = rewrite.shape((0, 0, 0, *axes))
+        return rewrite.node("Reshape", [value, shape], f"{node.name}/{what}")
+
+    across = rewrite.node("Transpose", [key], f"{node.name}/key", perm=(0, 1, 3, 2))
+    scores = rewrite.node("MatMul", [query, across], f"{node.name}/scores")
+    total = reshaped(scores, grid, "grid")
+    for bias, axes, what in ((rows, (grid[0], 1), "rows"), (columns, (1, grid[1]), "columns")):
+        added = [total, reshaped(bias, axes, what)]
+        total = rewrite.node("Add", added, f"{node.name}/with_{what}")
+    shape = rewrite.shape((0, 0, 0, grid[0] * grid[1]))
+    rewrite.node("Reshape", [total, shape], node.output[0])
+
+
+def _flat(rewrite: _Rewrite, value: str, order: Sequence[int], name: str) -> str:
+    """(M, heads, n, d), or keys (M, heads, d, n), → (M, n, heads·d)."""
+    source = rewrite.made_by.get(value)
+    if source is not None and source.op_type == "Transpose":
+        (permutation,) = source.attribute
+        order = [permutation.ints[axis] for axis in order]
+        value = source.input[0]
+    if list(order) != [0, 1, 2, 3]:
+        value = rewrite.node("Transpose", [value], f"{name}_swapped", perm=order)
+    return rewrite.node("Reshape", [value, rewrite.shape((0, 0, -1))], name)
+
+
+class _Rewrite:
+    """The nodes of a graph while some are replaced."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.shapes = {
+            value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            for value in model.graph.value_info
+        }
+        self.made_by = {name: node for node in model.graph.node for name in node.output}
+        self.nodes: list[Any] = []
+        self.count = 0
+        """How many patterns were replaced."""
+        self._tensors: dict[str, Any] = {}
+
+    def attention(self, node: Any) -> tuple[Any, Any] | None:
+        """Scores and softmax that a product of (M, heads, n, d) ends, where it is attention."""
+        if node.op_type != "MatMul" or len(self.shapes.get(node.output[0], ())) != 4:
+            return None
+        softmax = self._source(node.input[0], "Softmax")
+        scores = softmax and self._source(softmax.input[0], "MatMul")
+        return (scores, softmax) if scores else None
+
+    def wide_scores(self, node: Any) -> tuple[Sequence[str], str] | None:
+        """[q, rh, rw] and k, where a product is of them and of k's positions."""
+        if node.op_type != "MatMul":
+            return None
+        query = self._source(node.input[0], "Concat")
+        across = self._source(node.input[1], "Transpose")
+        key = across and self._source(across.input[0], "Concat")
+        if not (query and key and len(query.input) == 3 and len(key.input) == 2):
+            return None
+        return query.input, key.input[0]
+
+    def _source(self, value: str, operator: str) -> Any:
+        """The node that makes a value, where it is such an operator."""
+        node = self.made_by.get(value)
+        return node if node is not None and node.op_type == operator else None
+
+    def node(self, operator: str, inputs: list[str], output: str, **options: Any) -> str:
+        """Add a node; the name of what it makes."""
+        made = import_onnx().helper.make_node(operator, inputs, [output], name=output, **options)
+        self.nodes.append(made)
+        return output
+
+    def shape(self, sizes: tuple[int, ...]) -> str:
+        """The name of a shape; 0 keeps an axis, −1 takes what is left."""
+        name = "shape_" + "_".join(map(str, sizes))
+        self._tensors[name] = import_onnx().helper.make_tensor(name, 7, [len(sizes)], sizes)
+        return name
+
+    def finish(self) -> bool:
+        """Put the nodes back, without those that nothing reads any more; False if none is new."""
+        if not self.count:
+            return False
+        graph = self.model.graph
+        needed = {output.name for output in graph.output}
+        kept = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        values = [value for value in graph.value_info if value.name in needed]
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(reversed(kept))
+        graph.value_info.extend(values)
+        graph.initializer.extend(self._tensors.values())
+        return True
