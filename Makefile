@@ -1,6 +1,6 @@
 # make demo   real weights → bundle → masks on a real MR image
 # make test   every check and test (what CI runs)
-# make gpu-check   on a machine with an NVIDIA GPU: engines and GPU tests, recorded
+# make gpu-check   on a machine with an NVIDIA GPU: kernels, engines, sessions, latencies, recorded
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed

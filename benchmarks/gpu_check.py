@@ -1,10 +1,19 @@
-"""What this machine's GPU can do: engines built on it and for it, and every test that needs a GPU.
+"""What this machine's GPU can do: the kernels, engines built on it and for it, and models on it.
 
     make gpu-check     → benchmarks/results/GPU/gpu_check.json
 
-A small network with seeded weights is exported and its engines built: by TensorRT on this GPU, and
-by TensorRT-RTX for it, by its compute capability and as "the current device". What fails is
-recorded in its own words. Without an NVIDIA GPU: one line, exit code 2.
+Parts, each of which is said to be ok, failed, or not run for want of something that is named:
+
+- kernels: on random frames and logits against their references;
+- sanitizer: the same under every tool of compute-sanitizer;
+- kernel_times: see gpu_kernels.py;
+- engines: of a small network with seeded weights, built by TensorRT on this GPU, and by
+  TensorRT-RTX for it, by its compute capability and as "the current device";
+- sessions: every test of tests/test_gpu.py, with the engines of each library;
+- models: a Med-SA ViT-B at 1024×1024 with seeded weights, by every backend of a GPU in float32 and
+  float16: `medsa-deploy profile`, and the encoder's share of the measured float16 matrix peak.
+
+Exit code 1 if a part failed, 2 without an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -13,18 +22,29 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from medsa_deploy import cuda, trt
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PROVIDER = "CUDAExecutionProvider"
+SIDE = 8192
+"""Of the matrices whose product is the peak."""
+RUNS = 30
+Part = Callable[[Path], dict[str, Any]]
+"""Gives what it found, in a folder of its own; NotRun, or another error, otherwise."""
 
 FOR_CURRENT = """
 import os, sys
@@ -46,29 +66,192 @@ print("ready", flush=True)
 """
 
 
-def main() -> None:
-    """Check everything and write the record."""
+class NotRun(Exception):
+    """Something is missing; the message says what, and what to install."""
+
+
+def main() -> int:
+    """Check everything, say what came of each part, and write the record."""
     device = cuda.device()
     if device is None:
-        print("gpu-check: no NVIDIA driver or GPU was found on this machine", file=sys.stderr)
-        raise SystemExit(2)
+        print(
+            "gpu-check: no NVIDIA driver or GPU was found on this machine; nothing was checked",
+            file=sys.stderr,
+        )
+        return 2
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": asdict(device),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = export(Path(folder))
-        record["engines"] = [build(bundle, *case) for case in cases()]
-        if trt.installed("rtx"):
-            record["rtx_for_current_device"] = for_current(bundle)
-    flavors = [flavor for flavor in trt.FLAVORS if trt.installed(flavor)]
-    record["tests"] = {flavor: tests(flavor) for flavor in flavors}
     path = RESULTS / re.sub(r"\W+", "-", device.name.lower()).strip("-") / "gpu_check.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    for name, part in PARTS.items():
+        record[name] = outcome(part)
+        said = record[name].get("said")
+        print(f"{name}: {record[name]['outcome']}{f': {said}' if said else ''}", flush=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")  # what is there stays, if one hangs
     print(path)
+    return int(any(record[name]["outcome"] == "failed" for name in PARTS))
+
+
+def outcome(part: Part) -> dict[str, Any]:
+    """What a part found, and whether it ran."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return {"outcome": "ok"} | part(Path(folder))
+    except NotRun as e:
+        return {"outcome": "not run", "said": str(e)}
+    except Exception as e:  # the other parts are of use without it
+        return {"outcome": "failed", "said": f"{type(e).__name__}: {e}"}
+
+
+def kernels(folder: Path) -> dict[str, Any]:
+    """The kernels against their references, on this GPU."""
+    need("pycuda", "pip install '.[cuda]'")
+    return pytest_of("tests/test_gpu_kernels.py")
+
+
+def sanitizer(folder: Path) -> dict[str, Any]:
+    """The same under compute-sanitizer, tool by tool."""
+    need("pycuda", "pip install '.[cuda]'")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = os.pathsep.join(str(Path(home) / "bin") for home in homes if home)
+    name = "compute-sanitizer"
+    program = shutil.which(name) or shutil.which(name, path=places)
+    if program is None:
+        raise NotRun(f"{name} was not found: it comes with the CUDA toolkit")
+    found = {}
+    for tool in SANITIZERS:
+        watched = (program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+        found[tool] = pytest_of("tests/test_gpu_kernels.py", "-k", "random", watched=watched)
+    worst = "failed" if any(one["outcome"] == "failed" for one in found.values()) else "ok"
+    return {"outcome": worst, **found}
+
+
+def kernel_times(folder: Path) -> dict[str, Any]:
+    """See gpu_kernels.py."""
+    need("pycuda", "pip install '.[cuda]'")
+    done = run_python("benchmarks/gpu_kernels.py")
+    return dict(json.loads(done.stdout))
+
+
+def engines(folder: Path) -> dict[str, Any]:
+    """Engines of a small network, by every library that is here."""
+    flavors = installed_flavors()
+    bundle = export(folder)
+    found: dict[str, Any] = {"built": [build(bundle, *case) for case in cases(flavors)]}
+    if "rtx" in flavors:
+        found["rtx_for_current_device"] = for_current(bundle)
+    failed = not all(one["built"] for one in found["built"])
+    return {"outcome": "failed" if failed else "ok", **found}
+
+
+def sessions(folder: Path) -> dict[str, Any]:
+    """Every test of a session on a GPU, with the engines of each library; and ONNX Runtime's."""
+    need("pycuda", "pip install '.[cuda]'")
+    left_out = [] if onnxruntime_has_cuda() else ["-k", "not onnxruntime"]
+    found = {
+        flavor: pytest_of("tests/test_gpu.py", *left_out, env={"MEDSA_TEST_FLAVOR": flavor})
+        for flavor in installed_flavors()
+    }
+    failed = any(one["outcome"] == "failed" for one in found.values())
+    return {"outcome": "failed" if failed else "ok", **found}
+
+
+def models(folder: Path) -> dict[str, Any]:
+    """A ViT-B by every backend of a GPU: latencies of every stage, and the encoder's share."""
+    from export import vit_b_checkpoint
+
+    flavors = [flavor for flavor in trt.FLAVORS if trt.installed(flavor) and find_spec("pycuda")]
+    backends = [*flavors, *(["onnxruntime-cuda"] if onnxruntime_has_cuda() else [])]
+    if not backends:
+        raise NotRun("no backend of a GPU: pip install '.[cuda,tensorrt]', or '.[gpu]'")
+    vit_b_checkpoint(folder / "b.pth", rel_pos_scale=0.0)
+    bundle = folder / "b.medsa"
+    run_medsa("export", folder / "b.pth", check=True)
+    run_medsa("quantize", bundle, "--fp16", check=True)
+    gflop = encoder_gflop(folder / "b.pth", bundle)
+    peak = matrix_peak(folder) if "onnxruntime-cuda" in backends else None
+    found = [
+        profiled(bundle, backend, precision, gflop, peak)
+        for backend in backends
+        for precision in ("fp32", "fp16")
+    ]
+    failed = not any("profile" in one for one in found)
+    return {
+        "outcome": "failed" if failed else "ok",
+        "encoder_gflop": gflop,
+        "float16_peak_tflop_per_s": peak,
+        "runs": found,
+    }
+
+
+def profiled(
+    bundle: Path, backend: str, precision: str, gflop: float, peak: float | None
+) -> dict[str, Any]:
+    """A backend's profile, with what it says where it cannot run; engines are built first."""
+    found: dict[str, Any] = {"backend": backend, "precision": precision}
+    if backend in trt.FLAVORS:
+        found["engine"] = build(bundle, backend, precision)  # type: ignore[arg-type]
+        if not found["engine"]["built"]:
+            return found
+    options = ("--backend", backend, "--precision", precision, "--runs", RUNS, "--json")
+    done = run_medsa("profile", bundle, *options)
+    if done.returncode:
+        return found | {"said": last_lines(done)}
+    found["profile"] = json.loads(done.stdout)
+    encode = found["profile"]["stages"]["encode"]["p50_ms"]
+    found["encoder_tflop_per_s"] = gflop / encode
+    if peak is not None:
+        found["encoder_share_of_float16_peak"] = gflop / encode / peak
+    return found
+
+
+def encoder_gflop(checkpoint: Path, bundle: Path) -> float:
+    """Billions of additions and multiplications of the encoder's products, for one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from medsa_deploy import manifest
+    from medsa_deploy.exporters.checkpoint import load_checkpoint
+    from medsa_deploy.exporters.reference import build_reference
+
+    network = manifest.load(bundle).network
+    reference = build_reference(network, load_checkpoint(checkpoint).tensors).to("meta")
+    side = network.image_size
+    with FlopCounterMode(display=False) as counter:
+        reference.image_encoder(torch.empty(1, 3, side, side, device="meta"))
+    return float(counter.get_total_flops() / 1e9)
+
+
+def matrix_peak(folder: Path, provider: str = PROVIDER) -> float:
+    """TFLOP/s of the best of ten float16 products by ONNX Runtime's CUDA provider."""
+    import numpy as np
+    import onnxruntime as ort
+    from onnx import TensorProto, helper, save
+
+    half, shape = TensorProto.FLOAT16, [SIDE, SIDE]
+    device = "cuda" if provider == PROVIDER else "cpu"
+    a, b, c = (helper.make_tensor_value_info(name, half, shape) for name in "abc")
+    product = helper.make_node("MatMul", ["a", "b"], ["c"])
+    graph, path = helper.make_graph([product], "peak", [a, b], [c]), folder / "peak.onnx"
+    opset = helper.make_opsetid("", 20)
+    save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    session = ort.InferenceSession(path, providers=[provider])
+    binding, random = session.io_binding(), np.random.default_rng(0)
+    for name in "ab":
+        values = random.normal(0, 0.01, shape).astype(np.float16)
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values, device))
+    binding.bind_output("c", device)
+    seconds = []
+    for _ in range(12):
+        start = perf_counter()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        seconds.append(perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds[2:]) / 1e12
 
 
 def export(folder: Path) -> Path:
@@ -84,9 +267,9 @@ def export(folder: Path) -> Path:
     return folder / "a.medsa"
 
 
-def cases() -> list[tuple[trt.Flavor, str]]:
+def cases(flavors: list[trt.Flavor]) -> Iterator[tuple[trt.Flavor, str]]:
     """Every installed library with every precision that needs no images."""
-    return [(f, p) for f in trt.FLAVORS if trt.installed(f) for p in ("fp32", "fp16")]
+    yield from ((flavor, precision) for flavor in flavors for precision in ("fp32", "fp16"))
 
 
 def build(bundle: Path, flavor: trt.Flavor, precision: str) -> dict[str, Any]:
@@ -122,17 +305,62 @@ def for_current(bundle: Path) -> dict[str, Any]:
     }
 
 
-def tests(flavor: trt.Flavor) -> dict[str, Any]:
-    """Every test marked gpu, with engines of one library."""
+def pytest_of(
+    *arguments: str, watched: tuple[str, ...] = (), env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Tests marked gpu, in a process of their own that another may watch."""
+    command = [*watched, sys.executable, "-m", "pytest", "-m", "gpu", "-q", *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q"],
+        command,
         cwd=ROOT,
-        env=os.environ | {"MEDSA_TEST_FLAVOR": flavor},
+        env=os.environ | (env or {}),
         capture_output=True,
         text=True,
         check=False,
     )
-    return {"exit_code": done.returncode, "said": done.stdout.strip().splitlines()[-5:]}
+    state = "failed" if done.returncode else "ok"
+    return {"outcome": state, "said": last_lines(done) if done.returncode else tail(done.stdout)}
+
+
+def run_python(script: str) -> subprocess.CompletedProcess[str]:
+    """A script of this project, as its own process; RuntimeError with what it said if it fails."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(last_lines(done))
+    return done
+
+
+def need(library: str, install: str) -> None:
+    """NotRun where a library is not installed."""
+    if find_spec(library) is None:
+        raise NotRun(f"{library} is not installed: {install}")
+
+
+def installed_flavors() -> list[trt.Flavor]:
+    """TensorRT and TensorRT-RTX, as far as they are here; NotRun for neither."""
+    found = [flavor for flavor in trt.FLAVORS if trt.installed(flavor)]
+    if not found:
+        raise NotRun("neither TensorRT nor TensorRT-RTX is installed: pip install '.[tensorrt]'")
+    return found
+
+
+def onnxruntime_has_cuda() -> bool:
+    """Whether ONNX Runtime is the build for GPUs."""
+    import onnxruntime
+
+    return PROVIDER in onnxruntime.get_available_providers()
+
+
+def tail(text: str) -> str:
+    """The last line."""
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def last_lines(done: subprocess.CompletedProcess[str]) -> str:
+    """How a process that failed ended."""
+    return " | ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
 
 
 def run_medsa(*arguments: object, check: bool = False) -> subprocess.CompletedProcess[str]:
@@ -145,5 +373,14 @@ def run_medsa(*arguments: object, check: bool = False) -> subprocess.CompletedPr
     )
 
 
+PARTS: dict[str, Part] = {
+    "kernels": kernels,
+    "sanitizer": sanitizer,
+    "kernel_times": kernel_times,
+    "engines": engines,
+    "sessions": sessions,
+    "models": models,
+}
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

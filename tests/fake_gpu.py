@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -213,6 +214,23 @@ def pycuda_driver(machine: Machine) -> ModuleType:
         lambda: machine.view(address, size).fill(value)
     )
 
+    def dtod(target: int, source: int, size: int, stream: Stream) -> None:
+        machine.check()
+        stream.add(lambda: np.copyto(machine.view(target, size), machine.view(source, size)))
+
+    class Event:
+        """The host's clock, read when the stream comes to it."""
+
+        def record(self, stream: Stream) -> None:
+            self.stream = stream
+            stream.add(lambda: setattr(self, "time", perf_counter()))
+
+        def synchronize(self) -> None:
+            self.stream.synchronize()
+
+        def time_till(self, other: Event) -> float:
+            return 1e3 * (other.time - self.time)
+
     class Module:
         """A source of kernels, as host C++. A cubin is its name."""
 
@@ -231,7 +249,7 @@ def pycuda_driver(machine: Machine) -> ModuleType:
 
             return call
 
-    driver.module_from_buffer = Module
+    driver.module_from_buffer, driver.Event, driver.memcpy_dtod_async = Module, Event, dtod
     return driver
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from command_line import call, copied
+from numpy.testing import assert_array_equal
 
-from medsa_deploy import cuda, errors, load, trt
+from medsa_deploy import cuda, errors, load, transforms, trt
+from medsa_deploy.kernels.postprocess import region
 from medsa_deploy.runtime import Session
 
 pytestmark = pytest.mark.gpu
@@ -75,6 +78,37 @@ def test_engines_give_the_masks_of_the_graphs(
         held = session.encode(IMAGE)
     with pytest.raises(errors.UsageError, match="released"):
         np.asarray(held.values)
+
+
+def test_masks_are_made_on_the_gpu_and_may_stay_there(engines: Path, flavor: trt.Flavor) -> None:
+    """Those that numpy makes of the logits, but where these are the threshold up to rounding."""
+    with load(engines, backend=flavor) as session:
+        assert session.backend.facts()["masks"] == "GPU"
+        embedding = session.encode(IMAGE)
+        for prompt in PROMPTS:
+            for on_device in (False, True):
+                found = session.segment(embedding, **prompt, on_device=on_device)
+                assert isinstance(found.masks, cuda.DeviceArray) == on_device
+                logits = transforms.upsample(found.low_res_logits, found.frame)
+                cut = transforms.probability_to_logit(found.threshold)
+                clear = np.abs(logits - cut) > 1e-6 * max(float(np.abs(logits).max()), abs(cut))
+                masks = np.asarray(found.masks)
+                assert_array_equal(masks[clear], (logits > cut)[clear])
+                assert found.regions == [[region(mask) for mask in of_set] for of_set in masks]
+
+
+def test_a_frame_on_the_gpu_is_prepared_there(engines: Path, flavor: trt.Flavor) -> None:
+    gpu = cuda.Gpu()
+    with gpu.current():
+        address = gpu.allocate(IMAGE.nbytes)
+        gpu.write(address, IMAGE.tobytes())
+    interface = {"shape": IMAGE.shape, "typestr": "|u1", "data": (address, True), "version": 3}
+    theirs = SimpleNamespace(__cuda_array_interface__=interface)
+    with load(engines, backend=flavor) as session:
+        wanted = np.asarray(session.encode(IMAGE).values)
+        found = np.asarray(session.encode(theirs).values)
+    gpu.close()
+    assert difference(found, wanted) < CLOSE
 
 
 def test_verify_marks_them(engines: Path) -> None:
