@@ -230,7 +230,9 @@ def test_every_field_is_tried() -> None:
     assert seen == {path[-1] for path in FIELDS}
 
 
-@pytest.mark.parametrize("path", FIELDS, ids=named)
+@pytest.mark.parametrize(
+    "path", [p for p in FIELDS if at(document(), p)[p[-1]] not in (None, {})], ids=named
+)
 def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> None:
     data = document()
     del at(data, path)[path[-1]]
