@@ -26,7 +26,8 @@ def main_table(result: Result) -> str:
 
 def others_table(result: Result) -> str:
     """Candidates of all other networks."""
-    return _table(result, [name for name in result["networks"] if name not in MAIN])
+    others = [name for name in result["networks"] if name not in MAIN]
+    return f"{_table(result, others)}\n\n![encoders](results/peers.png)"
 
 
 def _table(result: Result, networks: list[str]) -> str:
