@@ -293,6 +293,8 @@ def test_a_real_network_in_chunks(session_3d, real_array, scope: str, options: A
 
 def test_a_real_2d_network_is_followed(bundle: Path, real_array) -> None:
     with load(bundle, threads=2) as session:
+        # its two forms round differently, and a box that moves by a pixel moves what follows
+        session.backend.splits = False
         given = [clicked((2, 30, 40), name="a"), boxed(4, 10, 20, 5, 80, 110, name="b")]
         options = VolumeOptions(propagate=True, threshold=0.4)
         found = assert_direct(session, real_array[:6], given, options, [{0: 1}, {0: 2}])
