@@ -19,6 +19,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def _machine(result: dict[str, Any]) -> str:
+    """The machine and the versions that a result was measured with."""
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
+    return f"{result['machine']}; {versions}"
+
+
 def export_table(result: dict[str, Any]) -> str:
     """Time and peak memory of export."""
     rows = ["| relative-position tables | time | peak memory |", "|---|---|---|"]
@@ -28,8 +34,7 @@ def export_table(result: dict[str, Any]) -> str:
             f"| {name.removesuffix(' tables')} | {median['seconds']:.0f} s "
             f"| {median['peak_mb'] / 1024:.1f} GiB (medians of {runs}) |"
         )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return "\n".join([*rows, "", f"Measured on: {result['machine']}; {versions}."])
+    return "\n".join([*rows, "", f"Measured on: {_machine(result)}."])
 
 
 def demo_checkpoint_table(result: dict[str, Any]) -> str:
@@ -46,7 +51,6 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
         f"{figures['cpu_seconds'] / 60:.0f} of one processor"
         for name, figures in result["training"].items()
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(
         [
             *rows,
@@ -54,7 +58,7 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
             f"Pixels the adapted network gives to classes that are not in the chunk: "
             f"{result['wrong']['test']:.2%}.",
             f"Training, on a machine that others used at the same time: {'; '.join(training)}.",
-            f"Machine: {result['machine']}; {versions}.",
+            f"Machine: {_machine(result)}.",
         ]
     )
 
@@ -73,13 +77,12 @@ def volume_memory_table(result: dict[str, Any]) -> str:
             + " | ".join(f"{megabytes} MB" for megabytes in measured)
             + " |"
         )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(
         [
             *rows,
             "",
             f"{result['what'][0].upper()}{result['what'][1:]}.",
-            f"Measured on: {result['machine']}; {versions}.",
+            f"Measured on: {_machine(result)}.",
         ]
     )
 
@@ -103,9 +106,8 @@ def precisions_table(result: dict[str, Any]) -> str:
                 f"| {mean:.4f} ({worst:.4f}) | {found['encode_ms']['median']:.0f} ms "
                 f"| {found['decode_ms']['median']:.0f} ms |"
             )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     what = f"{result['what']}, medians."
-    return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
+    return "\n".join([*rows, "", what, f"Measured on: {_machine(result)}."])
 
 
 def depth_table(result: dict[str, Any]) -> str:
@@ -121,9 +123,8 @@ def depth_table(result: dict[str, Any]) -> str:
             f"| {seconds['3D']:.2f} s | {row['ratio']:.2f} | {peak['2D'] / 1024:.1f} GiB "
             f"| {peak['3D'] / 1024:.1f} GiB |"
         )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     what = f"{result['what'][0].upper()}{result['what'][1:]}."
-    return "\n".join([*rows, "", what, f"Measured on: {result['machine']}; {versions}."])
+    return "\n".join([*rows, "", what, f"Measured on: {_machine(result)}."])
 
 
 def targets_table(result: dict[str, Any]) -> str:
@@ -136,9 +137,8 @@ def scaling_text(result: dict[str, Any]) -> str:
     """A sentence for each curve, and what was measured."""
     found = [f"- {sentence}" for sentence in scaling.sentences(result)]
     curves = "; ".join(f"{name}: {one['what']}" for name, one in result["curves"].items())
-    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     what = f"Medians, onnxruntime fp32. {curves[0].upper()}{curves[1:]}."
-    return "\n".join([*found, "", what, f"Measured on: {result['machine']}; {versions}."])
+    return "\n".join([*found, "", what, f"Measured on: {_machine(result)}."])
 
 
 Tables = dict[str, Callable[[dict[str, Any]], str]]
