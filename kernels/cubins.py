@@ -19,8 +19,8 @@ from pathlib import Path
 
 from medsa_deploy import manifest
 from medsa_deploy.bundle import new_bundle
-from medsa_deploy.decoding import decode
 from medsa_deploy.errors import BundleError, UsageError
+from medsa_deploy.strict_json import decode
 
 from .compilers import HEADER, STANDARD, Compiler, find_compiler
 

@@ -24,9 +24,9 @@ from time import perf_counter
 from typing import Any, Literal
 
 from . import errors, trt
-from .decoding import decode
 from .engine import Options, Shape
 from .errors import BuildError, BundleError, MedsaError, MissingDependencyError, UsageError
+from .strict_json import decode
 
 GIB = 1 << 30
 FUSED_KERNEL = b"fused_multihead"

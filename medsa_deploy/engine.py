@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from . import cuda, trt
-from .decoding import decode
 from .errors import (
     BundleError,
     EngineChangedError,
@@ -25,6 +24,7 @@ from .errors import (
     EngineVersionError,
 )
 from .manifest import Manifest, Role, Tensor, sha256
+from .strict_json import decode
 from .trt import Flavor
 
 SCHEMA_VERSION = 1

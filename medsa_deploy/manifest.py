@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .decoding import decode
 from .errors import BundleError
+from .strict_json import decode
 
 SCHEMA_VERSION = 2
 FILENAME = "manifest.json"

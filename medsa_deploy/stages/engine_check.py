@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from medsa_deploy import engine, manifest, verify
-from medsa_deploy.decoding import decode
 from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
 from medsa_deploy.manifest import Parity
 from medsa_deploy.runtime import Session
+from medsa_deploy.strict_json import decode
 from medsa_deploy.verify import Array, Case, Limits, Outputs
 
 from .engines import EngineState
