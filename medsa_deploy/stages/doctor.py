@@ -31,6 +31,7 @@ LIBRARIES = {
     "cuda": ("pycuda", "cuda-bindings"),
     "kernels": ("nvidia-cuda-nvrtc",),
     "gpu": ("onnxruntime-gpu",),
+    "benchmarks": ("matplotlib", "monai", "einops"),
 }
 """Distributions of the plain install (`runtime`) and of each extra."""
 
