@@ -33,8 +33,8 @@ KINDS = {
     "activation": "Gelu BiasGelu FastGelu Relu Sigmoid Tanh HardSigmoid HardSwish Clip Eltwise",
     "quantization": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear FakeQuantize",
     "layout": "Reshape Transpose Slice StridedSlice Pad Concat Split VariadicSplit Gather Expand "
-    "Squeeze Unsqueeze ReorderInput ReorderOutput Reorder Tile Broadcast Cast Convert Shape "
-    "ShapeOf Range Flatten",
+    "Squeeze Unsqueeze Reformat ReorderInput ReorderOutput Reorder Tile Broadcast Cast Convert "
+    "Shape ShapeOf Range Flatten",
     "fused subgraph": "Subgraph",
 }
 """Kind → operators, in the words of every backend; the rest are `elementwise and others`. OpenVINO

@@ -12,8 +12,10 @@ import re
 
 METADATA = "pkg.torch.onnx.name_scopes"
 """Where the exporter says which modules a node came from, outermost first, then the operation."""
-ADDED = re.compile(r"^(fused |cast_|InsertedPrecisionFreeCast_|.*_[a-f]{3,6}_[a-f]{3,6}_)+")
-"""What ONNX Runtime, this package and OpenVINO put before a name."""
+ADDED = re.compile(
+    r"^(\{ForeignNode\[|fused |cast_|InsertedPrecisionFreeCast_|.*_[a-f]{3,6}_[a-f]{3,6}_)+"
+)
+"""What TensorRT, ONNX Runtime, this package and OpenVINO put before a name."""
 REST = "rest"
 """Nodes between modules."""
 
@@ -41,7 +43,8 @@ def module_named(name: str) -> str | None:
     """The module in a node's name, whatever a backend added to it; None in a name without one.
 
     Casts are named after what they cast. OpenVINO calls a change of layout `A_abcd_acdb_B`, between
-    A and B, of which this takes B.
+    A and B, of which this takes B. TensorRT calls all nodes from A to B, made one,
+    `{ForeignNode[A...B]}`, of which this takes A.
 
     >>> module_named("image_abcd_acdb_patch_embed/node_conv2d/WithoutBiases")
     'patch_embed'

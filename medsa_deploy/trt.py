@@ -28,6 +28,9 @@ OLDEST = {"tensorrt": (10, 12), "rtx": (1, 7)}
 FLOAT32_TARGETS = 80
 """TensorRT-RTX compiles no float32 matrix product for older compute capabilities (Turing's 7.5)."""
 
+IN_NAMES = {"ForeignNode": "Subgraph", "Reformat": "Reformat", "mha": "MHA", "gemm": "Gemm"}
+"""Words in the names of an engine's layers → what these do; `ForeignNode` is many layers as one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Library:
@@ -99,6 +102,33 @@ def listener(library: Any) -> Any:
                 self.said.append(" ".join(message.split()))
 
     return Listener()
+
+
+def layer_timer(library: Any) -> Any:
+    """A profiler for an execution context; `times`: layer → milliseconds of each run."""
+
+    class Timer(library.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.IProfiler.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms)
+
+    return Timer()
+
+
+def operator(layer: str) -> str:
+    """What a layer of an engine does, by its name: engines name layers after their nodes.
+
+    >>> operator("{ForeignNode[blocks.0.norm1/node_Sub_3...blocks.0/node_Add_61]}")
+    'Subgraph'
+    """
+    for word, what in IN_NAMES.items():
+        if word in layer:
+            return what
+    named = re.search(r"/node_([A-Za-z]+)", layer)
+    return named[1] if named else "Subgraph"
 
 
 def float32_targets(targets: tuple[str, ...]) -> tuple[str, ...]:

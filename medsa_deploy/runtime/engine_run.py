@@ -20,7 +20,7 @@ from medsa_deploy.errors import DeviceError, DeviceMemoryError, EngineChangedErr
 from medsa_deploy.kernels.cubins import cache_folder
 from medsa_deploy.manifest import Graph
 
-from .backend import Array
+from .backend import Array, Layer
 from .contract import check_contract
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Opening:
     gpu: Gpu
     flavor: trt.Flavor
     cuda_graphs: bool
+    time_layers: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class EngineRun:
         EngineChangedError if the engine is none, BundleError if it has other tensors than `graph`.
         """
         self._library, self._gpu, self._flavor = opening.library, opening.gpu, opening.flavor
+        self._timer = trt.layer_timer(self._library) if opening.time_layers else None
         self._cuda_graphs = opening.cuda_graphs
         self._graph, self._path = graph, folder / file.path
         self.smallest = {name: shapes[0] for name, shapes in file.profile.items()}
@@ -139,6 +141,14 @@ class EngineRun:
             found.append(part.reshape(shape))
         self._gpu.wait()
         return [values.copy() for values in found]  # the next run writes over these
+
+    def layers(self) -> list[Layer]:
+        """Layers of all runs so far; none if not opened for it."""
+        times = self._timer.times if self._timer is not None else {}
+        return [
+            Layer(name=name, operator=trt.operator(name), samples_ms=tuple(ms))
+            for name, ms in times.items()
+        ]
 
     def close(self) -> None:
         """Release graphs and contexts; the `Gpu` frees the memory."""
@@ -208,6 +218,8 @@ class EngineRun:
             raise self._failure(f"{self._path} has no execution context", DeviceError)
         if self._flavor == "tensorrt":
             context.set_device_memory(self._scratch, self._scratch_size)
+        if self._timer is not None:
+            context.profiler = self._timer
         return context
 
     def _runtime_config(self) -> Any:

@@ -115,7 +115,8 @@ def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Bac
         from .trt import TensorRTBackend
 
         engines = engine.find(folder, name, held, cuda.device())
-        return TensorRTBackend(engines, manifest, name, cuda_graphs=options.cuda_graphs)
+        graphs, timed = options.cuda_graphs, options.time_layers
+        return TensorRTBackend(engines, manifest, name, cuda_graphs=graphs, time_layers=timed)
     threads = options.threads
     if name == AUTO:
         name, threads = _tuned(manifest, held, threads)

@@ -30,7 +30,7 @@ from medsa_deploy.kernels.cubins import cubin
 from medsa_deploy.manifest import Conventions, Graph, Manifest
 from medsa_deploy.transforms import Frame
 
-from .backend import Array, Decoded, MadeMasks, MasksWanted
+from .backend import Array, Decoded, Layer, MadeMasks, MasksWanted
 from .contract import decoder_inputs, mask_shape
 from .engine_run import EngineRun, Opening
 from .frames import FramePreprocessor
@@ -49,7 +49,13 @@ class TensorRTBackend:
     """
 
     def __init__(
-        self, folder: Path, made: Manifest, flavor: trt.Flavor, *, cuda_graphs: bool = True
+        self,
+        folder: Path,
+        made: Manifest,
+        flavor: trt.Flavor,
+        *,
+        cuda_graphs: bool = True,
+        time_layers: bool = False,
     ) -> None:
         """Load the engines in `folder`, a folder in the bundle of the manifest `made`.
 
@@ -65,7 +71,7 @@ class TensorRTBackend:
         self._about = {"version": described.version, "device": device.name if device else None}
         self.name: str = flavor
         self._flavor = flavor
-        self._cuda_graphs = cuda_graphs
+        self._cuda_graphs, self._time_layers = cuda_graphs and not time_layers, time_layers
         self._lock = threading.Lock()
         self._gpu = Gpu()
         self._lent = LentMemory(self._gpu)
@@ -80,7 +86,11 @@ class TensorRTBackend:
         if self._cuda_graphs and self._flavor == "tensorrt":
             cuda.check_graphs()
         opening = Opening(
-            library=library, gpu=self._gpu, flavor=self._flavor, cuda_graphs=self._cuda_graphs
+            library=library,
+            gpu=self._gpu,
+            flavor=self._flavor,
+            cuda_graphs=self._cuda_graphs,
+            time_layers=self._time_layers,
         )
         with self._gpu.current():
             self._encoder = EngineRun(
@@ -204,6 +214,11 @@ class TensorRTBackend:
             made = self._masks.queue(logits, rows, wanted, kept)
         low_res_masks, scores = self._decoder.fetch(rows)
         return low_res_masks, scores, made and made()
+
+    def layers(self) -> dict[str, list[Layer]]:
+        """See `TimesLayers.layers`; empty if not opened for it. Engines then run without graphs."""
+        runs = {"encoder": self._encoder, "decoder": self._decoder}
+        return {name: found for name, run in runs.items() if (found := run.layers())}
 
     def facts(self) -> dict[str, Any]:
         """Version, GPU, what engines, whether CUDA graphs are replayed, what makes masks."""
