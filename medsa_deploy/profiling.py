@@ -285,6 +285,10 @@ def _differences(profile: Profile, other: Mapping[str, Any]) -> Iterator[str]:
         then, now = other.get(key), getattr(profile, key)
         if then != now:
             yield f"another {what}: {then or 'all cores'} then, {now or 'all cores'} now"
+    theirs, now = other.get("facts"), profile.facts.get("cuda_graphs")
+    then = theirs.get("cuda_graphs") if isinstance(theirs, Mapping) else None
+    if (then, now) in ((True, False), (False, True)):
+        yield f"CUDA graphs: replayed {'then' if then else 'now'} only"
     for key, what in {"machine": "machine", "versions": "version"}.items():
         theirs = other.get(key)
         for name, now in getattr(profile, key).items():

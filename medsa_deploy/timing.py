@@ -54,6 +54,8 @@ class Options:
     """Those that count."""
     image: str | None
     """An image or a volume; None for a seeded one."""
+    cuda_graphs: bool = True
+    """Whether engines may be replayed as CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,10 +113,15 @@ def measure(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any
     Loading comes first, while nothing of the backend has been imported; layers come last, so that
     the profiler's memory and time touch nothing else.
     """
-    opening: dict[str, Any] = {"backend": options.backend, "precision": options.precision}
+    opening: dict[str, Any] = {
+        "backend": options.backend,
+        "precision": options.precision,
+        "threads": options.threads,
+        "cuda_graphs": options.cuda_graphs,
+    }
     on_step("load the bundle")
     start = perf_counter()
-    session = load(options.bundle, **opening, threads=options.threads)
+    session = load(options.bundle, **opening)
     found: dict[str, Any] = {"load_ms": 1e3 * (perf_counter() - start)}
     network = session.manifest.network
     found["loaded_mb"] = _memory_mb("VmRSS")
@@ -133,7 +140,7 @@ def measure(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any
     if timed:
         runs = min(options.runs, LAYER_RUNS)
         on_step(f"time the layers, {runs} runs")
-        with load(options.bundle, **opening, threads=options.threads, time_layers=True) as session:
+        with load(options.bundle, **opening, time_layers=True) as session:
             found["layers"] = _layers(session, work, runs, on_run)
     return found
 

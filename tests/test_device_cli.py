@@ -145,6 +145,12 @@ def test_profile_on_engines(bundle: Path, machine: Machine, monkeypatch) -> None
         assert min(found["stages"][stage]["samples_ms"]) >= 10
     for name, least in (("next click", 10), ("first click", 20)):
         assert min(found["stages"][name]["samples_ms"]) >= least
+    plainly = ("--no-cuda-graphs", "--compare", "p.json", "--max-slowdown", "99")
+    options = ("--backend", "tensorrt", "--runs", "3", *plainly)
+    found = call("profile", bundle, *options, "--json").json
+    assert machine.replayed == 2 * 3 * 3  # as before
+    assert found["facts"]["cuda_graphs"] is False
+    assert found["comparison"]["differences"] == ["CUDA graphs: replayed then only"]
     assert machine.used == machine.pinned == 0
 
 

@@ -19,6 +19,7 @@ from .options import (
     Bundle,
     IntensityWindow,
     Json,
+    NoCudaGraphs,
     Precision,
     Threads,
 )
@@ -141,6 +142,7 @@ def profile(
     backend: Backend = "onnxruntime",
     precision: Precision = "fp32",
     threads: Threads = None,
+    no_cuda_graphs: NoCudaGraphs = False,
     json: Json = False,
 ) -> None:
     """Measure how long loading, encoding and clicks take here, and where the time goes.
@@ -160,6 +162,7 @@ def profile(
         threads=threads,
         runs=runs,
         image=None if image is None else str(image),
+        cuda_graphs=not no_cuda_graphs,
     )
     outputs = stages.ProfileOutputs(
         other=compare,
