@@ -26,7 +26,7 @@ RESAMPLES = 2000
 KINDS = {
     "matrix product": "MatMul FusedMatMul Gemm FusedGemm FullyConnected MatMulInteger QGemm "
     "QLinearMatMul MatMulIntegerToFloat DynamicQuantizeMatMul",
-    "attention": "Attention MultiHeadAttention ScaledDotProductAttention MHA",
+    "attention": "Attention MultiHeadAttention ScaledDotProductAttention MHA Scan",
     "softmax": "Softmax SoftMax",
     "norm": "LayerNormalization SkipLayerNormalization MVN RMS InstanceNormalization BatchNorm",
     "convolution": "Conv FusedConv Convolution ConvTranspose Deconvolution GroupConvolution",
@@ -38,7 +38,8 @@ KINDS = {
     "fused subgraph": "Subgraph",
 }
 """Kind → operators, in the words of every backend; the rest are `elementwise and others`. OpenVINO
-compiles whole attentions and runs of elementwise operators, and calls either a subgraph."""
+compiles whole attentions and runs of elementwise operators, and calls either a subgraph; a `Scan`
+is the loop of an attention with relative positions."""
 OTHERS = "elementwise and others"
 KIND_OF = {operator: kind for kind, names in KINDS.items() for operator in names.split()}
 

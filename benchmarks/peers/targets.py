@@ -14,6 +14,8 @@ TABLES = ("zero", "real")
 EVIDENCE = ("Demonstration, 2D", "Demonstration, 3D")
 """Networks with real weights that say what a recipe does to a Med-SA ViT's masks."""
 LEAST_DICE = 0.99
+FASTER = f"{OURS}, openvino fp32"
+"""Another float32 encoder that stands beside the default's figures."""
 CLICKED = "LiteMedSAM"
 IMAGE_SIZE = 1024
 REASONS: dict[str, str] = {}
@@ -101,15 +103,18 @@ def _vit_b(result: Result, network: str) -> Iterator[Target]:
     ours, plain = measured.get(DEFAULT_NAME), measured.get(PLAIN)
     both = ours is not None and plain is not None
     name = f"{network}: float32, over the plain export in ONNX Runtime"
-    yield _at_most(name, 0.80, ours["ratio"]["encoder"] if both else None)
+    other = measured.get(FASTER)
+    note = f"{_short(FASTER)}: {other['ratio']['encoder']:.2f}" if other else ""
+    yield _at_most(name, 0.80, ours["ratio"]["encoder"] if both else None, note)
     name = f"{network}: its peak memory, over the same"
-    yield _at_most(name, 0.30, ours["peak_mb"] / plain["peak_mb"] if both else None)
+    note = f"{_short(FASTER)}: {other['peak_mb'] / plain['peak_mb']:.2f}" if other and both else ""
+    yield _at_most(name, 0.30, ours["peak_mb"] / plain["peak_mb"] if both else None, note)
     chosen, peer = best(result, network), strongest_peer(result, network)
     name = f"{network}: best precision, over the strongest peer"
     value, note = None, ""
     if chosen is not None and peer is not None:
         value = measured[chosen]["ratio"]["encoder"] / measured[peer]["ratio"]["encoder"]
-        note = f"{chosen.removeprefix(f'{OURS}, ')}, over {peer}"
+        note = f"{_short(chosen)}, over {peer}"
     yield _at_most(name, 0.65, value, note)
     name = f"{network}: float32 throughput, over one large product's"
     shares = {
@@ -120,7 +125,7 @@ def _vit_b(result: Result, network: str) -> Iterator[Target]:
     }
     fastest = max(shares, key=lambda one: shares[one]) if shares else None
     share = shares[fastest] if fastest else None
-    note = fastest.removeprefix(f"{OURS}, ") if fastest else ""
+    note = _short(fastest) if fastest else ""
     yield _target(name, "≥ 0.85", share, share is not None and share >= 0.85, note)
 
 
@@ -148,9 +153,14 @@ def _next_click(result: Result) -> Target:
     }
     fastest = min(times, key=lambda name: times[name]) if times else None
     value = times[fastest] if fastest else None
-    note = fastest.removeprefix(f"{OURS}, ") if fastest else ""
+    note = _short(fastest) if fastest else ""
     name = f"{CLICKED}: the next click"
     return _target(name, "≤ 15 ms", value, value is not None and value <= 15, note)
+
+
+def _short(name: str) -> str:
+    """A candidate of ours by backend and precision."""
+    return name.removeprefix(f"{OURS}, ")
 
 
 def _at_most(name: str, limit: float, measured: float | None, note: str = "") -> Target:

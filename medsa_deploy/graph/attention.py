@@ -2,7 +2,8 @@
 
 ONNX Runtime's `MultiHeadAttention` computes softmax(QKᵀ)V block by block, as FlashAttention does
 (Dao and others, 2022), and never stores the scores: over the 64×64 tokens of an image of 1024×1024
-they are 67 MB a head.
+they are 67 MB a head. Relative positions it takes only as a stored bias, so attention with them
+goes query by query (Rabe and Staats, 2021): some of the grid's rows at a time.
 
 OpenVINO fuses the products around a softmax by itself, and a bias [rh, rw] that is broadcast over
 the keys' rows and columns with them. So relative positions are added there, where portable graphs
@@ -22,6 +23,10 @@ from .files import import_onnx, load_graph, save_beside
 DOMAIN = "com.microsoft"
 LEAST_TOKENS = 1024
 """Over fewer, scores are small, and the portable graph is as fast."""
+MOST_QUERIES = 256
+"""Of one step where there are relative positions. Fewer take longer, more take no less time."""
+FLOAT = 1
+"""Of ONNX's types."""
 SWAP = (0, 2, 1, 3)
 """(M, heads, n, d) ⇄ (M, n, heads, d)."""
 
@@ -57,18 +62,66 @@ def fuse_attention(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
             continue
         scores, softmax = found
         heads, width = rewrite.shapes[softmax.output[0]][1], rewrite.shapes[node.output[0]][3]
-        q = _flat(rewrite, scores.input[0], SWAP, f"{node.name}/query")
-        k = _flat(rewrite, scores.input[1], (0, 3, 1, 2), f"{node.name}/key")
-        v = _flat(rewrite, node.input[1], SWAP, f"{node.name}/value")
         options = {"domain": DOMAIN, "num_heads": heads, "scale": 1.0}
-        joined = rewrite.node("MultiHeadAttention", [q, k, v], f"{node.name}/fused", **options)
-        shape = rewrite.shape((0, 0, heads, width))
+        positions = rewrite.wide_scores(scores)
+        if positions is None:
+            q = _flat(rewrite, scores.input[0], SWAP, f"{node.name}/query")
+            k = _flat(rewrite, scores.input[1], (0, 3, 1, 2), f"{node.name}/key")
+            v = _flat(rewrite, node.input[1], SWAP, f"{node.name}/value")
+            joined = rewrite.node("MultiHeadAttention", [q, k, v], f"{node.name}/fused", **options)
+        else:
+            joined = _by_rows(rewrite, node, *positions, options)
+        shape = rewrite.shape((0, -1, heads, width))
         apart = rewrite.node("Reshape", [joined, shape], f"{node.name}/heads")
         rewrite.node("Transpose", [apart], node.output[0], perm=SWAP)
         rewrite.count += 1
     if rewrite.finish():
         model.opset_import.append(import_onnx().helper.make_opsetid(DOMAIN, 1))
     return rewrite.count
+
+
+def _by_rows(
+    rewrite: _Rewrite, node: Any, wide: Sequence[str], key: str, options: dict[str, Any]
+) -> str:
+    """softmax([q, rh, rw]·[k, …]ᵀ)V, some of the grid's rows a step → (M, steps, queries, heads·d).
+
+    All that is stored is the positions of a step's queries, (M, heads, queries, n).
+    """
+    rows, columns = rewrite.grid(wide)
+    fitting = [r for r in range(1, rows + 1) if rows % r == 0 and r * columns <= MOST_QUERIES]
+    together = max(fitting, default=1)
+    shapes = (0, 0, 0, rows, 1), (0, 0, 0, 1, columns), (0, 0, 0, rows * columns), (0, 0, -1)
+    of_rows, of_columns, of_keys, joined = (rewrite.shape(shape) for shape in shapes)
+    names = {what: f"{node.name}/{what}" for what in ("query", "rows", "columns")}
+    body: list[Any] = []
+
+    def step(operator: str, inputs: list[str], what: str, **options: Any) -> str:
+        return rewrite.node(operator, inputs, f"{node.name}/{what}", into=body, **options)
+
+    by_rows = step("Reshape", [names["rows"], of_rows], "by_rows")
+    by_columns = step("Reshape", [names["columns"], of_columns], "by_columns")
+    bias = step("Reshape", [step("Add", [by_rows, by_columns], "positions"), of_keys], "bias")
+    query = step("Transpose", [names["query"]], "query_swapped", perm=SWAP)
+    taken = [step("Reshape", [query, joined], "query_flat"), key, node.input[1], "", "", bias]
+    made = step("MultiHeadAttention", taken, "fused", **options)
+    helper = import_onnx().helper
+    given, found = (
+        [helper.make_tensor_value_info(name, FLOAT, None) for name in some]
+        for some in (names.values(), [made])
+    )
+    shape = rewrite.shape((0, 0, rows // together, together * columns, -1))
+    return rewrite.node(
+        "Scan",
+        [
+            rewrite.node("Reshape", [one, shape], f"{names[what]}_cut")
+            for what, one in zip(names, wide, strict=True)
+        ],
+        f"{node.name}/steps",
+        body=helper.make_graph(body, f"{node.name}/step", given, found),
+        num_scan_inputs=len(given),
+        scan_input_axes=[2] * len(given),
+        scan_output_axes=[1],
+    )
 
 
 def bias_scores(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
@@ -91,7 +144,7 @@ def bias_scores(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
 def _add_positions(rewrite: _Rewrite, node: Any, wide: Sequence[str], key: str) -> None:
     """The nodes that take the place of `node`: scores of [q, rh, rw] = `wide` and k."""
     query, rows, columns = wide
-    grid = rewrite.shapes[rows][-1], rewrite.shapes[columns][-1]
+    grid = rewrite.grid(wide)
 
     def reshaped(value: str, axes: tuple[int, ...], what: str) -> str:
         shape = rewrite.shape((0, 0, 0, *axes))
@@ -158,10 +211,23 @@ class _Rewrite:
         node = self.made_by.get(value)
         return node if node is not None and node.op_type == operator else None
 
-    def node(self, operator: str, inputs: list[str], output: str, **options: Any) -> str:
-        """Add a node; the name of what it makes."""
+    def grid(self, wide: Sequence[str]) -> tuple[int, int]:
+        """Rows and columns of the keys of [q, rh, rw]."""
+        _, rows, columns = (self.shapes[name][-1] for name in wide)
+        return rows, columns
+
+    def node(
+        self,
+        operator: str,
+        inputs: list[str],
+        output: str,
+        *,
+        into: list[Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Add a node, to the graph or a step's nodes; the name of what it makes."""
         made = import_onnx().helper.make_node(operator, inputs, [output], name=output, **options)
-        self.nodes.append(made)
+        (self.nodes if into is None else into).append(made)
         return output
 
     def shape(self, sizes: tuple[int, ...]) -> str:
@@ -171,7 +237,7 @@ class _Rewrite:
         return name
 
     def finish(self) -> bool:
-        """Put the nodes back, without those that nothing reads any more; False if none is new."""
+        """Put the nodes back, without those and tensors nothing reads; False if none is new."""
         if not self.count:
             return False
         graph = self.model.graph
@@ -179,11 +245,18 @@ class _Rewrite:
         kept = []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
-                needed.update(node.input)
+                needed.update(_reads(node))
                 kept.append(node)
         values = [value for value in graph.value_info if value.name in needed]
-        del graph.node[:], graph.value_info[:]
+        tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
+        del graph.node[:], graph.value_info[:], graph.initializer[:]
         graph.node.extend(reversed(kept))
         graph.value_info.extend(values)
-        graph.initializer.extend(self._tensors.values())
+        graph.initializer.extend([*tensors, *self._tensors.values()])
         return True
+
+
+def _reads(node: Any) -> set[str]:
+    """What a node takes, in the steps of a loop too."""
+    steps = [inner for attribute in node.attribute for inner in attribute.g.node]
+    return {*node.input, *(name for inner in steps for name in inner.input)}

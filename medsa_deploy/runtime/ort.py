@@ -21,6 +21,7 @@ DTYPES = {"tensor(float)": "float32"}
 """ONNX Runtime's names of the contract's types."""
 FULL = ("out of memory", "failed to allocate memory", "bad_alloc", "bad allocation")
 """What it says when memory is full."""
+LOOP = "Scan"
 KERNEL = "_kernel_time"
 """What its profiler adds to the name of a node that ran."""
 
@@ -138,13 +139,21 @@ class OnnxRuntimeBackend:
 
 
 def _layers(path: Path) -> list[Layer]:
-    """Layers in a file of ONNX Runtime's profiler: events of one kernel each, in microseconds."""
+    """Layers in a file of ONNX Runtime's profiler: events of one kernel each, in microseconds.
+
+    A loop is one layer: its steps' kernels run within its own time.
+    """
     samples: dict[tuple[str, str], list[float]] = {}
-    for event in json.loads(path.read_text(encoding="utf-8")):
-        name = event["name"].removesuffix(KERNEL)
-        if event["cat"] == "Node" and name != event["name"]:
-            key = (name, event["args"]["op_name"])
-            samples.setdefault(key, []).append(event["dur"] / 1e3)
+    events = json.loads(path.read_text(encoding="utf-8"))
+    kernels = [e for e in events if e["cat"] == "Node" and e["name"].endswith(KERNEL)]
+    end = 0
+    for event in sorted(kernels, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] + event["dur"] <= end:
+            continue
+        if event["args"]["op_name"] == LOOP:
+            end = event["ts"] + event["dur"]
+        key = (event["name"].removesuffix(KERNEL), event["args"]["op_name"])
+        samples.setdefault(key, []).append(event["dur"] / 1e3)
     return [Layer(name=n, operator=op, samples_ms=tuple(ms)) for (n, op), ms in samples.items()]
 
 
