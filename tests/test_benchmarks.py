@@ -273,7 +273,8 @@ def test_a_volume_is_so_many_patches_or_chunks(invented: dict[str, Any]) -> None
 def curve(*points: tuple[int, float]) -> list[dict[str, Any]]:
     """A line through (x, milliseconds)."""
     return [
-        {"x": x, "median_ms": ms, "peak_mb": 100.0 * ms, "samples_ms": [ms, ms]} for x, ms in points
+        {"x": x, "median_ms": ms, "peak_mb": 100.0 * ms, "samples_ms": [ms, ms], "whole_ms": 2 * ms}
+        for x, ms in points
     ]
 
 
@@ -294,7 +295,8 @@ def test_sentences_and_plots_are_the_curves(invented: dict[str, Any], tmp_path: 
     assert "16 times the pixels, an encoding takes 20.0 times as long" in said[0]
     assert "32 takes 1.10 times as long as one alone" in said[1]
     assert "more than 1.20 times" in said[1]
-    assert "64 calls of one box 640 ms: 0.25 times" in said[2]
+    assert "64 boxes in one call take 160 ms, 0.12 of as many runs of a whole decoder" in said[2]
+    assert "One by one they take 4.00 times as long" in said[2]
     assert "LiteMedSAM 2.00 times as fast as on one and other 1.50 times" in said[3]
     assert tables.scaling_text(result).count("\n- ") == 3
     scaling.draw(result, tmp_path / "scaling.png")

@@ -13,7 +13,7 @@ ROW, HEAD = 0.24, 0.75
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """One panel a network: a bar to the median, a dot for every sample."""
+    """One panel a network: a bar to the median, which its name tells, a dot for every sample."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,12 +28,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
         return
     heights = [HEAD + ROW * len(found) for found in panels.values()]
     figure, axes = plt.subplots(
-        len(panels), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False
+        len(panels),
+        figsize=(9, sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (name, found) in zip(axes[:, 0], panels.items(), strict=True):
         _panel(axis, name, found)
     figure.suptitle(result["machine"], fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -46,8 +49,8 @@ def _panel(axis: Any, name: str, found: list[tuple[str, dict[str, Any]]]) -> Non
         axis.barh(row, middle, color=colour, height=0.7)
         samples = [sample for some in one["samples_ms"]["encoder"] for sample in some]
         axis.plot(samples, [row] * len(samples), ".", color="black", markersize=2)
-        axis.text(middle, row, f" {middle:.0f} ", va="center", fontsize=7)
-    axis.set_yticks(range(len(found)), [candidate for candidate, _ in found], fontsize=7)
+    names = [f"{name}  {one['median_ms']['encoder']:.0f}" for name, one in found]
+    axis.set_yticks(range(len(found)), names, fontsize=7)
     axis.set_title(f"{name}: encoder, milliseconds", fontsize=9, loc="left")
     axis.tick_params(axis="x", labelsize=7)
     axis.margins(x=0.08)

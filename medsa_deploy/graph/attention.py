@@ -83,45 +83,71 @@ def fuse_attention(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
 def _by_rows(
     rewrite: _Rewrite, node: Any, wide: Sequence[str], key: str, options: dict[str, Any]
 ) -> str:
-    """softmax([q, rh, rw]·[k, …]ᵀ)V, some of the grid's rows a step → (M, steps, queries, heads·d).
+    """softmax([q, rh, rw]·[k, …]ᵀ)V image by image, and some of the grid's rows a step.
 
-    All that is stored is the positions of a step's queries, (M, heads, queries, n).
+    → (M, steps, 1, queries, heads·d). All that is stored is the positions of a step's queries,
+    (1, heads, queries, n).
     """
     rows, columns = rewrite.grid(wide)
+    heads, name = options["num_heads"], node.name
     fitting = [r for r in range(1, rows + 1) if rows % r == 0 and r * columns <= MOST_QUERIES]
     together = max(fitting, default=1)
-    shapes = (0, 0, 0, rows, 1), (0, 0, 0, 1, columns), (0, 0, 0, rows * columns), (0, 0, -1)
-    of_rows, of_columns, of_keys, joined = (rewrite.shape(shape) for shape in shapes)
-    names = {what: f"{node.name}/{what}" for what in ("query", "rows", "columns")}
-    body: list[Any] = []
+    queries, tokens = together * columns, rows * columns
+    step = _Loop(rewrite, f"{name}/step")
+    query, by_rows, by_columns = (step.takes(what) for what in ("query", "rows", "columns"))
+    by_rows = step.reshape(by_rows, (1, heads, queries, rows, 1))
+    by_columns = step.reshape(by_columns, (1, heads, queries, 1, columns))
+    positions = step.node("Add", [by_rows, by_columns], "positions")
+    query = step.node("Transpose", [query], "query_swapped", perm=(1, 0, 2))
+    image = _Loop(rewrite, f"{name}/image")
+    given = [image.takes(what) for what in ("query", "rows", "columns", "key", "value")]
+    cut = [image.reshape(one, (heads, rows // together, queries, -1)) for one in given[:3]]
+    taken = [
+        step.reshape(query, (1, queries, -1)),
+        *(image.reshape(one, (1, heads, tokens, -1)) for one in given[3:]),
+        *("", "", step.reshape(positions, (1, heads, queries, tokens))),
+    ]
+    made = step.node("MultiHeadAttention", taken, "fused", **options)
+    made = image.node("Scan", cut, "steps", **step.body(made, axis=1))
+    every = [*wide, key, node.input[1]]
+    return rewrite.node("Scan", every, f"{name}/images", **image.body(made, axis=0))
 
-    def step(operator: str, inputs: list[str], what: str, **options: Any) -> str:
-        return rewrite.node(operator, inputs, f"{node.name}/{what}", into=body, **options)
 
-    by_rows = step("Reshape", [names["rows"], of_rows], "by_rows")
-    by_columns = step("Reshape", [names["columns"], of_columns], "by_columns")
-    bias = step("Reshape", [step("Add", [by_rows, by_columns], "positions"), of_keys], "bias")
-    query = step("Transpose", [names["query"]], "query_swapped", perm=SWAP)
-    taken = [step("Reshape", [query, joined], "query_flat"), key, node.input[1], "", "", bias]
-    made = step("MultiHeadAttention", taken, "fused", **options)
-    helper = import_onnx().helper
-    given, found = (
-        [helper.make_tensor_value_info(name, FLOAT, None) for name in some]
-        for some in (names.values(), [made])
-    )
-    shape = rewrite.shape((0, 0, rows // together, together * columns, -1))
-    return rewrite.node(
-        "Scan",
-        [
-            rewrite.node("Reshape", [one, shape], f"{names[what]}_cut")
-            for what, one in zip(names, wide, strict=True)
-        ],
-        f"{node.name}/steps",
-        body=helper.make_graph(body, f"{node.name}/step", given, found),
-        num_scan_inputs=len(given),
-        scan_input_axes=[2] * len(given),
-        scan_output_axes=[1],
-    )
+class _Loop:
+    """The nodes of a loop's body, which may read what is outside."""
+
+    def __init__(self, rewrite: _Rewrite, name: str) -> None:
+        self._rewrite, self._name = rewrite, name
+        self._nodes: list[Any] = []
+        self._taken: list[str] = []
+
+    def takes(self, what: str) -> str:
+        """The name of one more value that the body takes a part of in each turn."""
+        self._taken.append(f"{self._name}/{what}")
+        return self._taken[-1]
+
+    def node(self, operator: str, inputs: list[str], what: str, **options: Any) -> str:
+        """Add a node; the name of what it makes."""
+        name = f"{self._name}/{what}"
+        return self._rewrite.node(operator, inputs, name, into=self._nodes, **options)
+
+    def reshape(self, value: str, sizes: tuple[int, ...]) -> str:
+        """A value with other axes."""
+        what = value.removeprefix(f"{self._name}/")
+        return self.node("Reshape", [value, self._rewrite.shape(sizes)], f"{what}_reshaped")
+
+    def body(self, made: str, *, axis: int) -> dict[str, Any]:
+        """Attributes of the `Scan` whose turns give `made`. `axis`: which it goes along."""
+        helper = import_onnx().helper
+        given, found = (
+            [helper.make_tensor_value_info(name, FLOAT, None) for name in names]
+            for names in (self._taken, [made])
+        )
+        return {
+            "body": helper.make_graph(self._nodes, self._name, given, found),
+            "num_scan_inputs": len(given),
+            "scan_input_axes": [axis] * len(given),
+        }
 
 
 def bias_scores(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
@@ -257,6 +283,6 @@ class _Rewrite:
 
 
 def _reads(node: Any) -> set[str]:
-    """What a node takes, in the steps of a loop too."""
-    steps = [inner for attribute in node.attribute for inner in attribute.g.node]
-    return {*node.input, *(name for inner in steps for name in inner.input)}
+    """What a node takes, in the bodies of loops too."""
+    inner = [_reads(one) for attribute in node.attribute for one in attribute.g.node]
+    return {*node.input}.union(*inner)

@@ -97,7 +97,7 @@ class Session:
     @property
     def degraded(self) -> str | None:
         """Why another backend than the one asked for is in use, where a fallback is."""
-        return self.backend.degraded if isinstance(self.backend, FallbackBackend) else None
+        return _degraded(self.backend)
 
     @property
     def conventions(self) -> Conventions:
@@ -278,7 +278,7 @@ class Session:
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
             counted=None if made is None else [regions(of_set, size) for of_set in made.tally],
-            degraded=self.degraded,
+            degraded=_degraded(backend),
         )
 
     def close(self) -> None:
@@ -297,6 +297,11 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _degraded(backend: Backend) -> str | None:
+    """Why another backend than the one asked for is in use, where a fallback is."""
+    return backend.degraded if isinstance(backend, FallbackBackend) else None
 
 
 def _masks(logits: Array, made: MadeMasks | None, wanted: MasksWanted, backend: Backend) -> Any:
