@@ -31,7 +31,7 @@ from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.graphs import OPSET, contract, export_encoder
 from medsa_deploy.exporters.reference import build_reference
-from medsa_deploy.graph.attention import write_own_encoders
+from medsa_deploy.graph.own_encoders import write_own_encoders
 from medsa_deploy.stages import diagnose
 
 RESULT = Path(__file__).parent / "results" / "depth.json"

@@ -26,7 +26,7 @@ RESAMPLES = 2000
 KINDS = {
     "matrix product": "MatMul FusedMatMul Gemm FusedGemm FullyConnected MatMulInteger QGemm "
     "QLinearMatMul MatMulIntegerToFloat DynamicQuantizeMatMul",
-    "attention": "Attention MultiHeadAttention ScaledDotProductAttention MHA Scan",
+    "attention": "Attention MultiHeadAttention ScaledDotProductAttention MHA",
     "softmax": "Softmax SoftMax",
     "norm": "LayerNormalization SkipLayerNormalization MVN RMS InstanceNormalization BatchNorm",
     "convolution": "Conv FusedConv Convolution ConvTranspose Deconvolution GroupConvolution",
@@ -34,12 +34,12 @@ KINDS = {
     "quantization": "QuantizeLinear DequantizeLinear DynamicQuantizeLinear FakeQuantize",
     "layout": "Reshape Transpose Slice StridedSlice Pad Concat Split VariadicSplit Gather Expand "
     "Squeeze Unsqueeze Reformat ReorderInput ReorderOutput Reorder Tile Broadcast Cast Convert "
-    "Shape ShapeOf Range Flatten",
+    "Shape ShapeOf Range Flatten Scan",
     "fused subgraph": "Subgraph",
 }
 """Kind → operators, in the words of every backend; the rest are `elementwise and others`. OpenVINO
-compiles whole attentions and runs of elementwise operators, and calls either a subgraph; a `Scan`
-is the loop of an attention with relative positions."""
+compiles whole attentions and runs of elementwise operators, and calls either a subgraph. What
+a `Scan`, a loop, takes beyond its kernels is cutting and joining."""
 OTHERS = "elementwise and others"
 KIND_OF = {operator: kind for kind, names in KINDS.items() for operator in names.split()}
 

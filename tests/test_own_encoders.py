@@ -17,7 +17,9 @@ from invented import rows, vit_keys, weights
 
 from medsa_deploy import load, manifest, verify
 from medsa_deploy.errors import BundleError
+from medsa_deploy.graph.tokens import MOST_TOKENS
 from medsa_deploy.runtime.loading import OWN_ENCODERS
+from medsa_deploy.runtime.ort import read_layers
 
 SIZE, TOKENS = 512, 1024
 """The smallest image whose tokens, 32×32, are enough."""
@@ -63,16 +65,25 @@ def nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return [*graph.node, *itertools.chain.from_iterable(inner)]
 
 
-def largest(path: Path, image: np.ndarray, folder: Path) -> int:
-    """Elements of the largest value that a node of an encoder makes, as ONNX Runtime runs it."""
+def profile(path: Path, image: np.ndarray, folder: Path, *, runs: int = 1) -> Path:
+    """Encode with ONNX Runtime alone → the file of its profiler."""
     options = ort.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / path.stem)
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     prepared = np.moveaxis(image, -1, 0)[None].astype(np.float32)
-    session.run(None, {"image": prepared})
-    events = json.loads(Path(session.end_profiling()).read_text())
-    made = [e["args"]["output_type_shape"] for e in events if "output_type_shape" in e["args"]]
-    return max(int(np.prod(shape)) for one in made for typed in one for shape in typed.values())
+    for _ in range(runs):
+        session.run(None, {"image": prepared})
+    return Path(session.end_profiling())
+
+
+def values(path: Path, image: np.ndarray, folder: Path) -> list[tuple[str, int]]:
+    """Kernel and elements of each value that an encoder makes."""
+    return [
+        (event["name"], int(np.prod(shape)))
+        for event in json.loads(profile(path, image, folder).read_text())
+        for typed in event["args"].get("output_type_shape", ())
+        for shape in typed.values()
+    ]
 
 
 def encoded(bundle: Path, image: np.ndarray, **options: object) -> np.ndarray:
@@ -96,8 +107,42 @@ def test_the_bundle_holds_an_encoder_of_onnx_runtimes_own(bundle: Path) -> None:
 def test_it_stores_no_scores(export, image: np.ndarray, tmp_path: Path, rel_pos: float) -> None:
     """Two heads' scores of 1024 tokens are the largest value of the other."""
     bundle = export(f"scores{rel_pos}", head_size=20, rel_pos=rel_pos)
-    assert largest(bundle / "encoder.onnx", image, tmp_path) == 2 * TOKENS**2
-    assert largest(bundle / NAME, image, tmp_path) < TOKENS**2
+    portable, own = (values(bundle / name, image, tmp_path) for name in ("encoder.onnx", NAME))
+    assert max(size for _, size in portable) == 2 * TOKENS**2
+    assert max(size for _, size in own) < TOKENS**2
+
+
+def test_linear_layers_take_some_tokens_at_a_time(
+    bundle: Path, image: np.ndarray, tmp_path: Path
+) -> None:
+    """All but those of windows, whose grids are small."""
+    portable, own = (values(bundle / name, image, tmp_path) for name in ("encoder.onnx", NAME))
+    hidden = [max(size for name, size in one if "mlp" in name) for one in (portable, own)]
+    assert hidden[0] == hidden[1] * TOKENS / MOST_TOKENS
+    graph = onnx.load(bundle / NAME, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    left = [node.name for node in graph.node if weights.intersection(node.input[1:2])]
+    assert not [name for name in left if "MatMul" in name]
+
+
+def test_layers_in_loops_are_timed_by_name(bundle: Path, image: np.ndarray, tmp_path: Path) -> None:
+    """A kernel has one time for an encoding, however often it ran; together they are all of it."""
+    path = profile(bundle / NAME, image, tmp_path, runs=3)
+    found = read_layers(path)
+    assert {len(layer.samples_ms) for layer in found} == {3}
+    assert sum("mlp" in layer.name for layer in found) >= 4
+    kernels = [e for e in json.loads(path.read_text()) if e["name"].endswith("_kernel_time")]
+    loops = [e for e in kernels if e["args"]["op_name"] == "Scan"]
+    whole = [
+        e["dur"]
+        for e in kernels
+        if not any(
+            one["ts"] <= e["ts"] and e["ts"] + e["dur"] <= one["ts"] + one["dur"]
+            for one in loops
+            if one is not e
+        )
+    ]
+    assert sum(sum(layer.samples_ms) for layer in found) == pytest.approx(sum(whole) / 1e3)
 
 
 def test_it_shares_the_weights(bundle: Path) -> None:
@@ -173,7 +218,8 @@ def test_verify_judges_it(bundle: Path, tmp_path: Path) -> None:
 def test_zero_tables_and_other_head_sizes(export, image: np.ndarray, head_size: int) -> None:
     made = export(f"zero{head_size}", head_size=head_size)
     assert operators(made / NAME).count("MultiHeadAttention") == 1
-    assert "Scan" not in operators(made / NAME)
+    graph = onnx.load(made / NAME, load_external_data=False).graph
+    assert "MultiHeadAttention" in [node.op_type for node in graph.node]  # in no loop
     assert relative_l2(encoded(made, image), encoded(made, image, portable=True)) < 1e-5
 
 

@@ -98,7 +98,7 @@ class OnnxRuntimeBackend:
         sessions = {"encoder": self._encoder, "decoder": self._decoder}
         if self.splits:
             sessions |= dict(zip(PARTS, self._parts, strict=True))
-        found = {name: _layers(Path(s.end_profiling())) for name, s in sessions.items()}
+        found = {name: read_layers(Path(s.end_profiling())) for name, s in sessions.items()}
         return {name: layers for name, layers in found.items() if layers}
 
     def close(self) -> None:
@@ -138,22 +138,31 @@ class OnnxRuntimeBackend:
         return outputs
 
 
-def _layers(path: Path) -> list[Layer]:
+def read_layers(path: Path) -> list[Layer]:
     """Layers in a file of ONNX Runtime's profiler: events of one kernel each, in microseconds.
 
-    A loop is one layer: its steps' kernels run within its own time.
+    A kernel in a loop has one sample, of all turns together; the loop itself what they leave of it.
     """
     samples: dict[tuple[str, str], list[float]] = {}
     events = json.loads(path.read_text(encoding="utf-8"))
     kernels = [e for e in events if e["cat"] == "Node" and e["name"].endswith(KERNEL)]
-    end = 0
+    end, around, turned = 0, [0.0], set()  # of the outermost loop: end, samples, layers seen in it
     for event in sorted(kernels, key=lambda e: (e["ts"], -e["dur"])):
-        if event["ts"] + event["dur"] <= end:
+        operator, ms = event["args"]["op_name"], event["dur"] / 1e3
+        key = (event["name"].removesuffix(KERNEL), operator)
+        inside = event["ts"] + event["dur"] <= end
+        if inside and operator == LOOP:
             continue
-        if event["args"]["op_name"] == LOOP:
-            end = event["ts"] + event["dur"]
-        key = (event["name"].removesuffix(KERNEL), event["args"]["op_name"])
-        samples.setdefault(key, []).append(event["dur"] / 1e3)
+        found = samples.setdefault(key, [])
+        if key in turned and inside:
+            found[-1] += ms
+        else:
+            found.append(ms)
+        if inside:
+            around[-1] -= ms
+            turned.add(key)
+        elif operator == LOOP:
+            end, around, turned = event["ts"] + event["dur"], found, set()
     return [Layer(name=n, operator=op, samples_ms=tuple(ms)) for (n, op), ms in samples.items()]
 
 

@@ -81,7 +81,7 @@ def _write_bundle(
         from medsa_deploy.exporters.folded import fold
         from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
         from medsa_deploy.exporters.reference import build_reference
-        from medsa_deploy.graph.attention import write_own_encoders
+        from medsa_deploy.graph.own_encoders import write_own_encoders
     made = Manifest(
         source=loaded.source,
         network=architecture.network,

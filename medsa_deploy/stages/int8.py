@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from medsa_deploy import verify
 from medsa_deploy.errors import ParityError
-from medsa_deploy.graph.attention import write_own_encoders
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
 from medsa_deploy.graph.islands import islands
+from medsa_deploy.graph.own_encoders import write_own_encoders
 from medsa_deploy.graph.qdq import Layer, linear_layers, quantize_layers
 from medsa_deploy.manifest import Recipe, Role
 
