@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from medsa_deploy.errors import BuildError, MissingDependencyError, UsageError
+from medsa_deploy.errors import BuildError, MissingDependencyError
 
 STANDARD = "c++17"
 HEADER = "device.cuh"
@@ -141,18 +141,24 @@ class Nvrtc:
 
 
 @cache
-def find_compiler() -> Compiler:
-    """nvcc if there is one, on the PATH or in a toolkit's usual place, else NVRTC.
+def find_compiler(target: str | None = None) -> Compiler:
+    """nvcc if there is one, on the PATH or in a toolkit's usual place, else NVRTC; one of them that
+    knows `target`, if one does.
 
     MissingDependencyError where neither is found.
     """
+    found: list[Compiler] = []
     if path := find_nvcc():
-        return Nvcc(path=path)
+        found.append(Nvcc(path=path))
     if path := find_nvrtc():
-        return Nvrtc(path)
-    raise MissingDependencyError(
-        "nvidia-cuda-nvrtc", extra="kernels", purpose="compiling CUDA kernels without nvcc"
-    )
+        found.append(Nvrtc(path))
+    if not found:
+        raise MissingDependencyError(
+            "nvidia-cuda-nvrtc", extra="kernels", purpose="compiling CUDA kernels without nvcc"
+        )
+    if target is None:
+        return found[0]
+    return next((compiler for compiler in found if target in compiler.targets), found[0])
 
 
 def find_nvcc() -> str | None:
@@ -167,8 +173,14 @@ def find_nvrtc() -> str | None:
     spec = find_spec("nvidia")
     pattern = "*/bin/**/nvrtc64_*.dll" if sys.platform == "win32" else "*/lib/libnvrtc.so.*"
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = sorted(str(path) for folder in folders for path in Path(folder).glob(pattern))
-    return found[-1] if found else None
+    found = [path for folder in folders for path in Path(folder).glob(pattern)]
+    newest = max(found, key=_version, default=None)
+    return None if newest is None else str(newest)
+
+
+def _version(path: Path) -> list[int]:
+    """The numbers in a library's name."""
+    return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
 def _in_order(numbers: Iterable[str]) -> tuple[str, ...]:
@@ -182,7 +194,7 @@ def _architecture(target: str) -> str:
 
 def _check_target(compiler: Compiler, target: str) -> None:
     if target not in compiler.targets:
-        raise UsageError(
+        raise BuildError(
             f"{compiler.name} does not compile for {target!r}; it does for: "
             f"{', '.join(compiler.targets)}"
         )

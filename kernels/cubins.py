@@ -88,7 +88,7 @@ def cubin(source: str, target: str, *, bundle: Path | None = None) -> bytes:
         pass
     except OSError as e:
         logger.warning("%s cannot be read (%s): compiled again", path, e.strerror)
-    compiled = _compile(find_compiler(), source, target)
+    compiled = _compile(find_compiler(target), source, target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, compiled)

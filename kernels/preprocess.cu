@@ -2,8 +2,8 @@
 // pad, planar.
 //
 // Frame: (height, width, channels) uint8, uint16, int16 or float32, channels 1 or 3 and interleaved;
-//   rows `pitch` bytes apart, a multiple of the element's size, negative for a bottom-up frame. NaN
-//   and infinity have to be kept out by the caller.
+//   rows `pitch` bytes apart, a multiple of the element's size, negative for a bottom-up frame. What
+//   a float32 frame with NaN or infinity becomes is undefined; find_unusable says that it has some.
 // Output: (3, size, size) float32 or float16; the frame's content lies at the top left, the rest is
 //   0; one channel is repeated to three.
 // Reference: `reference` in preprocess.py, which is what the runtime does in numpy and Pillow. Both
@@ -16,6 +16,7 @@
 //   resize_{levels,u8,u16,i16,f32}, then normalise
 //                                     min-max profiles (medsam, litemedsam): what the resized image's
 //                                     minimum is shows only when all of it is resized, so there are two
+//   find_unusable                     float32 frames, before the others
 // Grids: ceil(size/32) x ceil(size/32) x channels blocks of 32 x 8 threads; resize_* by the content's
 // size instead of `size`.
 //
@@ -62,7 +63,9 @@ struct Preprocess {
     int half;           // whether the output is float16
     void* output;
     float* content;     // min-max: (channels, rows.outputs, columns.outputs)
-    unsigned* extremes; // min-max: 4 numbers, 0 before: ~min, max of the frame; ~min, max of content
+    // 5 numbers, 0 before; min-max: ~min, max of the frame; ~min, max of its content; float32: 1 where
+    // a value is NaN or infinite
+    unsigned* extremes;
 };
 
 enum Rounding { TRUNCATE, HALF_EVEN, HALF_UP };
@@ -203,6 +206,19 @@ __device__ void frame_extremes(const Preprocess& p) {
         }
     }
     add_extremes(p.extremes, smallest, largest);
+}
+
+// Whether a value of the frame is NaN or infinite -> extremes[4].
+extern "C" __global__ void find_unusable(const Preprocess p) {
+    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const int warps = gridDim.x * gridDim.y * gridDim.z * WARPS;
+    unsigned found = 0;
+    for (int row = block * WARPS + threadIdx.y; row < p.height; row += warps) {
+        const float* elements = row_of<Windowed<float>>(p, row);
+        for (int i = threadIdx.x; i < p.width * p.channels; i += WARP)
+            found |= elements[i] - elements[i] != 0.0f;
+    }
+    if (found) atomicMax(p.extremes + 4, found);
 }
 
 __device__ inline float rounded(const Preprocess&, float value) { return value; }

@@ -29,7 +29,10 @@ ENTRIES: Mapping[Element, str] = {"uint8": "u8", "uint16": "u16", "int16": "i16"
 TRUNCATE, HALF_EVEN, HALF_UP = range(3)
 """`Rounding` of preprocess.cu."""
 
-EXTREMES_BYTES = 16
+EXTREMES_BYTES = 32
+"""`extremes` of preprocess.cu, and what aligns that which follows it."""
+UNUSABLE = 16
+"""Bytes from there to the number that is not 0 where a float32 frame has NaN or infinity."""
 
 
 class Parameters(ctypes.Structure):
@@ -103,8 +106,8 @@ class Preprocessing:
     tables: bytes
     """To be copied to device memory once, 16-byte aligned."""
     scratch_bytes: int
-    """Device memory that a min–max profile needs; 0 for others. Its first EXTREMES_BYTES have to be
-    zero before each frame."""
+    """Device memory that a min–max profile or a float32 frame needs; 0 for others. Its first
+    EXTREMES_BYTES have to be zero before each frame."""
     entries: tuple[str, ...]
     """What is launched, in order."""
     _format: FrameFormat
@@ -170,13 +173,15 @@ def preprocessing(
     )
     _set_window(parameters, intensities)
     name = "levels" if levels else ENTRIES[frame_format.element]
-    content = math.prod(frame.content_size) * frame_format.channels * 4
+    content = math.prod(frame.content_size) * frame_format.channels * 4 if row.min_max else 0
+    checked = ("find_unusable",) if frame_format.element == "float32" else ()
+    made = (f"resize_{name}", "normalise") if row.min_max else (f"preprocess_{name}",)
     return Preprocessing(
         frame=frame,
         output_bytes=3 * network_size**2 * (2 if half else 4),
         tables=rows.bytes + columns.bytes,
-        scratch_bytes=EXTREMES_BYTES + content if row.min_max else 0,
-        entries=(f"resize_{name}", "normalise") if row.min_max else (f"preprocess_{name}",),
+        scratch_bytes=EXTREMES_BYTES + content if content or checked else 0,
+        entries=(*checked, *made),
         _format=frame_format,
         _parameters=parameters,
         _rows=rows,

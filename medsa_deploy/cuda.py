@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .errors import (
+    BuildError,
     DeviceError,
     DeviceLostError,
     DeviceMemoryError,
@@ -32,7 +34,9 @@ DTYPE = np.dtype(np.float32)
 """Of what the graphs take and give."""
 FLOAT32 = DTYPE.itemsize
 LEGACY_STREAM = 1
-"""CUDA's default stream in `__cuda_array_interface__`. A `Gpu`'s stream waits for its work."""
+"""CUDA's default stream, by its handle and in `__cuda_array_interface__`."""
+NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING of cuda.h: what others do in the default stream disturbs no capture."""
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 MAJOR, MINOR = 75, 76
@@ -93,8 +97,10 @@ class Gpu:
         self._pinned: dict[int, Any] = {}
         with self._named():
             self._context = _primary_context()
+        self._quiet = threading.Lock()
+        """Held while work is captured, when nothing may wait for the stream."""
         with self.current():
-            self._stream = self._driver.Stream()
+            self._stream = self._driver.Stream(NON_BLOCKING)
 
     @property
     def stream(self) -> int:
@@ -150,7 +156,7 @@ class Gpu:
     ) -> NDArray[Any]:
         """A copy of values on the GPU, after everything that was queued."""
         values = np.empty(shape, dtype)
-        with self.current():
+        with self._quiet, self.current():
             self.wait()
             self._driver.memcpy_dtoh(values, address)
         return values
@@ -158,14 +164,23 @@ class Gpu:
     def write(self, address: int, data: bytes) -> None:
         """Copy bytes to the GPU, now."""
         self._driver.memcpy_htod(address, data)
+        self.join_default_stream()  # the copy goes through it, and may not have arrived
 
     def clear(self, address: int, size: int) -> None:
         """Queue zeros."""
         self._driver.memset_d8_async(address, 0, size, self._stream)
 
     def module(self, cubin: bytes) -> Any:
-        """Kernels that were compiled for this GPU."""
-        return self._driver.module_from_buffer(cubin)
+        """Kernels that were compiled for this GPU; BuildError if its driver does not take them."""
+        try:
+            return self._driver.module_from_buffer(cubin)
+        except self._driver.MemoryError:
+            raise
+        except self._driver.Error as e:
+            raise BuildError(
+                f"the driver does not take the kernels ({_line(e)}): compile them with a CUDA "
+                "no newer than the driver's"
+            ) from e
 
     def launch(
         self,
@@ -183,19 +198,27 @@ class Gpu:
         """Until everything that was queued is done."""
         self._stream.synchronize()
 
+    def join_default_stream(self) -> None:
+        """What is queued from here on waits for what others queued in the default stream so far."""
+        reached = self._driver.Event(self._driver.event_flags.DISABLE_TIMING)
+        reached.record()
+        self._stream.wait_for_event(reached)
+
     def wait_for_owner(self, interface: dict[str, Any]) -> None:
         """Until the work is done that an array's `__cuda_array_interface__` says to wait for.
 
-        This stream waits for the default stream by itself. Where another is named, every stream of
-        the process is waited for. PyTorch names none: work in another stream than the default is
-        for its caller to wait for.
+        That is in the stream it names; for the default stream see `join_default_stream`. PyTorch
+        names none: work in another stream than the default is for its caller to wait for.
         """
-        if interface.get("stream", LEGACY_STREAM) not in (None, LEGACY_STREAM):
-            self._driver.Context.synchronize()
+        stream = interface.get("stream")
+        if stream not in (None, LEGACY_STREAM):
+            driver = _bindings()
+            _call(driver, driver.cuStreamSynchronize, driver.CUstream(stream))
 
     def capture(self, queue: Callable[[], None]) -> Graph:
         """What `queue` puts into the stream, as a graph; it is not run."""
-        return Graph(self.stream, queue)
+        with self._quiet:
+            return Graph(self.stream, queue)
 
     def close(self) -> None:
         """Wait for the stream, then free everything; what was lost is free already."""
@@ -221,6 +244,8 @@ class Gpu:
                 "for fewer images and prompts with --batch and --prompts"
             ) from e
         except self._driver.Error as e:
+            if "captur" in str(e):  # another thread's, and over soon
+                raise DeviceError(f"the GPU was busy with a capture ({_line(e)})") from e
             self._lost = (
                 f"the GPU cannot be used any more ({_line(e)}): start the program again, and if "
                 "that fails, the machine"
@@ -239,32 +264,25 @@ class Graph:
         self._driver = driver = _bindings()
         self._stream = driver.CUstream(stream)
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._call(driver.cuStreamBeginCapture, self._stream, mode)
+        _call(driver, driver.cuStreamBeginCapture, self._stream, mode)
         try:
             queue()
         except BaseException:
             driver.cuStreamEndCapture(self._stream)
             raise
-        graph = self._call(driver.cuStreamEndCapture, self._stream)
+        graph = _call(driver, driver.cuStreamEndCapture, self._stream)
         try:
-            self._executable = self._call(driver.cuGraphInstantiate, graph, 0)
+            self._executable = _call(driver, driver.cuGraphInstantiate, graph, 0)
         finally:
             driver.cuGraphDestroy(graph)
 
     def launch(self) -> None:
         """Queue the work."""
-        self._call(self._driver.cuGraphLaunch, self._executable, self._stream)
+        _call(self._driver, self._driver.cuGraphLaunch, self._executable, self._stream)
 
     def close(self) -> None:
         """Release the executable form."""
         self._driver.cuGraphExecDestroy(self._executable)
-
-    def _call(self, function: Callable[..., Any], *given: Any) -> Any:
-        """What a driver's function gives besides its status; DeviceError for a bad one."""
-        status, *found = function(*given)
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(f"{function.__name__} failed: {status.name}")
-        return found[0] if found else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +305,7 @@ class DeviceArray:
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
-            "data": (self.address, True),
+            "data": (self.address, False),  # PyTorch takes nothing that is read-only
             "strides": None,
             "stream": None,  # what gives them out has waited for them
             "version": 3,
@@ -370,6 +388,14 @@ def _bindings() -> Any:
             "cuda-bindings", extra="cuda", purpose="replaying CUDA graphs (cuda_graphs=False: none)"
         ) from e
     return driver
+
+
+def _call(driver: Any, function: Callable[..., Any], *given: Any) -> Any:
+    """What a function of cuda-bindings gives besides its status; DeviceError for a bad one."""
+    status, *found = function(*given)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"{function.__name__} failed: {status.name}")
+    return found[0] if found else None
 
 
 def _line(error: BaseException) -> str:

@@ -56,7 +56,11 @@ def load(flavor: Flavor) -> Any:
             "use one of them in a process"
         )
     _require(flavor)
-    library = import_module(MODULES[flavor])
+    try:
+        library = import_module(MODULES[flavor])
+    except (ImportError, OSError) as e:
+        said = " ".join(str(e).split())
+        raise UsageError(f"{NAMES[flavor]} is installed, but does not load: {said}") from e
     numbers = tuple(int(n) for n in re.findall(r"\d+", library.__version__)[:2])
     if numbers < OLDEST[flavor]:
         oldest = ".".join(map(str, OLDEST[flavor]))

@@ -57,7 +57,9 @@ class Machine:
         self.streams: dict[int, Stream] = {}
         self.graphs = 0
         """Executable graphs."""
-        self.captured = self.replayed = self.enqueued = self.waited = 0
+        self.captured = self.replayed = self.enqueued = self.waited = self.joined = 0
+        self.awaited: list[int] = []
+        """Streams of others that were waited for."""
         self.launched: list[str] = []
         """Entries of kernels, in order."""
         self.downloaded = 0
@@ -111,8 +113,9 @@ class Machine:
 
 
 class Stream:
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, flags: int) -> None:
         machine.check()
+        assert flags == cuda.NON_BLOCKING, "the default stream's users would break its captures"
         self.machine, self.queue, self.capturing = machine, [], None
         self.handle = 1000 + len(machine.streams)
         machine.streams[self.handle] = self
@@ -120,8 +123,15 @@ class Stream:
     def add(self, work: Callable[[], None]) -> None:
         (self.queue if self.capturing is None else self.capturing).append(work)
 
+    def wait_for_event(self, event: Any) -> None:
+        self.machine.check()
+        assert event.stream is None
+        assert self.capturing is None
+        self.machine.joined += 1
+
     def synchronize(self) -> None:
         self.machine.check()
+        assert self.capturing is None, "waiting for a stream breaks its capture"
         self.machine.waited += 1
         self.machine.on_wait()
         while self.queue:
@@ -141,11 +151,6 @@ def pycuda_driver(machine: Machine) -> ModuleType:
         @staticmethod
         def pop() -> None:
             machine.current.depth -= 1
-
-        @staticmethod
-        def synchronize() -> None:
-            for stream in machine.streams.values():
-                stream.synchronize()
 
     class Device:
         def __init__(self, index: int) -> None:
@@ -205,7 +210,7 @@ def pycuda_driver(machine: Machine) -> ModuleType:
         )
 
     driver.Context, driver.Device = Context, Device
-    driver.Stream = lambda: Stream(machine)
+    driver.Stream = lambda flags: Stream(machine, flags)
     driver.mem_alloc, driver.pagelocked_empty = Allocation, pagelocked_empty
     driver.memcpy_htod_async, driver.memcpy_dtoh_async = htod, dtoh
     driver.memcpy_dtoh = dtoh_now
@@ -223,8 +228,13 @@ def pycuda_driver(machine: Machine) -> ModuleType:
     class Event:
         """The host's clock, read when the stream comes to it."""
 
-        def record(self, stream: Stream) -> None:
+        def __init__(self, flags: int = 0) -> None:
+            pass
+
+        def record(self, stream: Stream | None = None) -> None:
             self.stream = stream
+            if stream is None:  # the default stream, where nothing is late here
+                return
             stream.add(lambda: setattr(self, "time", perf_counter()))
 
         def synchronize(self) -> None:
@@ -251,6 +261,7 @@ def pycuda_driver(machine: Machine) -> ModuleType:
 
             return call
 
+    driver.event_flags = SimpleNamespace(DISABLE_TIMING=2)
     driver.module_from_buffer, driver.Event, driver.memcpy_dtod_async = Module, Event, dtod
     return driver
 
@@ -266,6 +277,10 @@ def bindings_driver(machine: Machine) -> ModuleType:
     def cuStreamBeginCapture(stream: int, mode: int) -> tuple[Any, ...]:
         machine.check()
         machine.streams[stream].capturing = []
+        return (done,)
+
+    def cuStreamSynchronize(stream: int) -> tuple[Any, ...]:
+        machine.awaited.append(stream)
         return (done,)
 
     def cuStreamEndCapture(stream: int) -> tuple[Any, ...]:
@@ -296,7 +311,7 @@ def bindings_driver(machine: Machine) -> ModuleType:
         return (done,)
 
     for function in (
-        *(cuStreamBeginCapture, cuStreamEndCapture, cuGraphInstantiate),
+        *(cuStreamBeginCapture, cuStreamEndCapture, cuStreamSynchronize, cuGraphInstantiate),
         *(cuGraphDestroy, cuGraphLaunch, cuGraphExecDestroy),
     ):
         setattr(driver, function.__name__, function)

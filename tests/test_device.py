@@ -165,6 +165,62 @@ def test_more_prompts_than_the_engine_takes_are_several_runs(
     same(session, plain, frame(0), points=points)
 
 
+def test_prompts_are_parted_evenly_and_never_below_the_least(
+    machine: Machine, plain: Session, tmp_path: Path
+) -> None:
+    options = describe(prompts=Range(min=2, opt=2, max=4))
+    folder = write(tmp_path / "b.medsa" / "engines" / "x", plain.manifest, options)
+    session = open_engines(plain, folder)
+    random = np.random.default_rng(0)
+    for sets in range(2, 10):
+        same(session, plain, frame(0), points=random.integers(0, SIDE, (sets, 1, 2)))
+    embedding = session.encode(frame(0))
+    with pytest.raises(errors.PromptError, match="1 prompt sets: these engines take 2 to 4"):
+        session.segment(embedding, **POINT)
+
+
+def test_a_graph_that_finds_no_memory_is_done_without(
+    machine: Machine, session: Session, plain: Session, caplog, monkeypatch
+) -> None:
+    same(session, plain, frame(0), **POINT)
+
+    def full(run: object) -> None:
+        raise errors.DeviceMemoryError("the GPU's memory is full")
+
+    monkeypatch.setattr("medsa_deploy.runtime.engine_run.EngineRun._new_context", full)
+    for seed in range(4):
+        same(session, plain, frame(seed), **POINT)
+    assert machine.captured == 0
+    assert "runs without CUDA graphs: the GPU's memory is full" in caplog.text
+
+
+def test_kernels_the_driver_does_not_take_leave_masks_to_the_processor(
+    machine: Machine, plain: Session, folder: Path, monkeypatch, caplog
+) -> None:
+    def refuse(cubin: bytes) -> None:
+        raise CudaLogicError("cuModuleLoadDataEx failed: device kernel image is invalid")
+
+    monkeypatch.setattr(sys.modules["pycuda.driver"], "module_from_buffer", refuse)
+    session = open_engines(plain, folder)
+    same(session, plain, frame(0), **POINT)
+    assert "masks are made on the processor: the driver does not take the kernels" in caplog.text
+    with pytest.raises(errors.BuildError, match="kernel image is invalid"):
+        session.encode(machine.put(frame(0)))
+    same(session, plain, frame(1), **POINT)
+
+
+def test_a_capture_of_another_thread_loses_nothing(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    busy = CudaLogicError("cuStreamSynchronize failed: operation would make the capture invalid")
+    machine.on_wait = raising(busy)
+    with pytest.raises(errors.DeviceError, match="busy with a capture") as caught:
+        session.encode(frame(0))
+    assert not isinstance(caught.value, errors.DeviceLostError)
+    machine.on_wait = lambda: None
+    same(session, plain, frame(0), **POINT)
+
+
 def test_frames_on_the_gpu_are_taken_where_they_are(
     machine: Machine, session: Session, plain: Session
 ) -> None:
@@ -177,6 +233,7 @@ def test_frames_on_the_gpu_are_taken_where_they_are(
     interface = embeddings.__cuda_array_interface__
     assert interface["shape"] == embeddings.shape
     assert interface["typestr"] == "<f4"
+    assert interface["data"][1] is False, "PyTorch refuses what is read-only"
     seen = machine.array(interface["data"][0], embeddings.shape)
     assert_array_equal(seen, np.asarray(embeddings))
 
@@ -210,6 +267,18 @@ def test_a_frame_on_the_gpu_stays_there(
     blocks = set(machine.blocks)
     session.encode(theirs, intensity_window=window)
     assert len(set(machine.blocks) - blocks) <= 1  # an embedding's, as the last is held
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_frame_with_values_that_are_no_numbers_is_refused(
+    machine: Machine, session: Session, value: float
+) -> None:
+    pixels = np.random.default_rng(0).normal(0, 100, (40, 90)).astype(np.float32)
+    pixels[7, 80] = value
+    with pytest.raises(errors.ImageError, match="has NaN or infinite values"):
+        session.encode(machine.put(pixels), intensity_window=(0, 700))
+    pixels[7, 80] = 0
+    session.encode(machine.put(pixels), intensity_window=(0, 700))
 
 
 def test_formats_of_frames_do_not_pile_up(machine: Machine, session: Session) -> None:
@@ -372,14 +441,12 @@ def test_a_full_memory_for_masks_is_named_and_leaves_nothing(
 
 def test_work_in_another_stream_is_waited_for(machine: Machine, session: Session) -> None:
     theirs = machine.put(np.zeros((1, 3, SIDE, SIDE), np.float32))
-    session.backend._encoder._cuda_graphs = False
-    waited = []
     for stream in (1, None, 77):
         theirs.__cuda_array_interface__["stream"] = stream
-        before = machine.waited
+        joined = machine.joined
         session.backend.encode(theirs)
-        waited.append(machine.waited - before)
-    assert waited == [1, 1, 2]
+        assert machine.joined == joined + 1
+    assert machine.awaited == [77]
 
 
 @pytest.mark.parametrize(
@@ -845,6 +912,41 @@ def test_a_chain_skips_what_cannot_be_opened(machine: Machine, plain: Session) -
     assert falling.backend.facts()["degraded"] == found.degraded
     with pytest.raises(errors.MissingDependencyError):
         FallbackBackend(openers)
+
+
+def test_a_chain_survives_whatever_an_opener_says(machine: Machine, plain: Session) -> None:
+    def saying(error: BaseException):
+        def opener():
+            raise error
+
+        return opener
+
+    last = ("plain", lambda: BrightPixels(plain.manifest.network))
+    for error in (
+        errors.UsageError("TensorRT 8 is installed"),
+        errors.BundleError("no graph"),
+        ImportError("libnvinfer.so.10: cannot open shared object file"),
+        OSError("libcuda"),
+    ):
+        falling = Session(plain.manifest, FallbackBackend([("tensorrt", saying(error)), last]))
+        assert str(error) in falling.segment(falling.encode(frame(0)), **POINT).degraded
+
+
+def test_an_interrupted_step_down_goes_on_with_the_next(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    def interrupted():
+        raise KeyboardInterrupt
+
+    last = ("plain", lambda: BrightPixels(plain.manifest.network))
+    openers = [("tensorrt", lambda: session.backend), ("rtx", interrupted), last]
+    falling = Session(plain.manifest, FallbackBackend(openers))
+    machine.refuses = "Error Code 3"
+    with pytest.raises(KeyboardInterrupt):
+        falling.encode(frame(0))
+    found = falling.segment(falling.encode(frame(0)), **POINT)
+    assert "Error Code 3" in found.degraded
+    assert_array_equal(found.masks, plain.segment(plain.encode(frame(0)), **POINT).masks)
 
 
 def test_a_chain_that_ends_is_an_error_and_can_be_closed(

@@ -37,7 +37,7 @@ def test_a_chain_ends_at_what_every_machine_has(bundle: Path, caplog) -> None:
     chain = ("onnxruntime-cuda", "onnxruntime")
     with load(bundle, backend="tensorrt", fallback=chain) as session, load(bundle) as plain:
         found = session.segment(session.encode(IMAGE), **POINTS)
-        wanted = plain.segment(encoded(plain), **POINTS)
+        wanted = plain.segment(plain.encode(IMAGE), **POINTS)
     assert_array_equal(found.masks, wanted.masks)
     assert_array_equal(found.low_res_logits, wanted.low_res_logits)
     assert found.degraded.startswith("tensorrt: ")
@@ -58,6 +58,49 @@ def test_without_a_chain_nothing_falls_back(bundle: Path) -> None:
         load(bundle, backend="onnxruntime-cuda")
     with pytest.raises(errors.UsageError, match="unknown backend 'cpu'; there are: onnxruntime, "):
         load(bundle, backend="tensorrt", fallback=("cpu",))
+
+
+def test_a_chain_runs_the_decoders_parts_where_its_backend_has_them(bundle: Path) -> None:
+    with (
+        load(bundle, backend="openvino", fallback=("onnxruntime",)) as session,
+        load(bundle, backend="openvino") as first,
+        load(bundle) as second,
+    ):
+        embedding = session.encode(IMAGE)
+        found = session.segment(embedding, **POINTS)
+        wanted = first.segment(first.encode(IMAGE), **POINTS)
+        assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+        assert found.degraded is None
+
+        def fail(*arguments: object) -> None:
+            raise errors.DeviceError("a click failed")
+
+        in_use = session.backend._in_use
+        in_use.decode_click = in_use.decode = fail
+        found = session.segment(embedding, **POINTS)
+        assert found.degraded == "openvino: a click failed"
+        wanted = second.segment(second.encode(IMAGE), **POINTS)
+        np.testing.assert_allclose(found.low_res_logits, wanted.low_res_logits, atol=1e-4)
+        in_use = session.backend._in_use
+        in_use.decode = fail
+        session.segment(session.encode(IMAGE), **POINTS)
+        assert session.degraded == "openvino: a click failed", "clicks need no whole decoder"
+
+
+def test_a_part_that_fails_is_made_up_for_by_the_whole_decoder(bundle: Path) -> None:
+    chain = ("onnxruntime", "onnxruntime-cuda")
+    with load(bundle, backend="openvino", fallback=chain) as session, load(bundle) as plain:
+
+        def fail(*arguments: object) -> None:
+            raise errors.DeviceError("it failed")
+
+        session.backend._in_use.decode_image = fail
+        embedding = session.encode(IMAGE)
+        assert session.degraded == "openvino: it failed"
+        session.backend._in_use.splits = False
+        found = session.segment(embedding, **POINTS)
+        wanted = plain.segment(encoded(plain), **POINTS)
+        np.testing.assert_allclose(found.low_res_logits, wanted.low_res_logits, atol=1e-4)
 
 
 def test_bound_memory_gives_the_same_masks(bundle: Path) -> None:

@@ -6,11 +6,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import call, contents, copied
 
-from medsa_deploy.errors import BuildError, BundleError, MissingDependencyError, UsageError
+from medsa_deploy.errors import BuildError, BundleError, MissingDependencyError
 from medsa_deploy.kernels import compilers, cubins
 from medsa_deploy.kernels.compilers import Compiler, Nvcc, Nvrtc
 
@@ -58,7 +59,7 @@ def test_every_architecture_compiles_without_a_warning(source, compiler, target)
     named = set(re.findall(r"^extern \"C\" __global__ void (\w+)\(", text, flags=re.MULTILINE))
     for name in re.findall(r"^ENTRIES\((\w+)", text, flags=re.MULTILINE):
         named |= {f"preprocess_{name}", f"resize_{name}"}
-    assert len(named) == {"preprocess": 11, "postprocess": 2}[source]
+    assert len(named) == {"preprocess": 12, "postprocess": 2}[source]
     assert all(f".text.{name}\0".encode() in cubin for name in named)
 
 
@@ -80,7 +81,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
             compiled.append((source.stem, target))
             return real.cubin(source, target)
 
-    monkeypatch.setattr(cubins, "find_compiler", Counting)
+    monkeypatch.setattr(cubins, "find_compiler", lambda target=None: Counting())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return compiled
 
@@ -196,8 +197,35 @@ def test_what_a_compiler_says_of_a_broken_source_is_passed_on(compiler, tmp_path
     source.write_text('#include "device.cuh"\nextern "C" __global__ void f() { missing(); }\n')
     with pytest.raises(BuildError, match="missing"):
         compiler.cubin(source, "sm87")
-    with pytest.raises(UsageError, match="does not compile for 'sm12345'"):
+    with pytest.raises(BuildError, match="does not compile for 'sm12345'"):
         compiler.cubin(source, "sm12345")
+
+
+def test_a_compiler_that_knows_the_target_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho compute_75\necho 'release 11.5, V11.5.119'\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(compilers, "find_nvcc", lambda: str(old))
+    compilers.find_compiler.cache_clear()
+    assert compilers.find_compiler().name == "nvcc 11.5.119"
+    assert compilers.find_compiler("sm75").name == "nvcc 11.5.119"
+    assert compilers.find_compiler("sm87").name.startswith("NVRTC")
+    with pytest.raises(BuildError, match=r"nvcc 11\.5\.119 does not compile for 'sm9'"):
+        compilers.find_compiler("sm9").cubin(cubins.source_path("preprocess"), "sm9")
+    compilers.find_compiler.cache_clear()
+
+
+def test_the_newest_nvrtc_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(compilers, "find_spec", lambda name: found)
+    newest = compilers.find_nvrtc()
+    assert newest is not None
+    assert newest.endswith("libnvrtc.so.13")
 
 
 def test_without_a_compiler_the_extra_is_named(no_compiler, bundle: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from medsa_deploy import resampling
 from medsa_deploy.errors import UsageError
 from medsa_deploy.kernels.preprocess import (
     EXTREMES_BYTES,
+    UNUSABLE,
     FrameFormat,
     Intensities,
     Parameters,
@@ -232,6 +233,39 @@ def test_narrow_windows_far_from_zero_keep_their_grey_levels() -> None:
         intensities=Intensities(window=(65000.3, 65000.7 + 3)),
     )
     assert_matches(case)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_unusable_values_are_found(data: st.DataObject) -> None:
+    draw = data.draw
+    shape = (draw(st.integers(1, 90)), draw(st.integers(1, 90)), *draw(st.sampled_from([(), (3,)])))
+    pixels = np.random.default_rng(0).normal(0, 1e37, shape).astype(np.float32)
+    at = draw(st.integers(0, pixels.size - 1))
+    value = draw(st.sampled_from([1.0, 3.4e38, np.nan, np.inf, -np.inf]))
+    pixels.flat[at] = value
+    pixels = pitched(pixels, draw(st.integers(0, 9)), upwards=draw(st.booleans()))
+    case = Case(
+        pixels=pixels,
+        profile=draw(st.sampled_from(list(PROFILES))),
+        size=24,
+        intensities=Intensities(window=(0, 1)),
+    )
+    plan = case.plan()
+    scratch = np.zeros(plan.scratch_bytes, np.uint8)
+    given_ = {"frame": address(pixels), "output": 0, "tables": 0}
+    first, *_ = plan.launches(**given_, scratch=address(scratch))
+    assert first.entry == "find_unusable"
+    run(first, seed=at)
+    assert scratch[UNUSABLE : UNUSABLE + 4].view(np.uint32)[0] == (not np.isfinite(value))
+    assert not scratch[:UNUSABLE].any()
+
+
+def test_only_floats_are_searched_for_what_is_unusable() -> None:
+    for element in ("uint8", "uint16", "int16", "float32"):
+        form = FrameFormat(element=element, height=9, width=9, pitch=36)
+        entries = preprocessing(form, "sam", 16, Intensities(window=(0, 9))).entries
+        assert ("find_unusable" in entries) == (element == "float32")
 
 
 def test_one_pass_for_profiles_with_mean_and_std() -> None:

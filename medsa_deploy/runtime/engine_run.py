@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -155,6 +156,8 @@ class EngineRun:
         with suppress(MedsaError):
             self._save_runtime_cache()
         with suppress(MedsaError), self._gpu.current():
+            self._gpu.wait()  # for what an interrupt left in the stream
+        with suppress(MedsaError), self._gpu.current():
             while self._seen:
                 self._forget()
             self._context = self._engine = self._runtime = self._runtime_cache = None
@@ -176,16 +179,25 @@ class EngineRun:
         if captured is not None:
             captured.graph.launch()
             return
-        context = self._new_context()
+        try:
+            context = self._new_context()
+        except DeviceMemoryError as e:
+            self._no_graphs(e)
+            self._enqueue(self._context, shapes, addresses)
+            return
         self._enqueue(context, shapes, addresses)  # settles the context's state for the capture
         self._gpu.wait()
         try:
             graph = self._gpu.capture(lambda: self._execute(context))
         except DeviceError as e:
-            logger.warning("%s runs without CUDA graphs: %s", self._path, e)
-            self._cuda_graphs = False
+            self._no_graphs(e)
         else:
             self._seen[key] = _Captured(context, graph)
+
+    def _no_graphs(self, error: DeviceError) -> None:
+        """Do without, from here on."""
+        logger.warning("%s runs without CUDA graphs: %s", self._path, error)
+        self._cuda_graphs = False
 
     def _forget(self) -> None:
         """Release the graph that was used longest ago."""
@@ -250,7 +262,7 @@ class EngineRun:
             return
         try:
             self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._cache_path.with_suffix(".tmp")
+            temporary = self._cache_path.with_suffix(f".{secrets.token_hex(8)}.tmp")
             temporary.write_bytes(data)
             temporary.replace(self._cache_path)
         except OSError as e:

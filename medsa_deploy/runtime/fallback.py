@@ -16,14 +16,26 @@ from weakref import WeakSet
 import numpy as np
 
 from medsa_deploy.cuda import DeviceArray
-from medsa_deploy.errors import DeviceError, EngineError, MedsaError, MissingDependencyError
+from medsa_deploy.errors import DeviceError, MedsaError
 from medsa_deploy.manifest import Conventions
 from medsa_deploy.transforms import Frame
 
-from .backend import Array, Backend, Decoded, MakesMasks, MasksWanted, check_finite, taking_frames
+from .backend import (
+    Array,
+    Backend,
+    Decoded,
+    ImagePart,
+    MakesMasks,
+    MasksWanted,
+    check_finite,
+    splitting,
+    taking_frames,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+EMBEDDINGS = "image_embeddings"
+"""What an image part holds beside what the decoder's first part gives."""
 
 
 class FallbackBackend:
@@ -48,6 +60,8 @@ class FallbackBackend:
     @property
     def _backend(self) -> Backend:
         """The backend in use; DeviceError once none is left."""
+        if self._in_use is None and self._openers:  # the one before was interrupted
+            self._in_use = self._next(None)
         if self._in_use is None:
             raise DeviceError(f"no backend is left ({self.degraded}): load the bundle again")
         return self._in_use
@@ -103,6 +117,39 @@ class FallbackBackend:
                 else:
                     return found
 
+    @property
+    def splits(self) -> bool:
+        """Whether the backend in use runs the decoder's two parts."""
+        return splitting(self._backend) is not None
+
+    def decode_image(self, image_embeddings: Array) -> ImagePart:
+        """See `SplitsDecoder.decode_image`; embeddings go along, for a backend without parts."""
+
+        def part(backend: Backend) -> ImagePart:
+            split = splitting(backend)
+            if split is None or isinstance(image_embeddings, DeviceArray):
+                return {}
+            return split.decode_image(image_embeddings)
+
+        return {**self._tried(part), EMBEDDINGS: image_embeddings}
+
+    def decode_click(
+        self, image_part: ImagePart, point_coords: Array, point_labels: Array
+    ) -> tuple[Array, Array]:
+        """See `SplitsDecoder.decode_click`; by the whole decoder where the backend has no parts."""
+        part = dict(image_part)
+        embeddings = part.pop(EMBEDDINGS)
+
+        def click(backend: Backend) -> tuple[Array, Array] | None:
+            split = splitting(backend)
+            if split is None or not part:
+                return None
+            found = split.decode_click(part, point_coords, point_labels)
+            check_finite(backend, "masks", *found)
+            return found
+
+        return self._tried(click) or self.decode(embeddings, point_coords, point_labels, None)
+
     def facts(self) -> dict[str, Any]:
         """Of the backend in use, and why it is."""
         return {**self._backend.facts(), "degraded": self.degraded}
@@ -115,17 +162,24 @@ class FallbackBackend:
 
     def _encoded(self, encode: Callable[[Backend], tuple[Any, T]]) -> tuple[Any, T]:
         """What `encode` gives on the first backend that does not fail: embeddings first."""
+
+        def checked(backend: Backend) -> tuple[Any, T]:
+            embeddings, also = encode(backend)
+            check_finite(backend, "an embedding", embeddings)
+            if isinstance(embeddings, DeviceArray):
+                self._owners.add(embeddings.owner)
+            return embeddings, also
+
+        return self._tried(checked)
+
+    def _tried(self, call: Callable[[Backend], T]) -> T:
+        """What `call` gives on the first backend that does not fail."""
         with self._lock:
             while True:
                 try:
-                    embeddings, also = encode(self._backend)
-                    check_finite(self._backend, "an embedding", embeddings)
+                    return call(self._backend)
                 except DeviceError as e:
                     self._step_down(e)
-                else:
-                    if isinstance(embeddings, DeviceArray):
-                        self._owners.add(embeddings.owner)
-                    return embeddings, also
 
     def _step_down(self, error: DeviceError) -> None:
         """Give up the backend in use for the next one; `error` where there is none."""
@@ -145,7 +199,7 @@ class FallbackBackend:
                 self.degraded = f"{self.degraded}; {reason}" if self.degraded else reason
             try:
                 backend = open_it()
-            except (DeviceError, EngineError, MissingDependencyError) as e:
+            except (MedsaError, ImportError, OSError) as e:
                 if not self._openers:
                     raise
                 reason = f"{name}: {e}"

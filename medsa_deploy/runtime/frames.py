@@ -15,6 +15,7 @@ from medsa_deploy.errors import ImageError, MedsaError
 from medsa_deploy.kernels.axes import BLOCK
 from medsa_deploy.kernels.preprocess import (
     EXTREMES_BYTES,
+    UNUSABLE,
     Element,
     FrameFormat,
     Intensities,
@@ -62,7 +63,8 @@ class FramePreprocessor:
 
         `frame`: (H, W) or (H, W, 3) of uint8, uint16, int16 or float32 with
         `__cuda_array_interface__`; rows may be apart. uint8 without a `window` are display values.
-        ImageError for another frame; UsageError for values that need a window.
+        ImageError for another frame, or one with NaN or infinite values; UsageError for values that
+        need a window.
         """
         found = frame.__cuda_array_interface__
         layout = _format(found)
@@ -82,6 +84,10 @@ class FramePreprocessor:
         ):
             parameters = bytes(launch.parameters)
             self._gpu.launch(self._module, launch.entry, launch.grid, BLOCK, parameters)
+        if layout.element == "float32":
+            (unusable,) = self._gpu.read(one.scratch + UNUSABLE, (1,), np.uint32)
+            if unusable:
+                raise ImageError("the frame on the GPU has NaN or infinite values: replace them")
         shape = (1, 3, self._size, self._size)
         return DeviceArray(self._output, shape, self, self._gpu.read), one.plan.frame
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import onnxruntime as ort
 
-from medsa_deploy.errors import BundleError, DeviceError, DeviceLostError, DeviceMemoryError
+from medsa_deploy.errors import (
+    BundleError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    EngineDeviceError,
+)
 from medsa_deploy.manifest import Graph
 
 from .backend import PARTS, Array, ImagePart, Layer
@@ -22,6 +28,11 @@ DTYPES = {"tensor(float)": "float32"}
 FULL = ("out of memory", "failed to allocate memory", "bad_alloc", "bad allocation")
 """What it says when memory is full."""
 LOOP = "Scan"
+NO_CUDA = (
+    "ONNX Runtime could not start its CUDA provider, for want of a GPU, a driver or CUDA's and "
+    "cuDNN's libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'); the bundle runs with --backend "
+    "onnxruntime"
+)
 KERNEL = "_kernel_time"
 """What its profiler adds to the name of a node that ran."""
 
@@ -120,10 +131,14 @@ class OnnxRuntimeBackend:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._times / path.stem)
         try:
-            session = ort.InferenceSession(path, options, providers=list(self.providers))
+            session = ort.InferenceSession(
+                path, options, providers=list(self.providers), enable_fallback=0
+            )
         except Exception as e:  # onnxruntime raises classes of its own that share no base
             if _memory_is_full(e):
                 raise DeviceMemoryError(f"{path} does not fit the memory: {_line(e)}") from e
+            if "CUDA" in str(e):
+                raise EngineDeviceError(f"{NO_CUDA}: {_line(e)}") from e
             raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
         tensors = (*session.get_inputs(), *session.get_outputs())
         opened = [(t.name, DTYPES.get(t.type, t.type), t.shape) for t in tensors]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from medsa_deploy.manifest import Graph
 
 from .backend import Array, Layer
 from .contract import decoder_inputs
-from .ort import OnnxRuntimeBackend, failure
+from .ort import NO_CUDA, OnnxRuntimeBackend, failure
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
@@ -39,17 +41,16 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             raise MissingDependencyError(
                 "onnxruntime-gpu", extra="gpu", purpose=f"the backend {self.name}"
             )
+        if hasattr(ort, "preload_dlls"):  # CUDA's libraries as Python packages
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints those it does not find
+                ort.preload_dlls()
         untimed = options | {"time_layers": False}
         super().__init__(encoder, decoder, graphs, **untimed)
         for session in (self._encoder, self._decoder):
             session.disable_fallback()  # else a fault would quietly move it to the CPU
         if any(self.provider not in s.get_providers() for s in (self._encoder, self._decoder)):
             self.close()
-            raise EngineDeviceError(
-                "ONNX Runtime could not start its CUDA provider, for want of a GPU, a driver or "
-                "CUDA's and cuDNN's libraries: install what its version asks for, or run the "
-                "bundle with --backend onnxruntime"
-            )
+            raise EngineDeviceError(NO_CUDA)
 
     def encode(self, image: Array) -> Any:
         """image (B, 3, S, S) on the host → image_embeddings (B, 256, g, g) on the GPU."""

@@ -181,14 +181,15 @@ class TensorRTBackend:
             if wanted is not None and wanted.on_device:
                 shape = (len(wanted.chosen), *wanted.frame.image_size)
                 kept = self._lent.array((max(len(embeddings), sets), *shape), np.bool_)
-            parts, most = [], self._decoder.largest["point_coords"][0]
-            for start in range(0, sets, most):
-                some = slice(start, start + most)
+            parts, start = [], 0
+            for count in _evenly(sets, self._decoder.largest["point_coords"][0]):
+                some = slice(start, start + count)
                 masks = None if mask is None else mask[some]
                 inputs = self._inputs(embeddings, point_coords[some], point_labels[some], masks)
                 rows = max(len(embeddings), len(point_coords[some]))
                 place = None if kept is None else kept[start : start + rows]
                 parts.append(self._run_decoder(inputs, rows, wanted, place))
+                start += count
         return _joined(parts, kept)
 
     def _inputs(
@@ -252,6 +253,7 @@ class TensorRTBackend:
             )
         try:
             with self._gpu.current():
+                self._gpu.join_default_stream()
                 yield
         finally:
             self._lock.release()
@@ -267,6 +269,11 @@ class TensorRTBackend:
                 f"a prompt of {points} points, a box counting as two and a padding point as one: "
                 f"these engines take {smallest[1]} to {largest[1]}, which --points of build-engine "
                 "sets"
+            )
+        if min(_evenly(sets, largest[0])) < smallest[0]:
+            raise PromptError(
+                f"{sets} prompt sets: these engines take {smallest[0]} to {largest[0]} at a time, "
+                "which --prompts of build-engine sets"
             )
         most = self._decoder.largest["image_embeddings"][0]
         if embeddings > most or (embeddings > 1 and sets > largest[0]):
@@ -292,6 +299,12 @@ class TensorRTBackend:
         zeros = self._lent.array(shape)
         self._gpu.clear(zeros.address, zeros.nbytes)
         return zeros
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Sizes of as few parts as can be of `most` at most, all alike but for one."""
+    parts = -(-count // most)
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def _joined(parts: list[Decoded], kept: DeviceArray | None) -> Decoded:
