@@ -2,8 +2,7 @@
 
 Made from the reference decoder and equal to it. Folded: the dense positional encoding into each
 image-side projection and the 0.5 and scaling of coordinates (folding 7); the hyper-weights of the
-fixed tokens (folding 8); each 2×2 transposed convolution as one GEMM per token, so that its norm
-runs over the last axis; the hypernetwork MLPs of the masks that leave, as one batched MLP.
+fixed tokens (folding 8); the hypernetwork MLPs of the masks that leave, as one batched MLP.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from medsa_deploy.exporters.sam import TwoWayAttention
 from medsa_deploy.manifest import TwoWay
 
 from .linear import constant, linear
+from .upscaling import Upscaling, upscaling
 from .vit import layer_norm
 
 LABELS = (-1, 0, 1, 2, 3)
@@ -224,39 +224,6 @@ class TwoWayBlock(nn.Module):
         return queries, self.norm4(keys)
 
 
-class Upscaling(nn.Module):
-    """SAM's output upscaling as GEMMs: each token becomes 4×4 pixels of 32 channels.
-
-    A 2×2 transposed convolution of stride 2 is a linear map of each pixel to four.
-    """
-
-    def __init__(
-        self, first: nn.ConvTranspose2d, norm: nn.Module, second: nn.ConvTranspose2d
-    ) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = _as_linear(first), norm, _as_linear(second)
-        self.widths = (first.out_channels, second.out_channels)
-
-    def forward(self, keys: Tensor) -> Tensor:
-        """(B, g², 256) → (B, g² · 16, 32), in the order (token, 2, 2, 2, 2)."""
-        x = self.first(keys).unflatten(-1, (4, self.widths[0]))
-        x = self.second(F.gelu(self.norm(x))).unflatten(-1, (4, self.widths[1]))
-        return F.gelu(x).flatten(1, 3)
-
-
-class WholeNorm(nn.Module):
-    """A group norm of one group with channels last: over everything, then scaled by channel."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, …, C) → (B, …, C)."""
-        flat = x.flatten(1)
-        return F.layer_norm(flat, flat.shape[1:], eps=self.eps).view_as(x) * self.weight + self.bias
-
-
 class MaskWeights(nn.Module):
     """The hypernetwork MLPs of K masks as one batched MLP: tokens (B, K, 256) → (B, K, 32)."""
 
@@ -330,7 +297,7 @@ class Decoder(PredictsMasks):
         self.last_value = last.v_proj
         self.last = CrossAttention(last)
         self.norm = transformer.norm_final_attn
-        self.upscaling = _upscaling(decoder)
+        self.upscaling = upscaling(decoder)
         act = nn.ReLU() if isinstance(decoder, reference.Decoder) else nn.GELU()
         heads = [_layers(mlp) for mlp in decoder.output_hypernetworks_mlps]
         self.mask_weights = MaskWeights(heads[:masks], act)
@@ -385,21 +352,6 @@ def scaled_query(attention: TwoWayAttention) -> nn.Linear:
     """The query projection with the softmax scale folded in."""
     scale = (attention.internal_dim // attention.num_heads) ** -0.5
     return linear(scale * attention.q_proj.weight, scale * attention.q_proj.bias)
-
-
-def _as_linear(conv: nn.ConvTranspose2d) -> nn.Linear:
-    """A 2×2 transposed convolution of stride 2 as (in) → (2 · 2 · out), channels last."""
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    assert conv.bias is not None
-    return linear(weight, conv.bias.repeat(4))
-
-
-def _upscaling(decoder: reference.Decoder | efficient_sam.Decoder) -> Upscaling:
-    if isinstance(decoder, reference.Decoder):
-        first, norm, _, second, _ = decoder.output_upscaling
-        return Upscaling(first, layer_norm(norm), second)
-    (first, norm, _), (second, _) = decoder.final_output_upscaling_layers
-    return Upscaling(first, WholeNorm(norm), second)
 
 
 def _layers(mlp: nn.Module) -> list[nn.Linear]:
