@@ -150,21 +150,24 @@ def measure(row: tuple[str, int, float, bool], runs: int, folder: Path) -> dict[
 
 
 def main() -> None:
-    """Measure every row and write them with their raw samples."""
+    """Measure every row and write each, with its raw samples, as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", metavar="REGEX", default="", help="graphs to measure, again too")
     args = parser.parse_args()
     before = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    kept = {(row["graph"], row["image_size"]): row for row in before}
-    rows = []
+    measured = {(row["graph"], row["image_size"]): row for row in before}
     for row in ROWS:
         name, side, *_ = row
-        if not re.search(args.only, name) and (name, side) in kept:
-            rows.append(kept[name, side])
+        if (name, side) in measured and not re.search(args.only, name):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(row, args.runs, Path(folder)))
+            measured[name, side] = measure(row, args.runs, Path(folder))
+        write([measured[one[:2]] for one in ROWS if one[:2] in measured])
+
+
+def write(rows: list[dict[str, object]]) -> None:
+    """All rows, with the machine they were measured on."""
     machine = diagnose()
     RESULT.write_text(
         json.dumps(

@@ -133,6 +133,8 @@ class Profile:
 
     bundle: str
     encoder_sha256: str
+    files_sha256: dict[str, str]
+    """Of every graph that may have run, by its path in the bundle."""
     backend: str
     precision: str
     threads: int | None
@@ -281,6 +283,9 @@ def _differences(profile: Profile, other: Mapping[str, Any]) -> Iterator[str]:
     """What is not the same in two profiles, then and now."""
     if other.get("encoder_sha256") != profile.encoder_sha256:
         yield f"another bundle: {other.get('bundle')} then, {profile.bundle} now"
+    elif isinstance(files := other.get("files_sha256"), Mapping) and files != profile.files_sha256:
+        changed = {p for p, _ in files.items() ^ profile.files_sha256.items()}
+        yield f"other graphs: {', '.join(sorted(map(str, changed)))}"
     words = {"backend": "backend", "precision": "precision", "threads": "number of threads"}
     for key, what in (words | {"work": "image"}).items():
         then, now = other.get(key), getattr(profile, key)
@@ -299,12 +304,13 @@ def _differences(profile: Profile, other: Mapping[str, Any]) -> Iterator[str]:
 
 
 def ratio_of(here: Sequence[float], there: Sequence[float], max_slowdown: float) -> Ratio:
-    """p50 over p50 with its 95 % bootstrap interval (percentile method), the same every time."""
-    ratio = percentile(here, 50) / percentile(there, 50)
+    """Median over median with its 95 % bootstrap interval, by percentiles, the same every time."""
+    ratio = float(np.median(here) / np.median(there))
     rng = np.random.default_rng(0)
     drawn = _medians(here, rng) / _medians(there, rng)
     low, high = (float(bound) for bound in np.quantile(drawn, (0.025, 0.975)))
-    return Ratio(ratio=ratio, low=low, high=high, regression=bool(ratio > max_slowdown and low > 1))
+    slower = ratio > max_slowdown and low > min(1, max_slowdown)
+    return Ratio(ratio=ratio, low=low, high=high, regression=bool(slower))
 
 
 def _medians(samples: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -183,37 +184,44 @@ def _memory_mb(name: str) -> float | None:
 
 
 class _Said(logging.Handler):
-    """Warnings as lines of JSON."""
+    """Warnings, as `say` says them."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say one record."""
-        _say(warning=record.getMessage())
-
-
-def _say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+        self._say(warning=record.getMessage())
 
 
 def main() -> int:
     """Options as JSON in; a line of JSON for each step, run and warning, and for the result out.
 
-    In place of a result there is an `error` with the name of its class, its `kind`.
+    In place of a result there is an `error` with the name of its class, its `kind`. What libraries
+    print goes to the error stream.
     """
-    logging.getLogger("medsa_deploy").addHandler(_Said(logging.WARNING))
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(**what: Any) -> None:
+        print(json.dumps(what), file=lines, flush=True)
+
+    logging.getLogger("medsa_deploy").addHandler(_Said(say))
     try:
         options = Options(**json.loads(sys.argv[1]))
         found = measure(
-            options, lambda step: _say(step=step), lambda done, of: _say(done=done, of=of)
+            options, lambda step: say(step=step), lambda done, of: say(done=done, of=of)
         )
-        _say(result=found)
+        say(result=found)
     except MedsaError as e:
-        _say(error=str(e), kind=type(e).__name__)
+        say(error=str(e), kind=type(e).__name__)
     except MemoryError:
-        _say(error="out of memory: use a smaller network", kind=DeviceError.__name__)
+        say(error="out of memory: use a smaller network", kind=DeviceError.__name__)
     except OSError as e:
-        _say(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
+        say(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
     except Exception as e:
-        _say(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
+        say(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
     return 0
 
 

@@ -229,6 +229,23 @@ def test_a_volume_is_measured_in_millimetres(bundle: Path) -> None:
     assert again["files"][0]["classes"] == file["classes"]
 
 
+def test_axis_and_volume_are_those_of_run(bundle: Path) -> None:
+    both = np.stack([np.zeros_like(volume()), volume()], axis=-1)
+    image, label = nifti("4d.nii.gz", both), nifti("l.nii.gz", volume_labels())
+    given = ("verify", bundle, "--labels", label, "--json", "--images")
+    done = call(*given, image)
+    assert done.code == 2
+    assert "choose one of its volumes (--volume)" in done.error
+    lone = nifti("3d.nii.gz", volume())
+    found = [call(*given, image, "--volume", 1).json, call(*given, lone).json]
+    assert found[0]["files"][0]["classes"] == found[1]["files"][0]["classes"]
+    along = call(*given, lone, "--axis", 0).json["files"][0]["classes"]
+    assert along != found[1]["files"][0]["classes"]
+    done = call("verify", bundle, "--labels", label, "--segmentation", label, "--axis", 1)
+    assert done.code == 2
+    assert "--axis and --volume are for --images" in done.error
+
+
 def test_a_dicom_segmentation_of_a_series(bundle: Path) -> None:
     """As labels of the series it was made from, whose slices it mostly leaves out."""
     save(slices(), Path("series"))

@@ -23,6 +23,7 @@ from test_volumes_dicom import back, save, slices
 from medsa_deploy import load, verify
 from medsa_deploy.images import read_volume
 from medsa_deploy.runtime import Structure, VolumeOptions, segment_volume
+from medsa_deploy.stages import volumes
 
 SHAPE = (40, 50, 6)
 BOX = ("--box", "5,8,1,35,45,4")
@@ -114,6 +115,53 @@ def test_a_series_becomes_a_dicom_segmentation(bundle: Path, here: Path) -> None
     counted = done.json["labels"][0]["voxels"]
     labels = back(Path("seg.dcm"), read_volume("series"))
     assert counted == np.count_nonzero(labels)
+
+
+def test_a_series_stays_a_volume_with_its_outputs_beside_it(bundle: Path, here: Path) -> None:
+    save(slices(3), here / "series")
+    given = ["series", "--box", "2,2,0,14,10,2", "--overlay", "series/o.png"]
+    for _ in range(2):
+        done = call("run", bundle, *given, "-o", "series/mask.nii.gz", "--json")
+        assert done.code == 0, done.err
+        assert done.json["slices"] == [0, 1]
+
+
+def test_a_tilted_voxel_is_as_large_as_its_slices_are_apart(bundle: Path, here: Path) -> None:
+    save(slices(3, step=np.array([0, 1.5, 2.5])), here / "tilted")
+    done = call("run", bundle, "tilted", "--box", "2,2,0,14,10,2", "--threshold", "0.1", "--json")
+    (label,) = done.json["labels"]
+    assert label["voxels"] > 0
+    assert label["millilitres"] == pytest.approx(label["voxels"] * 0.8 * 0.6 * 2.5 / 1000)
+
+
+def test_an_overlay_that_fails_leaves_no_mask(
+    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    before = contents(here)
+    monkeypatch.setattr(volumes, "write_montage", interrupted)
+    structure = Structure(boxes=((5, 8, 1, 35, 45, 4),))
+    with load(bundle) as session, pytest.raises(KeyboardInterrupt):
+        volumes.run_volume(
+            session, Path("ct.nii.gz"), [structure], VolumeOptions(), overlay=Path("o.png")
+        )
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize("option", ["-o", "--overlay"])
+def test_outputs_that_cannot_be_written_are_refused_first(
+    bundle: Path, here: Path, option: str
+) -> None:
+    for path, message in (
+        ("/dev/null", "/dev/null is no regular file"),
+        ("gone/a.nii.gz", "gone is not a folder"),
+        (".", ". is a folder"),
+    ):
+        done = call("run", bundle, "ct.nii.gz", *BOX, option, path)
+        assert done.code == 2
+        assert message in done.error
 
 
 def test_one_volume_of_a_4d_nifti(bundle: Path, here: Path) -> None:
@@ -225,7 +273,7 @@ def test_volumes_that_cannot_be_segmented(bundle_3d: Path, here: Path, name: str
         ((*BOX, "-o", "seg.png"), "no segmentation can be written as '.png'"),
         ((*BOX, "-o", "seg.dcm"), "a DICOM segmentation refers to DICOM images"),
         ((*BOX, "-o", "ct.nii.gz"), "ct.nii.gz is part of the volume itself"),
-        ((*BOX, "-o", "none/seg.nii"), "none is not a folder: make it first"),
+        ((*BOX, "-o", "none/seg.nii"), "none is not a folder: make it, or name"),
         ((*BOX, "--overlay", "o.nii"), "no overlay can be written as '.nii'"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -265,6 +266,38 @@ def test_batches_of_whole_chunks_in_onnxruntime(
     loaded = load_checkpoint(checkpoint_of("medsa_hyp_3d"))
     network = build_reference(manifest.load(bundle_3d).network, loaded.tensors)
     assert relative_l2(found, network.encode(torch.from_numpy(images)).numpy()) <= 2e-5
+
+
+def test_paper_grouping_in_onnxruntime(checkpoint_of, tmp_path: Path) -> None:
+    path = checkpoint_of("medsa_hyp_3d")
+    options = ("--depth-chunk", 4, "--sd-trans", "paper", "--classes", 2)
+    done = call("export", path, "-o", tmp_path / "paper.medsa", *options)
+    assert done.code == 0, done.err
+    made = manifest.load(tmp_path / "paper.medsa")
+    assert made.network.sd_trans == "paper"
+    network = build_reference(made.network, load_checkpoint(path).tensors)
+    images = seeded.image(6, (8, 3, 256, 256))
+    encoder = ort.InferenceSession(tmp_path / "paper.medsa" / "encoder.onnx")
+    (found,) = encoder.run(None, {"image": images})
+    assert relative_l2(found, network.encode(torch.from_numpy(images)).numpy()) <= 2e-5
+
+
+def test_the_depth_branch_projects_nothing_twice(bundle_3d: Path) -> None:
+    """No second query, key and value; of the projection only what its adapter sees (folding 3)."""
+    graph = onnx.load(bundle_3d / "encoder.onnx").graph
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    width = 96
+    for block in range(4):
+        products = [
+            weights[node.input[1]]
+            for node in graph.node
+            if node.op_type == "MatMul"
+            and node.name.startswith(f"blocks.{block}.")
+            and len(weights.get(node.input[1], ())) == 2
+        ]
+        assert products.count((width, width)) == 3
+        assert products.count((width, width // 4)) == 1
+        assert len(products) == 3 + 1 + 5  # and [projection; fc1], fc2, Depth's fc2, two of the MLP
 
 
 def test_a_session_takes_whole_chunks(bundle_3d: Path) -> None:

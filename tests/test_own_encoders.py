@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,26 @@ def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np
         found = session.encode(image).values
     assert relative_l2(found, encoded(copy, image)) < 0.2
     assert call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu").code == 0
+
+
+def test_an_older_bundle_is_quantized(bundle: Path, tmp_path: Path) -> None:
+    """One that was exported before there were encoders of a backend's own."""
+    from PIL import Image
+
+    copy, images = copied(bundle, tmp_path), tmp_path / "images"
+    images.mkdir()
+    for seed in range(2):
+        Image.fromarray(verify.seeded_image(64, seed)).save(images / f"{seed}.png")
+    made = manifest.load(copy)
+    for file in made.files:
+        if file.role in (OURS, THEIRS):
+            (copy / file.path).unlink()
+    kept = tuple(file for file in made.files if file.role not in (OURS, THEIRS))
+    manifest.save(replace(made, files=kept), copy)
+    done = call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu")
+    assert done.code == 0, done.error
+    assert manifest.load(copy).has(OURS, "int8-cpu")
+    assert call("verify", copy).code == 0
 
 
 def test_small_grids_have_none(bundle_of) -> None:

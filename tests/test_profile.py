@@ -276,6 +276,32 @@ def test_a_warning_of_the_measuring_process_is_a_warning_here(
     assert "warning: nothing is stored for this bundle on this machine" in done.err
 
 
+def test_what_libraries_print_goes_to_the_error_stream(bundle: Path) -> None:
+    code = (
+        "import os\nfrom medsa_deploy import timing\nreal = timing.measure\n"
+        "def noisy(*given):\n    os.write(1, b'a library speaks\\n')\n    print('and again')\n"
+        "    return real(*given)\ntiming.measure = noisy\ntiming.main()"
+    )
+    given = json.dumps(vars(options(bundle)))
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "result" in said[-1]
+    assert "a library speaks" in done.stderr
+
+
+def test_outputs_that_are_read_are_refused_first(
+    bundle: Path, earlier: dict[str, Any], tmp_path: Path
+) -> None:
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(earlier), encoding="utf-8")
+    done = call("profile", bundle, "--compare", before, "--html", before)
+    assert done.code == 2
+    assert "before.json is read, and cannot be written too" in done.error
+    done = call("profile", bundle, "--html", "/dev/null")
+    assert done.code == 2
+    assert "/dev/null is no regular file" in done.error
+
+
 def options(bundle: Path, **changes: Any) -> ProfileOptions:
     given: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "threads": 1}
     given |= {"bundle": str(bundle), "runs": 1, "image": None} | changes

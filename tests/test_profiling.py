@@ -181,6 +181,25 @@ def test_no_regression(here: list[float], there: list[float], limit: float) -> N
     assert not ratio_of(here, there, limit).regression
 
 
+def test_a_limit_below_one_asks_for_more_speed() -> None:
+    assert ratio_of(around(10, 0.2, 1), around(10, 0.2, 2), 0.5).regression
+    assert not ratio_of(around(4, 0.1, 1), around(10, 0.2, 2), 0.5).regression
+
+
+def test_a_ratio_is_one_of_medians() -> None:
+    assert ratio_of([1.0, 2.0], [3.0, 5.0], 1.1).ratio == pytest.approx(1.5 / 4)
+
+
+def test_other_graphs_of_one_bundle_are_said() -> None:
+    other = document(profile())
+    other["files_sha256"] = {"encoder.onnx": "0", "decoder.onnx": "1", "gone.onnx": "2"}
+    assert compare(profile(), other, "old.json", 1.1).differences == (
+        "other graphs: decoder.onnx, gone.onnx",
+    )
+    del other["files_sha256"]
+    assert compare(profile(), other, "old.json", 1.1).differences == ()
+
+
 def test_samples_against_themselves_have_ratio_one() -> None:
     found = ratio_of([3.0, 1.0, 2.0], [3.0, 1.0, 2.0], 1.1)
     assert found.ratio == 1
@@ -192,6 +211,7 @@ def profile(scale: float = 1.0, *, slices: int = 1) -> Profile:
     return Profile(
         bundle="<b>&.medsa",
         encoder_sha256="0" * 64,
+        files_sha256={"encoder.onnx": "0", "decoder.onnx": "9"},
         backend="onnxruntime",
         precision="fp32",
         threads=None,

@@ -221,6 +221,19 @@ def test_equal_sets_go_through_the_decoder_together_and_are_never_padded(faked) 
     assert shapes == [(1, 3, 2), (1, 4, 2), (3, 2, 2)]
 
 
+def test_many_sets_take_the_decoder_several_runs(faked, session, image) -> None:
+    points = np.random.default_rng(0).uniform(0, HEIGHT, (19, 1, 2))
+    with faked() as fake:
+        found = fake.segment(fake.encode(full_size(FOUR_BY_FOUR)), points=points)
+        assert [len(coords) for coords, _, _ in fake.backend.prompts] == [7, 6, 6]
+    assert found.masks.shape == (19, 1, 256, 256)
+    embedding = session.encode(image)
+    together = session.segment(embedding, points=points)
+    for i in (0, 8, 18):
+        alone = session.segment(embedding, points=points[i])
+        np.testing.assert_allclose(together.low_res_logits[i], alone.low_res_logits[0], atol=1e-5)
+
+
 # Conventions
 
 

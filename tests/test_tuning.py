@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import call, contents
 
-from medsa_deploy import load, machine
+from medsa_deploy import load
 from medsa_deploy.errors import UsageError
 from medsa_deploy.manifest import load as load_manifest
 from medsa_deploy.runtime import tuning
@@ -51,7 +51,7 @@ def test_tuning_measures_and_stores(bundle: Path, config: Path) -> None:
     assert done.code == 0, done.err
     found = done.json
     settings = [(c["backend"], c["threads"]) for c in found["candidates"]]
-    assert settings[0] == ("onnxruntime", machine.cores())
+    assert settings[0] == ("onnxruntime", None), "what runs where nothing is asked for"
     assert len(set(settings)) == len(settings)
     assert {backend for backend, _ in settings} == {"onnxruntime", "openvino"}
     for candidate in found["candidates"]:
@@ -106,6 +106,24 @@ def test_auto_uses_what_is_stored(bundle: Path, bundle_of, choice: Choice) -> No
         assert session.backend.name == "onnxruntime", "the default depends on no measurement"
 
 
+def test_all_threads_may_be_stored(bundle: Path, choice: Choice) -> None:
+    tuning.store(replace(choice, threads=None))
+    assert tuning.stored(choice.encoder_sha256).threads is None
+    with load(bundle, backend="auto") as session:
+        assert session.backend.facts()["threads"] == "all"
+    assert "is openvino with all thread(s)" in call("doctor").out
+
+
+def test_auto_is_verified_with_its_own_encoder(bundle: Path, choice: Choice) -> None:
+    tuning.store(choice)
+    done = call("verify", bundle, "--backend", "auto", "--json")
+    assert done.code == 0, done.err
+    (parity,) = (one for one in done.json["parity"] if one["precision"] == "fp32")
+    assert parity["backend"] == "openvino"
+    (named,) = call("verify", bundle, "--backend", "openvino", "--json").json["parity"][:1]
+    assert parity["encoders"].keys() == named["encoders"].keys()
+
+
 def test_auto_without_anything_stored(bundle: Path, choice: Choice, config: Path) -> None:
     tuning.store(replace(choice, machine="another"))
     done = call("verify", bundle, "--backend", "auto", "--json")
@@ -114,8 +132,16 @@ def test_auto_without_anything_stored(bundle: Path, choice: Choice, config: Path
     assert "warning: nothing is stored for this bundle on this machine" in done.err
 
 
+ODD = json.dumps(
+    [
+        {"encoder_sha256": "0", "bundle": "b", "machine": "m", "backend": "openvino"}
+        | {"threads": "two", "first_click_ms": 1.0, "measured": "2026-01-01"}
+    ]
+)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '[{"frob": 1}]', '{"a": 1}', "[" * 100_000, '["x"]'], ids=repr
+    "text", ["", "{", "[1]", '[{"frob": 1}]', ODD, '{"a": 1}', "[" * 100_000, '["x"]'], ids=repr
 )
 def test_a_damaged_file_is_ignored(
     bundle: Path, config: Path, choice: Choice, text: str, caplog: pytest.LogCaptureFixture

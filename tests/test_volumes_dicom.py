@@ -196,6 +196,21 @@ def test_a_tilted_gantry_is_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back(tmp_path / "s.dcm", volume), labels)
 
 
+def test_pixels_of_unknown_size_are_not_placed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    series = slices()
+    for dataset in series:
+        del dataset.PixelSpacing
+    volume = read_volume(save(series[::-1], tmp_path / "s"))
+    assert volume.affine is None
+    assert [int(volume.slice(k).pixels[0, 0] + 1024) for k in range(SLICES)] == list(range(SLICES))
+    assert "not how large a pixel is (PixelSpacing)" in caplog.text
+    write_segmentation(tmp_path / "s.nii", np.ones(volume.shape, np.uint8), volume)
+    header = nibabel.load(tmp_path / "s.nii").header
+    assert (int(header["qform_code"]), int(header["sform_code"])) == (0, 0)
+
+
 def test_other_files_are_passed_over(tmp_path: Path) -> None:
     folder = save(slices(), tmp_path / "s")
     (folder / "notes.txt").write_text("scanned on Monday")
@@ -208,8 +223,10 @@ def test_other_files_are_passed_over(tmp_path: Path) -> None:
     assert is_volume(folder)
     write_segmentation(folder / "seg.dcm", np.ones(volume.shape, np.uint8), volume)
     assert len(read_volume(folder)) == SLICES
-    PIL.Image.new("L", (4, 4)).save(folder / "other.png")
-    assert not is_volume(folder)
+    PIL.Image.new("L", (4, 4)).save(folder / "overlay.png")
+    write_segmentation(folder / "s.seg.nii.gz", np.ones(volume.shape, np.uint8), volume)
+    assert is_volume(folder)
+    assert len(read_volume(folder)) == SLICES
 
 
 def test_a_damaged_file_is_not_passed_over(tmp_path: Path) -> None:

@@ -157,6 +157,19 @@ def test_big_endian_files_come_out_native(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_axes_of_length_one_behind_the_volumes(folder: Path, suffix: str) -> None:
+    values = np.random.default_rng(0).integers(0, 99, (5, 6, 7, 3, 1, 1)).astype(np.int16)
+    path = folder / f"six{suffix}"
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    for number in range(3):
+        volume = read_volume(path, volume=number)
+        assert volume.shape == (5, 6, 7)
+        np.testing.assert_array_equal(volume.slice(2).pixels, values[:, :, 2, number, 0, 0])
+    with pytest.raises(ImageError, match=r"choose one of its volumes \(--volume\) 0…2; 3 was"):
+        read_volume(path, volume=3)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_one_volume_of_several(folder: Path, suffix: str) -> None:
     path = folder / f"functional{suffix}"
     nibabel.save(nibabel.load(FUNCTIONAL), path)

@@ -19,7 +19,14 @@ from medsa_deploy.errors import ImageError, PromptError, UsageError
 from medsa_deploy.images import Volume, read_volume
 from medsa_deploy.images.npy import NpySlices
 from medsa_deploy.images.volume import VolumeBox
-from medsa_deploy.runtime import Session, Structure, VolumeOptions, VolumePrediction, segment_volume
+from medsa_deploy.runtime import (
+    Session,
+    Structure,
+    VolumeOptions,
+    VolumePrediction,
+    segment_volume,
+    volumes,
+)
 from medsa_deploy.runtime.chunks import ChunkEncoder
 
 ROWS, COLUMNS = 12, 20
@@ -460,6 +467,11 @@ def test_the_lone_class_may_be_named() -> None:
         segment_volume(session, volume, [replace(one, class_name="spleen")])
 
 
+def test_more_classes_than_labels_are_refused() -> None:
+    with bright_pixels(classes=256) as session, pytest.raises(PromptError, match="256 classes"):
+        segment_volume(session, volume_of(bright(2, EVERYTHING)), [boxed(*EVERYTHING)])
+
+
 def test_labels_end_at_255() -> None:
     volume = volume_of(bright(2, EVERYTHING))
     many = [boxed(0, 0, 0, 1, 12, 1 + i % 20) for i in range(255)]
@@ -516,6 +528,41 @@ def test_between_two_prompts_both_directions_count_alike() -> None:
     np.testing.assert_array_equal(found.labels[4], array[0] * ([0] * 8 + [1] * 12) // 255)
     for middle in found.labels[1:4]:
         np.testing.assert_array_equal(middle, array[0] * ([0] * 8 + [1] * 6 + [0] * 6) // 255)
+
+
+@pytest.mark.parametrize("kept", [0, 40_000, 2**30])
+def test_few_structures_are_followed_at_a_time(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """However many logits between prompts may be kept, the labels are the same."""
+    boxes: list[VolumeBox] = [(0, 1, 2, 9, 5, 9), (1, 6, 3, 8, 11, 12), (2, 2, 10, 9, 9, 18)]
+    volume = volume_of(bright(9, *boxes))
+    structures = [
+        Structure(boxes=((x0, y0, z0, x0 + 1, y1, z1), (x1 - 1, y0, z0, x1, y1, z1)))
+        for x0, y0, z0, x1, y1, z1 in boxes
+    ]
+    options = VolumeOptions(propagate=True, margin=1)
+    wanted = segment_volume(bright_pixels(), volume, structures, options)
+    assert len(np.unique(wanted.labels)) == 4
+    monkeypatch.setattr(volumes, "KEPT_BYTES", kept)
+    groups = []
+    follow = volumes._Run._follow
+    monkeypatch.setattr(
+        volumes._Run, "_follow", lambda run, some, margin: groups.append(follow(run, some, margin))
+    )
+    found = segment_volume(bright_pixels(), volume, structures, options)
+    np.testing.assert_array_equal(found.labels, wanted.labels)
+    assert len(groups) == {0: 3, 40_000: 3}.get(kept, 1)
+
+
+def test_background_clicks_go_to_the_chunk_that_has_the_foreground() -> None:
+    volume = volume_of(bright(12, (0, 2, 2, 12, 9, 9)))
+    structure = clicked((3, 5, 5), (5, 1, 15), labels=(1, 0))
+    with bright_pixels(chunk=8, prompt_scope="chunk") as session:
+        found = segment_volume(session, volume, [structure], VolumeOptions(overlap=4))
+    assert found.slices == tuple(range(8))
+    alone = clicked((3, 5, 5), (9, 1, 15), labels=(1, 0))
+    with bright_pixels(chunk=8, prompt_scope="chunk") as session:
+        with pytest.raises(PromptError, match="chunk of slices 8…11 has background clicks only"):
+            segment_volume(session, volume, [alone], VolumeOptions())
 
 
 def test_structures_are_followed_by_themselves() -> None:

@@ -67,10 +67,16 @@ def targets_table(result: Result, depth: Result | None) -> str:
     rows = ["| target | aimed at | measured | met | |", "|---|---|---|---|---|"]
     for one in targets(result, depth):
         unit = " ms" if one.limit.endswith("ms") else ""
-        measured = ABSENT if one.measured is None else f"{one.measured:.2f}{unit}"
+        measured = ABSENT if one.measured is None else f"{_beside(one.measured, one.limit)}{unit}"
         met = {True: "yes", False: "**no**", None: "–"}[one.met]
         rows.append(f"| {one.name} | {one.limit} | {measured} | {met} | {one.note} |")
     return "\n".join([*rows, "", *_measured_on(result)])
+
+
+def _beside(measured: float, limit: str) -> str:
+    """A figure with two decimals; with three where two would be the limit's own."""
+    short = f"{measured:.2f}"
+    return f"{measured:.3f}" if short in limit.split() else short
 
 
 def volume_table(result: Result) -> str:

@@ -19,10 +19,8 @@ FASTER = f"{OURS}, openvino fp32"
 CLICKED = "LiteMedSAM"
 EAGER = "PyTorch eager"
 IMAGE_SIZE = 1024
+COUNTED = "operations are the reference's, some of which are folded away"
 REASONS = {
-    "Med-SA ViT-B, zero tables: float32, over the plain export in ONNX Runtime": (
-        "what is left are products at the speed of a large one"
-    ),
     "Med-SA ViT-B, real tables: float32, over the plain export in ONNX Runtime": (
         "ONNX Runtime's fused attention takes relative positions only stored, so they are made for "
         "256 queries at a time"
@@ -30,8 +28,15 @@ REASONS = {
     "Med-SA ViT-B, real tables: best precision, over the strongest peer": (
         "relative positions stay in bfloat16"
     ),
+    "Med-SA ViT-B, real tables: a slice in 3D, over 2D": (
+        "the depth pass attends with relative positions once more"
+    ),
     "demonstration checkpoint: a slice in 3D, over 2D": (
         "its blocks are narrow, and the depth branch a larger share of them; the target is ViT-B's"
+    ),
+    "LiteMedSAM: the next click": (
+        "15 ms were set where PyTorch eager takes 46 ms, and are 0.33 of that; what is left are "
+        "products of 4096 tokens"
     ),
 }
 """Target → why it is not met, where it is not."""
@@ -89,11 +94,7 @@ def strongest_peer(result: Result, network: str) -> str | None:
 
 def keeps_masks(result: Result, name: str) -> bool:
     """Whether the same backend and precision keeps masks on every network with real weights."""
-    dice = [
-        dict(_measured(result, network)).get(name, {}).get("agreement", {}).get("mask_dice_mean")
-        for network in EVIDENCE
-    ]
-    return all(value is not None and value >= LEAST_DICE for value in dice)
+    return all(value is not None and value >= LEAST_DICE for value in _evidence(result, name))
 
 
 def gemm_share(result: Result, network: str, one: dict[str, Any]) -> float | None:
@@ -104,6 +105,14 @@ def gemm_share(result: Result, network: str, one: dict[str, Any]) -> float | Non
         return None
     throughput = max(found["groups"][one["group"]]["gemm_gflops"].values())
     return float(gflop / (one["median_ms"]["encoder"] / 1e3) / throughput)
+
+
+def _evidence(result: Result, name: str) -> list[float | None]:
+    """The mask Dice of a backend and precision on every network with real weights."""
+    return [
+        dict(_measured(result, network)).get(name, {}).get("agreement", {}).get("mask_dice_mean")
+        for network in EVIDENCE
+    ]
 
 
 def _measured(result: Result, network: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -129,7 +138,11 @@ def _vit_b(result: Result, network: str) -> Iterator[Target]:
     value, note = None, ""
     if chosen is not None and peer is not None:
         value = measured[chosen]["ratio"]["encoder"] / measured[peer]["ratio"]["encoder"]
-        note = f"{_short(chosen)}, over {peer}"
+        least = min(value for value in _evidence(result, chosen) if value is not None)
+        note = (
+            f"{_short(chosen)}, over {peer}; mask Dice {least:.4f} or more on the demonstration "
+            "checkpoint"
+        )
     yield _at_most(name, 0.65, value, note)
     name = f"{network}: float32 throughput, over one large product's"
     shares = {
@@ -140,7 +153,7 @@ def _vit_b(result: Result, network: str) -> Iterator[Target]:
     }
     fastest = max(shares, key=lambda one: shares[one]) if shares else None
     share = shares[fastest] if fastest else None
-    note = _short(fastest) if fastest else ""
+    note = f"{_short(fastest)}; {COUNTED}" if fastest else ""
     yield _target(name, "≥ 0.85", share, share is not None and share >= 0.85, note)
 
 

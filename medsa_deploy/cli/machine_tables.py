@@ -29,8 +29,9 @@ def print_diagnosis(found: Diagnosis) -> None:
     )
     for choice in found.tuning:
         out.print(
-            f"[bold]auto[/] for {escape(choice.bundle)} is {choice.backend} with {choice.threads} "
-            f"thread(s): {choice.first_click_ms:.0f} ms a first click on {choice.measured}"
+            f"[bold]auto[/] for {escape(choice.bundle)} is {choice.backend} with "
+            f"{choice.threads or 'all'} thread(s): {choice.first_click_ms:.0f} ms "
+            f"a first click on {choice.measured}"
         )
     for extra, libraries in found.libraries.items():
         missing = [name for name, version in libraries.items() if version is None]
@@ -54,7 +55,7 @@ def print_tuning(found: Tuning) -> None:
         mark = "  [bold green]auto[/]" if chosen else ""
         table.add_row(
             candidate.backend,
-            str(candidate.threads),
+            str(candidate.threads or "all"),
             f"{candidate.first_click_ms:.1f} ms{mark}",
         )
     out.print(table)

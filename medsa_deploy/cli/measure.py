@@ -57,6 +57,12 @@ def verify(
         bool, typer.Option("--report", help="Write reports/parity.html into the bundle")
     ] = False,
     intensity_window: IntensityWindow = None,
+    axis: Annotated[
+        int | None, typer.Option(help="With --labels: axis of volumes to slice along")
+    ] = None,
+    volume: Annotated[
+        int | None, typer.Option(help="With --labels: which volume of a 4-D NIfTI")
+    ] = None,
     backend: Backend = "onnxruntime",
     precision: Annotated[
         str | None, typer.Option(help="One precision; default all, for --labels fp32")
@@ -95,16 +101,19 @@ def verify(
                 backend=backend,
                 precision=precision,
                 threads=threads,
+                axis=axis,
+                number=volume,
                 on_file=on_file,
             )
         console.print_json(measured) if json else print_accuracy(measured)
         if any(file.error for file in measured.files):
             raise typer.Exit(2)
         raise typer.Exit(1 if measured.failures else 0)
-    if any(v is not None for v in (segmentation, prompt, class_names, min_dice, intensity_window)):
+    of_labels = (segmentation, prompt, class_names, min_dice, intensity_window, axis, volume)
+    if any(option is not None for option in of_labels):
         raise UsageError(
-            "--segmentation, --prompt, --class-names, --min-dice and --intensity-window belong to "
-            "--labels LABELS"
+            "--segmentation, --prompt, --class-names, --min-dice, --intensity-window, --axis and "
+            "--volume belong to --labels LABELS"
         )
     with console.steps() as on_step:
         found = stages.verify_bundle(

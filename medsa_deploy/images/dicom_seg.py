@@ -181,15 +181,16 @@ def _slices(volume: Volume) -> DicomSlices:
 
 def _sources(path: Path, volume: Volume) -> list[Any]:
     """The headers of the source images, in slice order, complete; a single multi-frame is one."""
+    first = _slices(volume).frames[0]
+    if first.position is not None and first.spacing is None:
+        raise ImageError(
+            f"{path}: a DICOM segmentation needs the PixelSpacing of its source, and "
+            f"{volume.path} has none; write .npy or .nii.gz"
+        )
     if volume.affine is None:
         raise ImageError(
             f"{path}: a DICOM segmentation needs slices with a place in the patient, and "
             f"{volume.path} gives them none; write .npy or .nii.gz"
-        )
-    if _slices(volume).frames[0].spacing is None:
-        raise ImageError(
-            f"{path}: a DICOM segmentation needs the PixelSpacing of its source, and "
-            f"{volume.path} has none; write .npy or .nii.gz"
         )
     sources = []
     for file, frame in dict.fromkeys((f.path, f.uid) for f in _slices(volume).frames):

@@ -29,6 +29,18 @@ def check_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
         )
 
 
+def check_writable(path: Path) -> None:
+    """UsageError where a file cannot be written, said before anything is computed for it."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder: make it, or name another output")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no regular file: name another output")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path.parent} cannot be written to: name another output")
+
+
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a library raises over a damaged file into one ImageError.

@@ -206,7 +206,8 @@ def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
         unscaled = ArrayProxy(proxy.file_like, (source.shape, proxy.dtype, proxy.offset))
         if math.prod(source.shape[3:]) == 1:
             return np.asanyarray(unscaled)
-        return np.asarray(unscaled[..., number])
+        rest = (0,) * (len(source.shape) - 4)
+        return np.asarray(unscaled[(slice(None), slice(None), slice(None), number, *rest)])
 
 
 def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from medsa_deploy.errors import ImageError
 from .files import suffix
 from .image import Image, check_image
 from .volume import Volume, check_volume
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["raster", "npy", "nifti", "dicom"]
 
@@ -83,8 +86,9 @@ def is_volume(path: str | os.PathLike[str]) -> bool:
     """Whether `read_volume` is the reader for a path, judged by headers alone.
 
     So are a NIfTI whose first three axes are all longer than 1, or that holds several volumes; an
-    .npy that `read_image` would want a slice of; a DICOM with several frames; and a folder without
-    other images where two DICOM files are slices of one series. What cannot be read is no volume.
+    .npy that `read_image` would want a slice of; a DICOM with several frames; and a folder where
+    two DICOM files are slices of one series, whatever else lies there. What cannot be read is no
+    volume.
     """
     try:
         return holds_volume(path)
@@ -99,9 +103,8 @@ def holds_volume(path: str | os.PathLike[str], *, lone: bool = False) -> bool:
     """
     path = Path(path)
     if path.is_dir():
-        images = find_images(path)
-        dicoms = [image for image in images if _is_dicom(image)]
-        return len(dicoms) == len(images) and (lone or _is_volume(path, "series", dicoms))
+        dicoms = [image for image in find_images(path) if _is_dicom(image)]
+        return bool(dicoms) and (lone or _is_volume(path, "series", dicoms))
     file_format = format_of(path)
     return (lone and file_format != "raster") or _is_volume(path, file_format, [])
 
@@ -207,7 +210,12 @@ def _read_volume(
 
     if file_format == "dicom":
         return read_dicom_volume(path, axis=axis)
-    return read_series(path, [p for p in find_images(path) if _is_dicom(p)], axis=axis)
+    found = find_images(path)
+    dicoms = [image for image in found if _is_dicom(image)]
+    if others := [image.name for image in found if image not in dicoms]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        logger.info("%s: passed over, no DICOM: %s%s", path, ", ".join(others[:3]), more)
+    return read_series(path, dicoms, axis=axis)
 
 
 def _is_volume(path: Path, file_format: Format | Literal["series"], dicoms: list[Path]) -> bool:

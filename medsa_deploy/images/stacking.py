@@ -9,6 +9,7 @@ affine.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from medsa_deploy.errors import ImageError
+
+logger = logging.getLogger(__name__)
 
 SAME_ORIENTATION = 1e-4
 """Direction cosines this close are the same; files write them with 4 to 6 decimals."""
@@ -65,7 +68,8 @@ class Stack:
     spacing_mm: tuple[float, float, float]
     """Along columns, rows and slices; 1.0 where the files say nothing."""
     affine: np.ndarray | None
-    """(4, 4) voxel (column, row, slice, 1) → mm, NIfTI's axes; None without positions."""
+    """(4, 4) voxel (column, row, slice, 1) → mm, NIfTI's axes; None without positions, or without
+    the size of a pixel."""
 
 
 def stack(path: Path, frames: Sequence[Frame]) -> Stack:
@@ -88,10 +92,10 @@ def stack(path: Path, frames: Sequence[Frame]) -> Stack:
     along = np.array([f.position for f in frames]) @ normal
     ordered = [frames[k] for k in np.argsort(along, kind="stable")]
     _check_places(path, ordered, normal)
-    return _placed(ordered, normal)
+    return _placed(path, ordered, normal)
 
 
-def _placed(ordered: list[Frame], normal: np.ndarray) -> Stack:
+def _placed(path: Path, ordered: list[Frame], normal: np.ndarray) -> Stack:
     """The affine of slices that are known to lie evenly."""
     positions = np.array([f.position for f in ordered])
     spacing = _spacing(ordered[0], None)
@@ -100,6 +104,13 @@ def _placed(ordered: list[Frame], normal: np.ndarray) -> Stack:
         step = (positions[-1] - positions[0]) / (len(ordered) - 1)
         spacing = _spacing(ordered[0], float(np.linalg.norm(step)))
     columns, rows = _directions(ordered[0])
+    if ordered[0].spacing is None:
+        logger.warning(
+            "%s says where its slices lie, but not how large a pixel is (PixelSpacing): masks are "
+            "not placed in the patient",
+            path,
+        )
+        return Stack(frames=tuple(ordered), spacing_mm=spacing, affine=None)
     affine = np.eye(4)
     affine[:3, :3] = TO_NIFTI @ np.stack([columns * spacing[0], rows * spacing[1], step], axis=1)
     affine[:3, 3] = TO_NIFTI @ positions[0]

@@ -24,6 +24,9 @@ from .backend import (
     splitting,
 )
 
+SETS_AT_ONCE = 8
+"""Prompt sets that are decoded together: at an image size of 1024 each takes the decoder 34 MB."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
@@ -61,16 +64,17 @@ def decode_masks(
 ) -> Decoded:
     """See `decode`; and the masks of all prompt sets, if the backend makes them on a GPU.
 
-    Sets with equally many tokens, and alike in having a mask, go through the decoder together:
-    through its click part, where there is one and they have none.
+    Sets with equally many tokens, and alike in having a mask, go through the decoder together, up
+    to `SETS_AT_ONCE`: through its click part, where there is one and they have none.
     """
     network = manifest.network
     side = 4 * network.embedding_size
     _check_embedding(embedding, manifest)
     if not prompts or not all(map(_says_anything, prompts)):
         raise PromptError("a prompt set is empty: give points, a box or a mask")
-    groups = _grouped(manifest, embedding, prompts)
-    if wanted is not None and wanted.on_device and len(groups) > 1:
+    on_device = wanted is not None and wanted.on_device
+    groups = _grouped(manifest, embedding, prompts, len(prompts) if on_device else SETS_AT_ONCE)
+    if on_device and len(groups) > 1:
         raise UsageError(
             "prompt sets of different lengths are decoded one after another: with on_device give "
             "sets with equally many points"
@@ -97,8 +101,10 @@ class _Group:
     mask: Array | None
 
 
-def _grouped(manifest: Manifest, embedding: Embedding, prompts: Sequence[Prompt]) -> list[_Group]:
-    """Prompt sets, as the decoder takes them."""
+def _grouped(
+    manifest: Manifest, embedding: Embedding, prompts: Sequence[Prompt], most: int
+) -> list[_Group]:
+    """Prompt sets, as the decoder takes them, at most so many at once."""
     size = manifest.network.mask_prompt_size
     tokens = [
         transforms.network_prompt(one, embedding.frame, manifest.conventions, mask_size=size)
@@ -108,7 +114,12 @@ def _grouped(manifest: Manifest, embedding: Embedding, prompts: Sequence[Prompt]
     for i, (_, labels) in enumerate(tokens):
         groups.setdefault((len(labels), prompts[i].mask is not None), []).append(i)
     found = []
-    for (_, has_mask), members in groups.items():
+    parts = [
+        (has_mask, part.tolist())
+        for (_, has_mask), members in groups.items()
+        for part in np.array_split(members, -(-len(members) // most))
+    ]
+    for has_mask, members in parts:
         masks = [mask for i in members if (mask := prompts[i].mask) is not None]
         found.append(
             _Group(

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
 from medsa_deploy.errors import ImageError, UsageError
+from medsa_deploy.images.files import one_line
 from medsa_deploy.images.image import Image
 from medsa_deploy.manifest import Conventions
 
@@ -78,6 +79,8 @@ def _from_array(array: ArrayLike) -> Image:
         raise ImageError(
             "the image's rows differ in length, expected the shape (H, W) or (H, W, 3)"
         ) from e
+    except TypeError as e:  # an array on a GPU
+        raise ImageError(f"the image cannot be had on the host: {one_line(e)}") from e
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.dtype == np.bool_:

@@ -309,7 +309,8 @@ def _masks(logits: Array, made: MadeMasks | None, wanted: MasksWanted, backend: 
     if made is None:
         if wanted.on_device:
             raise UsageError(f"{backend.name} makes no masks on a GPU: leave on_device out")
-        return transforms.upsample(logits, wanted.frame) > wanted.cut
+        # set by set: the logits of an image's size take four times as much as their masks
+        return np.stack([transforms.upsample(one, wanted.frame) > wanted.cut for one in logits])
     if isinstance(made.masks, DeviceArray):
         return made.masks
     return unpack(made.masks, wanted.frame.image_size[1])

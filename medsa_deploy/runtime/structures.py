@@ -53,6 +53,8 @@ def labelling(structures: Sequence[Structure], manifest: Manifest) -> Labelling:
         raise PromptError("there is no structure to segment: give one with points or a box")
     classes = manifest.network.classes if manifest.network.outputs == "classes" else 1
     given = manifest.conventions.class_names
+    if classes > MOST_LABELS:
+        raise PromptError(f"this network has {classes} classes; a label map holds {MOST_LABELS}")
     if classes > 1:
         names = given or tuple(f"class {i + 1}" for i in range(classes))
         every = tuple((i, i + 1) for i in range(classes))
@@ -137,9 +139,14 @@ def shared_prompt(prompts: Iterable[Prompt]) -> Prompt:
     )
 
 
+def has_foreground(prompt: Prompt) -> bool:
+    """Whether a set says where a structure is, and not only where it is not."""
+    return prompt.box is not None or bool((prompt.labels == 1).any())
+
+
 def check_foreground(prompt: Prompt, where: str) -> None:
     """PromptError for a set that says only what a structure is not."""
-    if prompt.box is None and not (prompt.labels == 1).any():
+    if not has_foreground(prompt):
         raise PromptError(
             f"{where} has background clicks only: add a foreground click or a box there, "
             "or leave them out"

@@ -13,8 +13,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from medsa_deploy import machine
-from medsa_deploy.errors import UsageError
+from medsa_deploy import machine, strict_json
+from medsa_deploy.errors import BundleError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class Choice:
     machine: str
     """See `this_machine`."""
     backend: str
-    threads: int
+    threads: int | None
+    """None for all cores, as the backend counts them."""
     first_click_ms: float
     measured: str
     """Date, YYYY-MM-DD."""
@@ -43,19 +44,21 @@ def this_machine() -> str:
 
 def path() -> Path:
     """`medsa-deploy/tuning.json` in $XDG_CONFIG_HOME, or in ~/.config."""
-    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "medsa-deploy" / "tuning.json"
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home) / "medsa-deploy" / "tuning.json"
 
 
 def choices() -> list[Choice]:
     """Everything that is stored; nothing, with a warning, where the file cannot be read."""
     try:
-        return [Choice(**entry) for entry in json.loads(path().read_text(encoding="utf-8"))]
+        entries = json.loads(path().read_text(encoding="utf-8"))
+        found = [strict_json.decode(Choice, entry, f"entry {i}") for i, entry in enumerate(entries)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, RecursionError, BundleError) as e:
         logger.warning("%s is ignored: it cannot be read (%s)", path(), e)
         return []
+    return found
 
 
 def stored(encoder_sha256: str) -> Choice | None:

@@ -24,7 +24,7 @@ from medsa_deploy.transforms import Frame, Prompt
 
 from .backend import Array
 from .chunks import ChunkEncoder
-from .decoding import decode
+from .decoding import SETS_AT_ONCE, decode
 from .label_map import LabelMap
 from .session import Session
 from .structures import (
@@ -32,6 +32,7 @@ from .structures import (
     SlicePrompts,
     Structure,
     check_foreground,
+    has_foreground,
     labelling,
     shared_prompt,
     slice_prompts,
@@ -39,9 +40,8 @@ from .structures import (
 
 MARGIN = 3.0
 """Pixels by which the box of a mask is enlarged to prompt the next slice."""
-
-SETS_AT_ONCE = 8
-"""Prompt sets that are decoded together: at an image size of 1024 each takes the decoder 34 MB."""
+KEPT_BYTES = 256 * 2**20
+"""Of logits between the prompts of structures that are followed together."""
 
 Work = dict[int, dict[int, dict[int, Prompt]]]
 """Chunk → slice → structure → its prompt set."""
@@ -143,15 +143,24 @@ def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: S
     """What the prompts ask for, chunk by chunk.
 
     A set for the whole chunk segments all of its slices; where a structure has boxes, no slice
-    beyond them.
+    beyond them. Where chunks overlap, background clicks alone are left to the chunk that has the
+    foreground, too.
     """
     whole = encoder.size > 1 and session.conventions.prompt_scope == "chunk"
     work: Work = defaultdict(lambda: defaultdict(dict))
+    wanted = [
+        {start for i in of_slices if has_foreground(of_slices[i]) for start in encoder.holding(i)}
+        for of_slices in prompts
+    ]
     for start in encoder.starts:
         slices = sorted(encoder.slices(start))
         for structure, of_slices in enumerate(prompts):
             here = {index: of_slices[index] for index in slices if index in of_slices}
             if whole and here:
+                if start not in wanted[structure] and all(
+                    wanted[structure] & set(encoder.holding(index)) for index in here
+                ):
+                    continue
                 boxed = any(prompt.box is not None for prompt in of_slices.values())
                 shared = shared_prompt(here.values())
                 check_foreground(shared, f"the chunk of slices {slices[0]}…{slices[-1]}")
@@ -202,6 +211,30 @@ class _Run:
             pixels = self._pixels(logits)
             prompted[structure][index] = _box(pixels > self.cut, margin)
             self._label(index, structure, pixels)
+        for some in self._few(prompted):
+            self._follow(some, margin)
+
+    def _few(self, prompted: Sequence[Boxes]) -> Iterator[Sequence[Boxes]]:
+        """The structures' boxes, those of a few structures at a time.
+
+        Between two prompts a structure's logits are kept until the slices are reached from above:
+        of so many structures at a time as fit into `KEPT_BYTES`.
+        """
+        some: list[Boxes] = [{} for _ in prompted]
+        kept = 0
+        for structure, boxes in enumerate(prompted):
+            between = max(boxes) - min(boxes) + 1 - len(boxes) if boxes else 0
+            logits = 16 * self.session.manifest.network.embedding_size**2
+            needed = 4 * logits * between * len(self.masks[structure])
+            if kept and kept + needed > KEPT_BYTES:
+                yield some
+                some, kept = [{} for _ in prompted], 0
+            some[structure] = boxes
+            kept += needed
+        yield some
+
+    def _follow(self, prompted: Sequence[Boxes], margin: float) -> None:
+        """Follow structures from the boxes around their masks."""
         from_below: dict[tuple[int, int], Array] = {}
         upwards = range(len(self.encoder))
         for index, structure, logits, pixels in self._followed(prompted, upwards, margin):
@@ -262,7 +295,7 @@ class _Run:
         backend, manifest = self.session.backend, self.session.manifest
         structures = list(sets)
         for first in range(0, len(structures), SETS_AT_ONCE):
-            some = structures[first : first + SETS_AT_ONCE]
+            some = structures[first : first + SETS_AT_ONCE]  # all logits at once would be too many
             begun = perf_counter()
             logits, _ = decode(backend, manifest, embedding, [sets[one] for one in some])
             self.decode_ms[index] += 1e3 * (perf_counter() - begun)

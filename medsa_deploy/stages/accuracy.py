@@ -7,7 +7,7 @@ labels nor the segmentation have is not counted: it would flatter the mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -125,15 +125,19 @@ def measure(
     backend: str = "onnxruntime",
     precision: str | None = None,
     threads: int | None = None,
+    axis: int | None = None,
+    number: int | None = None,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
     """Compare segmentations with labels, or segment images with prompts drawn from the labels.
 
     `labels` and `segmentation` or `images` are two files, or two folders whose files are matched by
     name. In a folder a file that cannot be measured is reported in its place. Neither torch nor the
-    checkpoint is needed. UsageError for options that do not go together.
+    checkpoint is needed. `axis`: of the images that are volumes, the one slices are taken along;
+    `number`: which volume of a 4-D NIfTI. UsageError for options that do not go together.
     """
-    _check_options(segmentation, images, prompt, intensity_window, precision, min_dice)
+    for_images = prompt, intensity_window, precision, axis, number
+    _check_options(segmentation, images, for_images, min_dice)
     metrics.require_scipy()
     names = class_names or manifest.load(bundle).conventions.class_names
     if segmentation is not None:
@@ -146,7 +150,9 @@ def measure(
     with load(bundle, backend=backend, precision=precision, threads=threads) as session:
         files = _each(
             pairs,
-            lambda a, b: _segment_image(session, a, b, prompt, names, intensity_window),
+            lambda a, b: _segment_image(
+                session, a, b, prompt, names, intensity_window, axis=axis, number=number
+            ),
             on_file,
         )
     return _accuracy(bundle, precision, backend, prompt, files, unlabelled, min_dice)
@@ -175,20 +181,19 @@ def compare_masks(
 def _check_options(
     segmentation: Path | None,
     images: Path | None,
-    prompt: PromptKind | None,
-    window: Window,
-    precision: str | None,
+    for_images: Sequence[object],
     min_dice: float | None,
 ) -> None:
+    """`for_images`: options that `images` alone goes with, None where they are not given."""
     if (segmentation is None) == (images is None):
         raise UsageError(
             "--labels is compared with one thing: give --segmentation (what run wrote), or "
             "--images (they are segmented with prompts drawn from the labels)"
         )
-    if segmentation is not None and (prompt or window or precision):
+    if segmentation is not None and any(option is not None for option in for_images):
         raise UsageError(
-            "--prompt, --intensity-window and --precision are for --images: segmentations are "
-            "compared as they are"
+            "--prompt, --intensity-window, --precision, --axis and --volume are for --images: "
+            "segmentations are compared as they are"
         )
     if min_dice is not None and not 0 <= min_dice <= 1:
         raise UsageError(f"--min-dice {min_dice:g}: expected a number from 0 to 1")
@@ -225,7 +230,7 @@ def _compare_files(labels: Path, segmentation: Path, names: Sequence[str]) -> Fi
     one, other, spacing = on_one_grid(truth, found)
     present = sorted({*truth.present(), *found.present()})
     called = {**found.names, **truth.names}
-    masks = {label: (one == label, other == label) for label in present}
+    masks = ((label, one == label, other == label) for label in present)
     return _file(labels, segmentation, masks, spacing, _named(present, names, called))
 
 
@@ -236,6 +241,9 @@ def _segment_image(
     prompt: PromptKind,
     names: Sequence[str],
     window: Window,
+    *,
+    axis: int | None,
+    number: int | None,
 ) -> FileAccuracy:
     """An image's masks for prompts drawn from its labels, class by class."""
     truth = read_labels(labels)
@@ -243,7 +251,7 @@ def _segment_image(
         return FileAccuracy(labels=labels, compared=path, note="no labels, so no prompts")
     spacing: Spacing
     if path.is_dir() or is_volume(path) or format_of(path) in ("nifti", "dicom"):
-        volume = read_volume(path)
+        volume = read_volume(path, axis=axis, volume=number)
         values, spacing = on_volume(truth, volume)
         found = segment_labelled(session, volume, values, prompt, window)
     else:
@@ -251,30 +259,32 @@ def _segment_image(
         height, width = image.pixels.shape[:2]
         values, spacing = on_picture(truth, (height, width), path)
         found = segment_picture(session, image, values, prompt, window)
-    masks = {
-        label: (without_thin_axes(values == label)[0], without_thin_axes(mask)[0])
-        for label, mask in found.items()
-    }
-    _, spacing = without_thin_axes(values, spacing)
-    return _file(labels, path, masks, spacing, _named(list(masks), names, truth.names))
+    masks = (
+        (label, without_thin_axes(values == label)[0], without_thin_axes(mask)[0])
+        for label, mask in found
+    )
+    _, thick = without_thin_axes(values, spacing)
+    return _file(labels, path, masks, thick, _named(truth.present(), names, truth.names))
 
 
 def _file(
     labels: Path,
     compared: Path,
-    masks: dict[int, tuple[Mask, Mask]],
+    masks: Iterable[tuple[int, Mask, Mask]],
     spacing: Spacing,
     names: dict[int, str],
 ) -> FileAccuracy:
+    """`masks`: (label, the label's mask, the mask compared with it), one in memory at a time."""
+    classes = tuple(
+        compare_masks(label, names[label], one, other, spacing or (1.0,) * one.ndim)
+        for label, one, other in masks
+    )
     return FileAccuracy(
         labels=labels,
         compared=compared,
         unit="px" if spacing is None else "mm",
-        classes=tuple(
-            compare_masks(label, names[label], *pair, spacing or (1.0,) * pair[0].ndim)
-            for label, pair in masks.items()
-        ),
-        note=None if masks else "neither has any label",
+        classes=classes,
+        note=None if classes else "neither has any label",
     )
 
 

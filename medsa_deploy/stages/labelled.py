@@ -6,7 +6,7 @@ there. Nothing is random: the same labels give the same prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -31,35 +31,42 @@ Numbers = NDArray[np.unsignedinteger]
 
 def segment_labelled(
     session: Session, volume: Volume, labels: Numbers, prompt: PromptKind, window: Window = None
-) -> dict[int, Mask]:
-    """Segment a volume for each of its labels by itself: {label: (X, Y, Z) bool}.
+) -> Iterator[tuple[int, Mask]]:
+    """Segment a volume for each of its labels by itself: (label, its mask (X, Y, Z) bool).
 
     `labels` (X, Y, Z) lie like the volume. Each slice has prompts of its own, or each chunk where a
     network's prompts are for a chunk. What has no label gets no prompt, and stays empty.
     """
-    found = {label: np.zeros(volume.shape, bool) for label in _present(labels)}
+    height, width = volume.slice_size
+    packed = {
+        label: np.zeros((len(volume), height, -(-width // 8)), np.uint8)
+        for label in _present(labels)
+    }
     encoder = ChunkEncoder(session, volume, intensity_window=window)
     whole = session.conventions.prompt_scope == "chunk"
     for start in encoder.starts:
         slices = sorted(encoder.slices(start))
         for together in [slices] if whole else [[index] for index in slices]:
-            planes = np.stack([volume.plane(labels, index) for index in together])
-            if not planes.any():
+            drawn = np.stack([volume.plane(labels, index) for index in together])
+            if not drawn.any():
                 continue
             embeddings = [encoder.chunk(start)[index - start] for index in together]
-            for label, masks in _segment_each(session, embeddings, planes, prompt).items():
-                for index, mask in zip(together, masks, strict=True):
-                    volume.plane(found[label], index)[:] = mask
-    return found
+            for label, masks in _segment_each(session, embeddings, drawn, prompt).items():
+                packed[label][together] = np.packbits(masks, axis=-1)
+    for label, planes in packed.items():
+        mask = np.zeros(volume.shape, bool)
+        for index, bits in enumerate(planes):
+            volume.plane(mask, index)[:] = np.unpackbits(bits, axis=-1, count=width)
+        yield label, mask
 
 
 def segment_picture(
     session: Session, image: Image, labels: Numbers, prompt: PromptKind, window: Window = None
-) -> dict[int, Mask]:
-    """Segment an image for each of its labels by itself: {label: (H, W) bool}."""
+) -> Iterator[tuple[int, Mask]]:
+    """Segment an image for each of its labels by itself: (label, its mask (H, W) bool)."""
     embedding = session.encode(image, intensity_window=window)
-    found = _segment_each(session, [embedding], labels[None], prompt)
-    return {label: masks[0] for label, masks in found.items()}
+    for label, masks in _segment_each(session, [embedding], labels[None], prompt).items():
+        yield label, masks[0]
 
 
 def box_around(mask: Mask) -> tuple[int, int, int, int]:

@@ -20,11 +20,11 @@ import numpy as np
 
 from medsa_deploy import __version__, errors, machine, manifest, profiling
 from medsa_deploy.errors import DeviceError, InputError, UsageError
-from medsa_deploy.images.files import whole_file
-from medsa_deploy.manifest import File
+from medsa_deploy.images.files import check_writable, whole_file
+from medsa_deploy.manifest import Manifest
 from medsa_deploy.profile_page import profile_page
 from medsa_deploy.profiling import Profile
-from medsa_deploy.runtime.loading import check_options, files_precision
+from medsa_deploy.runtime.loading import RUN, check_options, files_precision
 from medsa_deploy.timing import STAGES, WARM_UP, Count, Options, Progress
 
 logger = logging.getLogger(__name__)
@@ -60,18 +60,19 @@ def profile_bundle(
 
     What cannot be used is refused before anything is measured.
     """
-    encoder = _check(bundle, options, outputs)
+    made = _check(bundle, options, outputs)
     earlier = None if outputs.other is None else read_profile(outputs.other)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found = measured(options, on_step, on_run)
-    profile = _profile(bundle, encoder, options, found, load)
+    profile = _profile(bundle, made, options, found, load)
     if earlier is not None and outputs.other is not None:
         compared = profiling.compare(profile, earlier, outputs.other.name, outputs.max_slowdown)
         profile = replace(profile, comparison=compared)
     for path, text in ((outputs.json, to_json(profile)), (outputs.html, profile_page(profile))):
         if path is not None:
             with whole_file(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                # names of files need not be UTF-8; as an escape they are at least JSON
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return profile
 
 
@@ -159,8 +160,8 @@ def _ended(code: int) -> str:
     return f"the measuring process ended early, with status {code}"
 
 
-def _check(bundle: Path, options: Options, outputs: Outputs) -> File:
-    """UsageError or BundleError for what cannot be measured; the encoder's file."""
+def _check(bundle: Path, options: Options, outputs: Outputs) -> Manifest:
+    """The bundle's manifest; UsageError or BundleError for what cannot be measured."""
     made = manifest.load(bundle)
     check_options(options.backend, options.threads, options.precision)
     if options.runs < 1:
@@ -171,20 +172,24 @@ def _check(bundle: Path, options: Options, outputs: Outputs) -> File:
         )
     written = [path for path in (outputs.json, outputs.html) if path is not None]
     for path in written:
-        if not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a folder: make it, or name another output")
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder: name a file")
+        check_writable(path)
+    # a profile may take the place of the one it is compared with
+    image = Path(options.image) if options.image else None
+    for out, read in ((outputs.html, outputs.other), (outputs.html, image), (outputs.json, image)):
+        if out is not None and read is not None and out.resolve() == read.resolve():
+            raise UsageError(f"{out} is read, and cannot be written too: name another output")
     if len(written) > len({path.resolve() for path in written}):
         raise UsageError(f"{written[0]} cannot be both the profile and its page")
-    return made.file("encoder", files_precision(options.precision))
+    made.file("encoder", files_precision(options.precision))
+    return made
 
 
 def _profile(
-    bundle: Path, encoder: File, options: Options, found: Mapping[str, Any], load: float | None
+    bundle: Path, made: Manifest, options: Options, found: Mapping[str, Any], load: float | None
 ) -> Profile:
     """What was measured, in numbers. `load`: the load average before."""
     slices, facts = found["slices"], found["facts"]
+    held = files_precision(options.precision)
     untimed = () if found["layers"] else (f"{facts['backend']} does not time its layers",)
     stages = {
         name: profiling.distribution(samples, slices=slices if name in SHARED else 1)
@@ -192,7 +197,12 @@ def _profile(
     }
     return Profile(
         bundle=bundle.resolve().name,
-        encoder_sha256=encoder.sha256,
+        encoder_sha256=made.file("encoder", held).sha256,
+        files_sha256={
+            file.path: file.sha256
+            for file in made.files
+            if file.role in RUN and file.precision == held
+        },
         backend=facts["backend"],
         precision=options.precision,
         threads=threads if isinstance(threads := facts.get("threads"), int) else None,

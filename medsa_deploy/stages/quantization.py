@@ -162,7 +162,7 @@ def _entries(made: Manifest, added: Made) -> list[File]:
     """The manifest's entries for new files, each still in the folder it was made in."""
     entries = []
     for role, paths in added.graphs.items():
-        opset = made.file(role).opset
+        opset = made.file("encoder" if role in OWN_ENCODERS.values() else role).opset
         for i, path in enumerate(paths):
             entries.append(
                 manifest.describe_file(

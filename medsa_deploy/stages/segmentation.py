@@ -20,7 +20,7 @@ from medsa_deploy.images import (
     write_mask,
     write_overlay,
 )
-from medsa_deploy.images.files import suffix, whole_file
+from medsa_deploy.images.files import check_writable, suffix, whole_file
 from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.runtime.pixels import intensities
 from medsa_deploy.transforms import NO_MASK_PROMPTS
@@ -242,10 +242,7 @@ def _named(outputs: Outputs) -> list[Path]:
 def _check_file_targets(image: Path, outputs: Outputs) -> None:
     """Refuse outputs that one image cannot be written to, before anything is computed."""
     for path in _named(outputs):
-        if not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a folder: make it first")
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; for one image, name a file")
+        check_writable(path)
         if path.resolve() == image.resolve():
             raise UsageError(f"{path} is the input image: name another output")
     if len(set(_named(outputs))) < len(_named(outputs)):

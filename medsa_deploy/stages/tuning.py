@@ -24,13 +24,17 @@ SECONDS = 1.0
 MARGIN = 0.95
 """Of the default's time: what is not faster than this is not chosen over it."""
 
+Setting = tuple[str, int | None]
+"""A backend, and threads of a run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A backend with a number of threads, measured."""
 
     backend: str
-    threads: int
+    threads: int | None
+    """None for all cores, as the backend counts them."""
     first_click_ms: float
     """Median."""
     samples_ms: tuple[float, ...]
@@ -54,10 +58,10 @@ def tune(bundle: Path, *, on_step: Progress = lambda step: None) -> Tuning:
     made = manifest.load(bundle)
     work = seeded_work(made.network)
     settings = _settings()
-    samples: dict[tuple[str, int], list[float]] = {setting: [] for setting in settings}
+    samples: dict[Setting, list[float]] = {setting: [] for setting in settings}
     for turn in range(ROUNDS):
         for backend, threads in settings:
-            on_step(f"round {turn + 1} of {ROUNDS}: {backend}, {threads} thread(s)")
+            on_step(f"round {turn + 1} of {ROUNDS}: {backend}, {threads or 'all'} thread(s)")
             samples[backend, threads] += _turn(bundle, work, backend, threads)
     candidates = tuple(
         Candidate(backend=b, threads=t, first_click_ms=median(ms), samples_ms=tuple(ms))
@@ -83,14 +87,15 @@ def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
     return best if best.first_click_ms < MARGIN * default.first_click_ms else default
 
 
-def _settings() -> list[tuple[str, int]]:
+def _settings() -> list[Setting]:
     """Backends and threads to try; the default first."""
     there = [DEFAULT, *(b for b in CPU_BACKENDS if b != DEFAULT and find_spec(b) is not None)]
-    threads = dict.fromkeys(max(1, machine.cores() // part) for part in (1, 2, 4))
+    fewer = dict.fromkeys(machine.cores() // part for part in (2, 4))
+    threads = [None, *(count for count in fewer if count)]
     return [(backend, count) for backend in there for count in threads]
 
 
-def _turn(bundle: Path, work: Work, backend: str, threads: int) -> list[float]:
+def _turn(bundle: Path, work: Work, backend: str, threads: int | None) -> list[float]:
     """Milliseconds of first clicks."""
     found: list[float] = []
     with load(bundle, backend=backend, threads=threads) as session:

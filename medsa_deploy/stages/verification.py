@@ -90,9 +90,9 @@ def verify_bundle(
         chosen, recorded = _judged(made, name, to_run)
         some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
         own: dict[str, Compared] = {}
-        role = OWN_ENCODERS.get(backend)
-        if role is not None and made.has(role, files_precision(name)):
-            with load(bundle, backend=backend, precision=name, threads=threads) as session:
+        with load(bundle, backend=backend, precision=name, threads=threads) as session:
+            role = OWN_ENCODERS.get(session.backend.name)
+            if role is not None and made.has(role, files_precision(name)):
                 own[role] = compare_all(session, some, wanted)
         with load(
             bundle, backend=backend, precision=name, threads=threads, portable=True

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from time import perf_counter
 
@@ -19,7 +19,7 @@ from medsa_deploy.images import (
     read_volume,
     write_segmentation,
 )
-from medsa_deploy.images.files import suffix
+from medsa_deploy.images.files import check_writable, suffix, whole_file
 from medsa_deploy.images.montage import Tile, spread, write_montage
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.pixels import intensities
@@ -135,9 +135,11 @@ def run_volume(
     target = mask or Path(f"{name}.seg{'.npy' if volume.kind == 'npy' else '.nii.gz'}")
     _check_targets(volume, target, overlay)
     prediction = segment_volume(session, volume, structures, options, on_slice=on_slice)
-    write_segmentation(target, prediction.labels, volume, names=prediction.names)
-    if overlay is not None:
-        write_volume_overlay(overlay, session, volume, prediction, structures)
+    with ExitStack() as written:  # so that there are both, or neither
+        if overlay is not None:
+            temporary = written.enter_context(whole_file(overlay))
+            write_volume_overlay(temporary, session, volume, prediction, structures)
+        write_segmentation(target, prediction.labels, volume, names=prediction.names)
     return VolumeSegmentation(
         volume=path,
         mask=target,
@@ -158,13 +160,14 @@ def _labels(prediction: VolumePrediction, volume: Volume) -> tuple[LabelReport, 
     # slice by slice: bincount takes 8 bytes for a voxel of 1
     counted = [np.bincount(plane.ravel(), minlength=MOST_LABELS + 1) for plane in planes]
     counts = np.sum(counted, axis=0)
-    voxel = prod(volume.spacing_mm) / 1000 if volume.affine is not None else None
+    # the determinant, since slices may be sheared: a tilted gantry's lie closer than their centres
+    voxel = None if volume.affine is None else abs(np.linalg.det(volume.affine[:3, :3])) / 1000
     return tuple(
         LabelReport(
             label=label,
             name=name,
             voxels=int(counts[label]),
-            millilitres=None if voxel is None else float(counts[label]) * voxel,
+            millilitres=None if voxel is None else float(counts[label] * voxel),
         )
         for label, name in enumerate(prediction.names, 1)
     )
@@ -211,10 +214,8 @@ def _tile(
 def _check_targets(volume: Volume, mask: Path, overlay: Path | None) -> None:
     """Refuse what cannot be written, before anything is computed."""
     for path in (mask, overlay):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path.parent} is not a folder: make it first")
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder; for a volume, name a file")
+        if path is not None:
+            check_writable(path)
     check_segmentation_target(mask, volume)
     if overlay is not None:
         check_overlay_suffix(overlay)
