@@ -281,11 +281,16 @@ def compare(
 
 def _differences(profile: Profile, other: Mapping[str, Any]) -> Iterator[str]:
     """What is not the same in two profiles, then and now."""
-    if other.get("encoder_sha256") != profile.encoder_sha256:
-        yield f"another bundle: {other.get('bundle')} then, {profile.bundle} now"
-    elif isinstance(files := other.get("files_sha256"), Mapping) and files != profile.files_sha256:
-        changed = {p for p, _ in files.items() ^ profile.files_sha256.items()}
-        yield f"other graphs: {', '.join(sorted(map(str, changed)))}"
+    named, files = other.get("bundle"), other.get("files_sha256")
+    same = other.get("encoder_sha256") == profile.encoder_sha256
+    if not same and named != profile.bundle:
+        yield f"another bundle: {named} then, {profile.bundle} now"
+    elif not same and other.get("precision") == profile.precision:
+        yield f"another bundle of the same name: {named}"
+    elif same and isinstance(files, Mapping):
+        ours = profile.files_sha256
+        if changed := [p for p in sorted({*files, *ours}) if files.get(p) != ours.get(p)]:
+            yield f"other graphs: {', '.join(changed)}"
     words = {"backend": "backend", "precision": "precision", "threads": "number of threads"}
     for key, what in (words | {"work": "image"}).items():
         then, now = other.get(key), getattr(profile, key)

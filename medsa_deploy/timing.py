@@ -21,7 +21,7 @@ import numpy as np
 
 from . import verify
 from .errors import DeviceError, InputError, MedsaError
-from .images import Image, read_image
+from .images import Image, is_volume, read_image
 from .images.files import one_line
 from .manifest import Network
 from .runtime import Session, load
@@ -79,9 +79,10 @@ def seeded_work(network: Network) -> Work:
 
 
 def image_work(network: Network, path: Path) -> Work:
-    """A user's image, or a chunk from the middle of a volume."""
+    """A user's image, or a slice or chunk from the middle of a volume."""
     chunk = network.chunk
-    images = [read_image(path)] if chunk == 1 else verify.middle_slices(path, chunk)
+    lone = chunk == 1 and not is_volume(path)
+    images = [read_image(path)] if lone else verify.middle_slices(path, chunk)
     return _work(path.name, images)
 
 
@@ -189,10 +190,14 @@ class _Said(logging.Handler):
     def __init__(self, say: Callable[..., None]) -> None:
         super().__init__(logging.WARNING)
         self._say = say
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say one record."""
-        self._say(warning=record.getMessage())
+        """Say one record, once."""
+        message = record.getMessage()
+        if message not in self._said:
+            self._said.add(message)
+            self._say(warning=message)
 
 
 def main() -> int:

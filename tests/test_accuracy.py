@@ -229,6 +229,15 @@ def test_a_volume_is_measured_in_millimetres(bundle: Path) -> None:
     assert again["files"][0]["classes"] == file["classes"]
 
 
+def test_the_labels_spacing_counts_where_the_image_has_none(bundle: Path) -> None:
+    label, lone = nifti("l.nii.gz", volume_labels()), nifti("v.nii.gz", volume())
+    np.save("v.npy", volume())
+    given = ("verify", bundle, "--labels", label, "--json", "--axis", 2, "--images")
+    (one,), (other,) = (call(*given, image).json["files"] for image in (lone, "v.npy"))
+    assert one["unit"] == other["unit"] == "mm"
+    assert one["classes"] == other["classes"]
+
+
 def test_axis_and_volume_are_those_of_run(bundle: Path) -> None:
     both = np.stack([np.zeros_like(volume()), volume()], axis=-1)
     image, label = nifti("4d.nii.gz", both), nifti("l.nii.gz", volume_labels())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -375,6 +376,11 @@ def bad(arguments: str, message: str):
         bad("good.png --point 5,5 -o good.png", "good.png is the input image"),
         bad("good.png --point 5,5 -o ./images/../good.png", "is the input image"),
         bad("good.png --point 5,5 -o x.png --overlay x.png", "two outputs have the same name"),
+        bad("good.png --point 5,5 -o x.png --overlay ./images/../x.png", "the same name"),
+        bad(
+            "good.png --point 5,5 --mask-input small-logits.npy -o small-logits.npy",
+            "is the mask prompt",
+        ),
         bad("images --point 5,5 -o good.png", "good.png is a file; for a folder of images"),
         bad("images --point 5,5 -o m.png", "m.png looks like a file; for a folder of images"),
         bad("images --point 5,5 -o nowhere/masks", "nowhere is not a folder: make it first"),
@@ -384,7 +390,8 @@ def bad(arguments: str, message: str):
         bad("good.png --point 5,5 --threshold 1.5", "the threshold 1.5 is not a probability"),
         bad("images --point 5,5 --threshold 1.5", "the threshold 1.5 is not a probability"),
         bad("good.png --point 5,5 --multimask", "multimask is for SAM's outputs"),
-        bad("good.png --point 5,5 --threads 0", "threads is 0, expected 1 or more"),
+        bad("good.png --point 5,5 --threads 0", "threads is 0, expected a whole number from 1 to"),
+        bad("good.png --point 5,5 --threads 1000000000000", "expected a whole number from 1 to"),
         bad("good.png --point 5,5 --backend cuda", "unknown backend 'cuda'; there are:"),
         bad("good.png --point 5,5 --precision int8", "has no encoder in int8; it has: fp32"),
     ],
@@ -479,6 +486,43 @@ def test_a_backend_that_fails_is_a_runtime_fault(bundle: Path, files: Path, monk
     assert done.code == 3
     assert "gave an embedding with NaN or Inf" in done.error
     assert contents(files) == before
+
+
+def test_all_outputs_are_written_or_none(bundle: Path, files: Path, monkeypatch) -> None:
+    before = contents(files)
+
+    def interrupted(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    given = ("-o", "mask.png", "--overlay", "o.png", "--save-logits", "l.npy")
+    for name in ("write_mask", "_write_overlay"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"medsa_deploy.stages.segmentation.{name}", interrupted)
+            done = call("run", bundle, "good.png", "--point", "5,5", *given)
+        assert done.code == 2
+        assert contents(files) == before
+
+
+def test_what_was_made_from_images_is_no_image_of_a_folder(bundle: Path, files: Path) -> None:
+    import pydicom.data
+
+    Path("one").mkdir()
+    dicom(CT, Path("one/a.dcm"))
+    segmentation = pydicom.data.get_testdata_file("liver_1frame.dcm", download=False)
+    shutil.copy(segmentation, "one/seg.dcm")
+    done = call("run", bundle, "one", "--point", "5,5", "-o", "masks", "--json")
+    assert done.code == 0, done.err
+    assert [path.name for path in Path("masks").iterdir()] == ["a.dcm.mask.png"]
+    Path("one/a.dcm").unlink()
+    done = call("run", bundle, "one", "--point", "5,5", "-o", "masks")
+    assert done.code == 2
+    assert "one holds what was made from images, and no image" in done.error
+
+
+def test_a_slice_for_a_3d_network_is_one_line(bundle_3d: Path, files: Path) -> None:
+    done = call("run", bundle_3d, "volume.nii.gz", "--slice", 1, "--point", "5,5")
+    assert done.code == 2
+    assert "give it a volume, and prompts in voxels (without --slice)" in done.error
 
 
 def test_an_overlay_that_fails_leaves_no_half_written_file(

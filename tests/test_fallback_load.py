@@ -87,6 +87,20 @@ def test_a_chain_runs_the_decoders_parts_where_its_backend_has_them(bundle: Path
         assert session.degraded == "openvino: a click failed", "clicks need no whole decoder"
 
 
+def test_nan_in_the_image_part_is_the_backends_that_gave_it(bundle: Path) -> None:
+    with load(bundle, backend="openvino", fallback="onnxruntime") as session, load(bundle) as plain:
+        in_use = session.backend._in_use
+        real = in_use.decode_image
+        in_use.decode_image = lambda x: {k: v * np.nan for k, v in real(x).items()}
+        found = session.segment(session.encode(IMAGE), **POINTS)
+        assert (
+            found.degraded == "openvino: openvino gave an embedding with NaN or Inf: nothing "
+            "returned"
+        )
+        wanted = plain.segment(plain.encode(IMAGE), **POINTS)
+        np.testing.assert_allclose(found.low_res_logits, wanted.low_res_logits, atol=1e-4)
+
+
 def test_a_part_that_fails_is_made_up_for_by_the_whole_decoder(bundle: Path) -> None:
     chain = ("onnxruntime", "onnxruntime-cuda")
     with load(bundle, backend="openvino", fallback=chain) as session, load(bundle) as plain:

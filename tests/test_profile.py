@@ -130,6 +130,14 @@ def test_a_volume(bundle_of: Callable[[str], Path], tmp_path: Path) -> None:
     assert "has 4 slices; this network sees 6 at a time" in done.error
 
 
+def test_the_middle_of_a_volume_for_a_2d_network(bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(5, 40, 50)))
+    done = call("profile", bundle, "--image", tmp_path / "v.npy", "--runs", 2, "--json")
+    assert done.code == 0, done.err
+    assert done.json["work"] == "v.npy, 50×40"
+    assert done.err.count("were stretched") == 1
+
+
 def test_an_image(bundle: Path, tmp_path: Path) -> None:
     PIL.Image.fromarray(verify.seeded_image(90, 3)).save(tmp_path / "a.png")
     done = call("profile", bundle, "--runs", 1, "--image", tmp_path / "a.png", "--json")
@@ -297,6 +305,9 @@ def test_outputs_that_are_read_are_refused_first(
     done = call("profile", bundle, "--compare", before, "--html", before)
     assert done.code == 2
     assert "before.json is read, and cannot be written too" in done.error
+    done = call("profile", bundle, "-o", bundle / "manifest.json")
+    assert done.code == 2
+    assert "manifest.json is in the bundle, and would be lost" in done.error
     done = call("profile", bundle, "--html", "/dev/null")
     assert done.code == 2
     assert "/dev/null is no regular file" in done.error

@@ -196,8 +196,21 @@ def test_other_graphs_of_one_bundle_are_said() -> None:
     assert compare(profile(), other, "old.json", 1.1).differences == (
         "other graphs: decoder.onnx, gone.onnx",
     )
+    other["files_sha256"] = {"encoder.onnx": [1], "decoder.onnx": "9"}
+    assert compare(profile(), other, "old.json", 1.1).differences == ("other graphs: encoder.onnx",)
     del other["files_sha256"]
     assert compare(profile(), other, "old.json", 1.1).differences == ()
+
+
+def test_another_precision_is_no_other_bundle() -> None:
+    other = document(profile()) | {"encoder_sha256": "1"}
+    assert compare(profile(), other, "old.json", 1.1).differences == (
+        "another bundle of the same name: <b>&.medsa",
+    )
+    other["precision"] = "int8-cpu"
+    assert compare(profile(), other, "old.json", 1.1).differences == (
+        "another precision: int8-cpu then, fp32 now",
+    )
 
 
 def test_samples_against_themselves_have_ratio_one() -> None:

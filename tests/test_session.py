@@ -346,6 +346,14 @@ def test_a_label_map_counts_classes(two_classes, image) -> None:
         assert (labels[alone] == k + 1).all()
 
 
+def test_a_label_map_of_several_sets_marks_what_their_masks_do(two_classes, image) -> None:
+    """The highest logit is taken at the image's size, where masks are made too."""
+    boxes = np.array([[1.0, 1, 60, 80], [20, 3, 90, 81], [70, 30, 150, 110]])
+    prediction = two_classes.segment(two_classes.encode(image), box=boxes)
+    marked = prediction.label_map() > 0
+    np.testing.assert_array_equal(marked, prediction.masks.any(axis=(0, 1)))
+
+
 def test_a_label_map_counts_prompt_sets_of_one_class(session, image) -> None:
     prediction = session.segment(session.encode(image), points=POINTS)
     labels = prediction.label_map()
@@ -615,8 +623,8 @@ def test_a_failing_backend_is_a_device_error(session, image) -> None:
     [
         ({"backend": "cuda"}, UsageError, "unknown backend 'cuda'; there are: onnxruntime"),
         ({"precision": "int8"}, BundleError, "has no encoder in int8; it has: fp32"),
-        ({"threads": 0}, UsageError, "threads is 0, expected 1 or more"),
-        ({"threads": -2}, UsageError, "threads is -2, expected 1 or more"),
+        ({"threads": 0}, UsageError, "threads is 0, expected a whole number from 1 to 1024"),
+        ({"threads": -2}, UsageError, "threads is -2, expected a whole number from 1 to 1024"),
     ],
 )
 def test_options_that_cannot_be_used(bundle: Path, options, error: type, message: str) -> None:

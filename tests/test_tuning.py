@@ -149,7 +149,37 @@ def test_a_damaged_file_is_ignored(
     config.parent.mkdir(parents=True)
     config.write_text(text)
     assert tuning.stored(choice.encoder_sha256) is None
-    assert f"{config} is ignored: it cannot be read" in caplog.text
+    assert str(config) in caplog.text
+    assert "is ignored" in caplog.text
+    tuning.store(choice)
+    assert tuning.stored(choice.encoder_sha256) == choice
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"backend": "foo"},
+        {"backend": "auto"},
+        {"threads": -3},
+        {"threads": 10**30},
+        {"threads": 1.5},
+        {"later": 1},
+    ],
+    ids=str,
+)
+def test_an_odd_entry_spoils_no_other(
+    bundle: Path, config: Path, choice: Choice, odd: dict[str, object], caplog
+) -> None:
+    tuning.store(choice)
+    (good,) = json.loads(config.read_text())
+    entries = [good | odd, good | {"machine": "another"}]
+    config.write_text(json.dumps(entries))
+    assert len(tuning.choices()) == 1
+    assert f"{config}: an entry is ignored: entry 0" in caplog.text
+    with load(bundle, backend="auto") as session:
+        assert session.backend.name == "onnxruntime"
+    tuning.store(replace(choice, machine="a third"))
+    assert json.loads(config.read_text())[:2] == entries
     tuning.store(choice)
     assert tuning.stored(choice.encoder_sha256) == choice
 

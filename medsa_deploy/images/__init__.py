@@ -13,7 +13,7 @@ from .image import Image, Plane
 from .label_files import read_labels
 from .labels import Labels
 from .overlay import check_overlay_suffix, draw_overlay, write_overlay
-from .read import find_images, holds_volume, is_volume, read_image, read_volume
+from .read import find_images, holds_volume, is_derived, is_volume, read_image, read_volume
 from .volume import Volume
 from .write import (
     check_mask_suffix,
@@ -35,6 +35,7 @@ __all__ = [
     "draw_overlay",
     "find_images",
     "holds_volume",
+    "is_derived",
     "is_volume",
     "read_image",
     "read_labels",

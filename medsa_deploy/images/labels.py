@@ -81,7 +81,7 @@ def on_volume(labels: Labels, volume: Volume) -> tuple[np.ndarray, tuple[float, 
         return placed, _known_spacing(volume.affine)
     # A file that gives no spacing has 1.0, the same number in pixels.
     unplaced = volume.affine is None and volume.spacing_mm[:2] == (1.0, 1.0)
-    known = None if unplaced else volume.spacing_mm
+    known = _known_spacing(labels.affine) if unplaced else volume.spacing_mm
     if len(volume) == 1:
         placed = np.zeros(volume.shape, labels.values.dtype)
         volume.plane(placed, 0)[:] = on_picture(labels, volume.slice_size, volume.path)[0]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from medsa_deploy.errors import ImageError
+from medsa_deploy.errors import ImageError, MissingDependencyError
 
 from .files import suffix
 from .image import Image, check_image
@@ -128,6 +128,18 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
             f"{folder} holds no images: expected files ending in {', '.join(SUFFIXES)}"
         )
     return found
+
+
+def is_derived(path: Path) -> bool:
+    """Whether a file is a DICOM that was made from images: a segmentation, a map, a dose."""
+    if not _is_dicom(path):
+        return False
+    try:
+        from .series import is_derived_dicom
+
+        return is_derived_dicom(path)
+    except (ImageError, MissingDependencyError):  # said where it is read
+        return False
 
 
 def _looks_like_image(path: Path) -> bool:

@@ -76,6 +76,12 @@ def is_dicom_volume(path: Path) -> bool:
         return _is_image(header) and frame_count(header) > 1
 
 
+def is_derived_dicom(path: Path) -> bool:
+    """Whether a DICOM file was made from images."""
+    with reading(path, "DICOM"):
+        return str(load_header(path, HEADER).get("SOPClassUID", "")) in DERIVED
+
+
 def is_series(files: Iterable[Path]) -> bool:
     """Whether two of these DICOM files are slices of one series, or one holds several frames.
 

@@ -129,7 +129,9 @@ class FallbackBackend:
             split = splitting(backend)
             if split is None or isinstance(image_embeddings, DeviceArray):
                 return {}
-            return split.decode_image(image_embeddings)
+            found = split.decode_image(image_embeddings)
+            check_finite(backend, "an embedding", *found.values())
+            return found
 
         return {**self._tried(part), EMBEDDINGS: image_embeddings}
 

@@ -20,13 +20,14 @@ from . import tuning
 from .backend import PARTS, Backend
 from .fallback import FallbackBackend
 from .session import Session
+from .tuning import MOST_THREADS, TUNED
 
 if TYPE_CHECKING:
     from .openvino import OpenVINOBackend
 
 logger = logging.getLogger(__name__)
 
-CPU_BACKENDS = ("onnxruntime", "openvino")
+CPU_BACKENDS = TUNED
 BACKENDS = (*CPU_BACKENDS, "onnxruntime-cuda", *FLAVORS)
 DEFAULT = "onnxruntime"
 AUTO = "auto"
@@ -71,7 +72,7 @@ def load(
     """
     folder = Path(bundle)
     manifest = load_manifest(folder)
-    chain = (backend, *fallback)
+    chain = (backend, *([fallback] if isinstance(fallback, str) else fallback))
     for name in chain:
         check_options(name, threads, precision)
     if not (cuda_graphs or set(chain) & set(FLAVORS)):
@@ -149,8 +150,10 @@ def check_options(backend: str, threads: int | None, precision: str = "fp32") ->
         raise UsageError(f"unknown backend {backend!r}; there are: {', '.join((*BACKENDS, AUTO))}")
     if precision in COMPUTED and backend != "openvino":
         raise UsageError(f"{precision} is what OpenVINO can compute in: add --backend openvino")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, expected 1 or more")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise UsageError(
+            f"threads is {threads!r}, expected a whole number from 1 to {MOST_THREADS}"
+        )
 
 
 def files_precision(precision: str) -> str:

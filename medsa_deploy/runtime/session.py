@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
@@ -73,10 +74,11 @@ class Prediction:
         each with its best candidate.
         """
         if self.classes and self.masks.shape[1] > 1:
-            chosen = self.low_res_logits.max(axis=0)
+            sets = (transforms.upsample(one, self.frame) for one in self.low_res_logits)
+            logits = reduce(np.maximum, sets)
         else:
             chosen = self.low_res_logits[np.arange(len(self.best)), self.best]
-        logits = transforms.upsample(chosen, self.frame)
+            logits = transforms.upsample(chosen, self.frame)
         return transforms.label_map(logits, transforms.probability_to_logit(self.threshold))
 
 

@@ -12,11 +12,17 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from medsa_deploy import machine, strict_json
 from medsa_deploy.errors import BundleError, UsageError
 
 logger = logging.getLogger(__name__)
+
+Tuned = Literal["onnxruntime", "openvino"]
+TUNED: tuple[Tuned, ...] = get_args(Tuned)
+"""Backends on a processor, among which a choice is made."""
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,7 @@ class Choice:
     """The bundle's name then, for people."""
     machine: str
     """See `this_machine`."""
-    backend: str
+    backend: Tuned
     threads: int | None
     """None for all cores, as the backend counts them."""
     first_click_ms: float
@@ -49,16 +55,33 @@ def path() -> Path:
 
 
 def choices() -> list[Choice]:
-    """Everything that is stored; nothing, with a warning, where the file cannot be read."""
+    """Everything that is stored; what cannot be read is left out, with a warning."""
+    found = []
+    for i, entry in enumerate(_entries()):
+        try:
+            choice = strict_json.decode(Choice, entry, f"entry {i}")
+            if choice.threads is not None and not 1 <= choice.threads <= MOST_THREADS:
+                raise BundleError(f"entry {i} has {choice.threads} threads")
+        except BundleError as e:
+            logger.warning("%s: an entry is ignored: %s", path(), e)
+        else:
+            found.append(choice)
+    return found
+
+
+def _entries() -> list[Any]:
+    """What the file holds, unchecked; nothing, with a warning, where it cannot be read."""
     try:
         entries = json.loads(path().read_text(encoding="utf-8"))
-        found = [strict_json.decode(Choice, entry, f"entry {i}") for i, entry in enumerate(entries)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, RecursionError, BundleError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         logger.warning("%s is ignored: it cannot be read (%s)", path(), e)
         return []
-    return found
+    if isinstance(entries, list):
+        return entries
+    logger.warning("%s is ignored: it is not a list of choices", path())
+    return []
 
 
 def stored(encoder_sha256: str) -> Choice | None:
@@ -73,9 +96,14 @@ def stored(encoder_sha256: str) -> Choice | None:
 def store(choice: Choice) -> Path:
     """Add a choice, in place of an earlier one for the same encoder and machine; the file."""
     target = path()
-    same = (choice.encoder_sha256, choice.machine)
-    kept = [c for c in choices() if (c.encoder_sha256, c.machine) != same]
-    text = json.dumps([dataclasses.asdict(c) for c in (*kept, choice)], indent=2) + "\n"
+    made = dataclasses.asdict(choice)
+    key = ("encoder_sha256", "machine")
+    kept = [
+        entry
+        for entry in _entries()
+        if not (isinstance(entry, dict) and all(entry.get(name) == made[name] for name in key))
+    ]
+    text = json.dumps([*kept, made], indent=2) + "\n"
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

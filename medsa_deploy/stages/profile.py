@@ -173,6 +173,8 @@ def _check(bundle: Path, options: Options, outputs: Outputs) -> Manifest:
     written = [path for path in (outputs.json, outputs.html) if path is not None]
     for path in written:
         check_writable(path)
+        if path.exists() and bundle.resolve() in path.resolve().parents:
+            raise UsageError(f"{path} is in the bundle, and would be lost: name another output")
     # a profile may take the place of the one it is compared with
     image = Path(options.image) if options.image else None
     for out, read in ((outputs.html, outputs.other), (outputs.html, image), (outputs.json, image)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.errors import InputError, MissingDependencyError, PromptError, UsageError
+from medsa_deploy.errors import (
+    ImageError,
+    InputError,
+    MissingDependencyError,
+    PromptError,
+    UsageError,
+)
 from medsa_deploy.images import (
     Image,
     check_mask_suffix,
     check_overlay_suffix,
     find_images,
+    is_derived,
     read_image,
     write_mask,
     write_overlay,
@@ -113,16 +121,25 @@ def run(
         "multimask": multimask,
     }
 
+    chunk = session.manifest.network.chunk
+
     def segment(file: Path, targets: Outputs) -> Segmentation:
         found = read_image(file, axis=axis, index=index)
+        if chunk > 1:
+            raise UsageError(
+                f"this network sees {chunk} neighbouring slices at a time: give it a volume, and "
+                "prompts in voxels (without --slice)"
+            )
         embedding = session.encode(found, intensity_window=intensity_window)
         prediction = session.segment(embedding, **options)
         return _write(session, found, embedding, prediction, prompts, targets)
 
     if not image.is_dir():
-        _check_file_targets(image, outputs)
+        _check_file_targets(image, prompts.mask, outputs)
         return [segment(image, outputs)]
-    files = find_images(image)
+    files = [file for file in find_images(image) if not is_derived(file)]
+    if not files:
+        raise ImageError(f"{image} holds what was made from images, and no image")
     _check_folder_targets(image, outputs)
     results = []
     for done, file in enumerate(files):
@@ -147,13 +164,15 @@ def _write(
     labels = _labels(prediction)
     for path in _named(targets):
         path.parent.mkdir(exist_ok=True)
-    if targets.mask is not None:
-        write_mask(targets.mask, labels, image)
-    if targets.overlay is not None:
-        _write_overlay(targets.overlay, session, image, embedding, labels, prompts)
-    if targets.logits is not None:
-        with whole_file(targets.logits) as temporary:
-            np.save(temporary, prediction.low_res_logits)
+    with ExitStack() as written:  # so that there are all, or none
+        if targets.overlay is not None:
+            overlay = written.enter_context(whole_file(targets.overlay))
+            _write_overlay(overlay, session, image, embedding, labels, prompts)
+        if targets.logits is not None:
+            logits = written.enter_context(whole_file(targets.logits))
+            np.save(logits, prediction.low_res_logits)
+        if targets.mask is not None:
+            write_mask(targets.mask, labels, image)
     return _report(session, image, embedding, prediction, labels, targets)
 
 
@@ -239,13 +258,15 @@ def _named(outputs: Outputs) -> list[Path]:
     return [path for path in (outputs.mask, outputs.overlay, outputs.logits) if path is not None]
 
 
-def _check_file_targets(image: Path, outputs: Outputs) -> None:
+def _check_file_targets(image: Path, given: Path | None, outputs: Outputs) -> None:
     """Refuse outputs that one image cannot be written to, before anything is computed."""
     for path in _named(outputs):
         check_writable(path)
         if path.resolve() == image.resolve():
             raise UsageError(f"{path} is the input image: name another output")
-    if len(set(_named(outputs))) < len(_named(outputs)):
+        if given is not None and path.resolve() == given.resolve():
+            raise UsageError(f"{path} is the mask prompt: name another output")
+    if len({path.resolve() for path in _named(outputs)}) < len(_named(outputs)):
         raise UsageError("two outputs have the same name: give each its own")
     if outputs.mask is not None:
         check_mask_suffix(outputs.mask)

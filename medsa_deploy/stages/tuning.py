@@ -11,8 +11,8 @@ from time import perf_counter
 
 from medsa_deploy import machine, manifest
 from medsa_deploy.runtime import load, tuning
-from medsa_deploy.runtime.loading import CPU_BACKENDS, DEFAULT
-from medsa_deploy.runtime.tuning import Choice
+from medsa_deploy.runtime.loading import DEFAULT
+from medsa_deploy.runtime.tuning import TUNED, Choice, Tuned
 from medsa_deploy.timing import Work, run_once, seeded_work
 
 from .proof import Progress
@@ -24,7 +24,7 @@ SECONDS = 1.0
 MARGIN = 0.95
 """Of the default's time: what is not faster than this is not chosen over it."""
 
-Setting = tuple[str, int | None]
+Setting = tuple[Tuned, int | None]
 """A backend, and threads of a run."""
 
 
@@ -32,7 +32,7 @@ Setting = tuple[str, int | None]
 class Candidate:
     """A backend with a number of threads, measured."""
 
-    backend: str
+    backend: Tuned
     threads: int | None
     """None for all cores, as the backend counts them."""
     first_click_ms: float
@@ -89,7 +89,8 @@ def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
 
 def _settings() -> list[Setting]:
     """Backends and threads to try; the default first."""
-    there = [DEFAULT, *(b for b in CPU_BACKENDS if b != DEFAULT and find_spec(b) is not None)]
+    installed = [backend for backend in TUNED if find_spec(backend) is not None]
+    there = sorted(installed, key=lambda backend: backend != DEFAULT)
     fewer = dict.fromkeys(machine.cores() // part for part in (2, 4))
     threads = [None, *(count for count in fewer if count)]
     return [(backend, count) for backend in there for count in threads]
