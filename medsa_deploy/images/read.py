@@ -103,8 +103,14 @@ def holds_volume(path: str | os.PathLike[str], *, lone: bool = False) -> bool:
     """
     path = Path(path)
     if path.is_dir():
-        dicoms = [image for image in find_images(path) if _is_dicom(image)]
-        return bool(dicoms) and (lone or _is_volume(path, "series", dicoms))
+        images = find_images(path)
+        dicoms = [image for image in images if _is_dicom(image)]
+        try:
+            return bool(dicoms) and (lone or _is_volume(path, "series", dicoms))
+        except MissingDependencyError:
+            if len(dicoms) == len(images):
+                raise
+            return False  # the others can be read, and each of these says what it needs
     file_format = format_of(path)
     return (lone and file_format != "raster") or _is_volume(path, file_format, [])
 
