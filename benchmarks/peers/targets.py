@@ -182,8 +182,10 @@ def _next_click(result: Result) -> Target:
     fastest = min(times, key=lambda name: times[name]) if times else None
     value = times[fastest] if fastest else None
     eager = dict(_measured(result, CLICKED)).get(EAGER)
-    whole = f"; {EAGER}, the whole decoder: {eager['median_ms']['decoder']:.0f} ms" if eager else ""
-    note = f"{_short(fastest)}{whole}" if fastest else ""
+    note = _short(fastest) if fastest else ""
+    if value and eager:
+        whole = eager["median_ms"]["decoder"]
+        note += f", {value / whole:.2f} of {EAGER}'s whole decoder ({whole:.0f} ms)"
     name = f"{CLICKED}: the next click"
     return _target(name, "≤ 15 ms", value, value is not None and value <= 15, note)
 
