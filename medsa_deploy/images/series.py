@@ -79,7 +79,7 @@ def is_dicom_volume(path: Path) -> bool:
 def is_derived_dicom(path: Path) -> bool:
     """Whether a DICOM file was made from images."""
     with reading(path, "DICOM"):
-        return str(load_header(path, HEADER).get("SOPClassUID", "")) in DERIVED
+        return _is_derived(load_header(path, HEADER))
 
 
 def is_series(files: Iterable[Path]) -> bool:
@@ -199,8 +199,12 @@ def _volume(path: Path, stacked: Stack, axis: int | None, dataset: Any = None) -
 
 
 def _is_image(header: Any) -> bool:
-    derived = str(header.get("SOPClassUID", "")) in DERIVED
-    return not derived and bool(header.get("Rows")) and bool(header.get("Columns"))
+    has_pixels = bool(header.get("Rows")) and bool(header.get("Columns"))
+    return has_pixels and not _is_derived(header)
+
+
+def _is_derived(header: Any) -> bool:
+    return str(header.get("SOPClassUID", "")) in DERIVED
 
 
 def frame_of(path: Path, dataset: Any, frame: int | None = None) -> Frame:

@@ -89,19 +89,19 @@ def verify_bundle(
         on_step(f"run the {name} graphs in {backend}")
         chosen, recorded = _judged(made, name, to_run)
         some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
-        own: dict[str, Compared] = {}
-        with load(bundle, backend=backend, precision=name, threads=threads) as session:
-            role = OWN_ENCODERS.get(session.backend.name)
-            if role is not None and made.has(role, files_precision(name)):
-                own[role] = compare_all(session, some, wanted)
         with load(
             bundle, backend=backend, precision=name, threads=threads, portable=True
         ) as session:
-            compared = replace(compare_all(session, some, wanted), encoders=own)
-            comparisons = compared.comparisons
-            one = compared.summary(some, precision=name, backend=session.backend.name)
+            compared = compare_all(session, some, wanted)
+            comparisons, used = compared.comparisons, session.backend.name
             tf32 = session.backend.facts().get("tf32", False)
             worst = worst_mask(session, some, wanted, comparisons) if report else None
+        own: dict[str, Compared] = {}
+        role = OWN_ENCODERS.get(used)
+        if role is not None and made.has(role, files_precision(name)):
+            with load(bundle, backend=backend, precision=name, threads=threads) as session:
+                own[role] = compare_all(session, some, wanted)
+        one = replace(compared, encoders=own).summary(some, precision=name, backend=used)
         limits = engine_check.limits_of(name, recorded, tf32=tf32)
         dice = tuple(value for c in comparisons for value in c.mask_dice)
         results.append(Result(parity=one, limits=limits, mask_dice=dice, worst=worst))
