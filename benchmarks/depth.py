@@ -31,7 +31,7 @@ from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.graphs import OPSET, contract, export_encoder
 from medsa_deploy.exporters.reference import build_reference
-from medsa_deploy.graph.own_encoders import write_own_encoders
+from medsa_deploy.graph.backend_encoders import write_backend_encoders
 from medsa_deploy.stages import diagnose
 
 RESULT = Path(__file__).parent / "results" / "depth.json"
@@ -75,7 +75,7 @@ def export(checkpoint: Path, path: Path, *, depth: bool, folded: bool) -> Path:
     if folded:
         encoder = fold(reference).encoder
         files = export_encoder(encoder, contract(network)["encoder"], path, chunk=network.chunk)
-        return write_own_encoders(files).get("encoder-onnxruntime", path)
+        return write_backend_encoders(files).get("encoder-onnxruntime", path)
     side = network.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -34,7 +34,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from medsa_deploy import cuda, trt
+from medsa_deploy.nvidia import cuda, tensorrt_api
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -202,7 +202,7 @@ def profiled(
 ) -> dict[str, Any]:
     """A backend's profile, with what it says where it cannot run; engines are built first."""
     found: dict[str, Any] = {"backend": backend, "precision": precision}
-    if backend in trt.FLAVORS:
+    if backend in tensorrt_api.FLAVORS:
         found["engine"] = build(bundle, backend, precision)  # type: ignore[arg-type]
         if not found["engine"]["built"]:
             return found
@@ -223,7 +223,7 @@ def encoder_gflop(checkpoint: Path, bundle: Path) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medsa_deploy import manifest
+    from medsa_deploy.bundle import manifest
     from medsa_deploy.exporters.checkpoint import load_checkpoint
     from medsa_deploy.exporters.reference import build_reference
 
@@ -276,12 +276,12 @@ def export(folder: Path) -> Path:
     return folder / "a.medsa"
 
 
-def cases(flavors: list[trt.Flavor]) -> Iterator[tuple[trt.Flavor, str]]:
+def cases(flavors: list[tensorrt_api.Flavor]) -> Iterator[tuple[tensorrt_api.Flavor, str]]:
     """Every installed library with every precision that needs no images."""
     yield from ((flavor, precision) for flavor in flavors for precision in ("fp32", "fp16"))
 
 
-def build(bundle: Path, flavor: trt.Flavor, precision: str) -> dict[str, Any]:
+def build(bundle: Path, flavor: tensorrt_api.Flavor, precision: str) -> dict[str, Any]:
     """Build engines for this machine's GPU: what they are, or what was said instead."""
     device = cuda.device()
     assert device is not None
@@ -307,7 +307,7 @@ def for_current(bundle: Path) -> dict[str, Any]:
     )
     reached = [word for word in ("built", "loaded", "ready") if word in done.stdout.split()]
     return {
-        "targets": trt.ask("rtx").targets,
+        "targets": tensorrt_api.query_library("rtx").targets,
         "reached": reached,
         "exit_code": done.returncode,
         "said": (done.stdout + done.stderr).strip().splitlines()[-5:] if done.returncode else [],
@@ -347,15 +347,18 @@ def need(library: str, install: str) -> None:
         raise NotRun(f"{library} is not installed: {install}")
 
 
-def installed_flavors() -> list[trt.Flavor]:
+def installed_flavors() -> list[tensorrt_api.Flavor]:
     """TensorRT and TensorRT-RTX, as far as they are here."""
-    return [flavor for flavor in trt.FLAVORS if trt.installed(flavor)]
+    return [flavor for flavor in tensorrt_api.FLAVORS if tensorrt_api.installed(flavor)]
 
 
-def knows_this_gpu(flavor: trt.Flavor) -> bool:
+def knows_this_gpu(flavor: tensorrt_api.Flavor) -> bool:
     """Whether a library builds for the GPU that is here; TensorRT-RTX says for which it does."""
     device = cuda.device()
-    return flavor == "tensorrt" or (device and device.capability) in trt.ask(flavor).targets
+    return (
+        flavor == "tensorrt"
+        or (device and device.capability) in tensorrt_api.query_library(flavor).targets
+    )
 
 
 def onnxruntime_has_cuda() -> bool:

@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from medsa_deploy import cuda, transforms
-from medsa_deploy.cuda import Gpu
+from medsa_deploy import transforms
 from medsa_deploy.errors import MedsaError
 from medsa_deploy.kernels import cubins
 from medsa_deploy.kernels.axes import BLOCK, Launch
@@ -35,7 +34,9 @@ from medsa_deploy.kernels.preprocess import (
     preprocessing,
     reference,
 )
-from medsa_deploy.transforms import PROFILES, Frame
+from medsa_deploy.nvidia import cuda
+from medsa_deploy.nvidia.cuda import Gpu
+from medsa_deploy.transforms import PREPROCESSING, Frame
 
 WARM_UP, RUNS, REPEATS = 3, 20, 50
 """Samples that do not count, those that do, and launches in each."""
@@ -252,7 +253,7 @@ def frame_tools(case: FrameCase, torch_on: str) -> dict[str, Callable[[], Any]]:
 
     torch is antialiased as the kernel is; OpenCV averages areas to reduce, and else interpolates.
     """
-    pixels, row = frame_of(case), PROFILES[case.profile]  # type: ignore[index]
+    pixels, row = frame_of(case), PREPROCESSING[case.profile]  # type: ignore[index]
     given = Intensities(window=case.window)
     found = {"numpy": lambda: reference(pixels, case.profile, S, given)}  # type: ignore[arg-type]
     if row.mean is None or row.std is None:

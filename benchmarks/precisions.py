@@ -25,11 +25,13 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from medsa_deploy import load, manifest, metrics, stages
+from medsa_deploy import load, stages
+from medsa_deploy.bundle import manifest
+from medsa_deploy.evaluation import metrics
 from medsa_deploy.exporters.architecture import Overrides
-from medsa_deploy.stages.demo import CHUNK, CLASSES
-from medsa_deploy.stages.labelled import box_around
-from medsa_deploy.stages.template import axial_slice, file_in, structures, template
+from medsa_deploy.stages.demo.medsa import CHECKPOINT, CHUNK, CLASSES
+from medsa_deploy.stages.demo.mni_template import axial_slice, file_in, structures, template
+from medsa_deploy.stages.verify.drawn_prompts import box_around
 
 RESULT = Path(__file__).parent / "results" / "precisions.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-cpu")
@@ -58,7 +60,7 @@ MODELS = {
         masks={"white matter": 0, "brain": 0},
     ),
     "medsa_demo": Model(
-        checkpoint=Path(stages.__file__).parents[1] / stages.demo.CHECKPOINT,
+        checkpoint=Path(stages.__file__).parents[1] / CHECKPOINT,
         groups=(range(44, 52), range(88, 96), range(114, 122)),
         masks={name: CLASSES.index(name) for name in ("white matter", "grey matter", "brain")},
         overrides=Overrides(classes=len(CLASSES), class_names=CLASSES, depth_chunk=CHUNK),
@@ -72,7 +74,7 @@ def bundle_of(name: str, folder: Path) -> Path:
     bundle = folder / f"{name.lower()}.medsa"
     if not bundle.exists():
         print(f"{name}: export", file=sys.stderr)
-        stages.export(
+        stages.export_checkpoint(
             model.checkpoint,
             output=bundle,
             base=None,
@@ -87,7 +89,7 @@ def bundle_of(name: str, folder: Path) -> Path:
     ):
         if manifest.load(bundle).recipe(precision) is None:
             print(f"{name}: {precision}", file=sys.stderr)
-            stages.quantize(bundle, **options)
+            stages.quantize_bundle(bundle, **options)
     return bundle
 
 

@@ -28,7 +28,7 @@ from benchmarks.peers.rounds import Running, start, worker
 from benchmarks.peers.store import resumed, save
 from medsa_deploy import machine
 from medsa_deploy.exporters.architecture import Overrides
-from medsa_deploy.stages.demo import CLASSES
+from medsa_deploy.stages.demo.medsa import CLASSES
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 SIZES = (256, 512, 768, 1024)

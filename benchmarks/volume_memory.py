@@ -61,7 +61,7 @@ def bundle(folder: Path, image_size: int) -> None:
     state = seeded.state_dict(keys, 5, rel_pos_scale=0.2)
     path = folder / f"{image_size}.pth"
     torch.save({name: torch.from_numpy(value) for name, value in state.items()}, path)
-    stages.export(
+    stages.export_checkpoint(
         path,
         output=None,
         base=None,
@@ -123,7 +123,7 @@ def measure(bundle: str, volume: str, output: str, propagate: bool) -> dict[str,
         working = megabytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
-        found = stages.run_volume(
+        found = stages.segment_volume_file(
             session,
             Path(volume),
             structures(propagate),

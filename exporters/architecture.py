@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from medsa_deploy.bundle.manifest import Conventions, Family, Network, Outputs, RelPos, TwoWay
 from medsa_deploy.errors import CheckpointError, UsageError
-from medsa_deploy.manifest import Conventions, Family, Network, Outputs, RelPos, TwoWay
 
 from . import encoders, sizes
 from .checkpoint import Checkpoint

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from medsa_deploy.bundle.manifest import Source, sha256
 from medsa_deploy.errors import CheckpointError
-from medsa_deploy.manifest import Source, sha256
 
 from .lora import LoRA, merge
 from .shapes import Shapes

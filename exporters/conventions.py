@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
+from medsa_deploy.bundle.manifest import Conventions, Network, PointOrder, PreprocessingName
 from medsa_deploy.errors import UsageError
-from medsa_deploy.manifest import Conventions, Network, PointOrder, ProfileName
 from medsa_deploy.transforms import probability_to_logit
 
 from .guesses import Guess, Overrides
@@ -59,7 +59,7 @@ def conventions_of(
     )
 
 
-def _origin(network: Network, public_training: bool) -> tuple[ProfileName, PointOrder, str]:
+def _origin(network: Network, public_training: bool) -> tuple[PreprocessingName, PointOrder, str]:
     """Preprocessing, order of clicks, and what shows them."""
     if network.family == "litemedsam":
         return "litemedsam", "xy", "LiteMedSAM's network"

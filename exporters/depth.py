@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from medsa_deploy.bundle.manifest import DepthGrouping
 from medsa_deploy.errors import UsageError
-from medsa_deploy.manifest import DepthGrouping
 
 from .guesses import Guess, Overrides
 from .shapes import Shapes

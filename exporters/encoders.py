@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
+from medsa_deploy.bundle.manifest import EncoderKind
 from medsa_deploy.errors import CheckpointError, UsageError
-from medsa_deploy.manifest import EncoderKind
 
 from .guesses import Guess, Overrides
 from .shapes import Shapes

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medsa_deploy.bundle.manifest import GraphContract, Network, Role
+from medsa_deploy.bundle.manifest import Tensor as Contract
+from medsa_deploy.bundle.node_names import METADATA, innermost, node_name
 from medsa_deploy.errors import ParityError
-from medsa_deploy.manifest import Graph, Network, Role
-from medsa_deploy.manifest import Tensor as Contract
-from medsa_deploy.scopes import METADATA, innermost, node_name
 
 from .folded import FoldedNetwork
 from .folded.split import ImagePart
@@ -38,7 +38,7 @@ WIDTH = 256
 """Width of SAM's embeddings and prompt tokens."""
 
 
-def contract(network: Network) -> dict[str, Graph]:
+def contract(network: Network) -> dict[str, GraphContract]:
     """Tensor contract of encoder and decoder of a network."""
     side, g = network.image_size, network.embedding_size
     batch = network.slices or "B"
@@ -60,12 +60,12 @@ def contract(network: Network) -> dict[str, Graph]:
         Contract(name="iou_predictions", dtype="float32", shape=("max(E,P)", k)),
     )
     return {
-        "encoder": Graph(inputs=(image,), outputs=(made,)),
-        "decoder": Graph(inputs=(given, *prompts), outputs=results),
+        "encoder": GraphContract(inputs=(image,), outputs=(made,)),
+        "decoder": GraphContract(inputs=(given, *prompts), outputs=results),
     }
 
 
-def parts_contract(part: ImagePart, decoder: Graph) -> dict[str, Graph]:
+def parts_contract(part: ImagePart, decoder: GraphContract) -> dict[str, GraphContract]:
     """Tensor contract of the decoder's parts; it depends on the widths of the first block."""
     given, coords, labels, *_ = decoder.inputs
     tokens = int(given.shape[2]) * int(given.shape[3])
@@ -86,14 +86,14 @@ def parts_contract(part: ImagePart, decoder: Graph) -> dict[str, Graph]:
     }
     between = tuple(Contract(name=n, dtype="float32", shape=s) for n, s in shapes.items())
     return {
-        "decoder-image": Graph(inputs=(given,), outputs=between),
-        "decoder-click": Graph(inputs=(*between, coords, labels), outputs=decoder.outputs),
+        "decoder-image": GraphContract(inputs=(given,), outputs=between),
+        "decoder-click": GraphContract(inputs=(*between, coords, labels), outputs=decoder.outputs),
     }
 
 
 def export_graphs(
     folded: FoldedNetwork,
-    graphs: Mapping[str, Graph],
+    graphs: Mapping[str, GraphContract],
     folder: Path,
     *,
     chunk: int = 1,
@@ -121,12 +121,14 @@ def export_graphs(
     return files
 
 
-def export_encoder(encoder: nn.Module, graph: Graph, path: Path, *, chunk: int = 1) -> list[Path]:
+def export_encoder(
+    encoder: nn.Module, graph: GraphContract, path: Path, *, chunk: int = 1
+) -> list[Path]:
     """Write an encoder that sees `chunk` slices together; its files, the ONNX file first."""
     return _export(encoder, graph, path, batch=2 * chunk)
 
 
-def _export(module: nn.Module, graph: Graph, path: Path, *, batch: int = 2) -> list[Path]:
+def _export(module: nn.Module, graph: GraphContract, path: Path, *, batch: int = 2) -> list[Path]:
     """One module as an ONNX file, and its weights' file where they are too large for one."""
     examples = tuple(_example(tensor, batch) for tensor in graph.inputs)
     dynamic = tuple(
@@ -197,7 +199,7 @@ def _name_nodes(model: Any) -> None:
         node.metadata_props[METADATA] = scopes
 
 
-def _name_axes(model: Any, graph: Graph) -> None:
+def _name_axes(model: Any, graph: GraphContract) -> None:
     """Give the graph's outputs the contract's axis names; ParityError where a shape differs."""
     values = [*model.graph.inputs, *model.graph.outputs]
     for value, tensor in zip(values, (*graph.inputs, *graph.outputs), strict=True):

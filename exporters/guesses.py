@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medsa_deploy.manifest import (
+from medsa_deploy.bundle.manifest import (
     DepthGrouping,
     PointFrame,
     PointOrder,
-    ProfileName,
+    PreprocessingName,
     PromptScope,
 )
 
@@ -30,7 +30,7 @@ class Overrides:
     slices: int | None = None
     """Slices the encoder takes, with a `depth_chunk` of `none`."""
     sd_trans: DepthGrouping | None = None
-    preprocess: ProfileName | None = None
+    preprocess: PreprocessingName | None = None
     intensity_window: tuple[float, float] | None = None
     point_order: PointOrder | None = None
     point_frame: PointFrame | None = None

@@ -13,7 +13,7 @@ from math import isqrt
 
 from torch import Tensor
 
-from medsa_deploy.manifest import DepthGrouping, Network
+from medsa_deploy.bundle.manifest import DepthGrouping, Network
 
 
 @dataclass(frozen=True, kw_only=True)

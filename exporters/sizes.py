@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
+from medsa_deploy.bundle.manifest import TwoWay
 from medsa_deploy.errors import CheckpointError
-from medsa_deploy.manifest import TwoWay
 
 from .shapes import Shapes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medsa_deploy.resampling import Taps
+from medsa_deploy.transforms.resampling import Taps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

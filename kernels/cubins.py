@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medsa_deploy import manifest
-from medsa_deploy.bundle import new_bundle
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.folder import new_bundle
+from medsa_deploy.bundle.strict_json import decode
 from medsa_deploy.errors import BundleError, UsageError
-from medsa_deploy.strict_json import decode
 
 from .compilers import HEADER, STANDARD, Compiler, find_compiler
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from medsa_deploy import transforms
 from medsa_deploy.errors import UsageError
-from medsa_deploy.resampling import bilinear_taps, compose, crop
 from medsa_deploy.transforms import Frame
+from medsa_deploy.transforms.resampling import bilinear_taps, compose, crop
 
 from .axes import AxisParameters, AxisTable, Launch, axis_table, tiles
 

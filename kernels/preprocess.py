@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from medsa_deploy import transforms
+from medsa_deploy.bundle.manifest import PreprocessingName
 from medsa_deploy.errors import UsageError
-from medsa_deploy.manifest import ProfileName
-from medsa_deploy.resampling import area_taps, cubic_taps
-from medsa_deploy.transforms import PROFILES, Frame
+from medsa_deploy.transforms import PREPROCESSING, Frame
+from medsa_deploy.transforms.resampling import area_taps, cubic_taps
 
 from .axes import AxisParameters, AxisTable, Launch, axis_table, fixed_point, pillow_taps, tiles
 
@@ -141,7 +141,7 @@ class Preprocessing:
 
 def preprocessing(
     frame_format: FrameFormat,
-    profile: ProfileName,
+    profile: PreprocessingName,
     network_size: int,
     intensities: Intensities,
     *,
@@ -152,7 +152,7 @@ def preprocessing(
     half: float16 instead of float32. UsageError for intensities that the profile cannot take.
     """
     _check(frame_format, profile, intensities)
-    row = PROFILES[profile]
+    row = PREPROCESSING[profile]
     levels = frame_format.element == "uint8" and intensities.plain
     size = frame_format.height, frame_format.width
     frame = transforms.frame_of(size, profile, network_size)
@@ -191,7 +191,7 @@ def preprocessing(
 
 def reference(
     pixels: NDArray[np.generic],
-    profile: ProfileName,
+    profile: PreprocessingName,
     network_size: int,
     intensities: Intensities,
     *,
@@ -213,7 +213,7 @@ def shown(pixels: NDArray[np.generic], intensities: Intensities) -> NDArray[np.g
     return 255 - values if intensities.inverted else values
 
 
-def _check(frame_format: FrameFormat, profile: ProfileName, intensities: Intensities) -> None:
+def _check(frame_format: FrameFormat, profile: PreprocessingName, intensities: Intensities) -> None:
     if min(frame_format.height, frame_format.width) < 1:
         raise UsageError(f"a frame has at least one pixel, not {frame_format}")
     size = np.dtype(frame_format.element).itemsize
@@ -236,7 +236,7 @@ def _check(frame_format: FrameFormat, profile: ProfileName, intensities: Intensi
         )
     display = frame_format.element == "uint8" and intensities.plain
     if intensities.window is None and not display:
-        if not PROFILES[profile].min_max:
+        if not PREPROCESSING[profile].min_max:
             raise UsageError(
                 f"preprocessing {profile} takes display values 0…255: give an intensity window"
             )
@@ -244,9 +244,9 @@ def _check(frame_format: FrameFormat, profile: ProfileName, intensities: Intensi
             raise UsageError("values without a window cannot be inverted: give one")
 
 
-def _table(profile: ProfileName, n: int, m: int, *, levels: bool) -> AxisTable:
+def _table(profile: PreprocessingName, n: int, m: int, *, levels: bool) -> AxisTable:
     """The profile's filter on one axis, with the weights of the entry that will read it."""
-    filter_ = PROFILES[profile].filter
+    filter_ = PREPROCESSING[profile].filter
     if filter_ == "bilinear":
         taps = pillow_taps(n, m)
         if levels:
@@ -256,9 +256,9 @@ def _table(profile: ProfileName, n: int, m: int, *, levels: bool) -> AxisTable:
     return axis_table(taps, n, np.float64 if levels else np.float32)
 
 
-def _rounding(profile: ProfileName, frame: Frame) -> int:
+def _rounding(profile: PreprocessingName, frame: Frame) -> int:
     """How whole grey levels are made of a resized uint8 image, as in `resampling.resize`."""
-    if PROFILES[profile].filter == "cubic":
+    if PREPROCESSING[profile].filter == "cubic":
         return TRUNCATE
     (height, width), (h, w) = frame.image_size, frame.content_size
     return HALF_UP if (height, width) == (2 * h, 2 * w) else HALF_EVEN

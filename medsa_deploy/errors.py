@@ -120,3 +120,9 @@ class DeviceMemoryError(DeviceError):
 
 class DeviceLostError(DeviceError):
     """The device cannot be used any more in this process: reset, unplugged, or a fault in it."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library said, as one line of bounded length; its type where it said nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"

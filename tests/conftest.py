@@ -11,8 +11,9 @@ from command_line import call
 from golden_cases import GoldenCase, export_options
 from hypothesis import settings
 
-from medsa_deploy import cuda, stages
+from medsa_deploy import stages
 from medsa_deploy.exporters.architecture import Overrides
+from medsa_deploy.nvidia import cuda
 
 Maker = Callable[[str], Path]
 
@@ -92,7 +93,7 @@ def sam_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = GoldenCase("medsa_hyp_2d").state_dict.items()
     state = {k: torch.from_numpy(v) for k, v in tensors if "_Adapter." not in k}
     torch.save(state, folder / "sam.pth")
-    return stages.export(
+    return stages.export_checkpoint(
         folder / "sam.pth",
         output=None,
         base=None,

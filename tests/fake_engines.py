@@ -10,20 +10,23 @@ import numpy as np
 from fake_gpu import DEVICE, Machine
 from fake_network import SIDE, BrightPixels, bright_pixels
 
-from medsa_deploy import engine, manifest, verify
-from medsa_deploy.engine import Engine, EngineFile, Options, Range
-from medsa_deploy.manifest import File, Manifest
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import File, Manifest
+from medsa_deploy.evaluation.cases import seeded_case
+from medsa_deploy.evaluation.parity import run_case, save_reference
+from medsa_deploy.nvidia import engines
+from medsa_deploy.nvidia.engines import AxisRange, Engine, EngineFile, EngineOptions
 
 
-def describe(flavor: str = "tensorrt", **sizes: Range) -> Options:
+def describe(flavor: str = "tensorrt", **sizes: AxisRange) -> EngineOptions:
     """Options of engines for a batch of 1…2, 1…3 prompts and 1…4 points."""
     ranges = {
-        "batch": Range(min=1, opt=1, max=2),
-        "points": Range(min=1, opt=2, max=4),
-        "prompts": Range(min=1, opt=1, max=3),
-        "embeddings": Range(min=1, opt=1, max=1),
+        "batch": AxisRange(min=1, opt=1, max=2),
+        "points": AxisRange(min=1, opt=2, max=4),
+        "prompts": AxisRange(min=1, opt=1, max=3),
+        "embeddings": AxisRange(min=1, opt=1, max=1),
     }
-    return Options(
+    return EngineOptions(
         flavor=flavor,
         precision="fp32",
         targets=(DEVICE.capability,),
@@ -35,7 +38,7 @@ def describe(flavor: str = "tensorrt", **sizes: Range) -> Options:
     )
 
 
-def write(folder: Path, made: Manifest, options: Options, version: str = "10.13.0") -> Path:
+def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "10.13.0") -> Path:
     """A folder of engines that `Machine.functions` computes."""
     folder.mkdir(parents=True)
     files = []
@@ -49,7 +52,7 @@ def write(folder: Path, made: Manifest, options: Options, version: str = "10.13.
                 bytes=path.stat().st_size,
                 sha256=manifest.sha256(path),
                 sources={},
-                profile=engine.profile(made.graphs[role].inputs, options),
+                profile=engines.profile(made.graphs[role].inputs, options),
                 attention="unknown",
                 seconds=1.0,
             )
@@ -57,7 +60,7 @@ def write(folder: Path, made: Manifest, options: Options, version: str = "10.13.
     described = Engine(
         options=options, version=version, device=None, state="built", files=tuple(files)
     )
-    engine.save(described, folder)
+    engines.save(described, folder)
     return folder
 
 
@@ -97,8 +100,8 @@ def bundle_of(machine: Machine, folder: Path) -> Path:
     """A bundle of bright pixels with TensorRT's engines. Its ONNX files are none."""
     plain = session_of(machine)
     folder.mkdir()
-    case = verify.seeded_case(SIDE, None, 1)
-    verify.save_reference(folder / "reference.npz", case, verify.run_case(plain, case))
+    case = seeded_case(SIDE, None, 1)
+    save_reference(folder / "reference.npz", case, run_case(plain, case))
     files = []
     for role, name in (
         ("encoder", "encoder.onnx"),

@@ -21,10 +21,10 @@ import cuda_on_host
 import numpy as np
 import pytest
 
-from medsa_deploy import cuda
 from medsa_deploy.kernels import postprocess, preprocess
 from medsa_deploy.kernels.axes import BLOCK, Launch
-from medsa_deploy.runtime import trt
+from medsa_deploy.nvidia import cuda
+from medsa_deploy.runtime.backends import tensorrt
 
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
 Function = Callable[..., dict[str, np.ndarray]]
@@ -456,6 +456,6 @@ def install(
         monkeypatch.delitem(sys.modules, other, raising=False)
     monkeypatch.setitem(sys.modules, name, tensorrt_runtime(machine, name, version))
     monkeypatch.setattr(cuda, "device", lambda: DEVICE)
-    monkeypatch.setattr(trt, "cubin", lambda source, target, bundle: source.encode())
+    monkeypatch.setattr(tensorrt, "cubin", lambda source, target, bundle: source.encode())
     cuda._primary_context.cache_clear()
     return machine

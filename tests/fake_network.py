@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from medsa_deploy.bundle.manifest import Conventions, Manifest, Network, Source
 from medsa_deploy.exporters.graphs import contract
-from medsa_deploy.manifest import Conventions, Manifest, Network, Source
 from medsa_deploy.runtime import Session
-from medsa_deploy.transforms import BOX_LABELS
+from medsa_deploy.transforms.prompts import BOX_LABELS
 
 GRID, SIDE = 15, 60
 SHAPE = (12, 20, 4)

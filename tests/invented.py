@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from golden_cases import GoldenCase, seeded
 
+from medsa_deploy.bundle.manifest import Source
 from medsa_deploy.exporters.checkpoint import Checkpoint
-from medsa_deploy.manifest import Source
 
 Keys = dict[str, tuple[int, ...]]
 Rows = Sequence[int | None]

@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from test_volumes_dicom import save, slices
 
-from medsa_deploy import load, metrics, read_image, verify
+from medsa_deploy import load, read_image
+from medsa_deploy.evaluation import metrics
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.images import read_volume, write_segmentation
-from medsa_deploy.stages.labelled import box_around, next_click
-from medsa_deploy.stages.pairs import pair_files
+from medsa_deploy.stages.verify.drawn_prompts import box_around, next_click
+from medsa_deploy.stages.verify.matched_files import pair_files
 
 HEIGHT, WIDTH = 90, 130
-IMAGE = verify.seeded_image(WIDTH, 3)[:HEIGHT]
+IMAGE = seeded_image(WIDTH, 3)[:HEIGHT]
 AFFINE = np.diag([0.8, 0.7, 5.0, 1.0])
 
 
@@ -59,7 +61,7 @@ def nifti(path: str, values: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
 
 def volume() -> np.ndarray:
     """(64, 48, 6) uint8, no slice like another."""
-    return np.stack([verify.seeded_image(64, k)[:, :48, 0] for k in range(6)], axis=-1)
+    return np.stack([seeded_image(64, k)[:, :48, 0] for k in range(6)], axis=-1)
 
 
 def volume_labels() -> np.ndarray:

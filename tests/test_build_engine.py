@@ -17,9 +17,14 @@ import pytest
 from command_line import accept_changes, call, contents, copied, edit_manifest
 from test_interrupt import begun, ended
 
-from medsa_deploy import cuda, engine, manifest, stages, verify
+from medsa_deploy import stages
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import EngineDeviceError
-from medsa_deploy.stages import engine_plan, engines
+from medsa_deploy.evaluation.cases import seeded_image
+from medsa_deploy.nvidia import cuda
+from medsa_deploy.nvidia import engines as engine
+from medsa_deploy.stages.build_engine import build, plan
+from medsa_deploy.stages.verify.engine_check import engine_states
 
 pytestmark = pytest.mark.tensorrt
 TARGETS = "sm75+sm80+sm86+sm89+sm120+sm121"
@@ -145,7 +150,7 @@ def test_engines_of_a_changed_graph_are_built_again(built: Path, tmp_path: Path)
     assert refused.code == 2
     assert "encoder.onnx is not the file the manifest describes" in refused.error
     accept_changes(copy)
-    states = engines.engine_states(copy, manifest.load(copy))
+    states = engine_states(copy, manifest.load(copy))
     assert "out of date" in states[0].state
     done = call("build-engine", copy, "--fp32", "--flavor", "rtx", "--target", "sm86")
     assert done.code == 0, done.err
@@ -236,9 +241,9 @@ def test_padded_prompts_have_one_length(bundle: Path, tmp_path: Path) -> None:
 def test_blocks_kept_in_float32_leave_turing_out(bundle: Path, tmp_path: Path) -> None:
     made = manifest.load(bundle)
     recipe = manifest.Recipe(precision="fp16", float32_blocks=("encoder blocks.1",))
-    assert not engine_plan._has_float32(made, "fp16")
-    assert engine_plan._has_float32(replace(made, recipes=(recipe,)), "fp16")
-    assert engine_plan._has_float32(made, "fp32")
+    assert not plan._has_float32(made, "fp16")
+    assert plan._has_float32(replace(made, recipes=(recipe,)), "fp16")
+    assert plan._has_float32(made, "fp32")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -272,12 +277,12 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     copy = copied(bundle, tmp_path)
     before = contents(copy)
-    real = engines.builder.Job
+    real = build.builder.Job
 
     def onto_a_full_disk(**given):
         return real(**given | {"output": "/dev/full"})
 
-    monkeypatch.setattr(engines.builder, "Job", onto_a_full_disk)
+    monkeypatch.setattr(build.builder, "Job", onto_a_full_disk)
     done = call("build-engine", copy, "--fp32", "--flavor", "rtx", "--target", "sm86")
     assert done.code == 2
     assert done.err.endswith("error: No space left on device: /dev/full\n")
@@ -298,7 +303,7 @@ def test_a_damaged_graph_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_engines_that_were_built_are_loadable_where_they_fit(built: Path) -> None:
     (folder,) = built.glob("engines/*")
-    made, library = manifest.load(built), engine_plan.trt.ask("rtx")
+    made, library = manifest.load(built), plan.trt.ask("rtx")
     there = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
     found = engine.check_loadable(folder, made, library=library, device=there)
     assert found.version == library.version
@@ -311,9 +316,7 @@ def test_int8_is_calibrated_and_built_in_one_go(bundle: Path, tmp_path: Path) ->
     copy = copied(bundle, tmp_path)
     (tmp_path / "images").mkdir()
     for i in range(4):
-        PIL.Image.fromarray(np.asarray(verify.seeded_image(200, i))).save(
-            tmp_path / "images" / f"{i}.png"
-        )
+        PIL.Image.fromarray(np.asarray(seeded_image(200, i))).save(tmp_path / "images" / f"{i}.png")
     done = call("build-engine", copy, "--int8", "--calibration", tmp_path / "images", "--json")
     assert done.code == 0, done.err
     assert done.json["plan"]["folder"].endswith(f"engines/rtx-int8-{TARGETS}")

@@ -12,22 +12,24 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from medsa_deploy import builder, engine, manifest
-from medsa_deploy.builder import Job
-from medsa_deploy.engine import Options, Range
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import BuildError, BundleError
+from medsa_deploy.nvidia import engine_builder
+from medsa_deploy.nvidia import engines as engine
+from medsa_deploy.nvidia.engine_builder import Job
+from medsa_deploy.nvidia.engines import AxisRange, EngineOptions
 
 pytestmark = pytest.mark.tensorrt
 
-ONE = Range(min=1, opt=1, max=1)
-OPTIONS = Options(
+ONE = AxisRange(min=1, opt=1, max=1)
+OPTIONS = EngineOptions(
     flavor="rtx",
     precision="fp32",
     targets=("sm86", "sm120"),
-    batch=Range(min=1, opt=1, max=2),
-    points=Range(min=1, opt=2, max=7),
-    prompts=Range(min=1, opt=1, max=3),
-    embeddings=Range(min=1, opt=1, max=3),
+    batch=AxisRange(min=1, opt=1, max=2),
+    points=AxisRange(min=1, opt=2, max=7),
+    prompts=AxisRange(min=1, opt=1, max=3),
+    embeddings=AxisRange(min=1, opt=1, max=3),
     tf32=True,
     fused_attention=True,
     workspace_gb=None,
@@ -43,10 +45,10 @@ ENCODERS = (
 )
 
 
-def job_of(bundle: Path, role: str, output: Path, options: Options = OPTIONS) -> Job:
+def job_of(bundle: Path, role: str, output: Path, options: EngineOptions = OPTIONS) -> Job:
     made = manifest.load(bundle)
     chunk = made.network.chunk
-    options = replace(options, batch=Range(min=chunk, opt=chunk, max=2 * chunk))
+    options = replace(options, batch=AxisRange(min=chunk, opt=chunk, max=2 * chunk))
     return Job(
         onnx=str(bundle / made.file(role, options.precision).path),
         output=str(output),
@@ -82,7 +84,9 @@ def attention_graph(path: Path) -> Job:
 def test_encoders_build(name: str, bundle_of, tmp_path: Path) -> None:
     percents: list[int] = []
     output = tmp_path / "encoder.engine"
-    done = builder.build(job_of(bundle_of(name), "encoder", output), on_progress=percents.append)
+    done = engine_builder.build(
+        job_of(bundle_of(name), "encoder", output), on_progress=percents.append
+    )
     assert output.stat().st_size > 1e6
     assert done.seconds > 0
     assert percents == sorted(set(percents))
@@ -93,7 +97,7 @@ def test_a_decoder_without_mask_inputs_builds(bundle_of, tmp_path: Path) -> None
     output = tmp_path / "decoder.engine"
     job = job_of(bundle_of("medsa_efficient"), "decoder", output)
     assert set(job.profile) == {"image_embeddings", "point_coords", "point_labels"}
-    builder.build(job)
+    engine_builder.build(job)
     assert output.exists()
 
 
@@ -102,17 +106,17 @@ def test_a_decoder_builds_with_every_axis_dynamic(bundle_of, tmp_path: Path) -> 
     job = job_of(bundle_of("medsa_hyp_2d"), "decoder", output)
     assert job.profile["point_coords"] == ((1, 1, 2), (1, 2, 2), (3, 7, 2))
     assert job.profile["image_embeddings"][2][0] == 3
-    builder.build(job)
+    engine_builder.build(job)
     assert output.stat().st_size > 1e7
 
 
 def test_attention_is_fused_unless_it_is_to_stay_plain(tmp_path: Path) -> None:
     """The engine carries the sources of its kernels, fused attention among them."""
     job = attention_graph(tmp_path / "attention.onnx")
-    assert builder.build(job).attention == "fused"
+    assert engine_builder.build(job).attention == "fused"
     plain = replace(job, options=replace(OPTIONS, fused_attention=False))
-    assert builder.build(plain).attention == "plain"
-    assert builder.FUSED_KERNEL not in Path(job.output).read_bytes()
+    assert engine_builder.build(plain).attention == "plain"
+    assert engine_builder.FUSED_KERNEL not in Path(job.output).read_bytes()
 
 
 def test_tf32_is_a_flag_of_the_engine(tmp_path: Path) -> None:
@@ -134,7 +138,7 @@ def test_tf32_is_a_flag_of_the_engine(tmp_path: Path) -> None:
             options=replace(OPTIONS, tf32=tf32),
             profile={"x": ((64, 128),) * 3},
         )
-        builder.build(job)
+        engine_builder.build(job)
         engines.append(Path(job.output).read_bytes())
     assert engines[0] == engines[1]
     assert engines[0] != engines[2]
@@ -144,7 +148,7 @@ def test_a_workspace_that_is_too_small_is_the_builders_complaint(tmp_path: Path,
     options = replace(OPTIONS, workspace_gb=1 / 1024)
     job = job_of(bundle, "encoder", tmp_path / "encoder.engine", options)
     with pytest.raises(BuildError, match=r"cannot build encoder.onnx: .*workspace"):
-        builder.build(job)
+        engine_builder.build(job)
     assert not Path(job.output).exists()
 
 
@@ -153,7 +157,7 @@ def test_a_damaged_graph_is_named_in_one_line(bundle: Path, tmp_path: Path) -> N
     (tmp_path / "encoder.onnx").write_bytes(whole[: len(whole) // 2])
     job = job_of(bundle, "encoder", tmp_path / "encoder.engine")
     with pytest.raises(BundleError) as caught:
-        builder.build(replace(job, onnx=str(tmp_path / "encoder.onnx")))
+        engine_builder.build(replace(job, onnx=str(tmp_path / "encoder.onnx")))
     assert "encoder.onnx cannot be parsed by TensorRT-RTX: " in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -164,13 +168,13 @@ def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
     model.graph.node[2].op_type = "Frobnicate"
     onnx.save(model, job.onnx)
     with pytest.raises(BundleError, match=r"cannot be parsed by TensorRT-RTX: .*Frobnicate"):
-        builder.build(job)
+        engine_builder.build(job)
 
 
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
     job = attention_graph(tmp_path / "attention.onnx")
     with pytest.raises(OSError, match="No space left") as caught:
-        builder.build(replace(job, output="/dev/full"))
+        engine_builder.build(replace(job, output="/dev/full"))
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
@@ -185,7 +189,7 @@ def test_an_interrupt_ends_the_builder(bundle: Path, tmp_path: Path) -> None:
 
     job = job_of(bundle, "encoder", tmp_path / "encoder.engine")
     with pytest.raises(KeyboardInterrupt):
-        builder.build(job, on_progress=interrupt)
+        engine_builder.build(job, on_progress=interrupt)
     assert children
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert not Path(job.output).exists()
@@ -200,4 +204,4 @@ def test_a_builder_that_was_killed_is_explained(bundle: Path, tmp_path: Path) ->
         os.kill(int(children[-1]), 9)
 
     with pytest.raises(BuildError, match="it was killed, most likely for want of memory"):
-        builder.build(job, on_progress=kill)
+        engine_builder.build(job, on_progress=kill)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from medsa_deploy import bundle, manifest
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.folder import check_target, new_bundle
 from medsa_deploy.errors import UsageError
 
 MANIFEST = {"schema": 1, "files": []}
@@ -39,7 +40,7 @@ def earlier(target: Path) -> Path:
 
 
 def test_a_bundle_takes_its_name_when_it_is_whole(target: Path) -> None:
-    with bundle.new_bundle(target) as folder:
+    with new_bundle(target) as folder:
         assert folder.parent == target.parent  # renaming across file systems is not possible
         assert folder.name.startswith(".")
         write(folder, "new")
@@ -49,7 +50,7 @@ def test_a_bundle_takes_its_name_when_it_is_whole(target: Path) -> None:
 
 
 def test_an_earlier_bundle_stays_until_the_new_one_is_whole(target: Path, earlier: Path) -> None:
-    with bundle.new_bundle(target) as folder:
+    with new_bundle(target) as folder:
         write(folder, "new")
         assert names(earlier) == {"manifest.json", "earlier"}
     assert names(target) == {"manifest.json", "new"}
@@ -59,7 +60,7 @@ def test_an_earlier_bundle_stays_until_the_new_one_is_whole(target: Path, earlie
 def test_a_bundle_is_as_readable_as_any_folder(target: Path) -> None:
     before = os.umask(0o027)
     try:
-        with bundle.new_bundle(target):
+        with new_bundle(target):
             pass
         assert os.umask(0o027) == 0o027
     finally:
@@ -77,7 +78,7 @@ def test_what_ends_early_leaves_nothing(
     before = names(target.parent)
 
     def half() -> None:
-        with bundle.new_bundle(target) as folder:
+        with new_bundle(target) as folder:
             write(folder, "half")
             (folder / "engines").mkdir()
             raise error
@@ -101,7 +102,7 @@ def test_an_interrupt_between_the_two_renames_keeps_the_earlier_bundle(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), bundle.new_bundle(target) as folder:
+    with pytest.raises(KeyboardInterrupt), new_bundle(target) as folder:
         write(folder, "new")
     assert names(target) == {"manifest.json", "earlier"}
     assert names(target.parent) == {"a.medsa"}
@@ -118,7 +119,7 @@ def test_an_earlier_bundle_that_cannot_be_put_back_is_not_deleted(
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="gone"), bundle.new_bundle(target) as folder:
+    with pytest.raises(OSError, match="gone"), new_bundle(target) as folder:
         write(folder, "new")
     (aside,) = target.parent.iterdir()
     assert names(aside / "a.medsa") == {"manifest.json", "earlier"}
@@ -126,15 +127,15 @@ def test_an_earlier_bundle_that_cannot_be_put_back_is_not_deleted(
 
 @pytest.mark.parametrize("force", [True, False])
 def test_a_free_name_can_be_written(target: Path, force: bool) -> None:
-    bundle.check_target(target, force=force)
+    check_target(target, force=force)
 
 
 @pytest.mark.parametrize("content", [MANIFEST, {"schema": 99, "files": [], "more": 1}])
 def test_a_bundle_of_any_version_is_replaced_by_force_alone(target: Path, content: object) -> None:
     write(target, "earlier", content)
     with pytest.raises(UsageError, match=r"a\.medsa exists: replace it with --force, or name"):
-        bundle.check_target(target, force=False)
-    bundle.check_target(target, force=True)
+        check_target(target, force=False)
+    check_target(target, force=True)
 
 
 def web_app(target: Path) -> None:
@@ -161,15 +162,15 @@ def web_app(target: Path) -> None:
 def test_what_is_not_a_bundle_is_never_replaced(target: Path, make, force: bool) -> None:
     make(target)
     with pytest.raises(UsageError, match=r"a\.medsa exists and is not a bundle: delete it, or"):
-        bundle.check_target(target, force=force)
+        check_target(target, force=force)
     assert os.path.lexists(target)
 
 
 def test_a_link_to_a_bundle_is_replaced_and_what_it_points_to_kept(target: Path) -> None:
     real = write(target.parent / "real.medsa", "earlier")
     target.symlink_to("real.medsa")
-    bundle.check_target(target, force=True)
-    with bundle.new_bundle(target) as folder:
+    check_target(target, force=True)
+    with new_bundle(target) as folder:
         write(folder, "new")
     assert not target.is_symlink()
     assert names(target) == {"manifest.json", "new"}
@@ -181,10 +182,10 @@ def test_a_parent_that_is_no_folder_is_refused(tmp_path: Path, parent: str) -> N
     (tmp_path / "file").touch()
     target = tmp_path / parent / "a.medsa"
     with pytest.raises(UsageError, match=f"{parent} is not a folder: make it, or name another"):
-        bundle.check_target(target, force=True)
+        check_target(target, force=True)
     with (
         pytest.raises(UsageError, match=r"a\.medsa cannot be written .*name another output"),
-        bundle.new_bundle(target),
+        new_bundle(target),
     ):
         pytest.fail("the block must not run")
 
@@ -194,13 +195,13 @@ def test_a_parent_that_cannot_be_written_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # root may write all
     with pytest.raises(UsageError, match="cannot be written to: name another output with -o"):
-        bundle.check_target(target, force=True)
+        check_target(target, force=True)
 
 
 def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="cannot be written"),
-        bundle.new_bundle(tmp_path / ("x" * 250)),
+        new_bundle(tmp_path / ("x" * 250)),
     ):
         pytest.fail("the block must not run")
 
@@ -209,8 +210,8 @@ def test_a_target_is_written_relative_to_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bundle.check_target(Path("a.medsa"), force=False)
-    with bundle.new_bundle(Path("a.medsa")) as folder:
+    check_target(Path("a.medsa"), force=False)
+    with new_bundle(Path("a.medsa")) as folder:
         write(folder, "new")
     assert names(tmp_path / "a.medsa") == {"manifest.json", "new"}
     shutil.rmtree("a.medsa")

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from invented import adapter_keys, vit_keys, weights
 from safetensors.torch import save_file
 
+from medsa_deploy.bundle.manifest import sha256
 from medsa_deploy.errors import CheckpointError
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.manifest import sha256
 
 State = dict[str, torch.Tensor]
 TABLE = "image_encoder.blocks.0.attn.rel_"

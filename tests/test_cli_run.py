@@ -12,11 +12,12 @@ import PIL.Image
 import pytest
 from command_line import accept_changes, call, contents, copied, edit_manifest, start
 
-from medsa_deploy import load, read_image, verify
+from medsa_deploy import load, read_image
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.runtime import Session
 
 HEIGHT, WIDTH = 90, 130
-COLOUR = verify.seeded_image(WIDTH, 3)[:HEIGHT]
+COLOUR = seeded_image(WIDTH, 3)[:HEIGHT]
 GREY = COLOUR[..., 0]
 CT = GREY.astype(np.int16) * 8 - 1024
 PROMPT = ("--point", "60,40", "--box", "10,10,120,80")
@@ -479,7 +480,7 @@ def test_what_is_no_bundle_is_one_line(files: Path, name: str) -> None:
 def test_a_backend_that_fails_is_a_runtime_fault(bundle: Path, files: Path, monkeypatch) -> None:
     before = contents(files)
     monkeypatch.setattr(
-        "medsa_deploy.runtime.ort.OnnxRuntimeBackend.encode",
+        "medsa_deploy.runtime.backends.onnxruntime_cpu.OnnxRuntimeBackend.encode",
         lambda self, image: np.full((1, 256, 16, 16), np.nan, np.float32),
     )
     done = call("run", bundle, "good.png", "--point", "5,5")
@@ -497,7 +498,7 @@ def test_all_outputs_are_written_or_none(bundle: Path, files: Path, monkeypatch)
     given = ("-o", "mask.png", "--overlay", "o.png", "--save-logits", "l.npy")
     for name in ("write_mask", "_write_overlay"):
         with monkeypatch.context() as patched:
-            patched.setattr(f"medsa_deploy.stages.segmentation.{name}", interrupted)
+            patched.setattr(f"medsa_deploy.stages.run.images.{name}", interrupted)
             done = call("run", bundle, "good.png", "--point", "5,5", *given)
         assert done.code == 2
         assert contents(files) == before

@@ -20,10 +20,11 @@ from command_line import Done, call, command, contents
 from test_interrupt import assert_interrupted, begun, ended, wait_for
 from test_volumes_dicom import back, save, slices
 
-from medsa_deploy import load, verify
+from medsa_deploy import load
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.images import read_volume
 from medsa_deploy.runtime import Structure, VolumeOptions, segment_volume
-from medsa_deploy.stages import volumes
+from medsa_deploy.stages.run import volumes
 
 SHAPE = (40, 50, 6)
 BOX = ("--box", "5,8,1,35,45,4")
@@ -41,7 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ct(count: int) -> np.ndarray:
     """(40, 50, count) int16"""
-    planes = [verify.seeded_image(50, [3, i])[:40, :, 0] for i in range(count)]
+    planes = [seeded_image(50, [3, i])[:40, :, 0] for i in range(count)]
     return np.stack(planes, axis=2).astype(np.int16) * 8 - 1024
 
 
@@ -144,7 +145,7 @@ def test_an_overlay_that_fails_leaves_no_mask(
     monkeypatch.setattr(volumes, "write_montage", interrupted)
     structure = Structure(boxes=((5, 8, 1, 35, 45, 4),))
     with load(bundle) as session, pytest.raises(KeyboardInterrupt):
-        volumes.run_volume(
+        volumes.segment_volume_file(
             session, Path("ct.nii.gz"), [structure], VolumeOptions(), overlay=Path("o.png")
         )
     assert contents(here) == before
@@ -214,7 +215,7 @@ def make(name: str) -> None:
     elif name == "4d.nii.gz":
         nifti(name, np.stack([ct(6)] * 2, axis=-1))
     elif name.endswith(".png"):
-        PIL.Image.fromarray(verify.seeded_image(40, 1)).save(name)
+        PIL.Image.fromarray(seeded_image(40, 1)).save(name)
     elif name == "nan.npy":
         array = ct(6).astype(np.float32).transpose(2, 0, 1)
         array[4, 3, 2] = np.nan

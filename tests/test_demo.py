@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from command_line import call
 
-from medsa_deploy.stages.demo import HELD_OUT, TISSUES
+from medsa_deploy.stages.demo.medsa import HELD_OUT, TISSUES
 
 
 def test_the_demonstration(tmp_path: Path) -> None:

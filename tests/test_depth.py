@@ -15,14 +15,16 @@ from command_line import call
 from golden_cases import GoldenCase, relative_l2, seeded
 from invented import Keys, hollow, rows, vit_keys, weights
 
-from medsa_deploy import load, manifest, verify
+from medsa_deploy import load
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import ImageError, UsageError
+from medsa_deploy.evaluation.cases import parity_cases, seeded_case, seeded_image
+from medsa_deploy.evaluation.parity import run_case
 from medsa_deploy.exporters.architecture import Architecture, Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold, vit
 from medsa_deploy.exporters.graphs import contract
 from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
-from medsa_deploy.stages.proof import cases
 
 ADAPTERS: dict[str, Any] = dict.fromkeys(("Space", "MLP", "Depth"), range(4))
 KEYS_3D = vit_keys(adapters=ADAPTERS)
@@ -301,7 +303,7 @@ def test_the_depth_branch_projects_nothing_twice(bundle_3d: Path) -> None:
 
 
 def test_a_session_takes_whole_chunks(bundle_3d: Path) -> None:
-    pixels = [verify.seeded_image(60, i)[:50] for i in range(8)]
+    pixels = [seeded_image(60, i)[:50] for i in range(8)]
     with load(bundle_3d, threads=2) as session:
         found = session.encode_slices(pixels)
         assert [embedding.values.shape for embedding in found] == [(1, 256, 16, 16)] * 8
@@ -315,7 +317,7 @@ def test_a_session_takes_whole_chunks(bundle_3d: Path) -> None:
         with pytest.raises(UsageError, match="sees 4 neighbouring slices at a time: give it a vol"):
             session.encode(pixels[0])
         with pytest.raises(ImageError, match=r"different sizes: \[\(50, 60\), \(60, 60\)\]"):
-            session.encode_slices([*pixels[:3], verify.seeded_image(60, 3)])
+            session.encode_slices([*pixels[:3], seeded_image(60, 3)])
         with pytest.raises(ImageError, match="array has 3000 NaN or infinite values"):
             session.encode_slices([*pixels[:3], np.full((50, 60), np.nan)])
 
@@ -331,7 +333,7 @@ def test_a_flat_slice_is_encoded(bundle_3d: Path) -> None:
 
 
 def volume(path: Path, count: int) -> Path:
-    planes = [verify.seeded_image(50, [3, i])[:40, :, 0] for i in range(count)]
+    planes = [seeded_image(50, [3, i])[:40, :, 0] for i in range(count)]
     array = np.stack(planes, axis=2).astype(np.int16) * 8 - 1024
     nibabel.save(nibabel.Nifti1Image(array, np.diag([0.8, 0.8, 5, 1])), path)
     return path
@@ -359,7 +361,7 @@ def test_the_users_images_of_a_proof(bundle_3d: Path, bundle: Path, tmp_path: Pa
     volume(tmp_path / "a.nii.gz", 9)
     volume(tmp_path / "b.nii.gz", 4)
     deep, flat = (manifest.load(path).network for path in (bundle_3d, bundle))
-    found = cases(deep, tmp_path)[2:]
+    found = parity_cases(deep, tmp_path)[2:]
     assert [case.name for case in found] == ["a.nii.gz", "b.nii.gz"]
     assert [[image.plane.index for image in case.images] for case in found] == [  # type: ignore[union-attr]
         [2, 3, 4, 5],
@@ -367,20 +369,20 @@ def test_the_users_images_of_a_proof(bundle_3d: Path, bundle: Path, tmp_path: Pa
     ]
     assert [len(case.pairs) for case in found] == [5, 5]
     series = save(slices(6), tmp_path / "series")
-    assert [case.name for case in cases(deep, series)[2:]] == ["series"]
-    assert [case.name for case in cases(flat, series)[2:]] == [f"{n}.dcm" for n in "abcdef"]
+    assert [case.name for case in parity_cases(deep, series)[2:]] == ["series"]
+    assert [case.name for case in parity_cases(flat, series)[2:]] == [f"{n}.dcm" for n in "abcdef"]
     volume(tmp_path / "short.nii.gz", 3)
     with pytest.raises(ImageError, match=r"short\.nii\.gz has 3 slices; this network sees 4 at"):
-        cases(deep, tmp_path / "short.nii.gz")
+        parity_cases(deep, tmp_path / "short.nii.gz")
     with pytest.raises(ImageError, match="none does not exist"):
-        cases(deep, tmp_path / "none")
+        parity_cases(deep, tmp_path / "none")
 
 
 def test_the_seeded_case_of_a_golden_chunk(bundle_3d: Path) -> None:
-    case = verify.seeded_case(GoldenCase("medsa_hyp_3d").size, 64, 1, slices=4)
+    case = seeded_case(GoldenCase("medsa_hyp_3d").size, 64, 1, slices=4)
     assert len(case.images) == 4
     assert case.pairs == [(0, 0), (1, 1), (2, 2), (3, 3), (0, 4)]
     with load(bundle_3d, threads=2) as session:
-        outputs = verify.run_case(session, case)
+        outputs = run_case(session, case)
     assert outputs.tensors["image_embeddings"].shape == (4, 256, 16, 16)
     assert outputs.tensors["low_res_masks"].shape == (5, 2, 64, 64)

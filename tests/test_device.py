@@ -19,12 +19,14 @@ from fake_gpu import CudaLogicError, CudaMemoryError, Machine
 from fake_network import SIDE, BrightPixels, bright_pixels
 from numpy.testing import assert_array_equal
 
-from medsa_deploy import cuda, errors, transforms
-from medsa_deploy.engine import Range
+from medsa_deploy import errors, transforms
 from medsa_deploy.kernels.postprocess import region
-from medsa_deploy.runtime import Prediction, Session, trt
-from medsa_deploy.runtime.fallback import FallbackBackend
-from medsa_deploy.runtime.trt import TensorRTBackend
+from medsa_deploy.nvidia import cuda
+from medsa_deploy.nvidia.engines import AxisRange
+from medsa_deploy.runtime import Prediction, Session
+from medsa_deploy.runtime.backends import tensorrt
+from medsa_deploy.runtime.backends.fallback import FallbackBackend
+from medsa_deploy.runtime.backends.tensorrt import TensorRTBackend
 from medsa_deploy.transforms import prompts
 
 POINT = {"points": [(20, 30)]}
@@ -168,7 +170,7 @@ def test_more_prompts_than_the_engine_takes_are_several_runs(
 def test_prompts_are_parted_evenly_and_never_below_the_least(
     machine: Machine, plain: Session, tmp_path: Path
 ) -> None:
-    options = describe(prompts=Range(min=2, opt=2, max=4))
+    options = describe(prompts=AxisRange(min=2, opt=2, max=4))
     folder = write(tmp_path / "b.medsa" / "engines" / "x", plain.manifest, options)
     session = open_engines(plain, folder)
     random = np.random.default_rng(0)
@@ -187,7 +189,7 @@ def test_a_graph_that_finds_no_memory_is_done_without(
     def full(run: object) -> None:
         raise errors.DeviceMemoryError("the GPU's memory is full")
 
-    monkeypatch.setattr("medsa_deploy.runtime.engine_run.EngineRun._new_context", full)
+    monkeypatch.setattr("medsa_deploy.runtime.backends.engine_run.EngineRun._new_context", full)
     for seed in range(4):
         same(session, plain, frame(seed), **POINT)
     assert machine.captured == 0
@@ -413,7 +415,7 @@ def test_without_kernels_masks_are_made_on_the_processor(
     def cubin(source: str, target: str, bundle: Path) -> bytes:
         raise errors.MissingDependencyError("nvidia-cuda-nvrtc", extra="kernels", purpose="it")
 
-    monkeypatch.setattr(trt, "cubin", cubin)
+    monkeypatch.setattr(tensorrt, "cubin", cubin)
     with open_engines(plain, folder) as session:
         assert "masks are made on the processor: it needs nvidia-cuda-nvrtc" in caplog.text
         assert session.backend.facts()["masks"] == "processor"
@@ -794,7 +796,7 @@ def test_chunks_of_slices(machine: Machine, tmp_path: Path) -> None:
 
     chunked.tensors = encoder.tensors
     machine.functions["encoder"] = chunked
-    four = Range(min=4, opt=4, max=4)
+    four = AxisRange(min=4, opt=4, max=4)
     folder = write(tmp_path / "x", plain.manifest, describe(batch=four))
     slices = [frame(i) for i in range(8)]
     with open_engines(plain, folder) as session:

@@ -17,7 +17,9 @@ from fake_engines import bundle_of, describe, write
 from fake_gpu import Machine
 from fake_network import SHAPE, SIDE, BrightPixels
 
-from medsa_deploy import manifest, timing, trt
+from medsa_deploy.bundle import manifest
+from medsa_deploy.evaluation import latency_worker
+from medsa_deploy.nvidia import tensorrt_api
 from medsa_deploy.stages import profile
 
 CHAIN = ("--backend", "tensorrt", "--fallback", "rtx", "--fallback", "onnxruntime")
@@ -35,7 +37,8 @@ def bundle(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     made = bundle_of(machine, tmp_path / "a.medsa")
     network = manifest.load(made).network
     monkeypatch.setattr(
-        "medsa_deploy.runtime.ort.OnnxRuntimeBackend", lambda *_, **__: BrightPixels(network)
+        "medsa_deploy.runtime.backends.onnxruntime_cpu.OnnxRuntimeBackend",
+        lambda *_, **__: BrightPixels(network),
     )
     PIL.Image.fromarray(IMAGE).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -122,7 +125,7 @@ def test_verify_on_engines(bundle: Path, machine: Machine) -> None:
 
 def test_profile_on_engines(bundle: Path, machine: Machine, monkeypatch) -> None:
     """Every stage lasts until the GPU is done; layers are timed without CUDA graphs."""
-    monkeypatch.setattr(profile, "measured", timing.measure)  # in this process
+    monkeypatch.setattr(profile, "measured", latency_worker.measure)  # in this process
     machine.on_wait = lambda: time.sleep(0.01)
     done = call("profile", bundle, "--backend", "tensorrt", "--runs", "3", "-o", "p.json")
     assert done.code == 0, done.err
@@ -182,7 +185,7 @@ def test_what_is_not_installed_or_built_is_one_line(
 @pytest.mark.parametrize("command", ["run", "profile"])
 def test_engines_without_a_gpu_are_one_line(machine: Machine, bundle: Path, command: str) -> None:
     made = manifest.load(bundle)
-    version = trt.ask("rtx").version
+    version = tensorrt_api.query_library("rtx").version
     write(bundle / "engines" / "y", made, describe("rtx"), version)
     given = ["a.png", "--point", "9,9"] if command == "run" else []
     hidden = {"CUDA_VISIBLE_DEVICES": "-1"}

@@ -12,7 +12,7 @@ import pytest
 from command_line import call
 
 from medsa_deploy import __version__
-from medsa_deploy.stages import doctor
+from medsa_deploy.stages.doctor import diagnose
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def not_installed(monkeypatch: pytest.MonkeyPatch):
                 raise PackageNotFoundError(name)
             return "1.0"
 
-        monkeypatch.setattr(doctor, "version", found)
+        monkeypatch.setattr(diagnose, "version", found)
 
     return hide
 
@@ -97,4 +97,4 @@ def test_every_extra_of_the_package_is_known() -> None:
     from importlib.metadata import metadata
 
     extras = set(metadata("medsa-deploy").get_all("Provides-Extra")) - {"dev"}
-    assert extras <= set(doctor.LIBRARIES)
+    assert extras <= set(diagnose.LIBRARIES)

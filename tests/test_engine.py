@@ -11,14 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsa_deploy import cuda, engine, errors, manifest, trt
-from medsa_deploy.engine import Engine, EngineFile, Options, Range
-from medsa_deploy.manifest import Manifest, Tensor
+from medsa_deploy import errors
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Manifest, Tensor
+from medsa_deploy.nvidia import cuda, engines, tensorrt_api
+from medsa_deploy.nvidia.engines import AxisRange, Engine, EngineFile, EngineOptions
 
-LIBRARY = trt.Library(flavor="rtx", version="1.7.1", targets=("sm86", "sm89"))
+LIBRARY = tensorrt_api.Library(flavor="rtx", version="1.7.1", targets=("sm86", "sm89"))
 DEVICE = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
-ONE = Range(min=1, opt=1, max=1)
-OPTIONS = Options(
+ONE = AxisRange(min=1, opt=1, max=1)
+OPTIONS = EngineOptions(
     flavor="rtx",
     precision="fp32",
     targets=("sm86", "sm89"),
@@ -54,7 +56,7 @@ def folder(made: Manifest, tmp_path: Path) -> Path:
                 bytes=path.stat().st_size,
                 sha256=manifest.sha256(path),
                 sources={made.file(role).path: made.file(role).sha256},
-                profile=engine.profile(made.graphs[role].inputs, OPTIONS),
+                profile=engines.profile(made.graphs[role].inputs, OPTIONS),
                 attention="plain",
                 seconds=1.5,
             )
@@ -62,12 +64,12 @@ def folder(made: Manifest, tmp_path: Path) -> Path:
     described = Engine(
         options=OPTIONS, version="1.7.1", device=None, state="built", files=tuple(files)
     )
-    engine.save(described, folder)
+    engines.save(described, folder)
     return folder
 
 
 def check(folder: Path, made: Manifest, library=LIBRARY, device=DEVICE) -> Engine:
-    return engine.check_loadable(folder, made, library=library, device=device)
+    return engines.check_loadable(folder, made, library=library, device=device)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -86,7 +88,7 @@ def test_an_engine_that_fits_is_loadable(folder: Path, made: Manifest) -> None:
     ("library", "device", "error", "message"),
     [
         (
-            trt.Library(flavor="tensorrt", version="10.13", targets=()),
+            tensorrt_api.Library(flavor="tensorrt", version="10.13", targets=()),
             DEVICE,
             errors.EngineFlavorError,
             "holds TensorRT-RTX engines; TensorRT is to load them: build them with medsa-deploy "
@@ -126,17 +128,17 @@ def test_engines_are_found_by_flavor_precision_and_gpu(folder: Path) -> None:
     for targets in (("sm89",), ("sm80", "sm86", "sm89")):
         other = folder.with_name(f"rtx-fp32-{'+'.join(targets)}")
         other.mkdir()
-        described = engine.load(folder)
-        engine.save(replace(described, options=replace(described.options, targets=targets)), other)
-    assert engine.find(bundle, "rtx", "fp32", DEVICE) == folder
+        described = engines.load(folder)
+        engines.save(replace(described, options=replace(described.options, targets=targets)), other)
+    assert engines.find(bundle, "rtx", "fp32", DEVICE) == folder
     sm89 = replace(DEVICE, capability="sm89")
-    assert engine.find(bundle, "rtx", "fp32", sm89).name == "rtx-fp32-sm89"
+    assert engines.find(bundle, "rtx", "fp32", sm89).name == "rtx-fp32-sm89"
     for device in (None, replace(DEVICE, capability="sm120")):  # check_loadable says what is wrong
-        assert engine.find(bundle, "rtx", "fp32", device).name == "rtx-fp32-sm89"
+        assert engines.find(bundle, "rtx", "fp32", device).name == "rtx-fp32-sm89"
     with pytest.raises(errors.EngineError, match=r"no TensorRT-RTX fp16 engines: .* --target sm86"):
-        engine.find(bundle, "rtx", "fp16", DEVICE)
+        engines.find(bundle, "rtx", "fp16", DEVICE)
     with pytest.raises(errors.EngineError, match=r"--fp32 --flavor tensorrt$"):
-        engine.find(bundle, "tensorrt", "fp32", DEVICE)
+        engines.find(bundle, "tensorrt", "fp32", DEVICE)
 
 
 def test_an_engine_of_another_graph_is_stale(folder: Path, made: Manifest) -> None:
@@ -145,7 +147,7 @@ def test_an_engine_of_another_graph_is_stale(folder: Path, made: Manifest) -> No
     )
     with pytest.raises(errors.EngineStaleError, match=r"its decoder was built from another decod"):
         check(folder, replace(made, files=files))
-    assert engine.stale(engine.load(folder), replace(made, files=())) == "encoder"
+    assert engines.stale(engines.load(folder), replace(made, files=())) == "encoder"
 
 
 @pytest.mark.parametrize("change", ["bit", "longer", "gone"])
@@ -211,7 +213,7 @@ def test_a_large_engine_is_refused_in_under_a_second(folder: Path, made: Manifes
 
 
 sizes = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(sorted)
-ranges = sizes.map(lambda s: Range(min=s[0], opt=s[1], max=s[2]))
+ranges = sizes.map(lambda s: AxisRange(min=s[0], opt=s[1], max=s[2]))
 
 
 @given(batch=ranges, points=ranges, prompts=ranges, embeddings=ranges)
@@ -223,7 +225,7 @@ def test_profiles_have_the_ranges_on_their_axes(batch, points, prompts, embeddin
         Tensor(name="point_coords", dtype="float32", shape=("P", "N", 2)),
         Tensor(name="has_mask_input", dtype="float32", shape=(1,)),
     )
-    profile = engine.profile(inputs, options)
+    profile = engines.profile(inputs, options)
     for i, size in enumerate(("min", "opt", "max")):
         b, n, p, e = (getattr(r, size) for r in (batch, points, prompts, embeddings))
         assert [shapes[i] for shapes in profile.values()] == [
@@ -264,5 +266,5 @@ def test_descriptions_survive_the_file(tmp_path_factory, batch, level, workspace
     )
     described = Engine(options=options, version="1", device="X", state="verified", files=files)
     folder = tmp_path_factory.mktemp("engine")
-    engine.save(described, folder)
-    assert asdict(engine.load(folder)) == asdict(described)
+    engines.save(described, folder)
+    assert asdict(engines.load(folder)) == asdict(described)

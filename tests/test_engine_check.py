@@ -17,14 +17,18 @@ from fake_engines import compute, describe, session_of, write
 from fake_gpu import Machine
 from fake_network import SIDE, BrightPixels
 
-from medsa_deploy import engine, manifest, stages, verify
-from medsa_deploy.engine import Range
+from medsa_deploy import stages
+from medsa_deploy.bundle import manifest
+from medsa_deploy.evaluation.cases import seeded_case
+from medsa_deploy.evaluation.parity import LIMITS, run_case
+from medsa_deploy.nvidia import engines
+from medsa_deploy.nvidia.engines import AxisRange
 from medsa_deploy.runtime import Session
-from medsa_deploy.stages import engine_check
-from medsa_deploy.stages.engines import EngineState
+from medsa_deploy.stages.verify import engine_check
+from medsa_deploy.stages.verify.engine_check import EngineState
 
 STATE = EngineState(folder="engines/x", state="built, not run")
-CASE = verify.seeded_case(SIDE, None, 1)
+CASE = seeded_case(SIDE, None, 1)
 
 
 @pytest.fixture
@@ -59,12 +63,12 @@ def made(plain: Session, tmp_path: Path) -> Path:
 
 
 def checked(bundle: Path, plain: Session) -> EngineState:
-    expected = [verify.run_case(plain, CASE).tensors]
+    expected = [run_case(plain, CASE).tensors]
     return engine_check.state_of(bundle, STATE, [CASE], expected, None)
 
 
 def written(bundle: Path) -> str:
-    return engine.load(bundle / "engines" / "x").state
+    return engines.load(bundle / "engines" / "x").state
 
 
 def test_engines_that_agree_are_verified(made: Path, plain: Session) -> None:
@@ -110,7 +114,7 @@ def test_a_process_that_ends_early_is_a_failure(made: Path, plain: Session, monk
 
 def test_tf32_is_judged_like_float16() -> None:
     assert engine_check.limits_of("fp32", None, tf32=False).relative_l2 == 1e-4
-    assert engine_check.limits_of("fp32", None, tf32=True) == verify.LIMITS["fp16"]
+    assert engine_check.limits_of("fp32", None, tf32=True) == LIMITS["fp16"]
 
 
 def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
@@ -134,7 +138,7 @@ def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     assert str(folder) in answer["cannot"]
 
 
-ONE = Range(min=1, opt=1, max=1)
+ONE = AxisRange(min=1, opt=1, max=1)
 
 
 def test_verify_runs_engines_where_there_is_a_gpu(
@@ -167,4 +171,4 @@ def test_verify_runs_engines_where_there_is_a_gpu(
     )
     assert [(one.state, one.failures) for one in found.engines] == [("verified", ())]
     assert found.failures == ()
-    assert engine.load(copy / "engines" / "x").state == "verified"
+    assert engines.load(copy / "engines" / "x").state == "verified"

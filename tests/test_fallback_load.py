@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from medsa_deploy import errors, load, manifest
-from medsa_deploy.cuda import DeviceArray
+from medsa_deploy import errors, load
+from medsa_deploy.bundle import manifest
+from medsa_deploy.nvidia.cuda import DeviceArray
 from medsa_deploy.runtime import Embedding, Session
-from medsa_deploy.runtime.ort import failure
-from medsa_deploy.runtime.ort_cuda import OnnxRuntimeCudaBackend
+from medsa_deploy.runtime.backends.onnxruntime_cpu import failure
+from medsa_deploy.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (80, 100), dtype=np.uint8)
 POINTS = {"points": [(20, 30)]}

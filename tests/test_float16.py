@@ -14,14 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from medsa_deploy.bundle.node_names import METADATA, block_of, kind_of, module_of
 from medsa_deploy.errors import BundleError
 from medsa_deploy.graph import files
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
-from medsa_deploy.graph.islands import OPERATORS, islands, value_types
+from medsa_deploy.graph.float32_nodes import OPERATORS, float32_nodes, value_types
 from medsa_deploy.graph.ranges import HIGH, LOW, SAMPLE, SAMPLE_STRIDE, computed_values, watch
-from medsa_deploy.graph.scopes import module_of
-from medsa_deploy.scopes import METADATA, block_of, kind_of
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 SIDE = 4
@@ -52,7 +51,7 @@ def run(model: Any, x: np.ndarray) -> np.ndarray:
 
 def converted(model: Any, **options: Any) -> Any:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
-    assert to_float16(copy, islands(copy, **options)).changed
+    assert to_float16(copy, float32_nodes(copy, **options)).changed
     return copy
 
 
@@ -74,7 +73,7 @@ def test_norms_and_softmax_compute_in_float32_and_the_rest_does_not(
     bundle: Path, name: str
 ) -> None:
     model = load_graph(bundle / f"{name}.onnx")
-    change = to_float16(model, islands(model))
+    change = to_float16(model, float32_nodes(model))
     assert change.changed
     onnx.checker.check_model(model, full_check=True)
     types = value_types(model)
@@ -92,7 +91,7 @@ def test_norms_and_softmax_compute_in_float32_and_the_rest_does_not(
 
 def test_coordinates_stay_float32_up_to_their_sines(bundle: Path) -> None:
     model = load_graph(bundle / "decoder.onnx")
-    to_float16(model, islands(model))
+    to_float16(model, float32_nodes(model))
     types = value_types(model)
     makers = {output: made for made in model.graph.node for output in made.output}
     todo = [made for made in model.graph.node if made.op_type in ("Sin", "Cos")]
@@ -111,7 +110,7 @@ def test_coordinates_stay_float32_up_to_their_sines(bundle: Path) -> None:
 
 def test_why_nodes_stay(bundle: Path) -> None:
     model = load_graph(bundle / "decoder.onnx")
-    reasons = islands(model)
+    reasons = float32_nodes(model)
     names = {model.graph.node[i].op_type: reason for i, reason in reasons.items()}
     assert names["LayerNormalization"] == "norms"
     assert names["Softmax"] == "softmax"
@@ -120,7 +119,7 @@ def test_why_nodes_stay(bundle: Path) -> None:
 
 def test_a_block_returns_to_float32(bundle: Path) -> None:
     model = load_graph(bundle / "encoder.onnx")
-    whole = islands(model, blocks=["blocks.1"])
+    whole = float32_nodes(model, blocks=["blocks.1"])
     for i, made in enumerate(model.graph.node):
         if block_of(module_of(made)) == "blocks.1" and made.op_type in ("MatMul", "Gelu"):
             assert whole[i] == "blocks"
@@ -138,7 +137,7 @@ def test_constants_that_float16_cannot_hold(value: float, reason: str | None) ->
     mask[0, 1] = value
     nodes = [node("Relu", "x", "a"), node("Add", "a mask", "sum"), node("Softmax", "sum", "y")]
     model = graph(nodes, mask=mask)
-    assert islands(model).get(1) == reason
+    assert float32_nodes(model).get(1) == reason
     expected = run(model, inputs())
     np.testing.assert_allclose(run(converted(model), inputs()), expected, atol=2e-3)
 
@@ -150,7 +149,7 @@ def test_values_measured_near_the_limit_stay_float32() -> None:
         r=np.float32(1 / 30000),
     )
     for hot, reasons in (({}, {}), ({"large": 16000.0}, {}), ({"large": 20000.0}, {0, 1})):
-        assert set(islands(model, ranges=hot)) == set(reasons)
+        assert set(float32_nodes(model, ranges=hot)) == set(reasons)
     rounded = onnx.ModelProto.FromString(model.SerializeToString())
     round_like_float16(rounded, {})
     assert not np.isfinite(run(rounded, 3 * inputs())).all(), "float16 overflows here"
@@ -232,13 +231,13 @@ def test_a_weight_that_both_types_read_is_kept_in_both() -> None:
 )  # fmt: skip
 def test_operators_that_need_care(model: Any) -> None:
     made = onnx.ModelProto.FromString(model.SerializeToString())
-    to_float16(made, islands(made))
+    to_float16(made, float32_nodes(made))
     np.testing.assert_allclose(run(made, inputs()), run(model, inputs()), rtol=2e-3, atol=2e-3)
 
 
 def test_why_a_graph_was_not_changed() -> None:
     softmax = graph([node("Softmax", "x", "y")])
-    change = to_float16(softmax, islands(softmax))
+    change = to_float16(softmax, float32_nodes(softmax))
     assert (change.changed, change.what) == (False, "every node is a float32 island")
     branch = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["z"])],
@@ -277,9 +276,9 @@ def test_any_chain_gives_what_float32_gives(operators: list[str], seed: int) -> 
     weight = np.random.default_rng(seed).uniform(-0.5, 0.5, (SIDE, SIDE)).astype(np.float32)
     model = graph(nodes, w=weight)
     made = onnx.ModelProto.FromString(model.SerializeToString())
-    to_float16(made, islands(made))
+    to_float16(made, float32_nodes(made))
     rounded = onnx.ModelProto.FromString(model.SerializeToString())
-    round_like_float16(rounded, islands(rounded))
+    round_like_float16(rounded, float32_nodes(rounded))
     expected = run(model, inputs(seed))
     for found in (run(made, inputs(seed)), run(rounded, inputs(seed))):
         np.testing.assert_allclose(found, expected, atol=2e-2)

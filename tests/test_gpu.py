@@ -15,8 +15,9 @@ import pytest
 from command_line import call, copied
 from numpy.testing import assert_array_equal
 
-from medsa_deploy import cuda, errors, load, transforms, trt
+from medsa_deploy import errors, load, transforms
 from medsa_deploy.kernels.postprocess import region
+from medsa_deploy.nvidia import cuda, tensorrt_api
 from medsa_deploy.runtime import Session
 
 pytestmark = pytest.mark.gpu
@@ -33,13 +34,15 @@ CLOSE = 5e-3
 
 
 @pytest.fixture
-def flavor() -> trt.Flavor:
+def flavor() -> tensorrt_api.Flavor:
     asked = os.environ.get("MEDSA_TEST_FLAVOR")
-    return next(f for f in trt.FLAVORS if (f == asked if asked else trt.installed(f)))
+    return next(
+        f for f in tensorrt_api.FLAVORS if (f == asked if asked else tensorrt_api.installed(f))
+    )
 
 
 @pytest.fixture
-def engines(bundle: Path, tmp_path: Path, flavor: trt.Flavor) -> Path:
+def engines(bundle: Path, tmp_path: Path, flavor: tensorrt_api.Flavor) -> Path:
     """A bundle with engines for this GPU."""
     copy = copied(bundle, tmp_path)
     device = cuda.device()
@@ -68,7 +71,7 @@ def compare(session: Session, plain: Session) -> None:
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_engines_give_the_masks_of_the_graphs(
-    engines: Path, flavor: trt.Flavor, cuda_graphs: bool
+    engines: Path, flavor: tensorrt_api.Flavor, cuda_graphs: bool
 ) -> None:
     with (
         load(engines, backend=flavor, cuda_graphs=cuda_graphs) as session,
@@ -80,7 +83,9 @@ def test_engines_give_the_masks_of_the_graphs(
         np.asarray(held.values)
 
 
-def test_masks_are_made_on_the_gpu_and_may_stay_there(engines: Path, flavor: trt.Flavor) -> None:
+def test_masks_are_made_on_the_gpu_and_may_stay_there(
+    engines: Path, flavor: tensorrt_api.Flavor
+) -> None:
     """Those that numpy makes of the logits, but where these are the threshold up to rounding."""
     with load(engines, backend=flavor) as session:
         assert session.backend.facts()["masks"] == "GPU"
@@ -97,7 +102,7 @@ def test_masks_are_made_on_the_gpu_and_may_stay_there(engines: Path, flavor: trt
                 assert found.regions == [[region(mask) for mask in of_set] for of_set in masks]
 
 
-def test_a_frame_on_the_gpu_is_prepared_there(engines: Path, flavor: trt.Flavor) -> None:
+def test_a_frame_on_the_gpu_is_prepared_there(engines: Path, flavor: tensorrt_api.Flavor) -> None:
     gpu = cuda.Gpu()
     with gpu.current():
         address = gpu.allocate(IMAGE.nbytes)
@@ -117,7 +122,7 @@ def test_verify_marks_them(engines: Path) -> None:
     assert [one["state"] for one in done.json["engines"]] == ["verified"]
 
 
-def test_loading_again_and_again_leaks_nothing(engines: Path, flavor: trt.Flavor) -> None:
+def test_loading_again_and_again_leaks_nothing(engines: Path, flavor: tensorrt_api.Flavor) -> None:
     for _ in range(5):
         with load(engines, backend=flavor) as session:
             session.segment(session.encode(IMAGE), **PROMPTS[0])

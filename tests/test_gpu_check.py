@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_check, gpu_kernels
-from medsa_deploy import cuda, manifest
+from medsa_deploy.bundle import manifest
 from medsa_deploy.kernels import cubins
+from medsa_deploy.nvidia import cuda
 
 ROOT = Path(__file__).parents[1]
 

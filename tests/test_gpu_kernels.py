@@ -16,12 +16,12 @@ import test_kernels_preprocess as pre
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medsa_deploy import cuda
-from medsa_deploy.cuda import Gpu
 from medsa_deploy.kernels.axes import BLOCK, Launch
 from medsa_deploy.kernels.cubins import cubin
 from medsa_deploy.kernels.postprocess import Region, postprocessing, regions
 from medsa_deploy.kernels.preprocess import EXTREMES_BYTES
+from medsa_deploy.nvidia import cuda
+from medsa_deploy.nvidia.cuda import Gpu
 
 GUARD = 64
 """Bytes before and after an output that must stay as they are."""
@@ -133,7 +133,7 @@ def test_random_masks_and_label_maps(on_gpu: OnGpu, case: post.Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("profile", sorted(pre.PROFILES))
+@pytest.mark.parametrize("profile", sorted(pre.PREPROCESSING))
 @pytest.mark.parametrize("element", ["uint8", "uint16", "int16", "float32"])
 def test_frames_of_a_scanners_size(on_gpu: OnGpu, profile: str, element: str) -> None:
     random = np.random.default_rng(0)

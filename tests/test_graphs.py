@@ -13,15 +13,15 @@ import torch
 from golden_cases import GoldenCase, relative_l2, seeded
 from invented import rows, vit_keys, weights
 
-from medsa_deploy import manifest, stages
+from medsa_deploy import stages
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.node_names import block_of, module_named, module_of
+from medsa_deploy.evaluation.parity import difference
 from medsa_deploy.exporters import graphs
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.reference import build_reference
-from medsa_deploy.graph.scopes import module_of
-from medsa_deploy.scopes import block_of, module_named
-from medsa_deploy.verify import difference
 
 ONNX_LIMIT = 2e-5
 
@@ -196,7 +196,7 @@ def test_other_sizes(
     path = tmp_path / "other.pth"
     torch.save(weights(keys, rel_pos=rel_pos, seed=31), path)
     overrides = Overrides(heads=heads, global_blocks=global_blocks, classes=3)
-    made = stages.export(
+    made = stages.export_checkpoint(
         path, output=None, base=None, images=None, overrides=overrides, force=False
     ).manifest
     assert made.network.image_size == size
@@ -218,7 +218,7 @@ def test_weights_over_the_limit_go_to_a_file_of_their_own(
 ) -> None:
     monkeypatch.setattr(graphs, "EXTERNAL_DATA_BYTES", 1_000_000)
     case = GoldenCase("medsa_2d")
-    made = stages.export(
+    made = stages.export_checkpoint(
         checkpoint_of(case.name),
         output=tmp_path / "external.medsa",
         base=None,

@@ -22,11 +22,13 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from medsa_deploy import load, manifest, verify
+from medsa_deploy import load
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import ImageError, UsageError
+from medsa_deploy.evaluation.cases import seeded_case, seeded_image
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import to_float16
-from medsa_deploy.graph.islands import islands, value_types
+from medsa_deploy.graph.float32_nodes import float32_nodes, value_types
 from medsa_deploy.graph.qdq import (
     LEVELS,
     SMALLEST_SCALE,
@@ -35,9 +37,9 @@ from medsa_deploy.graph.qdq import (
     quantize_layers,
     weight_codes,
 )
-from medsa_deploy.stages import calibration
-from medsa_deploy.stages.calibration import Histogram, Source
-from medsa_deploy.stages.trials import Trials
+from medsa_deploy.stages.quantize import calibration
+from medsa_deploy.stages.quantize.calibration import Histogram, Source
+from medsa_deploy.stages.quantize.candidates import CandidateRunner
 
 FINITE = st.floats(-1000, 1000, width=32)
 
@@ -183,7 +185,7 @@ def test_an_encoder_keeps_all_but_its_linear_layers(bundle: Path) -> None:
     assert len({layer.name for layer in layers}) == len(layers)
     ranges = {layer.input: (-4.0, 4.0) for layer in layers}
     quantize_layers(model, layers, ranges, unsigned=False)
-    to_float16(model, islands(model))
+    to_float16(model, float32_nodes(model))
     onnx.checker.check_model(model, full_check=True)
     types = value_types(model)
     makers = {name: node for node in model.graph.node for name in node.output}
@@ -226,13 +228,13 @@ def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(10):
-        PIL.Image.fromarray(verify.seeded_image(64, i)).save(folder / f"{i}.png")
+        PIL.Image.fromarray(seeded_image(64, i)).save(folder / f"{i}.png")
     return folder
 
 
-def trials(bundle: Path) -> Trials:
+def trials(bundle: Path) -> CandidateRunner:
     made = manifest.load(bundle)
-    return Trials(bundle, made, [verify.seeded_case(made.network.image_size, 64, 1)], None)
+    return CandidateRunner(bundle, made, [seeded_case(made.network.image_size, 64, 1)], None)
 
 
 def inputs_of(bundle: Path) -> set[str]:

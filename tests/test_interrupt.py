@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 from command_line import Done, command, contents, copied, edit_manifest
 
-from medsa_deploy import read_image, verify
+from medsa_deploy import read_image
+from medsa_deploy.evaluation.cases import seeded_image
 
 MOMENTS = {
     "torch is imported": "",
@@ -98,7 +99,7 @@ def test_an_interrupted_folder_leaves_whole_masks_only(
 ) -> None:
     frames, masks = tmp_path / "frames", tmp_path / "masks"
     frames.mkdir()
-    pixels = verify.seeded_image(300, 1)
+    pixels = seeded_image(300, 1)
     for i in range(300):
         PIL.Image.fromarray(np.roll(pixels, i, axis=1)).save(frames / f"{i:03}.bmp")
     process = begun("run", bundle, frames, "--point", "100,100", "-o", masks)

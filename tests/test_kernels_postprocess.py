@@ -24,7 +24,7 @@ from medsa_deploy.kernels.postprocess import (
     regions,
     unpack,
 )
-from medsa_deploy.transforms import PROFILES, Frame
+from medsa_deploy.transforms import PREPROCESSING, Frame
 
 TOLERANCE = 1e-6
 """As postprocess.cu states it, of the largest logit."""
@@ -108,7 +108,7 @@ def cases(draw: st.DrawFn, *, side: int = 90, most: int = 6) -> Case:
     image_size = (draw(st.integers(1, side)), draw(st.integers(1, side)))
     network_size = draw(st.integers(1, 100))
     low = draw(st.sampled_from([max(1, network_size // 4), draw(st.integers(1, 40))]))
-    profile = draw(st.sampled_from(sorted(PROFILES)))
+    profile = draw(st.sampled_from(sorted(PREPROCESSING)))
     shape = (draw(st.integers(1, most)), low, low)
     logits = random.normal(0, 4, shape) + draw(st.sampled_from([-9.0, -1.0, 0.0, 9.0]))
     return Case(

@@ -11,7 +11,6 @@ from cuda_on_host import CONTRACTIONS, ROUNDED, address, library, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsa_deploy import resampling
 from medsa_deploy.errors import UsageError
 from medsa_deploy.kernels.preprocess import (
     EXTREMES_BYTES,
@@ -24,7 +23,7 @@ from medsa_deploy.kernels.preprocess import (
     reference,
     shown,
 )
-from medsa_deploy.transforms import PROFILES
+from medsa_deploy.transforms import PREPROCESSING, resampling
 
 TOLERANCE = 2e-6
 """As preprocess.cu states it, of display range or values, over std or max − min."""
@@ -90,7 +89,7 @@ def limit(case: Case) -> float:
     """The largest difference that preprocess.cu allows for a case, before float16."""
     values = shown(case.pixels, case.intensities)
     content = resized(case, values)
-    row = PROFILES[case.profile]
+    row = PREPROCESSING[case.profile]
     spread = min(row.std) if row.std else max(float(np.ptp(content)), 1e-8)
     if values.dtype == np.uint8:
         return 1.01 / spread if row.filter == "area" and near_half(case, values) else 0.0
@@ -109,7 +108,7 @@ def rescaling(case: Case) -> float:
 def resized(case: Case, values: np.ndarray) -> np.ndarray:
     planes = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
     size = case.plan().frame.content_size
-    return resampling.resize(planes, size, PROFILES[case.profile].filter)
+    return resampling.resize(planes, size, PREPROCESSING[case.profile].filter)
 
 
 def near_half(case: Case, values: np.ndarray) -> bool:
@@ -143,13 +142,13 @@ def assert_close(case: Case, found: np.ndarray) -> None:
 def cases(draw: st.DrawFn, *, side: int = 90) -> Case:
     """Frames of every element, shape and pitch, windows and rescales, for every profile."""
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    profile = draw(st.sampled_from(sorted(PROFILES)))
+    profile = draw(st.sampled_from(sorted(PREPROCESSING)))
     element = draw(st.sampled_from(["uint8", "uint16", "int16", "float32"]))
     shape = (draw(st.integers(1, side)), draw(st.integers(1, side)))
     shape += (3,) if draw(st.booleans()) else ()
     pixels = noise(random, element, shape, steps=draw(st.sampled_from([1, 8, 64])))
     plain = element == "uint8" and draw(st.booleans())
-    unwindowed = not plain and PROFILES[profile].min_max and draw(st.booleans())
+    unwindowed = not plain and PREPROCESSING[profile].min_max and draw(st.booleans())
     if plain:
         intensities = Intensities(inverted=draw(st.booleans()))
     else:
@@ -201,7 +200,7 @@ def test_thousands_of_random_frames(case: Case) -> None:
     assert_matches(case)
 
 
-@pytest.mark.parametrize("profile", sorted(PROFILES))
+@pytest.mark.parametrize("profile", sorted(PREPROCESSING))
 @pytest.mark.parametrize("shape", [(480, 640, 3), (300, 41), (128, 128), (64, 64, 3), (1, 500)])
 def test_uint8_frames_come_out_bit_for_bit(profile: str, shape: tuple[int, ...]) -> None:
     """Reductions, enlargements, halvings, and the tall frames that Pillow 13 resizes y first."""
@@ -211,7 +210,7 @@ def test_uint8_frames_come_out_bit_for_bit(profile: str, shape: tuple[int, ...])
     if limit(case) == 0:
         np.testing.assert_array_equal(run_case(case), expected)
     else:
-        assert (profile, PROFILES[profile].filter) == ("litemedsam", "area")
+        assert (profile, PREPROCESSING[profile].filter) == ("litemedsam", "area")
         assert_matches(case)
 
 
@@ -247,7 +246,7 @@ def test_unusable_values_are_found(data: st.DataObject) -> None:
     pixels = pitched(pixels, draw(st.integers(0, 9)), upwards=draw(st.booleans()))
     case = Case(
         pixels=pixels,
-        profile=draw(st.sampled_from(list(PROFILES))),
+        profile=draw(st.sampled_from(list(PREPROCESSING))),
         size=24,
         intensities=Intensities(window=(0, 1)),
     )
@@ -270,7 +269,7 @@ def test_only_floats_are_searched_for_what_is_unusable() -> None:
 
 def test_one_pass_for_profiles_with_mean_and_std() -> None:
     entries = {}
-    for profile in PROFILES:
+    for profile in PREPROCESSING:
         form = FrameFormat(element="uint8", height=9, width=9, pitch=9)
         entries[profile] = preprocessing(form, profile, 16, Intensities()).entries
     assert entries == {

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsa_deploy import manifest
-from medsa_deploy.errors import BundleError
-from medsa_deploy.manifest import (
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import (
     Calibration,
     Conventions,
     File,
-    Graph,
+    GraphContract,
     Island,
     Manifest,
     Network,
@@ -29,6 +28,7 @@ from medsa_deploy.manifest import (
     Tensor,
     TensorParity,
 )
+from medsa_deploy.errors import BundleError
 
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 OPTIONAL = dict.fromkeys(("mask_dice_mean", "mask_dice_worst", "nan_count"), ...)
@@ -106,7 +106,7 @@ def full() -> Manifest:
             threshold=0.25,
             class_names=("Leber", "rein gauche é"),
         ),
-        graphs={"encoder": Graph(inputs=(image,), outputs=(embedding,))},
+        graphs={"encoder": GraphContract(inputs=(image,), outputs=(embedding,))},
         files=(
             File(
                 path="encoder.onnx",
@@ -169,7 +169,17 @@ FIELDS = [p for p in paths(document()) if isinstance(p[-1], str) and p[-2:-1] no
 REQUIRED = {
     field.name
     for cls in (
-        *(Source, Network, Conventions, Manifest, Tensor, Graph, File, Parity, TensorParity),
+        *(
+            Source,
+            Network,
+            Conventions,
+            Manifest,
+            Tensor,
+            GraphContract,
+            File,
+            Parity,
+            TensorParity,
+        ),
         *(Recipe, Calibration, Island),
     )
     for field in dataclasses.fields(cls)
@@ -180,7 +190,17 @@ REQUIRED = {
 @pytest.mark.parametrize(
     "cls",
     [
-        *(Source, Network, Conventions, Tensor, Graph, File, TensorParity, Parity, Manifest),
+        *(
+            Source,
+            Network,
+            Conventions,
+            Tensor,
+            GraphContract,
+            File,
+            TensorParity,
+            Parity,
+            Manifest,
+        ),
         *(Recipe, Calibration, Island),
     ],
 )
@@ -195,8 +215,10 @@ def test_round_trip(cls: type, data: st.DataObject) -> None:
         Source: lambda: dataclasses.replace(whole, source=part),
         Network: lambda: dataclasses.replace(whole, network=part),
         Conventions: lambda: dataclasses.replace(whole, conventions=part),
-        Tensor: lambda: dataclasses.replace(whole, graphs={"g": Graph(inputs=(part,), outputs=())}),
-        Graph: lambda: dataclasses.replace(whole, graphs={"": part}),
+        Tensor: lambda: dataclasses.replace(
+            whole, graphs={"g": GraphContract(inputs=(part,), outputs=())}
+        ),
+        GraphContract: lambda: dataclasses.replace(whole, graphs={"": part}),
         File: lambda: dataclasses.replace(whole, files=(part, part)),
         TensorParity: lambda: dataclasses.replace(
             whole, parity=(dataclasses.replace(whole.parity[0], tensors={"x": part}),)

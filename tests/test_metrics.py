@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from medsa_deploy import metrics
 from medsa_deploy.errors import UsageError
+from medsa_deploy.evaluation import metrics
 
 STEPS = st.floats(0.1, 5)
 

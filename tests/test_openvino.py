@@ -16,8 +16,10 @@ from command_line import WITHOUT, accept_changes, call, copied, start
 from golden_cases import GoldenCase, relative_l2
 from onnx import TensorProto, helper
 
-from medsa_deploy import load, verify
+from medsa_deploy import load
 from medsa_deploy.errors import BundleError, DeviceError, UsageError
+from medsa_deploy.evaluation.cases import seeded_image
+from medsa_deploy.evaluation.parity import MASK_PIXELS_LIMIT
 
 CASES = ("medsa_2d", "medsa_hyp_2d", "medsa_3d_chunk6", "medsa_mobile", "medsa_efficient")
 LIMIT = 2e-5
@@ -66,7 +68,7 @@ def test_every_combination_of_sizes_is_as_in_onnxruntime(name: str, bundle_of) -
 
 
 def test_a_session_for_many_callers_and_two_sessions_at_once(bundle: Path) -> None:
-    image = verify.seeded_image(100, 2)
+    image = seeded_image(100, 2)
     clicks = [(10.0 * i + 5, 50.0) for i in range(8)]
     with (
         load(bundle, backend="openvino", threads=1) as one,
@@ -96,12 +98,12 @@ def test_verify_on_the_command_line(bundle: Path) -> None:
 
 
 def test_run_gives_the_default_backends_mask(bundle: Path, tmp_path: Path) -> None:
-    PIL.Image.fromarray(verify.seeded_image(90, 3)).save(tmp_path / "image.png")
+    PIL.Image.fromarray(seeded_image(90, 3)).save(tmp_path / "image.png")
     for backend in ("onnxruntime", "openvino"):
         given = ["--point", "40,30", "--backend", backend, "-o", tmp_path / f"{backend}.png"]
         assert call("run", bundle, tmp_path / "image.png", *given).code == 0
     masks = [PIL.Image.open(tmp_path / f"{name}.png") for name in ("onnxruntime", "openvino")]
-    assert (np.asarray(masks[0]) != np.asarray(masks[1])).mean() <= verify.MASK_PIXELS_LIMIT
+    assert (np.asarray(masks[0]) != np.asarray(masks[1])).mean() <= MASK_PIXELS_LIMIT
 
 
 # Precisions
@@ -130,7 +132,7 @@ def test_bfloat16_where_the_processor_has_it(bundle: Path) -> None:
 
 
 def test_a_processor_without_bfloat16(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medsa_deploy.runtime import openvino as module
+    from medsa_deploy.runtime.backends import openvino as module
 
     class Older(module.openvino.Core):
         def get_property(self, device: str, name: str) -> object:
@@ -153,7 +155,7 @@ def test_bfloat16_needs_openvino(bundle: Path, backend: str) -> None:
 def test_int8_files_for_a_cpu(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(4):
-        PIL.Image.fromarray(verify.seeded_image(64, i)).save(tmp_path / "images" / f"{i}.png")
+        PIL.Image.fromarray(seeded_image(64, i)).save(tmp_path / "images" / f"{i}.png")
     copy = copied(bundle, tmp_path)
     given = ["--int8", "--for", "cpu", "--calibration", tmp_path / "images"]
     assert call("quantize", copy, *given).code == 0

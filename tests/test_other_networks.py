@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsa_deploy import load, manifest, stages, verify
+from medsa_deploy import load, stages
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import PromptError
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
@@ -186,7 +188,7 @@ def efficient(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small efficient_sam's checkpoint, bundle and some images."""
     folder = tmp_path_factory.mktemp("efficient")
     saved(folder / "efficient.pth", efficient_keys(grid=8))
-    image = verify.seeded_image(200, 4)[:150]
+    image = seeded_image(200, 4)[:150]
     (folder / "images").mkdir()
     Image.fromarray(image).save(folder / "images" / "a.png")
     Image.fromarray(np.ascontiguousarray(image.transpose(1, 0, 2))).save(folder / "images/b.png")
@@ -295,7 +297,7 @@ def test_efficient_sam_segments(efficient: Path, tmp_path: Path, prompts: list[s
 def test_what_the_decoder_gets_is_padded_and_scaled(efficient: Path) -> None:
     """The session's masks are the graph's for prompts prepared by hand."""
     with load(efficient / "efficient.medsa", threads=1) as session:
-        embedding = session.encode(verify.seeded_image(200, 4)[:150])
+        embedding = session.encode(seeded_image(200, 4)[:150])
         found = session.segment(embedding, points=[(100, 30)], box=(20, 15, 190, 120))
         # (y, x) of the 128×128 frame, then times 1024/128
         coords = np.array([[30, 100], [15, 20], [120, 190]]) * (128 / 150, 128 / 200) * 8
@@ -331,7 +333,7 @@ def test_prompts_efficient_sam_cannot_take(
 
 def test_a_mask_prompt_is_refused_from_python_too(efficient: Path) -> None:
     with load(efficient / "efficient.medsa") as session:
-        embedding = session.encode(verify.seeded_image(64, 4))
+        embedding = session.encode(seeded_image(64, 4))
         with pytest.raises(PromptError, match="takes no mask prompt"):
             session.segment(embedding, points=[(3, 3)], mask=np.zeros((32, 32)))
 
@@ -353,7 +355,7 @@ def test_other_conventions_are_kept(efficient: Path, tmp_path: Path, pad: int) -
     names = {"pad_points": pad, "point_scale": 1.0, "point_order": "xy"}
     edit_manifest(bundle, **{f"conventions__{name}": value for name, value in names.items()})
     with load(bundle) as session:
-        embedding = session.encode(verify.seeded_image(128, 4))
+        embedding = session.encode(seeded_image(128, 4))
         found = session.segment(embedding, points=[(100, 30)])
         coords = np.array([[[100, 30], [-1, -1], [-1, -1]]], np.float32)[:, : max(1, pad)]
         labels = np.array([[1, -1, -1]], np.float32)[:, : max(1, pad)]
@@ -386,7 +388,7 @@ def test_whole_networks_export_with_proof(
     tmp_path: Path, keys: Keys, image_size: int | None
 ) -> None:
     path = saved(tmp_path / "x.pth", keys, seed=11)
-    made = stages.export(
+    made = stages.export_checkpoint(
         path,
         output=None,
         base=None,

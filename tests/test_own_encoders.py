@@ -16,11 +16,14 @@ from command_line import accept_changes, call, copied
 from golden_cases import relative_l2
 from invented import rows, vit_keys, weights
 
-from medsa_deploy import load, manifest, verify
+from medsa_deploy import load
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import BundleError
-from medsa_deploy.graph.tokens import MOST_TOKENS
+from medsa_deploy.evaluation.cases import seeded_image
+from medsa_deploy.evaluation.parity import RELATIVE_L2_LIMIT
+from medsa_deploy.graph.token_loops import MOST_TOKENS
+from medsa_deploy.runtime.backends.onnxruntime_cpu import read_layers
 from medsa_deploy.runtime.loading import OWN_ENCODERS
-from medsa_deploy.runtime.ort import read_layers
 
 SIZE, TOKENS = 512, 1024
 """The smallest image whose tokens, 32×32, are enough."""
@@ -53,7 +56,7 @@ def bundle(export) -> Path:
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    return verify.seeded_image(SIZE, 5)
+    return seeded_image(SIZE, 5)
 
 
 def operators(path: Path) -> list[str]:
@@ -101,7 +104,7 @@ def test_the_bundle_holds_an_encoder_of_onnx_runtimes_own(bundle: Path) -> None:
     (parity,) = made.parity
     assert set(parity.encoders) == {OURS, THEIRS}
     for other in parity.encoders.values():
-        assert other.tensors["image_embeddings"].relative_l2 < verify.RELATIVE_L2_LIMIT
+        assert other.tensors["image_embeddings"].relative_l2 < RELATIVE_L2_LIMIT
 
 
 @pytest.mark.parametrize("rel_pos", [0.0, 1.0])
@@ -241,7 +244,7 @@ def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np
     copy, images = copied(bundle, tmp_path), tmp_path / "images"
     images.mkdir()
     for seed in range(3):
-        Image.fromarray(verify.seeded_image(64, seed)).save(images / f"{seed}.png")
+        Image.fromarray(seeded_image(64, seed)).save(images / f"{seed}.png")
     done = call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu")
     assert done.code == 0, done.error
     name = manifest.load(copy).file(OURS, "int8-cpu").path
@@ -259,7 +262,7 @@ def test_an_older_bundle_is_quantized(bundle: Path, tmp_path: Path) -> None:
     copy, images = copied(bundle, tmp_path), tmp_path / "images"
     images.mkdir()
     for seed in range(2):
-        Image.fromarray(verify.seeded_image(64, seed)).save(images / f"{seed}.png")
+        Image.fromarray(seeded_image(64, seed)).save(images / f"{seed}.png")
     made = manifest.load(copy)
     for file in made.files:
         if file.role in (OURS, THEIRS):

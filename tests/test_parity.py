@@ -13,7 +13,7 @@ import pytest
 import torch
 from golden_cases import CASES_2D, VIT_3D, GoldenCase, export_options, relative_l2
 
-from medsa_deploy import manifest
+from medsa_deploy.bundle import manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold

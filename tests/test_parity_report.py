@@ -16,11 +16,13 @@ from command_line import accept_changes, call, contents, copied
 from hypothesis import given
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from medsa_deploy import page as html
-from medsa_deploy import parity_page, verify
+from medsa_deploy.bundle.manifest import Parity, TensorParity
+from medsa_deploy.evaluation.cases import seeded_image
+from medsa_deploy.evaluation.parity import limits_of
 from medsa_deploy.images.overlay import PALETTE
-from medsa_deploy.manifest import Parity, TensorParity
-from medsa_deploy.stages.parity_report import _square_around
+from medsa_deploy.reports import html
+from medsa_deploy.reports import parity as parity_page
+from medsa_deploy.stages.verify.parity_report import _square_around
 
 VOID = {"meta", "img", "br"}
 
@@ -133,7 +135,7 @@ def test_a_network_that_sees_depth(bundle_3d: Path, tmp_path: Path) -> None:
 def test_with_the_users_images(bundle: Path, checkpoint_of, tmp_path: Path) -> None:
     copy = copied(bundle, tmp_path)
     image = tmp_path / "a & b <i>.png"
-    PIL.Image.fromarray(verify.seeded_image(130, 3)[:90]).save(image)
+    PIL.Image.fromarray(seeded_image(130, 3)[:90]).save(image)
     arguments = ("--checkpoint", checkpoint_of("medsa_2d"), "--images", image)
     assert call("verify", copy, *arguments, "--report").code == 0
     assert (
@@ -160,7 +162,7 @@ def result(precision: str, dice: tuple[float, ...], l2: float) -> parity_page.Re
         dice=min(dice),
         pictures=[np.zeros((40, 3000, 3), np.uint8)],
     )
-    limits = verify.limits_of(precision)
+    limits = limits_of(precision)
     return parity_page.Result(parity=parity, limits=limits, mask_dice=dice, worst=worst)
 
 

@@ -18,12 +18,14 @@ import PIL.Image
 import pytest
 from command_line import WITHOUT, call, command, contents, copied
 
-from medsa_deploy import errors, manifest, verify
+from medsa_deploy import errors
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import DeviceError, MissingDependencyError
-from medsa_deploy.profile_page import milliseconds
-from medsa_deploy.stages import ProfileOptions
+from medsa_deploy.evaluation.cases import seeded_image
+from medsa_deploy.evaluation.latency_worker import STAGES
+from medsa_deploy.reports.latency import milliseconds
+from medsa_deploy.stages import LatencyOptions
 from medsa_deploy.stages import profile as stage
-from medsa_deploy.timing import STAGES
 
 RUNS = 3
 BLOCKS = {
@@ -139,7 +141,7 @@ def test_the_middle_of_a_volume_for_a_2d_network(bundle: Path, tmp_path: Path) -
 
 
 def test_an_image(bundle: Path, tmp_path: Path) -> None:
-    PIL.Image.fromarray(verify.seeded_image(90, 3)).save(tmp_path / "a.png")
+    PIL.Image.fromarray(seeded_image(90, 3)).save(tmp_path / "a.png")
     done = call("profile", bundle, "--runs", 1, "--image", tmp_path / "a.png", "--json")
     assert done.code == 0, done.err
     assert done.json["work"] == "a.png, 90×90"
@@ -313,15 +315,18 @@ def test_outputs_that_are_read_are_refused_first(
     assert "/dev/null is no regular file" in done.error
 
 
-def options(bundle: Path, **changes: Any) -> ProfileOptions:
+def options(bundle: Path, **changes: Any) -> LatencyOptions:
     given: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "threads": 1}
     given |= {"bundle": str(bundle), "runs": 1, "image": None} | changes
-    return ProfileOptions(**given)
+    return LatencyOptions(**given)
 
 
 def test_a_missing_library_is_named_with_its_extra(bundle: Path) -> None:
     """In the measuring process, which is where it is needed."""
-    code = WITHOUT.format(names=("openvino",)) + "from medsa_deploy.timing import main\nmain()"
+    code = (
+        WITHOUT.format(names=("openvino",))
+        + "from medsa_deploy.evaluation.latency_worker import main\nmain()"
+    )
     given = json.dumps(vars(options(bundle, backend="openvino")))
     done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
     said = json.loads(done.stdout.splitlines()[-1])
@@ -395,7 +400,10 @@ def test_measuring_needs_no_terminal_and_no_builder(bundle: Path) -> None:
     """Its memory and loading are those of a program that embeds the runtime."""
     names = ("torch", "onnx", "typer", "rich", "openvino")
     assert all(importlib.util.find_spec(name) for name in names)
-    code = WITHOUT.format(names=names) + "from medsa_deploy.timing import main\nmain()"
+    code = (
+        WITHOUT.format(names=names)
+        + "from medsa_deploy.evaluation.latency_worker import main\nmain()"
+    )
     given = json.dumps(vars(options(bundle)))
     done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
     assert "result" in json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr

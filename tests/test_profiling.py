@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsa_deploy import page
-from medsa_deploy.profile_page import milliseconds, profile_page
-from medsa_deploy.profiling import (
+from medsa_deploy.bundle.node_names import block_of, innermost, module_named, node_name
+from medsa_deploy.evaluation.latency import (
     PERCENTILES,
     Profile,
     compare,
@@ -25,8 +24,9 @@ from medsa_deploy.profiling import (
     percentile,
     ratio_of,
 )
-from medsa_deploy.scopes import block_of, innermost, module_named, node_name
-from medsa_deploy.timing import STAGES
+from medsa_deploy.evaluation.latency_worker import STAGES
+from medsa_deploy.reports import html
+from medsa_deploy.reports.latency import milliseconds, profile_page
 
 SAMPLES = st.lists(st.floats(1e-3, 1e5), min_size=1, max_size=60)
 
@@ -310,7 +310,7 @@ def test_the_page_holds_everything_and_needs_nothing(slices: int, scale: float |
     assert verdicts[scale] in text
     assert ('class="verdict' in text) == (scale is not None)
     for x in (float(v) for plot in plots for v in (e.get("x", 0) for e in plot.iter("text"))):
-        assert 0 <= x <= page.WIDTH
+        assert 0 <= x <= html.WIDTH
 
 
 def test_figures_have_few_digits() -> None:

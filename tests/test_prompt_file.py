@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 from test_volumes_run import volume_of
 
 from medsa_deploy.errors import PromptError
-from medsa_deploy.runtime.structures import Structure, labelling, shared_prompt, slice_prompts
+from medsa_deploy.runtime.volumes.structures import (
+    Structure,
+    labelling,
+    shared_prompt,
+    slice_prompts,
+)
 from medsa_deploy.stages import structures_of
-from medsa_deploy.stages.prompt_file import read_prompts, structure_of
+from medsa_deploy.stages.run.prompt_file import read_prompts, structure_of
 
 COORDINATE = st.one_of(st.integers(-999, 999), st.floats(-999, 999))
 POINT = st.lists(COORDINATE, min_size=3, max_size=3)

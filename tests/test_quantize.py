@@ -18,14 +18,16 @@ from command_line import accept_changes, call, command, contents, copied, start
 from golden_cases import TABLELESS_2D, GoldenCase
 from onnx import helper, numpy_helper
 
-from medsa_deploy import bundle as bundles
-from medsa_deploy import load, manifest, stages, verify
+from medsa_deploy import load, stages
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.folder import add_files, workplace
+from medsa_deploy.bundle.manifest import Parity
+from medsa_deploy.bundle.node_names import module_of
+from medsa_deploy.evaluation.cases import parity_cases, seeded_image
+from medsa_deploy.evaluation.parity import DICE_TOLERANCE, LIMITS, mask_dice, parity_failures
 from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.graph.files import load_graph
-from medsa_deploy.graph.scopes import module_of
-from medsa_deploy.manifest import Parity
-from medsa_deploy.stages.proof import cases
-from medsa_deploy.stages.trials import Trials
+from medsa_deploy.stages.quantize.candidates import CandidateRunner
 
 FORMS = ("medsa_2d_relpos", "medsa_hyp_2d", "medsa_lora", "medsa_mobile")
 """Forms of the network besides `medsa_2d`, which most tests use."""
@@ -34,7 +36,7 @@ FORMS = ("medsa_2d_relpos", "medsa_hyp_2d", "medsa_lora", "medsa_mobile")
 def images_in(folder: Path, count: int, size: int = 200) -> Path:
     folder.mkdir()
     for i in range(count):
-        picture = PIL.Image.fromarray(verify.seeded_image(size, 100 + i))
+        picture = PIL.Image.fromarray(seeded_image(size, 100 + i))
         picture.save(folder / f"{i}.png")
     return folder
 
@@ -76,12 +78,12 @@ def test_float16_is_in_the_bundle_with_its_recipe(half: Path, bundle: Path) -> N
     assert {island.reason for island in recipe.islands} >= {"norms", "softmax", "coordinates"}
     assert recipe.float32_blocks == ()
     assert recipe.rounded_dice_mean is not None
-    assert recipe.rounded_dice_mean >= verify.LIMITS["fp16"].dice_mean
+    assert recipe.rounded_dice_mean >= LIMITS["fp16"].dice_mean
     (parity,) = (p for p in made.parity if p.precision == "fp16")
     assert parity.nan_count == 0
     assert (parity.seeded_images, parity.prompt_sets) == (2, 10)
     assert parity.mask_dice_worst is not None
-    assert parity.mask_dice_worst >= verify.LIMITS["fp16"].dice_worst
+    assert parity.mask_dice_worst >= LIMITS["fp16"].dice_worst
     for name in ("encoder", "decoder"):
         assert made.file(name, "fp16").bytes < 0.6 * made.file(name).bytes
     assert set(contents(bundle)) == set(contents(half)) - {
@@ -95,7 +97,7 @@ def test_every_form_of_the_network(name: str, checkpoint_of: Any, tmp_path: Path
     case = GoldenCase(name)
     size = case.size if name in TABLELESS_2D else None
     classes = None if name == "medsa_mobile" else case.classes
-    made = stages.export(
+    made = stages.export_checkpoint(
         checkpoint_of(name),
         output=tmp_path / "a.medsa",
         base=None,
@@ -104,13 +106,13 @@ def test_every_form_of_the_network(name: str, checkpoint_of: Any, tmp_path: Path
         force=False,
     )
     assert call("quantize", made.bundle, "--fp16").code == 0
-    assert verify.failures(manifest.load(made.bundle).parity[-1]) == []
+    assert parity_failures(manifest.load(made.bundle).parity[-1]) == []
 
 
 def test_a_network_that_sees_depth(bundle_3d: Path, tmp_path: Path) -> None:
     """Its INT8 ranges are measured on chunks of volumes."""
     copy = copied(bundle_3d, tmp_path)
-    voxels = np.stack([verify.seeded_image(60, i)[..., 0] for i in range(9)], axis=-1)
+    voxels = np.stack([seeded_image(60, i)[..., 0] for i in range(9)], axis=-1)
     volume = tmp_path / "volume.nii.gz"
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), volume)
     done = call("quantize", copy, "--int8", "--calibration", volume)
@@ -133,13 +135,13 @@ def test_the_users_images_are_among_what_is_compared(bundle: Path, tmp_path: Pat
 
 
 def test_float16_masks_are_float32s(half: Path, bundle: Path) -> None:
-    image = verify.seeded_image(180, 9)
+    image = seeded_image(180, 9)
     masks = []
     for precision in ("fp32", "fp16"):
         with load(half, precision=precision) as session:
             embedding = session.encode(image)
             masks.append(session.segment(embedding, box=(20, 30, 150, 160)).masks)
-    assert min(verify.dice(*masks)) >= 0.98
+    assert min(mask_dice(*masks)) >= 0.98
 
 
 def disturbed(bundle: Path, folder: Path, size: float) -> Path:
@@ -208,7 +210,7 @@ def test_int8_is_in_the_bundle_with_its_recipe(every: Path) -> None:
         operators = [n.op_type for n in load_graph(every / f"encoder.{precision}.onnx").graph.node]
         assert operators.count("DequantizeLinear") > len(recipe.quantized)
         (parity,) = (p for p in made.parity if p.precision == precision)
-        assert verify.failures(parity) == []
+        assert parity_failures(parity) == []
         assert (parity.images, parity.seeded_images) == (4, 0), "of the user's images"
 
 
@@ -239,7 +241,7 @@ def test_int8_with_the_rest_in_bfloat16(every: Path) -> None:
     recipe = manifest.load(every).recipe("int8-cpu")
     assert recipe is not None
     assert recipe.reference_dice_mean is not None
-    least = recipe.reference_dice_mean - verify.DICE_TOLERANCE
+    least = recipe.reference_dice_mean - DICE_TOLERANCE
     assert done.code == (0 if parity["mask_dice_mean"] >= least else 1)
     assert parity["mask_dice_mean"] > 0.9
     refused = call("verify", every, "--precision", "int8-bf16")
@@ -278,7 +280,7 @@ def test_int8_that_gives_less_than_it_did_fails_verification(every: Path, tmp_pa
 
 
 def test_precisions_run_without_torch_and_onnx(every: Path, tmp_path: Path) -> None:
-    PIL.Image.fromarray(verify.seeded_image(100, 4)).save(tmp_path / "a.png")
+    PIL.Image.fromarray(seeded_image(100, 4)).save(tmp_path / "a.png")
     for precision in ("fp16", "int8", "int8-cpu"):
         options = ["--precision", precision, "--point", "40,40", "-o", tmp_path / "mask.png"]
         done = start("run", every, tmp_path / "a.png", *options, without=("torch", "onnx"))
@@ -318,7 +320,7 @@ def test_int8_goes_when_the_decoder_it_used_is_replaced(every: Path, tmp_path: P
 @pytest.mark.parametrize("name", FORMS)
 def test_int8_of_every_form(name: str, checkpoint_of: Any, tmp_path: Path) -> None:
     case = GoldenCase(name)
-    made = stages.export(
+    made = stages.export_checkpoint(
         checkpoint_of(name),
         output=tmp_path / "a.medsa",
         base=None,
@@ -331,7 +333,7 @@ def test_int8_of_every_form(name: str, checkpoint_of: Any, tmp_path: Path) -> No
     )
     images = images_in(tmp_path / "images", 32)
     for target in ("tensorrt", "cpu"):
-        stages.quantize(made.bundle, precision="int8", calibration=[images], target=target)
+        stages.quantize_bundle(made.bundle, precision="int8", calibration=[images], target=target)
     assert call("verify", made.bundle).code == 0
 
 
@@ -394,12 +396,12 @@ def test_files_are_added_with_their_manifest_or_not_at_all(half: Path, tmp_path:
     before = contents(copy)
     made = manifest.load(copy)
     parity = dataclasses.replace(made.parity[0], mask_pixels_differing=float("nan"))
-    with bundles.workplace(copy) as folder:
+    with workplace(copy) as folder:
         for name in ("encoder.fp16.onnx", "new.onnx"):
             (folder / name).write_bytes(b"new")
         files = sorted(folder.iterdir())
         with pytest.raises(ValueError, match="JSON"):
-            bundles.add_files(copy, files, dataclasses.replace(made, parity=(parity,)))
+            add_files(copy, files, dataclasses.replace(made, parity=(parity,)))
     assert contents(copy) == before
 
 
@@ -453,21 +455,21 @@ def parity(**figures: Any) -> Parity:
     ],
 )
 def test_limits_of_float16(figures: dict[str, float], failures: list[str]) -> None:
-    assert verify.failures(parity(**figures)) == failures
+    assert parity_failures(parity(**figures)) == failures
 
 
 def test_dice() -> None:
     a = np.zeros((4, 2, 2), bool)
     b = np.zeros((4, 2, 2), bool)
     a[1, 0, 0] = b[2, 0, 0] = a[3, 0, 0] = b[3, 0, 0] = b[3, 0, 1] = True
-    assert verify.dice(a, b) == (1.0, 0.0, 0.0, pytest.approx(2 / 3))
+    assert mask_dice(a, b) == (1.0, 0.0, 0.0, pytest.approx(2 / 3))
 
 
 def test_the_saved_references_case_must_agree_by_itself(bundle: Path) -> None:
     """What verify goes by later is only that case: the mean of all must not hide it."""
     made = manifest.load(bundle)
-    to_run = cases(made.network, None)
-    trials = Trials(bundle, made, to_run, None)
+    to_run = parity_cases(made.network, None)
+    trials = CandidateRunner(bundle, made, to_run, None)
     assert trials.measure(trials.encoder, trials.decoder, "fp16").failures == ()
     trials._expected[0]["low_res_masks"] = -trials._expected[0]["low_res_masks"]
     failed = trials.measure(trials.encoder, trials.decoder, "fp16").failures

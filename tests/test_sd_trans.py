@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medsa_deploy.bundle.manifest import DepthGrouping
 from medsa_deploy.exporters.sd_trans import SDTrans, closest_factors
-from medsa_deploy.manifest import DepthGrouping
 
 CHUNKS = st.integers(1, 9)
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from command_line import accept_changes, copied, edit_manifest
 
-from medsa_deploy import load, verify
+from medsa_deploy import load
+from medsa_deploy.bundle.manifest import load as load_manifest
 from medsa_deploy.errors import BundleError, DeviceError, ImageError, PromptError, UsageError
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.sam import modeling
 from medsa_deploy.images import Image
-from medsa_deploy.manifest import load as load_manifest
 from medsa_deploy.runtime import Prediction, Session
 from medsa_deploy.transforms import Prompt, prompts
 
@@ -60,7 +61,7 @@ class FakeBackend:
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    return verify.seeded_image(WIDTH, 5)[:HEIGHT]
+    return seeded_image(WIDTH, 5)[:HEIGHT]
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +261,7 @@ def test_points_go_in_as_the_manifest_says(
 def test_a_yx_network_gets_the_clicks_an_xy_network_would_get_swapped(
     bundle: Path, session, tmp_path: Path
 ) -> None:
-    square = verify.seeded_image(90, 2)
+    square = seeded_image(90, 2)
     copy = copied(bundle, tmp_path)
     edit_manifest(copy, conventions__point_order="xy")
     assert session.conventions.point_order == "yx"
@@ -376,7 +377,7 @@ def test_masks_are_those_of_sams_own_postprocessing(
     request: pytest.FixtureRequest, network: str, size: tuple[int, int]
 ) -> None:
     session: Session = request.getfixturevalue(network)
-    image = verify.seeded_image(max(size), 7)[: size[0], : size[1]]
+    image = seeded_image(max(size), 7)[: size[0], : size[1]]
     embedding = session.encode(image)
     points = np.array([[[size[1] / 2, size[0] / 2]], [[3, 4]]])
     prediction = session.segment(embedding, points=points)
@@ -643,7 +644,7 @@ def test_threads_change_the_speed_not_the_masks(bundle: Path, image) -> None:
 
 
 def test_two_threads_on_one_session_get_their_own_masks(session) -> None:
-    images = [verify.seeded_image(64, seed) for seed in range(4)]
+    images = [seeded_image(64, seed) for seed in range(4)]
 
     def segment(i: int) -> np.ndarray:
         return session.segment(session.encode(images[i]), points=[(10, 20)]).low_res_logits

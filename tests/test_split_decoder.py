@@ -16,14 +16,16 @@ import torch
 from command_line import accept_changes, call, copied
 from golden_cases import GoldenCase, export_options, relative_l2
 
-from medsa_deploy import load, manifest, verify
+from medsa_deploy import load
+from medsa_deploy.bundle import manifest
 from medsa_deploy.errors import BundleError
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.reference import build_reference
 from medsa_deploy.runtime import Session
-from medsa_deploy.runtime.backend import PARTS
+from medsa_deploy.runtime.backends.interface import PARTS
 
 LIMIT, IOU_LIMIT, ONNX_LIMIT = 3e-6, 3e-5, 2e-5
 CLICK = [(40.0, 50.0)]
@@ -37,7 +39,7 @@ def hyp(bundle_of) -> Path:
 
 @pytest.fixture(scope="module")
 def image() -> np.ndarray:
-    return verify.seeded_image(160, 5)[:120]
+    return seeded_image(160, 5)[:120]
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from command_line import call, contents, copied
 
-from medsa_deploy import builder, cuda, engine, errors, manifest, trt
-from medsa_deploy.engine import Options, Range
+from medsa_deploy import errors
+from medsa_deploy.bundle import manifest
+from medsa_deploy.nvidia import cuda, engine_builder, engines, tensorrt_api
+from medsa_deploy.nvidia.engines import AxisRange, EngineOptions
 
 FAKE = Path(__file__).parent / "fake_tensorrt"
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
@@ -47,7 +49,7 @@ def test_one_path_builds_with_every_version(
     assert done.code == 0, done.err
     assert "TensorRT and a GPU are here, so TensorRT engines for this GPU" in done.err
     folder = copy / "engines" / "tensorrt-fp32-sm87"
-    found = engine.load(folder)
+    found = engines.load(folder)
     assert (found.version, found.device, found.state) == (version, "NVIDIA Orin", "built")
     assert (folder / "encoder.engine").read_bytes() == b"an engine of " + version.encode()
     assert [file.attention for file in found.files] == ["unknown", "unknown"]
@@ -58,9 +60,9 @@ def test_one_path_builds_with_every_version(
     assert decoder["profiles"][0]["point_coords"] == [[1, 1, 2], [1, 2, 2], [8, 16, 2]]
     assert "workspace" not in encoder
     assert "optimization_level" not in encoder
-    library = trt.Library(flavor="tensorrt", version=version, targets=())
+    library = tensorrt_api.Library(flavor="tensorrt", version=version, targets=())
     made = manifest.load(copy)
-    assert engine.check_loadable(folder, made, library=library, device=DEVICE) == found
+    assert engines.check_loadable(folder, made, library=library, device=DEVICE) == found
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -124,7 +126,7 @@ def test_without_a_gpu_tensorrt_is_refused_and_rtx_the_default(tensorrt, bundle:
 def test_two_flavors_do_not_meet_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", object())
     with pytest.raises(errors.EngineFlavorError, match="TensorRT is loaded in this process"):
-        trt.load("rtx")
+        tensorrt_api.load("rtx")
 
 
 def test_a_removed_flag_shows(tensorrt, bundle: Path, tmp_path: Path) -> None:
@@ -148,11 +150,11 @@ def test_a_builder_without_polygraphy_names_the_extra(
     tensorrt("10.13.0")
     (tmp_path / "polygraphy.py").write_text("raise ModuleNotFoundError('polygraphy')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{FAKE}")
-    one = Range(min=1, opt=1, max=1)
-    job = builder.Job(
+    one = AxisRange(min=1, opt=1, max=1)
+    job = engine_builder.Job(
         onnx=str(bundle / "encoder.onnx"),
         output=str(tmp_path / "x.engine"),
-        options=Options(
+        options=EngineOptions(
             flavor="tensorrt",
             precision="fp32",
             targets=("sm87",),
@@ -168,4 +170,4 @@ def test_a_builder_without_polygraphy_names_the_extra(
         profile={},
     )
     with pytest.raises(errors.UsageError, match=r"pip install 'medsa-deploy\[tensorrt\]'"):
-        builder.build(job)
+        engine_builder.build(job)

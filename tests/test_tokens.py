@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from onnx import TensorProto, helper, numpy_helper
 
-from medsa_deploy.graph.tokens import loop_tokens
+from medsa_deploy.graph.token_loops import loop_tokens
 
 SIDE, WIDTH = 4, 6
 STEPS = ("Add", "Gelu", "LayerNormalization", "MatMul", "bias", "halves", "mean", "swapped")

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 from command_line import WITHOUT, contents, copied, start
 
-from medsa_deploy import verify
+from medsa_deploy.evaluation.cases import seeded_image
 
 BUILDERS = ("torch", "onnx", "onnxscript", "segment_anything", "polygraphy", "tensorrt")
 TERMINAL = ("typer", "click", "rich")
@@ -33,7 +33,7 @@ def python(code: str, *arguments: object) -> str:
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "image.png"
-    PIL.Image.fromarray(verify.seeded_image(100, 4)).save(path)
+    PIL.Image.fromarray(seeded_image(100, 4)).save(path)
     return path
 
 

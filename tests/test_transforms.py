@@ -21,9 +21,9 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from skimage.transform import resize as skimage_resize
 
-from medsa_deploy import resampling, transforms
+from medsa_deploy import transforms
 from medsa_deploy.errors import ImageError, UsageError
-from medsa_deploy.transforms import PROFILES, Frame, preprocess
+from medsa_deploy.transforms import PREPROCESSING, Frame, preprocess, resampling
 
 SAM_MEAN = np.array([123.675, 116.28, 103.53])
 SAM_STD = np.array([58.395, 57.12, 57.375])
@@ -203,7 +203,7 @@ def test_area_halves_8_bit_images_as_opencv_does():
     np.testing.assert_array_equal(resampling.resize(planes, (256, 256), "area"), resized)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", PREPROCESSING)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, ">u2", np.float16, np.float64])
 def test_output_for_every_type(profile, dtype):
     grey = image("brain")[::2, ::3].astype(dtype)
@@ -214,12 +214,12 @@ def test_output_for_every_type(profile, dtype):
     assert out.flags.writeable
     rgb = preprocess(np.stack([grey] * 3, axis=-1), profile, 128)[0]
     np.testing.assert_array_equal(out, rgb)
-    if PROFILES[profile].min_max:
+    if PREPROCESSING[profile].min_max:
         assert out.min() == 0
         assert out.max() == 1
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", PREPROCESSING)
 @pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (1, 1), (3, 2000, 3)])
 def test_extreme_shapes_keep_content(profile, shape):
     pixels = np.linspace(0, 255, math.prod(shape), dtype=np.float32).reshape(shape)
@@ -231,16 +231,16 @@ def test_extreme_shapes_keep_content(profile, shape):
     assert transforms.upsample(logits, frame).shape == shape[:2]
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", PREPROCESSING)
 @pytest.mark.parametrize("value", [np.uint8(0), np.uint8(37), np.uint8(255), np.float32(99.5)])
 def test_constant_images_give_no_nan(profile, value):
     out, _ = preprocess(np.full((50, 61), value), profile, 128)
     assert np.isfinite(out).all()
-    if PROFILES[profile].min_max:
+    if PREPROCESSING[profile].min_max:
         assert not out.any()
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", PREPROCESSING)
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medsa_deploy.bundle.manifest import Conventions
 from medsa_deploy.errors import PromptError
-from medsa_deploy.manifest import Conventions
 from medsa_deploy.transforms import Frame, network_prompt, preprocess, prompts
 
 XY = Conventions(preprocess="sam")

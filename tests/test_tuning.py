@@ -10,12 +10,12 @@ import pytest
 from command_line import call, contents
 
 from medsa_deploy import load
+from medsa_deploy.bundle.manifest import load as load_manifest
 from medsa_deploy.errors import UsageError
-from medsa_deploy.manifest import load as load_manifest
 from medsa_deploy.runtime import tuning
 from medsa_deploy.runtime.tuning import Choice
-from medsa_deploy.stages import tuning as stage
-from medsa_deploy.stages.tuning import Candidate, fastest
+from medsa_deploy.stages.doctor import tune as stage
+from medsa_deploy.stages.doctor.tune import Candidate, fastest
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,21 @@ import PIL.Image
 import pytest
 from command_line import accept_changes, call, copied, edit_manifest
 
-from medsa_deploy import load, verify
+from medsa_deploy import load
+from medsa_deploy.bundle.manifest import Parity, TensorParity
+from medsa_deploy.bundle.manifest import load as load_manifest
 from medsa_deploy.errors import BundleError, ParityError
-from medsa_deploy.manifest import Parity, TensorParity
-from medsa_deploy.manifest import load as load_manifest
-from medsa_deploy.stages.proof import cases
+from medsa_deploy.evaluation.cases import parity_cases, seeded_case, seeded_image
+from medsa_deploy.evaluation.parity import (
+    MASK_PIXELS_LIMIT,
+    TENSORS,
+    difference,
+    load_reference,
+    parity_failures,
+    require_parity,
+    run_case,
+    save_reference,
+)
 
 
 def rewritten_reference(copy: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
@@ -38,17 +48,17 @@ def test_a_good_bundle_without_its_checkpoint(bundle: Path) -> None:
     (parity,) = found["parity"]
     assert (parity["precision"], parity["backend"]) == ("fp32", "onnxruntime")
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (0, 1, 5)
-    assert set(parity["tensors"]) == set(verify.TENSORS)
+    assert set(parity["tensors"]) == set(TENSORS)
     for tensor in parity["tensors"].values():
         assert 0 <= tensor["relative_l2"] <= 2e-5
-    assert parity["mask_pixels_differing"] <= verify.MASK_PIXELS_LIMIT
+    assert parity["mask_pixels_differing"] <= MASK_PIXELS_LIMIT
 
 
 def test_a_good_bundle_with_its_checkpoint_and_images(
     bundle: Path, checkpoint_of, tmp_path: Path
 ) -> None:
     for i in range(2):
-        picture = PIL.Image.fromarray(verify.seeded_image(80 + i, i))
+        picture = PIL.Image.fromarray(seeded_image(80 + i, i))
         picture.save(tmp_path / f"{i}.png")
     given = ["--checkpoint", checkpoint_of("medsa_2d"), "--images", tmp_path]
     done = call("verify", bundle, *given, "--json")
@@ -56,7 +66,7 @@ def test_a_good_bundle_with_its_checkpoint_and_images(
     assert done.json["against"] == "checkpoint"
     (parity,) = done.json["parity"]
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (2, 2, 20)
-    found = cases(load_manifest(bundle).network, tmp_path / "1.png")
+    found = parity_cases(load_manifest(bundle).network, tmp_path / "1.png")
     assert [case.name for case in found] == ["seed 1", "seed 2", "1.png"]
 
 
@@ -182,11 +192,11 @@ def test_a_bundle_without_a_reference_says_so(bundle: Path, tmp_path: Path) -> N
 
 def test_difference() -> None:
     expected = np.array([3.0, 4.0], np.float32)
-    assert verify.difference(expected, expected) == TensorParity(relative_l2=0, max_abs=0)
-    found = verify.difference(expected, np.array([3.0, 4.5], np.float32))
+    assert difference(expected, expected) == TensorParity(relative_l2=0, max_abs=0)
+    found = difference(expected, np.array([3.0, 4.5], np.float32))
     assert found == TensorParity(relative_l2=pytest.approx(0.1), max_abs=0.5)
     with pytest.raises(ParityError, match=r"shapes: \(1,\), expected \(2,\)"):
-        verify.difference(expected, expected[:1])
+        difference(expected, expected[:1])
 
 
 def parity(*, relative_l2: float = 0.0, pixels: float = 0.0) -> Parity:
@@ -215,21 +225,21 @@ def parity(*, relative_l2: float = 0.0, pixels: float = 0.0) -> Parity:
 )
 def test_limits(figures: dict[str, float], failures: list[str]) -> None:
     found = parity(**figures)
-    assert verify.failures(found) == failures
+    assert parity_failures(found) == failures
     if failures:
         with pytest.raises(ParityError, match="are not the checkpoint's network: "):
-            verify.require(found)
+            require_parity(found)
     else:
-        verify.require(found)
+        require_parity(found)
 
 
 def test_seeded_cases_are_the_same_everywhere_and_of_every_kind() -> None:
-    one, same, other = (verify.seeded_case(64, 16, seed) for seed in (1, 1, 2))
+    one, same, other = (seeded_case(64, 16, seed) for seed in (1, 1, 2))
     pixels = [case.images[0].pixels for case in (one, same, other)]
     assert (pixels[0] == pixels[1]).all()
     assert (pixels[0] != pixels[2]).any()
     assert np.ptp(pixels[0]) == 255
-    chunk = verify.seeded_case(64, 16, 1, slices=3).images
+    chunk = seeded_case(64, 16, 1, slices=3).images
     assert (chunk[0].pixels == pixels[0]).all()
     assert len({image.pixels.tobytes() for image in chunk}) == 3
     kinds = {(len(p.points), p.box is not None, p.mask is not None) for p in one.prompts}
@@ -240,10 +250,10 @@ def test_seeded_cases_are_the_same_everywhere_and_of_every_kind() -> None:
 def test_a_saved_reference_comes_back_as_it_was(made: str, request, tmp_path: Path) -> None:
     bundle = request.getfixturevalue(made)
     with load(bundle) as session:
-        case = verify.seeded_case(256, 64, 3, slices=session.manifest.network.chunk)
-        outputs = verify.run_case(session, case)
-    verify.save_reference(tmp_path / "reference.npz", case, outputs)
-    back, tensors = verify.load_reference(tmp_path / "reference.npz")
+        case = seeded_case(256, 64, 3, slices=session.manifest.network.chunk)
+        outputs = run_case(session, case)
+    save_reference(tmp_path / "reference.npz", case, outputs)
+    back, tensors = load_reference(tmp_path / "reference.npz")
     for read, written in zip(back.images, case.images, strict=True):
         np.testing.assert_array_equal(read.pixels, written.pixels)
     assert len(back.prompts) == len(case.prompts)
@@ -253,4 +263,4 @@ def test_a_saved_reference_comes_back_as_it_was(made: str, request, tmp_path: Pa
     for name, values in outputs.tensors.items():
         np.testing.assert_array_equal(tensors[name], values)
     with pytest.raises(BundleError, match="is not a reference"):
-        verify.load_reference(bundle / "encoder.onnx")
+        load_reference(bundle / "encoder.onnx")

@@ -11,10 +11,12 @@ from time import perf_counter
 import PIL.Image
 import pytest
 
-from medsa_deploy import manifest, stages, verify
-from medsa_deploy.cuda import Device
-from medsa_deploy.engine import check_loadable
+from medsa_deploy import stages
+from medsa_deploy.bundle import manifest
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides
+from medsa_deploy.nvidia.cuda import Device
+from medsa_deploy.nvidia.engines import check_loadable
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +33,7 @@ def vit_b(folder: Path, rel_pos_scale: float) -> stages.Export:
     spec.loader.exec_module(benchmark)
     path = folder / "vit_b.pth"
     benchmark.vit_b_checkpoint(path, rel_pos_scale=rel_pos_scale)
-    return stages.export(
+    return stages.export_checkpoint(
         path, output=None, base=None, images=None, overrides=Overrides(), force=False
     )
 
@@ -88,7 +90,7 @@ measured = calibration.measure(trials, folder, sources, inputs, lambda done, tot
 assert set(measured.ranges(99.9)) == inputs
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-    PIL.Image.fromarray(verify.seeded_image(512, 7)).save(tmp_path / "image.png")
+    PIL.Image.fromarray(seeded_image(512, 7)).save(tmp_path / "image.png")
     command = [sys.executable, "-c", code, str(bundle), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

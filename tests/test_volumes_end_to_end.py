@@ -43,7 +43,7 @@ def whole(shape: tuple[int, ...]) -> Structure:
 def segmented(
     session: Session, path: Path, *structures: Structure, options: VolumeOptions, **others: Any
 ) -> VolumeSegmentation:
-    return stages.run_volume(session, path, structures, options, **others)
+    return stages.segment_volume_file(session, path, structures, options, **others)
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

@@ -14,20 +14,15 @@ from fake_network import bright_pixels
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from medsa_deploy import load, transforms, verify
+from medsa_deploy import load, transforms
 from medsa_deploy.errors import ImageError, PromptError, UsageError
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.images import Volume, read_volume
 from medsa_deploy.images.npy import NpySlices
 from medsa_deploy.images.volume import VolumeBox
-from medsa_deploy.runtime import (
-    Session,
-    Structure,
-    VolumeOptions,
-    VolumePrediction,
-    segment_volume,
-    volumes,
-)
-from medsa_deploy.runtime.chunks import ChunkEncoder
+from medsa_deploy.runtime import Session, Structure, VolumeOptions, VolumePrediction, segment_volume
+from medsa_deploy.runtime.volumes import segment
+from medsa_deploy.runtime.volumes.chunk_encoder import ChunkEncoder
 
 ROWS, COLUMNS = 12, 20
 EVERYTHING: VolumeBox = (0, 0, 0, 99, ROWS, COLUMNS)
@@ -267,7 +262,7 @@ def session_3d(bundle_3d: Path) -> Iterator[Session]:
 @pytest.fixture(scope="module")
 def real_array() -> np.ndarray:
     """(10, 100, 120) uint8: two and a half chunks that differ."""
-    return np.stack([verify.seeded_image(120, [7, i])[:100, :, 0] for i in range(10)])
+    return np.stack([seeded_image(120, [7, i])[:100, :, 0] for i in range(10)])
 
 
 REAL = (
@@ -542,11 +537,11 @@ def test_few_structures_are_followed_at_a_time(monkeypatch: pytest.MonkeyPatch, 
     options = VolumeOptions(propagate=True, margin=1)
     wanted = segment_volume(bright_pixels(), volume, structures, options)
     assert len(np.unique(wanted.labels)) == 4
-    monkeypatch.setattr(volumes, "KEPT_BYTES", kept)
+    monkeypatch.setattr(segment, "KEPT_BYTES", kept)
     groups = []
-    follow = volumes._Run._follow
+    follow = segment._Run._follow
     monkeypatch.setattr(
-        volumes._Run, "_follow", lambda run, some, margin: groups.append(follow(run, some, margin))
+        segment._Run, "_follow", lambda run, some, margin: groups.append(follow(run, some, margin))
     )
     found = segment_volume(bright_pixels(), volume, structures, options)
     np.testing.assert_array_equal(found.labels, wanted.labels)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medsa_deploy.manifest import Conventions
+from medsa_deploy.bundle.manifest import Conventions
 from medsa_deploy.transforms import Frame, Prompt, network_prompt
 
 from .network import CLASSES, GRID, SIZE

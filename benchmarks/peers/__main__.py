@@ -38,7 +38,7 @@ WHAT = (
 
 def measure_network(
     name: str,
-    all_of_it: Sequence[Candidate],
+    transforms: Sequence[Candidate],
     place: Path,
     result: Result,
     args: argparse.Namespace,
@@ -46,18 +46,18 @@ def measure_network(
 ) -> None:
     """Measure what is missing of a network, or what `--only` names, group by group."""
     costs = place / "costs.json"
-    if not all_of_it or not costs.exists():
+    if not transforms or not costs.exists():
         say(f"{name}: not prepared: {files.failures(place)}")
         return
     limits = replace(limits, rounds=args.rounds or limits.rounds, threads=args.threads)
     empty = {"gflop": json.loads(costs.read_text()), "groups": {}, "candidates": {}}
     entry = result["networks"].setdefault(name, empty)
-    todo = [one for one in all_of_it if _wanted(f"{name}/{one.name}", entry, one, args.only)]
+    todo = [one for one in transforms if _wanted(f"{name}/{one.name}", entry, one, args.only)]
     for one in [one for one in todo if one.missing]:
         entry["candidates"][one.name] = {"not_measured": one.missing}
     todo = [one for one in todo if not one.missing]
     renewed = {one.name for one in todo}
-    reference = next((one for one in all_of_it if not one.missing), None)
+    reference = next((one for one in transforms if not one.missing), None)
     (place / "logs").mkdir(exist_ok=True)
     while todo and reference is not None:
         say(f"{name}: {len(todo)} to measure")

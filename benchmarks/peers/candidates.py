@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy import manifest
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.errors import UsageError
-from medsa_deploy.manifest import Manifest
-from medsa_deploy.runtime.loading import (
-    COMPUTED,
-    CPU_BACKENDS,
-    check_options,
-    files_precision,
-)
+from medsa_deploy.runtime.loading import COMPUTED, CPU_BACKENDS, check_options, files_precision
 
 from . import files
 from .names import DEFAULT_NAME, OURS

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medsa_deploy import manifest, stages, verify
+from medsa_deploy import stages
+from medsa_deploy.bundle import manifest
+from medsa_deploy.evaluation.parity import LIMITS, Limits
 from medsa_deploy.exporters.architecture import infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 
@@ -122,7 +124,7 @@ def _digest() -> str:
 
 
 def _export(network: Network, place: Path, stamp: Path) -> None:
-    stages.export(
+    stages.export_checkpoint(
         place / "checkpoint.pth",
         output=place / "bundle.medsa",
         base=None,
@@ -139,12 +141,12 @@ def _export(network: Network, place: Path, stamp: Path) -> None:
 def _quantize(network: Network, place: Path, precision: str) -> None:
     bundle = place / "bundle.medsa"
     if precision == "fp16":
-        stages.quantize(bundle, precision="fp16")
+        stages.quantize_bundle(bundle, precision="fp16")
         return
     size = manifest.load(bundle).network.image_size
     calibration = calibration_images(network, place, size)
     with _unjudged(precision, not network.real_weights):
-        stages.quantize(bundle, precision="int8", calibration=calibration, target="cpu")
+        stages.quantize_bundle(bundle, precision="int8", calibration=calibration, target="cpu")
 
 
 @contextmanager
@@ -153,13 +155,13 @@ def _unjudged(precision: str, wanted: bool) -> Iterator[None]:
 
     What INT8 does to masks is measured on networks with real weights.
     """
-    before = verify.LIMITS[precision]
+    before = LIMITS[precision]
     if wanted:
-        verify.LIMITS[precision] = verify.Limits()
+        LIMITS[precision] = Limits()
     try:
         yield
     finally:
-        verify.LIMITS[precision] = before
+        LIMITS[precision] = before
 
 
 def _record(network: Network, place: Path) -> None:

@@ -13,12 +13,13 @@ import torch
 
 from benchmarks.export import vit_b_checkpoint
 from benchmarks.precisions import calibration
-from medsa_deploy import stages, verify
+from medsa_deploy import stages
+from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.images import Image
-from medsa_deploy.stages.demo import CHECKPOINT, CHUNK, CLASSES
-from medsa_deploy.stages.labelled import box_around
-from medsa_deploy.stages.template import axial_slice, file_in, structures
+from medsa_deploy.stages.demo.medsa import CHECKPOINT, CHUNK, CLASSES
+from medsa_deploy.stages.demo.mni_template import axial_slice, file_in, structures
+from medsa_deploy.stages.verify.drawn_prompts import box_around
 
 SLICES_2D = ((46,), (93,), (118,))
 SLICES_3D = (range(44, 52), range(88, 96))
@@ -66,7 +67,7 @@ class Network:
 def images_of(network: Network, size: int) -> list[tuple[list[Image], list[tuple[float, ...]]]]:
     """What the network sees together, and boxes on it, x0, y0, x1, y1 in pixels."""
     if not network.template:
-        image = Image(pixels=verify.seeded_image(size, 1), path=Path("seeded"))
+        image = Image(pixels=seeded_image(size, 1), path=Path("seeded"))
         return [([image], [tuple(size * share for share in box) for box in BOXES])]
     found = []
     for group in network.template:
@@ -86,7 +87,7 @@ def calibration_images(network: Network, folder: Path, size: int) -> list[Path]:
     paths = []
     for seed in range(network.calibration):
         paths.append(folder / f"seeded-{seed}.png")
-        PIL.Image.fromarray(verify.seeded_image(size, 100 + seed)).save(paths[-1])
+        PIL.Image.fromarray(seeded_image(size, 100 + seed)).save(paths[-1])
     return paths
 
 

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from medsa_deploy import manifest, transforms
+from medsa_deploy import transforms
+from medsa_deploy.bundle import manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.graphs import OPSET
 from medsa_deploy.exporters.reference import ReferenceBackend, ReferenceNetwork, build_reference
 from medsa_deploy.images import Image
 from medsa_deploy.runtime import Session
-from medsa_deploy.runtime.backend import Array
+from medsa_deploy.runtime.backends.interface import Array
 
 PATCH = 96
 """Side of the cube that Swin-UNETR sees."""

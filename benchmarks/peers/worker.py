@@ -49,12 +49,12 @@ class Ours:
 
     def __init__(self, spec: Spec) -> None:
         from medsa_deploy import load
-        from medsa_deploy.runtime.backend import splitting
+        from medsa_deploy.runtime.backends.interface import as_split_decoder
 
         options = {"backend": spec["backend"], "precision": spec["precision"]}
         session = load(spec["bundle"], threads=spec["threads"], **options)
         self._backend = session.backend
-        self._split = splitting(self._backend)
+        self._split = as_split_decoder(self._backend)
         self._part: tuple[int, Any] | None = None
         self.versions = {spec["backend"]: str(self._backend.facts()["version"])}
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.bundle.manifest import TwoWay
 from medsa_deploy.exporters.adapters import Adapter, HyperPromptAdapter
 from medsa_deploy.exporters.reference import decoder as reference
 from medsa_deploy.exporters.reference import efficient_sam
 from medsa_deploy.exporters.sam import TwoWayAttention
-from medsa_deploy.manifest import TwoWay
 
 from .linear import constant, linear
 from .upscaling import Upscaling, upscaling

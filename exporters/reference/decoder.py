@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from medsa_deploy.bundle.manifest import TwoWay
 from medsa_deploy.exporters.adapters import adapter, hyper_prompt_adapter
 from medsa_deploy.exporters.sam import MaskDecoder, MLPBlock, PromptEncoder, TwoWayAttention
 from medsa_deploy.exporters.shapes import Shapes
-from medsa_deploy.manifest import TwoWay
 
 HEADS = 8
 """Attention heads of SAM's two-way transformer; no shape shows them and no known file differs."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from medsa_deploy.bundle.manifest import Network
 from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
-from medsa_deploy.manifest import Network
 
 from . import efficient_sam, tiny_vit, vit
 from .decoder import Decoder, PromptTokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from medsa_deploy.stages.accuracy import Accuracy, Spread, Summary
+from medsa_deploy.stages.verify.accuracy import Accuracy, Spread, Summary
 
 from .console import out, print_error
 

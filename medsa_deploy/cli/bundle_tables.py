@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from medsa_deploy.manifest import Conventions, Network
-from medsa_deploy.stages import (
-    Export,
-    Inspection,
-)
+from medsa_deploy.bundle.manifest import Conventions, Network
+from medsa_deploy.stages import Export, Inspection
 
 from .console import out, plain_table, print_facts, print_files
 from .parity_table import print_parity

@@ -11,13 +11,7 @@ from medsa_deploy import stages
 
 from . import console
 from .bundle_tables import print_export, print_inspection
-from .options import (
-    Base,
-    Checkpoint,
-    Images,
-    Json,
-    with_overrides,
-)
+from .options import Base, Checkpoint, Images, Json, with_overrides
 
 
 @with_overrides
@@ -26,7 +20,7 @@ def inspect(checkpoint: Checkpoint, overrides: Any, base: Base = None, json: Jso
 
     medsa-deploy inspect ckpt.pth
     """
-    found = stages.inspect(checkpoint, base=base, overrides=overrides)
+    found = stages.inspect_checkpoint(checkpoint, base=base, overrides=overrides)
     console.print_json(found) if json else print_inspection(found)
 
 
@@ -53,7 +47,7 @@ def export(
     medsa-deploy export volumes.pth --depth-chunk 8 --intensity-window -175,250
     """
     with console.steps() as on_step:
-        made = stages.export(
+        made = stages.export_checkpoint(
             checkpoint,
             output=output,
             base=base,

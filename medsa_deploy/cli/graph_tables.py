@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from medsa_deploy.manifest import Recipe
-from medsa_deploy.stages import (
-    EngineBuild,
-    EnginePlan,
-    KernelBuild,
-    Quantization,
-    Verification,
-)
-from medsa_deploy.stages.verification import AGAINST
-from medsa_deploy.trt import NAMES
+from medsa_deploy.bundle.manifest import Recipe
+from medsa_deploy.nvidia.tensorrt_api import NAMES
+from medsa_deploy.stages import EngineBuild, EnginePlan, KernelBuild, Quantization, Verification
+from medsa_deploy.stages.verify.verify import AGAINST
 
 from .console import out, plain_table, print_error, print_facts, print_files
 from .parity_table import print_parity

@@ -12,16 +12,8 @@ from medsa_deploy.errors import UsageError
 
 from . import console
 from .graph_tables import print_engines, print_kernels, print_quantization
-from .options import (
-    Bundle,
-    Images,
-    Json,
-    Threads,
-    sizes,
-)
-from .values import (
-    parse_range,
-)
+from .options import Bundle, Images, Json, Threads, sizes
+from .values import parse_range
 
 
 def quantize(
@@ -52,7 +44,7 @@ def quantize(
     if fp16 == int8:
         raise UsageError("give one of --fp16 and --int8")
     with console.steps_of_images() as (on_step, on_image):
-        made = stages.quantize(
+        made = stages.quantize_bundle(
             bundle,
             precision="fp16" if fp16 else "int8",
             calibration=calibration or (),

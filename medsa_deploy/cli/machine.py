@@ -11,9 +11,7 @@ from medsa_deploy import stages
 
 from . import console
 from .machine_tables import print_demonstration, print_diagnosis, print_litemedsam, print_tuning
-from .options import (
-    Json,
-)
+from .options import Json
 
 
 def doctor(

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from medsa_deploy.stages import (
-    Demonstration,
-    Diagnosis,
-    LiteMedSAMDemonstration,
-    Tuning,
-)
+from medsa_deploy.stages import Demonstration, Diagnosis, LiteMedSAMDemonstration, Tuning
 
 from .console import out, plain_table, print_error, print_facts
 from .parity_table import print_parity

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from medsa_deploy.stages import (
-    Segmentation,
-    VolumeSegmentation,
-)
+from medsa_deploy.stages import Segmentation, VolumeSegmentation
 
 from .console import out, plain_table, print_error
 

@@ -13,21 +13,9 @@ from medsa_deploy.errors import UsageError
 from . import console
 from .accuracy_table import print_accuracy
 from .graph_tables import print_verification
-from .options import (
-    Backend,
-    Base,
-    Bundle,
-    IntensityWindow,
-    Json,
-    NoCudaGraphs,
-    Precision,
-    Threads,
-)
+from .options import Backend, Base, Bundle, IntensityWindow, Json, NoCudaGraphs, Precision, Threads
 from .profile_table import print_profile
-from .values import (
-    parse_names,
-    parse_window,
-)
+from .values import parse_names, parse_window
 
 
 def verify(
@@ -89,7 +77,7 @@ def verify(
         if checkpoint or base or report:
             raise UsageError("--checkpoint, --base and --report do not go with --labels")
         with console.progress(not json, "files") as on_file:
-            measured = stages.measure(
+            measured = stages.measure_accuracy(
                 bundle,
                 labels=labels,
                 segmentation=segmentation,
@@ -164,7 +152,7 @@ def profile(
     """
     if max_slowdown is not None and compare is None:
         raise UsageError("--max-slowdown goes with --compare OTHER.json")
-    options = stages.ProfileOptions(
+    options = stages.LatencyOptions(
         bundle=str(bundle),
         backend=backend,
         precision=precision,
@@ -173,7 +161,7 @@ def profile(
         image=None if image is None else str(image),
         cuda_graphs=not no_cuda_graphs,
     )
-    outputs = stages.ProfileOutputs(
+    outputs = stages.ProfileTargets(
         other=compare,
         json=output,
         html=html,

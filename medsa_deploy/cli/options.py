@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from medsa_deploy import stages
+from medsa_deploy.stages.inspect import export_extra
 
 from .values import parse_depth_chunk, parse_names, parse_numbers, parse_window
 
@@ -136,6 +136,6 @@ def _overrides(options: OverrideOptions) -> Any:
         "intensity_window": parse_window(options.intensity_window),
         "class_names": None if names is None else parse_names(names),
     }
-    with stages.checkpoints.export_extra():
+    with export_extra():
         from medsa_deploy.exporters.architecture import Overrides
     return Overrides(**asdict(options) | parsed)

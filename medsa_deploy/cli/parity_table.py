@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medsa_deploy.manifest import Parity
+from medsa_deploy.bundle.manifest import Parity
 
 from .console import out, plain_table
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from medsa_deploy.profile_page import HEADERS, facts, figures
-from medsa_deploy.profiling import Profile
+from medsa_deploy.evaluation.latency import Profile
+from medsa_deploy.reports.latency import HEADERS, facts, figures
 
 from .console import err, out
 

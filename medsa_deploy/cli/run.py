@@ -24,13 +24,7 @@ from .options import (
     Threads,
     Threshold,
 )
-from .values import (
-    parse_box,
-    parse_click,
-    parse_numbers,
-    parse_window,
-    refuse,
-)
+from .values import parse_box, parse_click, parse_numbers, parse_window, refuse
 
 
 def run(
@@ -141,7 +135,7 @@ def run(
             open_session() as session,
             console.progress(not json, "slices") as on_slice,
         ):
-            segmented = stages.run_volume(
+            segmented = stages.segment_volume_file(
                 session,
                 image,
                 structures,
@@ -180,11 +174,11 @@ def run(
         open_session() as session,
         console.progress(image.is_dir() and not json, "images") as on_image,
     ):
-        results = stages.run(
+        results = stages.segment_images(
             session,
             image,
             given,
-            stages.Outputs(mask=output or default, overlay=overlay, logits=save_logits),
+            stages.MaskTargets(mask=output or default, overlay=overlay, logits=save_logits),
             axis=axis,
             index=slice_,
             intensity_window=window,

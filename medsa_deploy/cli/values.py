@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import isfinite
 from typing import TypeVar
 
-from medsa_deploy.engine import Range
 from medsa_deploy.errors import UsageError
+from medsa_deploy.nvidia.engines import AxisRange
 
 T = TypeVar("T", int, float)
 
@@ -59,14 +59,14 @@ def parse_window(text: str | None) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def parse_range(text: str | None, option: str) -> Range | None:
+def parse_range(text: str | None, option: str) -> AxisRange | None:
     """MIN,OPT,MAX."""
     if text is None:
         return None
     values = parse_numbers(text, int, option)
     if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
         raise UsageError(f"{option} {text}: expected MIN,OPT,MAX with 1 ≤ MIN ≤ OPT ≤ MAX")
-    return Range(min=values[0], opt=values[1], max=values[2])
+    return AxisRange(min=values[0], opt=values[1], max=values[2])
 
 
 def parse_numbers(text: str, kind: type[T], option: str) -> tuple[T, ...]:

@@ -6,8 +6,8 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+from medsa_deploy.bundle.node_names import METADATA
 from medsa_deploy.errors import BundleError, MissingDependencyError
-from medsa_deploy.scopes import METADATA
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Graphs beyond this keep their weights beside them: a protobuf message ends at 2 GiB."""

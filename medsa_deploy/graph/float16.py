@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .files import import_onnx
-from .islands import HALF, value_types
+from .float32_nodes import HALF, value_types
 
 SUFFIX = "_float16"
 ROUNDED = "_exact"

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.scopes import block_of, kind_of
+from medsa_deploy.bundle.node_names import block_of, kind_of, module_of
 
 from .files import import_onnx
 from .float16 import Change
-from .scopes import module_of
 
 LEVELS = 127
 """Symmetric INT8 uses −127…127."""
@@ -27,7 +26,7 @@ SMALLEST_SCALE = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class LinearLayer:
     """A linear layer with constant weights."""
 
     node: int
@@ -50,7 +49,7 @@ class Layer:
         return kind_of(self.name)
 
 
-def linear_layers(model: Any) -> list[Layer]:
+def linear_layers(model: Any) -> list[LinearLayer]:
     """Every linear layer of a graph, in its order."""
     float32 = import_onnx().TensorProto.FLOAT
     matrices = {
@@ -58,7 +57,7 @@ def linear_layers(model: Any) -> list[Layer]:
         for tensor in model.graph.initializer
         if len(tensor.dims) == 2 and tensor.data_type == float32
     }
-    found: dict[str, Layer] = {}
+    found: dict[str, LinearLayer] = {}
     for i, node in enumerate(model.graph.node):
         if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in matrices:
             continue
@@ -68,7 +67,7 @@ def linear_layers(model: Any) -> list[Layer]:
         name = module_of(node) or node.name
         if name in found:
             name = f"{name} {node.name}"
-        found[name] = Layer(
+        found[name] = LinearLayer(
             node=i,
             name=name,
             input=node.input[0],
@@ -80,7 +79,7 @@ def linear_layers(model: Any) -> list[Layer]:
 
 def quantize_layers(
     model: Any,
-    layers: Sequence[Layer],
+    layers: Sequence[LinearLayer],
     ranges: Mapping[str, tuple[float, float]],
     *,
     unsigned: bool,
@@ -163,7 +162,7 @@ class _Insertion:
             )
         return self.made[name]
 
-    def weight(self, layer: Layer, *, rounded: bool) -> str:
+    def weight(self, layer: LinearLayer, *, rounded: bool) -> str:
         """The dequantized form of a layer's weights."""
         name = layer.weight
         if name not in self.made:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .files import import_onnx
-from .islands import MOVES, value_types
+from .float32_nodes import MOVES, value_types
 
 LOW, HIGH, SAMPLE = "_low", "_high", "_sample"
 SAMPLE_STRIDE = 13

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy.errors import ImageError, MissingDependencyError
+from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
 
-from .files import one_line, reading
+from .files import reading
 from .image import Image
 
 try:

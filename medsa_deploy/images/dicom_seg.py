@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy.errors import ImageError, MissingDependencyError
+from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
 
 from .dicom import frame_count, functional_group, load, load_header
-from .files import logged_warnings, one_line, reading
+from .files import logged_warnings, reading
 from .labels import Labels
 from .series import DicomSlices, frame_of
 from .stacking import SAME_ORIENTATION, TO_NIFTI, Frame

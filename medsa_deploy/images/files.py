@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from medsa_deploy.errors import ImageError, MedsaError, UsageError
+from medsa_deploy.bundle.atomic import whole_file
+from medsa_deploy.errors import ImageError, MedsaError, UsageError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -68,27 +68,18 @@ def logged_warnings(path: Path) -> Iterator[None]:
         log.info("%s: %s", path, warning.message)
 
 
-def one_line(e: BaseException) -> str:
-    """What a library said, as one line of bounded length; its type where it said nothing."""
-    text = " ".join(str(e).split()) or type(e).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, of the same format, that becomes `path` when the block ends.
+def output_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends; see `bundle.atomic.whole_file`.
 
-    If the block fails or is interrupted, nothing is left behind and an older `path` is untouched.
+    ImageError if the file cannot be written.
     """
     if not path.parent.is_dir():
         raise ImageError(f"{path} cannot be written: the folder {path.parent} does not exist")
     if path.is_dir():
         raise ImageError(f"{path} cannot be written: it is a folder")
-    temporary = path.with_name(f".medsa-{secrets.token_hex(8)}{suffix(path)}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            yield temporary
     except OSError as e:
         raise ImageError(f"{path} cannot be written: {e.strerror or one_line(e)}") from e
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from medsa_deploy.errors import ImageError
+from medsa_deploy.errors import ImageError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -95,3 +96,34 @@ def check_values(image: Image, name: str) -> Image:
             )
     native = pixels.astype(pixels.dtype.newbyteorder("="), order="C", copy=False)
     return dataclasses.replace(image, pixels=native)
+
+
+def as_image(image: Image | ArrayLike) -> Image:
+    """What a caller gives, as an image; arrays become one without a file."""
+    return image if isinstance(image, Image) else _from_array(image)
+
+
+def _from_array(array: ArrayLike) -> Image:
+    """An array as an image without a file."""
+    try:
+        pixels = np.asarray(array)
+    except ValueError as e:
+        raise ImageError(
+            "the image's rows differ in length, expected the shape (H, W) or (H, W, 3)"
+        ) from e
+    except TypeError as e:  # an array on a GPU
+        raise ImageError(f"the image cannot be had on the host: {one_line(e)}") from e
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * 255
+    return Image(pixels=pixels, path=Path("array"))
+
+
+def check_pixels(image: Image) -> None:
+    """ImageError unless pixels are real numbers of shape (H, W) or (H, W, 3)."""
+    shape = image.pixels.shape
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+        raise ImageError(f"{image.path} has shape {shape}, expected (H, W) or (H, W, 3)")
+    if image.pixels.dtype.kind not in "uif":
+        raise ImageError(f"{image.path} holds {image.pixels.dtype}, expected integers or floats")

@@ -12,7 +12,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from .files import whole_file
+from medsa_deploy.images.files import output_file
+
 from .overlay import check_overlay_suffix, draw_overlay
 
 COLUMNS = 4
@@ -51,7 +52,7 @@ def write_montage(path: str | os.PathLike[str], tiles: Sequence[Tile]) -> None:
     path = Path(path)
     check_overlay_suffix(path)
     picture = draw_montage(tiles)
-    with whole_file(path) as temporary:
+    with output_file(path) as temporary:
         PIL.Image.fromarray(picture).save(temporary, quality=92)
 
 

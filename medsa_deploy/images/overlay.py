@@ -10,8 +10,9 @@ import numpy.typing as npt
 import PIL.Image
 
 from medsa_deploy.errors import ImageError, PromptError
+from medsa_deploy.images.files import output_file
 
-from .files import check_suffix, whole_file
+from .files import check_suffix
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MIN_SIDE = 512
@@ -50,7 +51,7 @@ def write_overlay(
     path = Path(path)
     check_overlay_suffix(path)
     picture = draw_overlay(background, mask, points=points, labels=labels, boxes=boxes)
-    with whole_file(path) as temporary:
+    with output_file(path) as temporary:
         PIL.Image.fromarray(picture).save(temporary, quality=92)
 
 

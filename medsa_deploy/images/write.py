@@ -13,8 +13,9 @@ import numpy as np
 import PIL.Image
 
 from medsa_deploy.errors import ImageError, UsageError
+from medsa_deploy.images.files import output_file
 
-from .files import check_suffix, suffix, whole_file
+from .files import check_suffix, suffix
 from .image import Image
 from .volume import Volume
 
@@ -44,7 +45,7 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, image: Image) -> 
         )
     if path.exists() and image.path.exists() and path.samefile(image.path):
         raise UsageError(f"{path} is the image itself: write the mask to another file")
-    with whole_file(path) as temporary:
+    with output_file(path) as temporary:
         _write(temporary, np.ascontiguousarray(mask), image)
 
 
@@ -107,10 +108,10 @@ def write_segmentation(
         from .dicom_seg import save, segmentation
 
         dataset = segmentation(path, labels, volume, names=names, tool=tool)
-        with whole_file(path) as temporary:
+        with output_file(path) as temporary:
             save(dataset, temporary, path)
         return
-    with whole_file(path) as temporary:
+    with output_file(path) as temporary:
         if suffix(path) == ".npy":
             np.save(temporary, np.ascontiguousarray(labels), allow_pickle=False)
         else:

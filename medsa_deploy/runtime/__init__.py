@@ -3,8 +3,8 @@
 from .decoding import Embedding
 from .loading import load
 from .session import Prediction, Session
-from .structures import Structure
-from .volumes import VolumeOptions, VolumePrediction, segment_volume
+from .volumes.segment import VolumeOptions, VolumePrediction, segment_volume
+from .volumes.structures import Structure
 
 __all__ = [
     "Embedding",

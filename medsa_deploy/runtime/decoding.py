@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from medsa_deploy import transforms
+from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.errors import PromptError, UsageError
-from medsa_deploy.manifest import Manifest
 from medsa_deploy.transforms import Frame, Prompt
 
-from .backend import (
+from .backends.interface import (
     Array,
     Backend,
     Decoded,
+    DeviceMasks,
     ImagePart,
-    MadeMasks,
     MakesMasks,
-    MasksWanted,
+    MaskRequest,
+    as_split_decoder,
     check_finite,
-    splitting,
 )
 
 SETS_AT_ONCE = 8
@@ -60,7 +60,7 @@ def decode_masks(
     manifest: Manifest,
     embedding: Embedding,
     prompts: Sequence[Prompt],
-    wanted: MasksWanted | None,
+    wanted: MaskRequest | None,
 ) -> Decoded:
     """See `decode`; and the masks of all prompt sets, if the backend makes them on a GPU.
 
@@ -133,10 +133,10 @@ def _grouped(
 
 
 def _decode_group(
-    backend: Backend, embedding: Embedding, group: _Group, wanted: MasksWanted | None
+    backend: Backend, embedding: Embedding, group: _Group, wanted: MaskRequest | None
 ) -> Decoded:
     """Run the decoder once."""
-    split, part = splitting(backend), embedding.image_part
+    split, part = as_split_decoder(backend), embedding.image_part
     if split is not None and part is not None and group.mask is None:
         return *split.decode_click(part, group.coords, group.labels), None
     given = embedding.values, group.coords, group.labels, group.mask
@@ -145,7 +145,7 @@ def _decode_group(
     return *backend.decode(*given), None
 
 
-def _in_order(groups: Sequence[_Group], made: Sequence[MadeMasks | None]) -> MadeMasks | None:
+def _in_order(groups: Sequence[_Group], made: Sequence[DeviceMasks | None]) -> DeviceMasks | None:
     """Masks in the order of their prompt sets; None unless a GPU made all of them."""
     found = [one for one in made if one is not None]
     if len(found) < len(groups):
@@ -156,7 +156,7 @@ def _in_order(groups: Sequence[_Group], made: Sequence[MadeMasks | None]) -> Mad
     masks, tally = (
         np.concatenate([getattr(one, name) for one in found])[order] for name in ("masks", "tally")
     )
-    return MadeMasks(masks=masks, tally=tally)
+    return DeviceMasks(masks=masks, tally=tally)
 
 
 def _says_anything(prompt: Prompt) -> bool:

@@ -10,20 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsa_deploy import cuda, engine
+from medsa_deploy.bundle.manifest import Manifest, Role, check_file
+from medsa_deploy.bundle.manifest import load as load_manifest
 from medsa_deploy.errors import MissingDependencyError, UsageError
-from medsa_deploy.manifest import Manifest, Role, check_file
-from medsa_deploy.manifest import load as load_manifest
-from medsa_deploy.trt import FLAVORS
+from medsa_deploy.nvidia import cuda
+from medsa_deploy.nvidia import engines as engine
+from medsa_deploy.nvidia.tensorrt_api import FLAVORS
 
 from . import tuning
-from .backend import PARTS, Backend
-from .fallback import FallbackBackend
+from .backends.fallback import FallbackBackend
+from .backends.interface import PARTS, Backend
 from .session import Session
 from .tuning import MOST_THREADS, TUNED
 
 if TYPE_CHECKING:
-    from .openvino import OpenVINOBackend
+    from .backends.openvino import OpenVINOBackend
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Bac
     """A backend on files whose SHA-256 was compared."""
     held = files_precision(options.precision)
     if name in FLAVORS:
-        from .trt import TensorRTBackend
+        from .backends.tensorrt import TensorRTBackend
 
         engines = engine.find(folder, name, held, cuda.device())
         graphs, timed = options.cuda_graphs, options.time_layers
@@ -128,7 +129,7 @@ def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Bac
     files = (path("encoder"), path("decoder"), manifest.graphs)
     common: dict[str, Any] = {"threads": threads, "time_layers": options.time_layers}
     if name == "onnxruntime-cuda":
-        from .ort_cuda import OnnxRuntimeCudaBackend
+        from .backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
         return OnnxRuntimeCudaBackend(*files, **common)
     if all(manifest.has(role, held) for role in PARTS):
@@ -139,7 +140,7 @@ def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Bac
     if name == "openvino":
         chunk, bf16 = manifest.network.chunk, options.precision in COMPUTED
         return _openvino()(*files, chunk=chunk, bf16=bf16, **common)
-    from .ort import OnnxRuntimeBackend
+    from .backends.onnxruntime_cpu import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(*files, **common)
 
@@ -177,7 +178,7 @@ def _tuned(manifest: Manifest, precision: str, threads: int | None) -> tuple[str
 def _openvino() -> type[OpenVINOBackend]:
     """The backend, whose library is imported here; MissingDependencyError without it."""
     try:
-        from .openvino import OpenVINOBackend
+        from .backends.openvino import OpenVINOBackend
     except ImportError as e:
         raise MissingDependencyError(
             "openvino", extra="openvino", purpose="the backend openvino"

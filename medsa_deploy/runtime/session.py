@@ -13,25 +13,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medsa_deploy import transforms
-from medsa_deploy.cuda import DeviceArray
+from medsa_deploy.bundle.manifest import Conventions, Manifest
 from medsa_deploy.errors import ImageError, UsageError
-from medsa_deploy.images.image import Image, check_image, check_values
+from medsa_deploy.images.image import Image, as_image, check_image, check_pixels, check_values
 from medsa_deploy.kernels.postprocess import Region, region, regions, unpack
-from medsa_deploy.manifest import Conventions, Manifest
+from medsa_deploy.nvidia.cuda import DeviceArray
 from medsa_deploy.transforms import Frame, Prompt
+from medsa_deploy.transforms.intensities import check_not_flat, intensities
 
-from .backend import (
+from .backends.fallback import FallbackBackend
+from .backends.interface import (
     Array,
     Backend,
-    MadeMasks,
-    MasksWanted,
+    DeviceMasks,
+    MaskRequest,
+    as_split_decoder,
     check_finite,
-    splitting,
-    taking_frames,
+    require_frame_encoder,
 )
 from .decoding import Embedding, decode_masks
-from .fallback import FallbackBackend
-from .pixels import as_image, check_pixels, check_shown, intensities
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,7 +173,7 @@ class Session:
         for image in images:
             pixels, window = intensities(image, self.conventions, intensity_window)
             if not flat:
-                check_shown(image, pixels, window)
+                check_not_flat(image, pixels, window)
             network_image, frame = transforms.preprocess(
                 pixels, self.conventions.preprocess, self.manifest.network.image_size
             )
@@ -185,7 +185,7 @@ class Session:
             raise ImageError(f"the slices of a chunk have different sizes: {sizes}")
         prepared = perf_counter()
         values = backend.encode(batch[0][None] if len(batch) == 1 else np.stack(batch))
-        split = splitting(backend)
+        split = as_split_decoder(backend)
         part = None if split is None else split.decode_image(values)
         end = perf_counter()
         check_finite(backend, "an embedding", values)
@@ -204,7 +204,7 @@ class Session:
 
     def _encode_frame(self, frame: object, window: tuple[float, float] | None) -> Embedding:
         """A frame on the GPU → its embedding; none of it comes to the host."""
-        backend, start = taking_frames(self.backend), perf_counter()
+        backend, start = require_frame_encoder(self.backend), perf_counter()
         uint8 = frame.__cuda_array_interface__["typestr"] == "|u1"  # type: ignore[attr-defined]
         window = window or (None if uint8 else self.conventions.intensity_window)
         values, placed = backend.encode_frame(frame, self.conventions, window)
@@ -258,7 +258,7 @@ class Session:
         if network.outputs == "sam":
             chosen = chosen[1:] if multimask else chosen[:1]
         probability = self.conventions.threshold if threshold is None else threshold
-        wanted = MasksWanted(
+        wanted = MaskRequest(
             frame=embedding.frame,
             cut=transforms.probability_to_logit(probability),
             chosen=chosen,
@@ -306,7 +306,7 @@ def _degraded(backend: Backend) -> str | None:
     return backend.degraded if isinstance(backend, FallbackBackend) else None
 
 
-def _masks(logits: Array, made: MadeMasks | None, wanted: MasksWanted, backend: Backend) -> Any:
+def _masks(logits: Array, made: DeviceMasks | None, wanted: MaskRequest, backend: Backend) -> Any:
     """The masks that a GPU made, or those of the logits."""
     if made is None:
         if wanted.on_device:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from medsa_deploy import machine, strict_json
+from medsa_deploy import machine
+from medsa_deploy.bundle import strict_json
 from medsa_deploy.errors import BundleError, UsageError
 
 logger = logging.getLogger(__name__)

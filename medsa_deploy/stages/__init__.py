@@ -14,31 +14,26 @@ pairs.py         labels matched with files     parity_report.py a page for a ver
 demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
 """
 
+from medsa_deploy.evaluation.latency_worker import LatencyOptions
 from medsa_deploy.runtime import VolumeOptions
-from medsa_deploy.timing import Options as ProfileOptions
 
-from .accuracy import Accuracy, measure
-from .checkpoints import Inspection, inspect
-from .demo import Demonstration, demonstrate
-from .demo_litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
-from .doctor import Diagnosis, diagnose
-from .engine_plan import EnginePlan, EngineRequest
-from .engines import EngineBuild, EngineState, build_engines
-from .export import Export, export
-from .kernels import KernelBuild, build_kernels
-from .labelled import PromptKind
-from .profile import Outputs as ProfileOutputs
-from .profile import profile_bundle
-from .quantization import Quantization, quantize
-from .segmentation import Outputs, Prompts, Segmentation, run
-from .tuning import Tuning, tune
-from .verification import Verification, verify_bundle
-from .volumes import (
-    VolumeSegmentation,
-    run_volume,
-    structures_of,
-    takes_volume,
-)
+from .build_engine.build import EngineBuild, build_engines
+from .build_engine.plan import EnginePlan, EngineRequest
+from .build_kernels import KernelBuild, build_kernels
+from .demo.litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
+from .demo.medsa import Demonstration, demonstrate
+from .doctor.diagnose import Diagnosis, diagnose
+from .doctor.tune import Tuning, tune
+from .export import Export, export_checkpoint
+from .inspect import Inspection, inspect_checkpoint
+from .profile import ProfileTargets, profile_bundle
+from .quantize.quantize import Quantization, quantize_bundle
+from .run.images import MaskTargets, Prompts, Segmentation, segment_images
+from .run.volumes import VolumeSegmentation, segment_volume_file, structures_of, takes_volume
+from .verify.accuracy import Accuracy, measure_accuracy
+from .verify.drawn_prompts import PromptKind
+from .verify.engine_check import EngineState
+from .verify.verify import Verification, verify_bundle
 
 __all__ = [
     "Accuracy",
@@ -51,10 +46,10 @@ __all__ = [
     "Export",
     "Inspection",
     "KernelBuild",
+    "LatencyOptions",
     "LiteMedSAMDemonstration",
-    "Outputs",
-    "ProfileOptions",
-    "ProfileOutputs",
+    "MaskTargets",
+    "ProfileTargets",
     "PromptKind",
     "Prompts",
     "Quantization",
@@ -68,13 +63,13 @@ __all__ = [
     "demonstrate",
     "demonstrate_litemedsam",
     "diagnose",
-    "export",
-    "inspect",
-    "measure",
+    "export_checkpoint",
+    "inspect_checkpoint",
+    "measure_accuracy",
     "profile_bundle",
-    "quantize",
-    "run",
-    "run_volume",
+    "quantize_bundle",
+    "segment_images",
+    "segment_volume_file",
     "structures_of",
     "takes_volume",
     "tune",

@@ -10,14 +10,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from medsa_deploy import __version__, bundle, manifest, verify
-from medsa_deploy.manifest import Manifest
+from medsa_deploy import __version__
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.folder import check_target, new_bundle
+from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.evaluation.cases import Case, parity_cases
+from medsa_deploy.evaluation.parity import (
+    compare_cases,
+    reference_outputs,
+    require_parity,
+    save_reference,
+)
+from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime import Session, load
-from medsa_deploy.runtime.ort import OnnxRuntimeBackend
-from medsa_deploy.verify import Case
+from medsa_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
 
-from .checkpoints import export_extra, read_checkpoint
-from .proof import Progress, cases, compare_all, reference_outputs
+from .inspect import export_extra, read_checkpoint
 
 if TYPE_CHECKING:
     from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
@@ -37,7 +45,7 @@ class Export:
     seconds: float
 
 
-def export(
+def export_checkpoint(
     checkpoint: Path,
     *,
     output: Path | None,
@@ -45,7 +53,7 @@ def export(
     images: Path | None,
     overrides: Overrides,
     force: bool,
-    on_step: Progress = lambda step: None,
+    on_step: OnStep = lambda step: None,
 ) -> Export:
     """Checkpoint → bundle, proved equal to the checkpoint's own network.
 
@@ -53,12 +61,12 @@ def export(
     limits of `verify` on the seeded images or the user's.
     """
     target = output or checkpoint.with_suffix(".medsa")
-    bundle.check_target(target, force=force)
+    check_target(target, force=force)
     start = perf_counter()
     on_step("read the checkpoint")
     loaded, architecture = read_checkpoint(checkpoint, base, overrides)
-    to_prove = cases(architecture.network, images)
-    with bundle.new_bundle(target) as folder:
+    to_prove = parity_cases(architecture.network, images)
+    with new_bundle(target) as folder:
         made = _write_bundle(folder, loaded, architecture, to_prove, on_step)
     return Export(
         bundle=target,
@@ -74,14 +82,14 @@ def _write_bundle(
     loaded: Checkpoint,
     architecture: Architecture,
     to_prove: Sequence[Case],
-    on_step: Progress,
+    on_step: OnStep,
 ) -> Manifest:
     """Graphs, reference and manifest, in `folder`; ParityError unless the graphs are proved."""
     with export_extra():
         from medsa_deploy.exporters.folded import fold
         from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
-        from medsa_deploy.exporters.reference import build_reference
-        from medsa_deploy.graph.own_encoders import write_own_encoders
+        from medsa_deploy.exporters.reference import ReferenceBackend, build_reference
+        from medsa_deploy.graph.backend_encoders import write_backend_encoders
     made = Manifest(
         source=loaded.source,
         network=architecture.network,
@@ -92,7 +100,7 @@ def _write_bundle(
     )
     reference = build_reference(architecture.network, loaded.tensors)
     on_step("run the checkpoint's own network")
-    expected = reference_outputs(reference, made, to_prove)
+    expected = reference_outputs(ReferenceBackend(reference), made, to_prove)
     folded = fold(reference)
     del reference  # memory: the exporter makes copies of its own
     parts = parts_contract(folded.image_part, made.graphs["decoder"])
@@ -105,7 +113,7 @@ def _write_bundle(
         on_graph=lambda name: on_step(f"export the {name}"),
     )
     del folded
-    own = write_own_encoders(graphs["encoder"])
+    own = write_backend_encoders(graphs["encoder"])
     graphs |= {role: [path] for role, path in own.items()}
     files = [
         manifest.describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
@@ -113,21 +121,21 @@ def _write_bundle(
         for path, role in _roles(name, paths)
     ]
     saved = folder / "reference.npz"
-    verify.save_reference(saved, to_prove[0], expected[0])
+    save_reference(saved, to_prove[0], expected[0])
     files.append(manifest.describe_file(saved, folder, role="reference", precision="fp32"))
     made = replace(made, files=tuple(files))
     manifest.save(made, folder)
     on_step("prove the graphs equal to it")
     wanted = [outputs.tensors for outputs in expected]
     with load(folder, portable=True) as session:
-        compared = compare_all(session, to_prove, wanted)
+        compared = compare_cases(session, to_prove, wanted)
         backend = session.backend.name
     decoder = graphs["decoder"][0]
     for role, path in own.items():
         with Session(made, OnnxRuntimeBackend(path, decoder, made.graphs)) as session:
-            compared.encoders[role] = compare_all(session, to_prove, wanted)
+            compared.encoders[role] = compare_cases(session, to_prove, wanted)
     proof = compared.summary(to_prove, precision="fp32", backend=backend)
-    verify.require(proof)
+    require_parity(proof)
     made = replace(made, parity=(proof,))
     manifest.save(made, folder)
     return made

@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy import __version__, errors, machine, manifest, profiling
+from medsa_deploy import __version__, errors, machine
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.errors import DeviceError, InputError, UsageError
-from medsa_deploy.images.files import check_writable, whole_file
-from medsa_deploy.manifest import Manifest
-from medsa_deploy.profile_page import profile_page
-from medsa_deploy.profiling import Profile
+from medsa_deploy.evaluation import latency
+from medsa_deploy.evaluation.latency import Profile
+from medsa_deploy.evaluation.latency_worker import STAGES, WARM_UP, LatencyOptions
+from medsa_deploy.images.files import check_writable, output_file
+from medsa_deploy.progress import OnCount, OnStep
+from medsa_deploy.reports.latency import profile_page
 from medsa_deploy.runtime.loading import RUN, check_options, files_precision
-from medsa_deploy.timing import STAGES, WARM_UP, Count, Options, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ LONGEST_MS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outputs:
+class ProfileTargets:
     """What a profile is compared with, and where it goes."""
 
     other: Path | None = None
@@ -50,11 +53,11 @@ class Outputs:
 
 def profile_bundle(
     bundle: Path,
-    options: Options,
-    outputs: Outputs,
+    options: LatencyOptions,
+    outputs: ProfileTargets,
     *,
-    on_step: Progress = lambda step: None,
-    on_run: Count = lambda done, of: None,
+    on_step: OnStep = lambda step: None,
+    on_run: OnCount = lambda done, of: None,
 ) -> Profile:
     """Measure a bundle, compare with an earlier profile, write JSON and a page.
 
@@ -66,11 +69,11 @@ def profile_bundle(
     found = measured(options, on_step, on_run)
     profile = _profile(bundle, made, options, found, load)
     if earlier is not None and outputs.other is not None:
-        compared = profiling.compare(profile, earlier, outputs.other.name, outputs.max_slowdown)
+        compared = latency.compare(profile, earlier, outputs.other.name, outputs.max_slowdown)
         profile = replace(profile, comparison=compared)
     for path, text in ((outputs.json, to_json(profile)), (outputs.html, profile_page(profile))):
         if path is not None:
-            with whole_file(path) as temporary:
+            with output_file(path) as temporary:
                 # names of files need not be UTF-8; as an escape they are at least JSON
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return profile
@@ -91,10 +94,10 @@ def read_profile(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not JSON ({e}): give a profile, made with -o") from e
     if not isinstance(found, dict) or found.get("what") != "medsa-deploy profile":
         raise InputError(f"{path} is not a profile: make one with medsa-deploy profile … -o FILE")
-    if found.get("schema") != profiling.SCHEMA_VERSION:
+    if found.get("schema") != latency.SCHEMA_VERSION:
         raise InputError(
             f"{path} has schema {found.get('schema')!r}; this medsa-deploy reads "
-            f"{profiling.SCHEMA_VERSION}: measure again"
+            f"{latency.SCHEMA_VERSION}: measure again"
         )
     stages = found.get("stages")
     for stage in STAGES:
@@ -103,13 +106,19 @@ def read_profile(path: Path) -> dict[str, Any]:
     return found
 
 
-def measured(options: Options, on_step: Progress, on_run: Count) -> dict[str, Any]:
+def measured(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
     """What `timing.measure` finds in a process of its own; its errors are raised here.
 
     The process is out of reach of the terminal's Ctrl-C, and is killed together with its temporary
     files instead.
     """
-    command = [sys.executable, "-P", "-m", "medsa_deploy.timing", json.dumps(asdict(options))]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "medsa_deploy.evaluation.latency_worker",
+        json.dumps(asdict(options)),
+    ]
     with (
         tempfile.TemporaryDirectory(prefix="medsa-") as scratch,
         subprocess.Popen(
@@ -135,7 +144,7 @@ def measured(options: Options, on_step: Progress, on_run: Count) -> dict[str, An
     raise DeviceError(_ended(process.returncode))
 
 
-def _pass_on(said: Mapping[str, Any], on_step: Progress, on_run: Count) -> None:
+def _pass_on(said: Mapping[str, Any], on_step: OnStep, on_run: OnCount) -> None:
     """A line of the measuring process, to whom it is for; its errors are raised."""
     match said:
         case {"error": message, "kind": kind}:
@@ -160,7 +169,7 @@ def _ended(code: int) -> str:
     return f"the measuring process ended early, with status {code}"
 
 
-def _check(bundle: Path, options: Options, outputs: Outputs) -> Manifest:
+def _check(bundle: Path, options: LatencyOptions, outputs: ProfileTargets) -> Manifest:
     """The bundle's manifest; UsageError or BundleError for what cannot be measured."""
     made = manifest.load(bundle)
     check_options(options.backend, options.threads, options.precision)
@@ -187,14 +196,18 @@ def _check(bundle: Path, options: Options, outputs: Outputs) -> Manifest:
 
 
 def _profile(
-    bundle: Path, made: Manifest, options: Options, found: Mapping[str, Any], load: float | None
+    bundle: Path,
+    made: Manifest,
+    options: LatencyOptions,
+    found: Mapping[str, Any],
+    load: float | None,
 ) -> Profile:
     """What was measured, in numbers. `load`: the load average before."""
     slices, facts = found["slices"], found["facts"]
     held = files_precision(options.precision)
     untimed = () if found["layers"] else (f"{facts['backend']} does not time its layers",)
     stages = {
-        name: profiling.distribution(samples, slices=slices if name in SHARED else 1)
+        name: latency.distribution(samples, slices=slices if name in SHARED else 1)
         for name, samples in found["samples_ms"].items()
     }
     return Profile(
@@ -230,8 +243,8 @@ def _profile(
         loaded_mb=found["loaded_mb"],
         peak_mb=found["peak_mb"],
         stages=stages,
-        layers={name: profiling.graph_layers(layers) for name, layers in found["layers"].items()},
-        warnings=(*untimed, *profiling.noise(stages, load=load, cores=machine.cores())),
+        layers={name: latency.graph_layers(layers) for name, layers in found["layers"].items()},
+        warnings=(*untimed, *latency.noise(stages, load=load, cores=machine.cores())),
     )
 
 

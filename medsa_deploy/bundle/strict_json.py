@@ -1,0 +1,91 @@
+"""Parsed JSON → frozen dataclasses, strictly: BundleError says which field is wrong and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+import sys
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from medsa_deploy.errors import BundleError
+
+T = TypeVar("T")
+
+
+def decode(cls: type[T], data: object, where: str) -> T:
+    """`cls` from parsed JSON; BundleError unless every field is what its annotation says."""
+    if not isinstance(data, dict):
+        raise BundleError(f"{where} is {reprlib.repr(data)}, expected an object")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - set(fields)):
+        raise BundleError(f"{where} has unknown fields: {', '.join(unknown)}")
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(data)):
+        raise BundleError(f"{where} lacks fields: {', '.join(missing)}")
+    return cls(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in data.items()})
+
+
+def _value(hint: Any, value: object, where: str) -> Any:
+    """`value` as the annotation `hint` wants it, or BundleError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return decode(typing.cast(type, hint), value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _one_of(arguments, value, where)
+    if origin is tuple and isinstance(value, list):
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) != len(value):
+            raise BundleError(f"{where} has {len(value)} values, expected {len(hints)}")
+        return tuple(
+            _value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
+        )
+    if origin is dict and isinstance(value, dict):
+        return {k: _value(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+    if hint in (int, str, bool, types.NoneType) and type(value) is hint:
+        return value
+    raise BundleError(f"{where} is {reprlib.repr(value)}, expected {_kind(hint)}")
+
+
+def _one_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
+    """`value` as the one of several annotations that is of its kind."""
+    for hint in hints:
+        if type(value) in _json_types(hint):
+            return _value(hint, value, where)
+    expected = " or ".join(_kind(hint) for hint in hints)
+    raise BundleError(f"{where} is {reprlib.repr(value)}, expected {expected}")
+
+
+def _json_types(hint: Any) -> tuple[type, ...]:
+    """What the JSON parser makes of values of an annotation."""
+    if dataclasses.is_dataclass(hint):
+        return (dict,)
+    origin = typing.get_origin(hint) or hint
+    return {tuple: (list,), Literal: (str,), float: (int, float)}.get(origin, (origin,))
+
+
+def _kind(hint: Any) -> str:
+    """An annotation in the words of JSON."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of: {', '.join(map(str, typing.get_args(hint)))}"
+    names = {
+        str: "a string",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        list: "a list",
+        dict: "an object",
+        types.NoneType: "null",
+    }
+    return names[_json_types(hint)[-1]]

@@ -1,0 +1,234 @@
+"""A bundle, run again and again in this process → milliseconds of every stage of every run.
+
+`python -m medsa_deploy.timing OPTIONS` does so in a process of its own, whose loading and memory
+are those of a program that embeds the runtime and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from medsa_deploy.bundle.manifest import Network
+from medsa_deploy.errors import DeviceError, InputError, MedsaError, one_line
+from medsa_deploy.images import Image, is_volume, read_image
+from medsa_deploy.runtime import Session, load
+from medsa_deploy.runtime.backends.interface import TimesLayers
+from medsa_deploy.transforms import Prompt
+
+from .cases import middle_slices, seeded_case
+
+STAGES = ("preprocess", "encode", "decode", "postprocess", "first click", "next click")
+"""`first click`: an image becomes a mask, all four stages. `next click`: another mask of the same
+embedding, from two clicks."""
+WARM_UP = 2
+"""Runs that are not counted."""
+LAYER_RUNS = 10
+"""Runs with the backend's own profiler, at most."""
+
+OnStep = Callable[[str], None]
+"""Told the name of each step as it begins."""
+OnCount = Callable[[int, int], None]
+"""Told, in the steps that count, how many runs of how many are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What to measure."""
+
+    bundle: str
+    backend: str
+    precision: str
+    threads: int | None
+    """None for all cores."""
+    runs: int
+    """Those that count."""
+    image: str | None
+    """An image or a volume; None for a seeded one."""
+    cuda_graphs: bool = True
+    """Whether engines may be replayed as CUDA graphs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """What is timed: clicks on an image, or on the first slice of a chunk."""
+
+    name: str
+    images: Sequence[Image]
+    """One, or the slices of a chunk."""
+    first: Prompt
+    """One click."""
+    next: Prompt
+    """Two."""
+
+
+def seeded_work(network: Network) -> Work:
+    """Images of the network's own size, made of nothing but a seed."""
+    case = seeded_case(network.image_size, None, 1, network.chunk)
+    return _work("seeded", case.images)
+
+
+def image_work(network: Network, path: Path) -> Work:
+    """A user's image, or a slice or chunk from the middle of a volume."""
+    chunk = network.chunk
+    lone = chunk == 1 and not is_volume(path)
+    images = [read_image(path)] if lone else middle_slices(path, chunk)
+    return _work(path.name, images)
+
+
+def _work(source: str, images: Sequence[Image]) -> Work:
+    """Clicks in the middle of the images, on either side; the second is background."""
+    height, width = images[0].pixels.shape[:2]
+    points = np.array([[0.4 * width, 0.5 * height], [0.6 * width, 0.5 * height]], np.float32)
+    labels = np.array([1, 0], np.float32)
+    first, two = (Prompt(points=points[:n], labels=labels[:n], box=None, mask=None) for n in (1, 2))
+    slices = "" if len(images) == 1 else f", {len(images)} slices"
+    return Work(name=f"{source}, {width}×{height}{slices}", images=images, first=first, next=two)
+
+
+def run_once(session: Session, work: Work) -> dict[str, float]:
+    """Milliseconds of each stage, of all the work's images together."""
+    start = perf_counter()
+    embeddings = session.encode_slices(work.images)
+    first = session.segment_sets(embeddings[0], [work.first])
+    middle = perf_counter()
+    session.segment_sets(embeddings[0], [work.next])
+    end = perf_counter()
+    encoding = {name: ms * len(embeddings) for name, ms in embeddings[0].timings_ms.items()}
+    clicks = {"first click": 1e3 * (middle - start), "next click": 1e3 * (end - middle)}
+    return {**encoding, **first.timings_ms, **clicks}
+
+
+def measure(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
+    """Everything that one process can measure, as JSON has it.
+
+    Loading comes first, while nothing of the backend has been imported; layers come last, so that
+    the profiler's memory and time touch nothing else.
+    """
+    opening: dict[str, Any] = {
+        "backend": options.backend,
+        "precision": options.precision,
+        "threads": options.threads,
+        "cuda_graphs": options.cuda_graphs,
+    }
+    on_step("load the bundle")
+    start = perf_counter()
+    session = load(options.bundle, **opening)
+    found: dict[str, Any] = {"load_ms": 1e3 * (perf_counter() - start)}
+    network = session.manifest.network
+    found["loaded_mb"] = _memory_mb("VmRSS")
+    with session:
+        found["facts"] = session.backend.facts()
+        path = options.image
+        work = seeded_work(network) if path is None else image_work(network, Path(path))
+        found |= {"work": work.name, "slices": len(work.images)}
+        on_step(f"warm up, {WARM_UP} runs")
+        for _ in range(WARM_UP):
+            run_once(session, work)
+        on_step(f"measure {options.runs} runs")
+        found["samples_ms"] = _samples(session, work, options.runs, on_run)
+        timed = isinstance(session.backend, TimesLayers)
+    found |= {"peak_mb": _memory_mb("VmHWM"), "layers": {}}
+    if timed:
+        runs = min(options.runs, LAYER_RUNS)
+        on_step(f"time the layers, {runs} runs")
+        with load(options.bundle, **opening, time_layers=True) as session:
+            found["layers"] = _layers(session, work, runs, on_run)
+    return found
+
+
+def _samples(session: Session, work: Work, runs: int, on_run: OnCount) -> dict[str, list[float]]:
+    """Milliseconds of every run, by stage."""
+    samples: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for run in range(runs):
+        for stage, milliseconds in run_once(session, work).items():
+            samples[stage].append(milliseconds)
+        on_run(run + 1, runs)
+    return samples
+
+
+def _layers(
+    session: Session, work: Work, runs: int, on_run: OnCount
+) -> dict[str, list[dict[str, Any]]]:
+    """Layers of both graphs over `runs` runs, after one to warm up, of a first click each."""
+    backend = session.backend
+    assert isinstance(backend, TimesLayers)
+    for run in range(1 + runs):
+        embeddings = session.encode_slices(work.images)
+        session.segment_sets(embeddings[0], [work.first])
+        on_run(run, runs)
+    return {
+        graph: [asdict(layer) | {"samples_ms": layer.samples_ms[-runs:]} for layer in layers]
+        for graph, layers in backend.layers().items()
+    }
+
+
+def _memory_mb(name: str) -> float | None:
+    """`VmRSS`, what the process has in memory now, or `VmHWM`, the most it had; Linux only."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) / 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+class _Said(logging.Handler):
+    """Warnings, as `say` says them."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one record, once."""
+        message = record.getMessage()
+        if message not in self._said:
+            self._said.add(message)
+            self._say(warning=message)
+
+
+def main() -> int:
+    """Options as JSON in; a line of JSON for each step, run and warning, and for the result out.
+
+    In place of a result there is an `error` with the name of its class, its `kind`. What libraries
+    print goes to the error stream.
+    """
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(**what: Any) -> None:
+        print(json.dumps(what), file=lines, flush=True)
+
+    logging.getLogger("medsa_deploy").addHandler(_Said(say))
+    try:
+        options = LatencyOptions(**json.loads(sys.argv[1]))
+        found = measure(
+            options, lambda step: say(step=step), lambda done, of: say(done=done, of=of)
+        )
+        say(result=found)
+    except MedsaError as e:
+        say(error=str(e), kind=type(e).__name__)
+    except MemoryError:
+        say(error="out of memory: use a smaller network", kind=DeviceError.__name__)
+    except OSError as e:
+        say(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
+    except Exception as e:
+        say(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

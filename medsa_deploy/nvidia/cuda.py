@@ -1,0 +1,403 @@
+"""The NVIDIA driver → the GPU of this machine, its memory and its work. Every call of CUDA is here.
+
+`device` asks the driver's own library, which every machine with an NVIDIA GPU has, Jetsons
+included. `Gpu` works through pycuda, and captures graphs through cuda-bindings; both are imported
+when one is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from medsa_deploy.errors import (
+    BuildError,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    MedsaError,
+    MissingDependencyError,
+    UsageError,
+)
+
+Array = NDArray[np.float32]
+DTYPE = np.dtype(np.float32)
+"""Of what the graphs take and give."""
+FLOAT32 = DTYPE.itemsize
+LEGACY_STREAM = 1
+"""CUDA's default stream, by its handle and in `__cuda_array_interface__`."""
+NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING of cuda.h: what others do in the default stream disturbs no capture."""
+
+LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+MAJOR, MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A GPU."""
+
+    name: str
+    capability: str
+    """Compute capability as compilers write it: `sm86` for 8.6."""
+    driver_cuda: str
+    """Newest version of CUDA that the driver can run."""
+
+
+def device() -> Device | None:
+    """The first GPU that CUDA shows; None without an NVIDIA driver or GPU."""
+    try:
+        driver = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return None
+    handle, version, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    calls = (
+        (driver.cuInit, 0),
+        (driver.cuDriverGetVersion, ctypes.byref(version)),
+        (driver.cuDeviceGet, ctypes.byref(handle), 0),
+        (driver.cuDeviceGetName, name, len(name), handle),
+        (driver.cuDeviceGetAttribute, ctypes.byref(major), MAJOR, handle),
+        (driver.cuDeviceGetAttribute, ctypes.byref(minor), MINOR, handle),
+    )
+    if any(function(*given) for function, *given in calls):  # each gives 0, or an error's number
+        return None
+    return Device(
+        name=name.value.decode(errors="replace"),
+        capability=f"sm{major.value}{minor.value}",
+        driver_cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
+    )
+
+
+class Gpu:
+    """The first GPU: one stream, and everything that is allocated for it.
+
+    It works in the primary context, which PyTorch, CuPy and ONNX Runtime use as well, so that
+    addresses mean the same to all. `close` frees what was allocated here; the context itself stays
+    for the others. Everything but `read` and `close` happens in a `with gpu.current():`, from any
+    thread, but from one at a time.
+    """
+
+    def __init__(self) -> None:
+        """MissingDependencyError without pycuda; DeviceError without a GPU, or with a full one."""
+        self._driver = _pycuda()
+        self._lost: str | None = None
+        self._closed = False
+        self._device: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        with self._named():
+            self._context = _primary_context()
+        self._quiet = threading.Lock()
+        """Held while work is captured, when nothing may wait for the stream."""
+        with self.current():
+            self._stream = self._driver.Stream(NON_BLOCKING)
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream."""
+        return int(self._stream.handle)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU this thread's; DeviceError, by name, for whatever CUDA says meanwhile."""
+        if self._closed:
+            raise UsageError("what was on the GPU was released with its session: load it again")
+        if self._lost is not None:
+            raise DeviceLostError(self._lost)
+        with self._named():
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._driver.Context.pop()
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes, which stay allocated until `free` or `close`."""
+        memory = self._driver.mem_alloc(max(size, 1))
+        self._device[int(memory)] = memory
+        return int(memory)
+
+    def free(self, address: int) -> None:
+        """Release what `allocate` gave, once nothing that is queued uses it."""
+        self.wait()
+        self._device.pop(address).free()
+
+    def pinned(self, length: int) -> Array:
+        """Page-locked host memory, (length,) float32, which the GPU copies from and to directly."""
+        memory: Array = self._driver.pagelocked_empty(length, np.float32)
+        self._pinned[memory.ctypes.data] = memory
+        return memory
+
+    def unpin(self, memory: NDArray[Any]) -> None:
+        """Release what `pinned` gave, once nothing that is queued uses it."""
+        self.wait()
+        self._pinned.pop(memory.ctypes.data).base.free()
+
+    def upload(self, address: int, values: Array) -> None:
+        """Queue a copy of pinned values to the GPU."""
+        self._driver.memcpy_htod_async(address, values, self._stream)
+
+    def download(self, values: NDArray[Any], address: int) -> None:
+        """Queue a copy into pinned memory."""
+        self._driver.memcpy_dtoh_async(values, address, self._stream)
+
+    def read(
+        self, address: int, shape: tuple[int, ...], dtype: DTypeLike = np.float32
+    ) -> NDArray[Any]:
+        """A copy of values on the GPU, after everything that was queued."""
+        values = np.empty(shape, dtype)
+        with self._quiet, self.current():
+            self.wait()
+            self._driver.memcpy_dtoh(values, address)
+        return values
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy bytes to the GPU, now."""
+        self._driver.memcpy_htod(address, data)
+        self.join_default_stream()  # the copy goes through it, and may not have arrived
+
+    def clear(self, address: int, size: int) -> None:
+        """Queue zeros."""
+        self._driver.memset_d8_async(address, 0, size, self._stream)
+
+    def module(self, cubin: bytes) -> Any:
+        """Kernels that were compiled for this GPU; BuildError if its driver does not take them."""
+        try:
+            return self._driver.module_from_buffer(cubin)
+        except self._driver.MemoryError:
+            raise
+        except self._driver.Error as e:
+            raise BuildError(
+                f"the driver does not take the kernels ({_line(e)}): compile them with a CUDA "
+                "no newer than the driver's"
+            ) from e
+
+    def launch(
+        self,
+        module: Any,
+        entry: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        parameters: bytes,
+    ) -> None:
+        """Queue a kernel, whose one argument is a structure by value."""
+        given = np.frombuffer(parameters, np.uint8)
+        module.get_function(entry)(given, grid=grid, block=block, stream=self._stream)
+
+    def wait(self) -> None:
+        """Until everything that was queued is done."""
+        self._stream.synchronize()
+
+    def join_default_stream(self) -> None:
+        """What is queued from here on waits for what others queued in the default stream so far."""
+        reached = self._driver.Event(self._driver.event_flags.DISABLE_TIMING)
+        reached.record()
+        self._stream.wait_for_event(reached)
+
+    def wait_for_owner(self, interface: dict[str, Any]) -> None:
+        """Until the work is done that an array's `__cuda_array_interface__` says to wait for.
+
+        That is in the stream it names; for the default stream see `join_default_stream`. PyTorch
+        names none: work in another stream than the default is for its caller to wait for.
+        """
+        stream = interface.get("stream")
+        if stream not in (None, LEGACY_STREAM):
+            driver = _bindings()
+            _call(driver, driver.cuStreamSynchronize, driver.CUstream(stream))
+
+    def capture(self, queue: Callable[[], None]) -> CapturedGraph:
+        """What `queue` puts into the stream, as a graph; it is not run."""
+        with self._quiet:
+            return CapturedGraph(self.stream, queue)
+
+    def close(self) -> None:
+        """Wait for the stream, then free everything; what was lost is free already."""
+        device, self._device = list(self._device.values()), {}
+        pinned, self._pinned = list(self._pinned.values()), {}
+        with suppress(MedsaError), self.current():
+            self.wait()
+            for memory in device:
+                memory.free()
+            for values in pinned:
+                values.base.free()
+            del self._stream
+        self._closed = True
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Give pycuda's errors the names of this package's."""
+        try:
+            yield
+        except self._driver.MemoryError as e:
+            raise DeviceMemoryError(
+                f"the GPU's memory is full ({_line(e)}): close what else uses it, or build engines "
+                "for fewer images and prompts with --batch and --prompts"
+            ) from e
+        except self._driver.Error as e:
+            if "captur" in str(e):  # another thread's, and over soon
+                raise DeviceError(f"the GPU was busy with a capture ({_line(e)})") from e
+            self._lost = (
+                f"the GPU cannot be used any more ({_line(e)}): start the program again, and if "
+                "that fails, the machine"
+            )
+            raise DeviceLostError(self._lost) from e
+
+
+class CapturedGraph:
+    """Work that was queued in a stream once, to be queued again in one call.
+
+    It owns its executable form, until `close`. Addresses and shapes are those of the capture.
+    """
+
+    def __init__(self, stream: int, queue: Callable[[], None]) -> None:
+        """DeviceError if the work cannot be captured. Uses the current context."""
+        self._driver = driver = _bindings()
+        self._stream = driver.CUstream(stream)
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _call(driver, driver.cuStreamBeginCapture, self._stream, mode)
+        try:
+            queue()
+        except BaseException:
+            driver.cuStreamEndCapture(self._stream)
+            raise
+        graph = _call(driver, driver.cuStreamEndCapture, self._stream)
+        try:
+            self._executable = _call(driver, driver.cuGraphInstantiate, graph, 0)
+        finally:
+            driver.cuGraphDestroy(graph)
+
+    def launch(self) -> None:
+        """Queue the work."""
+        _call(self._driver, self._driver.cuGraphLaunch, self._executable, self._stream)
+
+    def close(self) -> None:
+        """Release the executable form."""
+        self._driver.cuGraphExecDestroy(self._executable)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceArray:
+    """Values on the GPU, row by row. PyTorch, CuPy and pycuda take them without a copy.
+
+    `np.asarray` copies them to the host. They live as long as `owner`, and no longer than what
+    allocated them: a view that another library made of them must not outlive either.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    owner: object
+    read: Callable[[int, tuple[int, ...], DTypeLike], NDArray[Any]]
+    """Copies values at an address to the host; an error where they are no more."""
+    dtype: np.dtype[Any] = DTYPE
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),  # PyTorch takes nothing that is read-only
+            "strides": None,
+            "stream": None,  # what gives them out has waited for them
+            "version": 3,
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> Self:
+        """Neighbouring entries of the first axis, without a copy."""
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise UsageError("values on a GPU can be taken in steps of 1 only")
+        shape = (max(stop - start, 0), *self.shape[1:])
+        each = self.nbytes // max(len(self), 1)
+        return replace(self, address=self.address + start * each, shape=shape)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("values on a GPU cannot be had without a copy")
+        values = self.read(self.address, self.shape, self.dtype)
+        return values.astype(dtype or self.dtype, copy=False)
+
+
+def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
+    """Another library's array on this GPU, without a copy; None for what lies on the host.
+
+    `gpu` must be current; see `Gpu.wait_for_owner`. UsageError unless it is float32 and contiguous.
+    """
+    if isinstance(values, DeviceArray) and values.dtype == np.float32:
+        return values
+    found = getattr(values, "__cuda_array_interface__", None)
+    if found is None:
+        return None
+    shape, strides = tuple(found["shape"]), found.get("strides")
+    rows = tuple(int(FLOAT32 * np.prod(shape[i + 1 :])) for i in range(len(shape)))
+    if found["typestr"] != "<f4" or (strides is not None and tuple(strides) != rows):
+        raise UsageError(
+            f"the array on the GPU is {found['typestr']} with strides {strides}, expected "
+            "contiguous float32"
+        )
+    gpu.wait_for_owner(found)
+    return DeviceArray(int(found["data"][0]), shape, values, gpu.read)
+
+
+@cache
+def _primary_context() -> Any:
+    """The first GPU's primary context, retained until the process ends.
+
+    pycuda can release one only in the thread that retained it.
+    """
+    driver = _pycuda()
+    driver.init()
+    return driver.Device(0).retain_primary_context()
+
+
+def _pycuda() -> Any:
+    try:
+        import pycuda.driver
+    except ImportError as e:
+        raise MissingDependencyError("pycuda", extra="cuda", purpose="running engines") from e
+    return pycuda.driver
+
+
+def check_graphs() -> None:
+    """MissingDependencyError without what captures graphs."""
+    _bindings()
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as e:
+        raise MissingDependencyError(
+            "cuda-bindings", extra="cuda", purpose="replaying CUDA graphs (cuda_graphs=False: none)"
+        ) from e
+    return driver
+
+
+def _call(driver: Any, function: Callable[..., Any], *given: Any) -> Any:
+    """What a function of cuda-bindings gives besides its status; DeviceError for a bad one."""
+    status, *found = function(*given)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise DeviceError(f"{function.__name__} failed: {status.name}")
+    return found[0] if found else None
+
+
+def _line(error: BaseException) -> str:
+    """What CUDA said, as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

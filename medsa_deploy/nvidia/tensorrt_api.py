@@ -1,0 +1,160 @@
+"""TensorRT and TensorRT-RTX: which is installed, its version, its targets.
+
+The only module that imports them, and the only one that knows what their versions can do. Both
+bring libraries that must not meet in one process, so what is asked of one that may not be the one
+in use is asked in a process of its own: `python -m medsa_deploy.trt FLAVOR`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+from medsa_deploy.errors import EngineFlavorError, MissingDependencyError, UsageError
+
+Flavor = Literal["tensorrt", "rtx"]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
+MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+OLDEST = {"tensorrt": (10, 12), "rtx": (1, 7)}
+"""TensorRT before 10.12 has no strongly typed path that matches 11's. RTX: the oldest tried."""
+
+FLOAT32_TARGETS = 80
+"""TensorRT-RTX compiles no float32 matrix product for older compute capabilities (Turing's 7.5)."""
+
+IN_NAMES = {"ForeignNode": "Subgraph", "Reformat": "Reformat", "mha": "MHA", "gemm": "Gemm"}
+"""Words in the names of an engine's layers → what these do; `ForeignNode` is many layers as one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """An installed TensorRT or TensorRT-RTX."""
+
+    flavor: Flavor
+    version: str
+    targets: tuple[str, ...]
+    """Compute capabilities it builds for without a GPU, such as `sm86`; empty for TensorRT."""
+
+
+def installed(flavor: Flavor) -> bool:
+    """Whether the library can be found; it is not imported."""
+    return find_spec(MODULES[flavor]) is not None
+
+
+def load(flavor: Flavor) -> Any:
+    """Import the library. Its version is checked, and that its other flavor is not here already."""
+    (other,) = (name for name in FLAVORS if name != flavor)
+    if MODULES[other] in sys.modules:
+        raise EngineFlavorError(
+            f"{NAMES[other]} is loaded in this process, where {NAMES[flavor]} cannot join it: "
+            "use one of them in a process"
+        )
+    _require(flavor)
+    try:
+        library = import_module(MODULES[flavor])
+    except (ImportError, OSError) as e:
+        said = " ".join(str(e).split())
+        raise UsageError(f"{NAMES[flavor]} is installed, but does not load: {said}") from e
+    numbers = tuple(int(n) for n in re.findall(r"\d+", library.__version__)[:2])
+    if numbers < OLDEST[flavor]:
+        oldest = ".".join(map(str, OLDEST[flavor]))
+        raise UsageError(
+            f"{NAMES[flavor]} {library.__version__} is installed; {oldest} or newer is needed: "
+            f"pip install --upgrade 'medsa-deploy[{flavor}]'"
+        )
+    return library
+
+
+def describe(library: Any, flavor: Flavor) -> Library:
+    """Facts of an imported library."""
+    members = getattr(getattr(library, "ComputeCapability", None), "__members__", {})
+    numbers = sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name))
+    return Library(
+        flavor=flavor, version=library.__version__, targets=tuple(f"sm{n}" for n in numbers)
+    )
+
+
+def query_library(flavor: Flavor) -> Library:
+    """`describe` an installed library without importing it here."""
+    _require(flavor)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", __name__, flavor], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UsageError(f"{NAMES[flavor]} cannot be used: {said}")
+    answer = json.loads(done.stdout)
+    return Library(**answer | {"targets": tuple(answer["targets"])})
+
+
+def error_logger(library: Any) -> Any:
+    """A logger for the library's runtime, whose list `said` holds its errors."""
+
+    class Listener(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.said: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
+                self.said.append(" ".join(message.split()))
+
+    return Listener()
+
+
+def layer_timer(library: Any) -> Any:
+    """A profiler for an execution context; `times`: layer → milliseconds of each run."""
+
+    class Timer(library.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.IProfiler.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times.setdefault(layer_name, []).append(ms)
+
+    return Timer()
+
+
+def operator(layer: str) -> str:
+    """What a layer of an engine does, by its name: engines name layers after their nodes.
+
+    >>> operator("{ForeignNode[blocks.0.norm1/node_Sub_3...blocks.0/node_Add_61]}")
+    'Subgraph'
+    """
+    for word, what in IN_NAMES.items():
+        if word in layer:
+            return what
+    named = re.search(r"/node_([A-Za-z]+)", layer)
+    return named[1] if named else "Subgraph"
+
+
+def float32_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of TensorRT-RTX's targets that take float32 graphs."""
+    return tuple(target for target in targets if int(target[2:]) >= FLOAT32_TARGETS)
+
+
+def _require(flavor: Flavor) -> None:
+    if not installed(flavor):
+        raise MissingDependencyError(
+            NAMES[flavor], extra=flavor, purpose=f"a {NAMES[flavor]} engine"
+        )
+
+
+def main() -> None:
+    """Print what `ask` reads, or why there is nothing."""
+    (flavor,) = (name for name in FLAVORS if name == sys.argv[1])
+    try:
+        print(json.dumps(asdict(describe(load(flavor), flavor))))
+    except Exception as e:  # a broken install raises anything, and its reader wants one line
+        raise SystemExit(" ".join(str(e).split())) from None
+
+
+if __name__ == "__main__":
+    main()

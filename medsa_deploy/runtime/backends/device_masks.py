@@ -1,0 +1,133 @@
+"""Logits on the GPU → masks of the image's size beside them, by the kernels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medsa_deploy.errors import MedsaError
+from medsa_deploy.kernels.axes import ALIGNMENT, BLOCK
+from medsa_deploy.kernels.postprocess import Postprocessing, postprocessing
+from medsa_deploy.nvidia.cuda import FLOAT32, DeviceArray, Gpu
+
+from .interface import DeviceMasks, MaskRequest
+
+VIEWS = 4
+"""Sizes of images, with their thresholds, whose tables and masks have memory on the GPU."""
+WORD = np.dtype(np.uint32).itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """The kernel's plan for a launch on images of one size, and memory for all launches."""
+
+    plan: Postprocessing
+    launch_bytes: int
+    """Of what a launch makes."""
+    tables: int
+    tally: int
+    masks: int
+    """Addresses, of one allocation at `tables`; `masks` only for those that go to the host."""
+    pinned: NDArray[np.uint32]
+    """The tally, then the masks, on the host."""
+
+
+class MaskMaker:
+    """Runs the postprocessing kernels on a `Gpu` that is current, which owns the memory."""
+
+    def __init__(self, gpu: Gpu, cubin: bytes, logits: tuple[int, ...]) -> None:
+        """cubin: the kernels for this GPU. logits: (P, K, 4g, 4g), of the decoder's largest run."""
+        self._gpu = gpu
+        self._most, self._count, self._side, _ = logits
+        self._module: Any = gpu.module(cubin)
+        self._planned: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
+
+    def queue(
+        self, logits: int, sets: int, wanted: MaskRequest, kept: DeviceArray | None
+    ) -> Callable[[], DeviceMasks]:
+        """Queue the masks of P prompt sets; what gives them, once that was waited for.
+
+        logits: address of (P, K, 4g, 4g) float32. kept: for masks that stay on the GPU, where,
+        (P, n, H, W) bool.
+        """
+        one, n = self._plan(wanted), len(wanted.chosen)
+        each, figures = one.plan.tally_shape
+        self._gpu.clear(one.tally, WORD * figures * n * sets)
+        output = one.masks if kept is None else kept.address
+        for first in range(0, n * sets, each):
+            plane = first // n * self._count + wanted.chosen[first % n]
+            launch = one.plan.launch(
+                logits=logits + FLOAT32 * plane * self._side**2,
+                output=output + first // each * one.launch_bytes,
+                tally=one.tally + WORD * figures * first,
+                tables=one.tables,
+            )
+            parameters = bytes(launch.parameters)
+            self._gpu.launch(self._module, launch.entry, launch.grid, BLOCK, parameters)
+        tally = one.pinned[: figures * n * sets].reshape(sets, n, figures)
+        self._gpu.download(tally, one.tally)
+        if kept is not None:
+            return lambda: DeviceMasks(masks=kept, tally=tally.copy())
+        shape = (sets, *one.plan.shape)
+        words = one.pinned[figures * n * self._most :][: int(np.prod(shape))].reshape(shape)
+        self._gpu.download(words, one.masks)
+        return lambda: DeviceMasks(masks=words.copy(), tally=tally.copy())
+
+    def close(self) -> None:
+        """Unload the kernels; the `Gpu` frees the memory."""
+        with suppress(MedsaError), self._gpu.current():
+            self._module = None
+
+    def _plan(self, wanted: MaskRequest) -> _Planned:
+        """The plan for masks like these, with its memory; made once.
+
+        Masks for the host are made packed, a prompt set a launch; those that stay on the GPU as
+        label maps of one class.
+        """
+        n, on_device = len(wanted.chosen), wanted.on_device
+        key = (wanted.frame, wanted.cut, n, on_device)
+        if key in self._planned:
+            self._planned.move_to_end(key)
+            return self._planned[key]
+        plan = postprocessing(
+            (self._side, self._side),
+            1 if on_device else n,
+            wanted.frame,
+            wanted.cut,
+            labels=on_device,
+        )
+        self._planned[key] = made = self._allocate(plan, n * self._most)
+        if len(self._planned) > VIEWS:
+            _, old = self._planned.popitem(last=False)
+            self._gpu.free(old.tables)
+            self._gpu.unpin(old.pinned)
+        return made
+
+    def _allocate(self, plan: Postprocessing, most: int) -> _Planned:
+        """A plan with memory for `most` masks."""
+        each, figures = plan.tally_shape
+        packed = plan.entry == "threshold_masks"
+        launch_bytes = int(np.prod(plan.shape)) * (WORD if packed else 1)
+        tally = -(-WORD * figures * most // ALIGNMENT) * ALIGNMENT
+        masks = launch_bytes * most // each if packed else 0
+        tables = self._gpu.allocate(len(plan.tables) + tally + masks)
+        try:
+            pinned = self._gpu.pinned(figures * most + masks // WORD).view(np.uint32)
+        except BaseException:
+            self._gpu.free(tables)
+            raise
+        self._gpu.write(tables, plan.tables)
+        return _Planned(
+            plan=plan,
+            launch_bytes=launch_bytes,
+            tables=tables,
+            tally=tables + len(plan.tables),
+            masks=tables + len(plan.tables) + tally,
+            pinned=pinned,
+        )

@@ -1,0 +1,44 @@
+"""Memory on a GPU → arrays for callers, lent again to others once nothing holds them."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from medsa_deploy.nvidia.cuda import DeviceArray, Gpu
+
+SIZES = 8
+"""Sizes in bytes whose free memory is kept, those used last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Owner:
+    """What an array and its parts hold in common."""
+
+    gpu: Gpu
+
+
+class MemoryPool:
+    """What a `Gpu` that is current allocated for arrays; it frees all of it when it is closed."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._free: OrderedDict[int, list[int]] = OrderedDict()
+        """Bytes → addresses of memory that nothing holds."""
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
+        """An array with anything in it, which is free again when nothing holds it or a part."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        free = self._free.setdefault(size, [])
+        self._free.move_to_end(size)
+        for old in list(self._free)[:-SIZES]:
+            while self._free[old]:
+                self._gpu.free(self._free[old].pop())
+        address = free.pop() if free else self._gpu.allocate(size)
+        owner = Owner(self._gpu)
+        weakref.finalize(owner, free.append, address)
+        return DeviceArray(address, shape, owner, self._gpu.read, np.dtype(dtype))

@@ -1,0 +1,149 @@
+"""A volume's slices, encoded chunk by chunk as they are asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from statistics import median
+
+from medsa_deploy.errors import ImageError, UsageError
+from medsa_deploy.images.volume import Volume
+from medsa_deploy.runtime.decoding import Embedding
+from medsa_deploy.runtime.session import Session
+from medsa_deploy.transforms import PREPROCESSING
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 512 * 2**20
+"""Of embeddings, kept for when they are asked for again: 128 slices at an image size of 1024."""
+
+
+class ChunkEncoder:
+    """Encodes chunks of neighbouring slices, and keeps those of late; `len` counts slices.
+
+    Chunk s holds the slices s … s + D − 1. The last one is completed by repeating the last slice,
+    so that every slice is in a chunk. With an overlap, neighbouring chunks share slices.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        volume: Volume,
+        *,
+        overlap: int = 0,
+        intensity_window: tuple[float, float] | None = None,
+        on_slice: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """`on_slice` is told how many slices have been encoded.
+
+        ImageError for a volume of fewer slices than a chunk.
+        """
+        self.size = session.manifest.network.chunk
+        if len(volume) < self.size:
+            raise ImageError(
+                f"{volume.path} has {len(volume)} slices along axis {volume.axis}; this network "
+                f"sees {self.size} at a time: give a volume of as many"
+            )
+        if not 0 <= overlap < self.size:
+            raise UsageError(
+                f"an overlap of {overlap} slices does not fit chunks of {self.size}: "
+                f"0…{self.size - 1} does"
+                if self.size > 1
+                else f"an overlap of {overlap} slices was given, but this network sees each slice "
+                "alone: leave it out"
+            )
+        step = self.size - overlap
+        self.starts = tuple(range(0, len(volume) - overlap, step))
+        """First slices of all chunks."""
+        self._given_window = intensity_window
+        self._session = session
+        self._volume = volume
+        self._on_slice = on_slice
+        self._kept: OrderedDict[int, list[Embedding]] = OrderedDict()
+        self._seen: set[int] = set()
+        self._times: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._volume)
+
+    @cached_property
+    def window(self) -> tuple[float, float] | None:
+        """Intensities of black and white in every slice; None: what the slices themselves say.
+
+        Reads the volume. ImageError where it shows nothing but one grey, as `volume_window` does.
+        """
+        return volume_window(self._session, self._volume, self._given_window)
+
+    def chunk(self, start: int) -> list[Embedding]:
+        """The embeddings of a chunk's slices, without what completes the last one."""
+        if start in self._kept:
+            self._kept.move_to_end(start)
+            return self._kept[start]
+        last = len(self) - 1
+        slices = [self._volume.slice(min(start + i, last)) for i in range(self.size)]
+        found = self._session.encode_slices(slices, intensity_window=self.window)
+        self._times += [sum(one.timings_ms.values()) for one in found]
+        # image parts are larger than embeddings and soon made: only those of the last chunk stay
+        for earlier, embeddings in self._kept.items():
+            self._kept[earlier] = [replace(one, image_part=None) for one in embeddings]
+        self._kept[start] = found[: len(self) - start]
+        bytes_each = self.size * found[0].values.nbytes
+        while len(self._kept) > max(1, KEPT_BYTES // bytes_each):
+            self._kept.popitem(last=False)
+        self._seen |= self.slices(start)
+        self._on_slice(len(self._seen))
+        return self._kept[start]
+
+    def slices(self, start: int) -> set[int]:
+        """The slices of a chunk."""
+        return set(range(start, min(start + self.size, len(self))))
+
+    def holding(self, index: int) -> Iterator[int]:
+        """The chunks a slice is in."""
+        return (start for start in self.starts if start <= index < start + self.size)
+
+    def weight(self, start: int, index: int) -> float:
+        """A chunk's share in a slice, before division by all chunks' shares: most at its middle."""
+        return min(index - start, self.size - 1 - (index - start)) + 1
+
+    @property
+    def encode_ms(self) -> float:
+        """Median over slices, preprocessing included; 0 before any."""
+        return median(self._times) if self._times else 0.0
+
+
+def volume_window(
+    session: Session, volume: Volume, given: tuple[float, float] | None
+) -> tuple[float, float] | None:
+    """The window that all slices share; None where they have display values or are stretched.
+
+    One window for all, so that equal tissue looks equal: `given`, else the bundle's, else the
+    file's own rendering, else from the volume's minimum to its maximum, with a warning. ImageError
+    if it shows the volume as one flat grey, or a voxel is NaN or infinite.
+    """
+    conventions, display = session.conventions, volume.dtype == "uint8"
+    window = given or (None if display else conventions.intensity_window)
+    if window is None and (display or volume.rendered):
+        return None
+    low, high = volume.intensity_range()
+    if window is None:
+        if PREPROCESSING[conventions.preprocess].min_max:
+            return None
+        logger.warning(
+            "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
+            "set an intensity window to fix the scale",
+            volume.path,
+            volume.dtype,
+            low,
+            high,
+        )
+        return low, high
+    if not (window[0] < high and low < window[1]):
+        raise ImageError(
+            f"{volume.path}: its values {low:g}…{high:g} lie outside the intensity window "
+            f"{window[0]:g}…{window[1]:g}, which shows one flat grey: choose another window"
+        )
+    return window

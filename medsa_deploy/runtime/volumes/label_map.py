@@ -1,0 +1,43 @@
+"""Logits of structures, slice by slice and in any order → one label map of a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medsa_deploy.images.volume import Volume
+from medsa_deploy.runtime.backends.interface import Array
+
+
+class LabelMap:
+    """Every voxel has the label of the highest logit so far that is above a threshold.
+
+    Of equal logits the lower label wins, so the order in which they come does not matter.
+    """
+
+    def __init__(self, volume: Volume, cut: float, *, revisited: bool) -> None:
+        """`cut`: the logit that must be exceeded. `revisited`: slices are added to more than once,
+        for which the highest logits are kept: 4 bytes a voxel of the slices that have any."""
+        axes = (volume.axis, *volume.plane_axes)  # a slice's voxels beside each other in memory
+        slices = np.zeros([volume.shape[axis] for axis in axes], np.uint8)
+        self.labels: NDArray[np.uint8] = slices.transpose(np.argsort(axes))
+        """(X, Y, Z) in the volume's stored order; 0 is background."""
+        self._volume = volume
+        self._cut = cut
+        self._highest: dict[int, Array] | None = {} if revisited else None
+
+    def add(self, index: int, logits: Array, labels: Sequence[int]) -> None:
+        """Logits (n, H, W) of a slice, and the label that each of the n stands for."""
+        plane = self._volume.plane(self.labels, index)
+        highest = None if self._highest is None else self._highest.get(index)
+        if highest is None:
+            highest = np.full(plane.shape, self._cut, np.float32)
+        for candidate, label in zip(logits, labels, strict=True):
+            wins = candidate > highest
+            wins |= (candidate == highest) & (label < plane)
+            np.copyto(highest, candidate, where=wins)
+            np.copyto(plane, label, where=wins)
+        if self._highest is not None:
+            self._highest[index] = highest

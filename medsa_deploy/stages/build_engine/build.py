@@ -1,0 +1,149 @@
+"""A bundle → TensorRT or TensorRT-RTX engines inside it: planned first, then built where needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.folder import new_bundle
+from medsa_deploy.errors import UsageError
+from medsa_deploy.nvidia import cuda, engine_builder, engines
+from medsa_deploy.nvidia.engines import Engine, EngineFile
+from medsa_deploy.progress import OnCount, OnStep
+from medsa_deploy.stages.quantize.quantize import quantize_bundle
+
+from .plan import EnginePlan, EngineRequest, PlannedEngine, plan_engines
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBuild:
+    """What a build did."""
+
+    plan: EnginePlan
+    built: bool
+    """False for a plan alone, and for engines that were up to date."""
+    engine: Engine | None
+    """What the folder holds now; None for a plan alone."""
+    seconds: float
+
+
+def build_engines(
+    bundle: Path | None,
+    request: EngineRequest,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    on_note: OnStep = lambda note: None,
+    on_step: OnStep = lambda step: None,
+    on_progress: OnCount = lambda done, total: None,
+) -> EngineBuild:
+    """Build the engines of a bundle, where they are missing or something they depend on changed.
+
+    Without a bundle, those of the newest in the working folder. Graphs of a precision that is
+    missing are made first. `dry_run` plans and writes nothing.
+    """
+    start = perf_counter()
+    if bundle is None:
+        bundle = newest_bundle(Path())
+        on_note(f"no bundle named: {bundle}, the newest here")
+    plan = plan_engines(bundle, request, force=force, on_note=on_note)
+    found = None
+    if not dry_run and plan.reasons:
+        if plan.makes_graphs:
+            _make_graphs(plan, request, on_step, on_progress)
+            plan = plan_engines(bundle, request, force=force)
+        found = _build(plan, request.timing_cache, on_step, on_progress)
+    elif not dry_run:
+        found = engines.load(plan.folder)
+    return EngineBuild(
+        plan=plan,
+        built=not dry_run and bool(plan.reasons),
+        engine=found,
+        seconds=perf_counter() - start,
+    )
+
+
+def newest_bundle(folder: Path) -> Path:
+    """The bundle in `folder` whose manifest is newest."""
+    found = [path.parent for path in folder.glob(f"*/{manifest.FILENAME}")]
+    bundles_here = [path for path in found if not path.name.startswith(".")]
+    if not bundles_here:
+        raise UsageError(
+            f"there is no bundle in {folder.resolve()}: name one, or make one with "
+            "medsa-deploy export CHECKPOINT"
+        )
+    return max(bundles_here, key=lambda path: (path / manifest.FILENAME).stat().st_mtime_ns)
+
+
+def _make_graphs(
+    plan: EnginePlan, request: EngineRequest, on_step: OnStep, on_progress: OnCount
+) -> None:
+    """Add graphs of the plan's precision to the bundle."""
+    quantize_bundle(
+        plan.bundle,
+        precision="fp16" if plan.options.precision == "fp16" else "int8",
+        calibration=request.calibration if plan.options.precision == "int8" else (),
+        on_step=on_step,
+        on_image=on_progress,
+    )
+
+
+def _build(
+    plan: EnginePlan, timing_cache: Path | None, on_step: OnStep, on_progress: OnCount
+) -> Engine:
+    """Build into a temporary folder, which takes the plan's name when it is whole."""
+    parent = plan.folder.parent
+    parent.mkdir(exist_ok=True)
+    try:
+        with new_bundle(plan.folder) as folder:
+            files = []
+            for planned in plan.engines:
+                on_step(f"build the {planned.role}")
+                files.append(_build_one(plan, planned, folder, timing_cache, on_progress))
+            device = cuda.device() if plan.library.flavor == "tensorrt" else None
+            made = Engine(
+                options=plan.options,
+                version=plan.library.version,
+                device=device.name if device else None,
+                state="built",
+                files=tuple(files),
+            )
+            engines.save(made, folder)
+    finally:
+        if not any(parent.iterdir()):
+            parent.rmdir()
+    return made
+
+
+def _build_one(
+    plan: EnginePlan,
+    planned: PlannedEngine,
+    folder: Path,
+    timing_cache: Path | None,
+    on_progress: OnCount,
+) -> EngineFile:
+    """Build one engine into `folder`."""
+    onnx = plan.bundle / next(iter(planned.sources))
+    path = folder / f"{planned.role}.engine"
+    done = engine_builder.build(
+        engine_builder.Job(
+            onnx=str(onnx),
+            output=str(path),
+            options=plan.options,
+            profile=planned.profile,
+            timing_cache=None if timing_cache is None else str(timing_cache),
+        ),
+        on_progress=lambda percent: on_progress(percent, 100),
+    )
+    return EngineFile(
+        role=planned.role,
+        path=path.name,
+        bytes=path.stat().st_size,
+        sha256=manifest.sha256(path),
+        sources=planned.sources,
+        profile=planned.profile,
+        attention=done.attention,
+        seconds=done.seconds,
+    )

@@ -1,0 +1,40 @@
+"""A bundle → the same with compiled CUDA kernels, so that a device needs no compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from medsa_deploy.kernels import cubins
+from medsa_deploy.kernels.cubins import Cubin
+from medsa_deploy.progress import OnStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelBuild:
+    """What was compiled."""
+
+    bundle: Path
+    folder: str
+    """Of the cubins, in the bundle."""
+    compiler: str
+    files: tuple[Cubin, ...]
+    seconds: float
+
+
+def build_kernels(
+    bundle: Path, targets: Sequence[str] = (), *, on_step: OnStep = lambda step: None
+) -> KernelBuild:
+    """Compile the kernels for `targets`, such as `sm87` or `sm_87`; default `cubins.TARGETS`."""
+    start = perf_counter()
+    wanted = [target.replace("sm_", "sm") for target in targets] or cubins.TARGETS
+    made = cubins.build(bundle, wanted, on_step=on_step)
+    return KernelBuild(
+        bundle=bundle,
+        folder=cubins.FOLDER,
+        compiler=made.compiler,
+        files=made.files,
+        seconds=perf_counter() - start,
+    )

@@ -1,0 +1,107 @@
+"""A bundle → the backend and threads that answer its first click soonest on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+from medsa_deploy import machine
+from medsa_deploy.bundle import manifest
+from medsa_deploy.evaluation.latency_worker import Work, run_once, seeded_work
+from medsa_deploy.progress import OnStep
+from medsa_deploy.runtime import load, tuning
+from medsa_deploy.runtime.loading import DEFAULT
+from medsa_deploy.runtime.tuning import TUNED, Choice, Tuned
+
+ROUNDS = 3
+"""How often every candidate has its turn, so that a busy moment falls on more than one."""
+SECONDS = 1.0
+"""A turn, after one run that is not counted: at least a run, and this long."""
+MARGIN = 0.95
+"""Of the default's time: what is not faster than this is not chosen over it."""
+
+Setting = tuple[Tuned, int | None]
+"""A backend, and threads of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A backend with a number of threads, measured."""
+
+    backend: Tuned
+    threads: int | None
+    """None for all cores, as the backend counts them."""
+    first_click_ms: float
+    """Median."""
+    samples_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was measured, and what was stored."""
+
+    choice: Choice
+    candidates: tuple[Candidate, ...]
+    stored_in: Path
+
+
+def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
+    """Measure the backends installed here, and store the fastest for `backend="auto"`.
+
+    Float32 in all, so that the masks are the same. The candidates take turns, one in memory at a
+    time.
+    """
+    made = manifest.load(bundle)
+    work = seeded_work(made.network)
+    settings = _settings()
+    samples: dict[Setting, list[float]] = {setting: [] for setting in settings}
+    for turn in range(ROUNDS):
+        for backend, threads in settings:
+            on_step(f"round {turn + 1} of {ROUNDS}: {backend}, {threads or 'all'} thread(s)")
+            samples[backend, threads] += _turn(bundle, work, backend, threads)
+    candidates = tuple(
+        Candidate(backend=b, threads=t, first_click_ms=median(ms), samples_ms=tuple(ms))
+        for (b, t), ms in samples.items()
+    )
+    best = fastest(candidates)
+    choice = Choice(
+        encoder_sha256=made.file("encoder").sha256,
+        bundle=bundle.resolve().name,
+        machine=tuning.this_machine(),
+        backend=best.backend,
+        threads=best.threads,
+        first_click_ms=best.first_click_ms,
+        measured=date.today().isoformat(),
+    )
+    return Tuning(choice=choice, candidates=candidates, stored_in=tuning.store(choice))
+
+
+def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
+    """The first, which is the default, unless another is faster beyond doubt."""
+    default = candidates[0]
+    best = min(candidates, key=lambda candidate: candidate.first_click_ms)
+    return best if best.first_click_ms < MARGIN * default.first_click_ms else default
+
+
+def _settings() -> list[Setting]:
+    """Backends and threads to try; the default first."""
+    installed = [backend for backend in TUNED if find_spec(backend) is not None]
+    there = sorted(installed, key=lambda backend: backend != DEFAULT)
+    fewer = dict.fromkeys(machine.cores() // part for part in (2, 4))
+    threads = [None, *(count for count in fewer if count)]
+    return [(backend, count) for backend in there for count in threads]
+
+
+def _turn(bundle: Path, work: Work, backend: str, threads: int | None) -> list[float]:
+    """Milliseconds of first clicks."""
+    found: list[float] = []
+    with load(bundle, backend=backend, threads=threads) as session:
+        run_once(session, work)
+        start = perf_counter()
+        while not found or perf_counter() - start < SECONDS:
+            found.append(run_once(session, work)["first click"])
+    return found

@@ -1,0 +1,111 @@
+"""Candidate graphs of a bundle → how their masks compare with the float32 graphs'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from medsa_deploy.bundle.manifest import Manifest, Parity
+from medsa_deploy.errors import DeviceError
+from medsa_deploy.evaluation.cases import Case
+from medsa_deploy.evaluation.parity import compare_cases, parity_failures, run_case, summarise
+from medsa_deploy.runtime import Session
+from medsa_deploy.runtime.backends.interface import Array
+from medsa_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
+
+Watcher = Callable[[str, Array], None]
+"""Called with the name of a further output and its value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateResult:
+    """How a candidate compares."""
+
+    parity: Parity
+    failures: tuple[str, ...]
+    """What exceeds the limits of its precision, over all cases or on the saved reference's."""
+
+
+class CandidateRunner:
+    """The verification cases, and what a bundle's float32 graphs give for them."""
+
+    def __init__(
+        self, bundle: Path, made: Manifest, cases: Sequence[Case], threads: int | None
+    ) -> None:
+        self.bundle, self.manifest, self.cases, self.threads = bundle, made, cases, threads
+        self.runs = 0
+        """How often the cases were run with a candidate."""
+        self.encoder = bundle / made.file("encoder").path
+        self.decoder = bundle / made.file("decoder").path
+        with self.open(self.encoder, self.decoder) as session:
+            self._expected = [run_case(session, case).tensors for case in cases]
+
+    def open(self, encoder: Path, decoder: Path) -> Session:
+        """A session on two files of this network."""
+        graphs = self.manifest.graphs
+        backend = OnnxRuntimeBackend(encoder, decoder, graphs, threads=self.threads)
+        return Session(self.manifest, backend)
+
+    def measure(self, encoder: Path, decoder: Path, precision: str) -> CandidateResult:
+        """Run every case on two files and compare with float32."""
+        self.runs += 1
+        with self.open(encoder, decoder) as session:
+            compared = compare_cases(session, self.cases, self._expected)
+
+        def summary(count: int) -> Parity:
+            return summarise(
+                self.cases[:count],
+                compared.comparisons[:count],
+                precision=precision,
+                backend=OnnxRuntimeBackend.name,
+                nan_count=compared.nan_count,
+            )
+
+        parity = summary(len(self.cases))
+        failures = dict.fromkeys(parity_failures(parity))
+        if self.cases[0].seeded:  # alone too: it is the saved reference, which verify goes by
+            failures |= dict.fromkeys(parity_failures(summary(1)))
+        return CandidateResult(parity=parity, failures=tuple(failures))
+
+
+class RecordingBackend(OnnxRuntimeBackend):
+    """Graphs that give more outputs than the contract's; those go to a function."""
+
+    def __init__(
+        self,
+        encoder: Path,
+        decoder: Path,
+        made: Manifest,
+        on_value: Mapping[str, Watcher],
+        threads: int | None,
+    ) -> None:
+        self._named = {
+            id_: [tensor.name for tensor in made.graphs[id_].outputs] for id_ in made.graphs
+        }
+        self._watchers = on_value
+        super().__init__(encoder, decoder, made.graphs, threads=threads)
+
+    def _open(self, path: Path, graph: Any) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        # in the graph's own order: by default every value that is watched is kept until the end
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
+        graph = "encoder" if session is self._encoder else "decoder"
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(names, inputs), strict=True))
+        contract = [np.asarray(found.pop(name)) for name in self._named[graph]]
+        if not all(np.isfinite(value).all() for value in contract):
+            raise DeviceError(f"the float32 {graph} gives NaN or Inf: export the checkpoint again")
+        for name, value in found.items():
+            self._watchers[graph](name, value)
+        return contract

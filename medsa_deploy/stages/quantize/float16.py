@@ -1,0 +1,172 @@
+"""A bundle's float32 graphs → float16 graphs whose masks agree with theirs.
+
+What stays float32 is decided by operator (norms, softmax, coordinates), by the values measured on
+the verification cases (what float16 could not hold), and by block where the masks ask for it. The
+masks are those of graphs that round every result to float16, as a GPU stores it: ONNX Runtime on a
+CPU computes float16 graphs in float32 between operators, and would hide both rounding and overflow.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medsa_deploy.bundle.manifest import Island, Parity, Recipe, Role
+from medsa_deploy.bundle.node_names import block_of, module_of
+from medsa_deploy.errors import ParityError
+from medsa_deploy.evaluation.parity import require_parity, run_case
+from medsa_deploy.graph.files import load_graph, save_graph
+from medsa_deploy.graph.float16 import Change, round_like_float16, to_float16
+from medsa_deploy.graph.float32_nodes import float32_nodes
+from medsa_deploy.graph.ranges import HIGH, LOW, computed_values, watch
+from medsa_deploy.progress import OnStep
+from medsa_deploy.runtime import Session
+
+from .candidates import CandidateResult, CandidateRunner, RecordingBackend
+
+GRAPHS: tuple[Role, Role] = ("encoder", "decoder")
+PRECISION = "fp16"
+
+Ranges = dict[str, dict[str, float]]
+"""Graph → value → largest magnitude."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A precision's graphs, not yet in the bundle."""
+
+    graphs: dict[Role, list[Path]]
+    """`encoder`, and others where there are new ones → files, the graph first."""
+    decoder_of: str | None = None
+    """The precision whose decoder this one uses."""
+    recipe: Recipe
+    parity: Parity
+
+
+def make_float16(trials: CandidateRunner, folder: Path, on_step: OnStep) -> Made:
+    """Float16 graphs in `folder`; ParityError when none agree with float32."""
+    on_step("measure the values of the float32 graphs")
+    ranges = largest_values(trials, folder)
+    on_step("run with every result rounded to float16")
+    rounded = _measure(trials, folder, ranges, ())
+    blocks: tuple[str, ...] = ()
+    if rounded.failures:
+        on_step("measure what each block costs")
+        order = _costly_blocks(trials, folder, ranges)
+        while rounded.failures and len(blocks) < len(order):
+            blocks = order[: len(blocks) + 1]
+            on_step(f"return {blocks[-1]} to float32")
+            rounded = _measure(trials, folder, ranges, blocks)
+    on_step("run the float16 graphs in onnxruntime")
+    files: dict[Role, list[Path]] = {}
+    reasons: list[str] = []
+    for name in GRAPHS:
+        model = load_graph(getattr(trials, name))
+        kept = float32_nodes(model, blocks=of_graph(name, blocks), ranges=ranges[name])
+        change = to_float16(model, kept)
+        require_changed(name, change)
+        reasons += kept.values()
+        files[name] = save_graph(model, folder / f"{name}.{PRECISION}.onnx")
+    parity = trials.measure(files["encoder"][0], files["decoder"][0], PRECISION).parity
+    require_parity(parity)
+    dice = rounded.parity
+    recipe = Recipe(
+        precision=PRECISION,
+        islands=counted(reasons),
+        float32_blocks=blocks,
+        rounded_dice_mean=dice.mask_dice_mean,
+        rounded_dice_worst=dice.mask_dice_worst,
+        runs=trials.runs,
+    )
+    return Made(graphs=files, recipe=recipe, parity=parity)
+
+
+def largest_values(trials: CandidateRunner, folder: Path) -> Ranges:
+    """Largest magnitude of every value that the float32 graphs compute, over the cases."""
+    found: Ranges = {name: {} for name in GRAPHS}
+    paths = {}
+    for name in GRAPHS:
+        model = load_graph(getattr(trials, name))
+        watch(model, computed_values(model))
+        paths[name] = save_graph(model, folder / f"{name}.watched.onnx")[0]
+
+    def watcher(name: str) -> Any:
+        def note(output: str, value: Any) -> None:
+            key = output.removesuffix(LOW).removesuffix(HIGH)
+            found[name][key] = max(found[name].get(key, 0.0), abs(float(value)))
+
+        return note
+
+    backend = RecordingBackend(
+        paths["encoder"],
+        paths["decoder"],
+        trials.manifest,
+        {name: watcher(name) for name in GRAPHS},
+        trials.threads,
+    )
+    with Session(trials.manifest, backend) as session:
+        for case in trials.cases:
+            run_case(session, case)
+    return found
+
+
+def counted(reasons: Iterable[str]) -> tuple[Island, ...]:
+    """The reasons of single nodes, as the manifest has them."""
+    return tuple(Island(reason=r, nodes=n) for r, n in sorted(Counter(reasons).items()))
+
+
+def require_changed(name: str, change: Change) -> None:
+    """ParityError where nothing could be converted."""
+    if not change.changed:
+        raise ParityError(f"the {name} cannot be converted ({change.what}): use fp32")
+
+
+def _measure(
+    trials: CandidateRunner, folder: Path, ranges: Ranges, blocks: tuple[str, ...]
+) -> CandidateResult:
+    """The masks when all but the islands and `blocks` rounds to float16."""
+    paths = {
+        name: _rounded(trials, folder, name, of_graph(name, blocks), ranges[name])
+        for name in GRAPHS
+    }
+    return trials.measure(paths["encoder"], paths["decoder"], PRECISION)
+
+
+def _costly_blocks(trials: CandidateRunner, folder: Path, ranges: Ranges) -> tuple[str, ...]:
+    """Every block, the one that costs most when it alone rounds to float16 first."""
+    costs = {}
+    for name in GRAPHS:
+        nodes = load_graph(getattr(trials, name)).graph.node
+        blocks = dict.fromkeys(block_of(module_of(node)) for node in nodes)
+        for block in blocks:
+            others = tuple(other for other in blocks if other != block)
+            path = _rounded(trials, folder, name, others, ranges[name])
+            pair = {graph: getattr(trials, graph) for graph in GRAPHS} | {name: path}
+            costs[f"{name} {block}"] = cost(trials.measure(**pair, precision=PRECISION).parity)
+    return tuple(sorted(costs, key=lambda block: costs[block], reverse=True))
+
+
+def cost(parity: Parity) -> tuple[float, float, float]:
+    """How far masks are from float32's: by NaN, then by Dice, then by logits."""
+    lost = 1 - (parity.mask_dice_mean or 0.0)
+    return float(parity.nan_count), lost, parity.tensors["low_res_masks"].relative_l2
+
+
+def _rounded(
+    trials: CandidateRunner,
+    folder: Path,
+    name: str,
+    blocks: tuple[str, ...],
+    ranges: Mapping[str, float],
+) -> Path:
+    model = load_graph(getattr(trials, name))
+    round_like_float16(model, float32_nodes(model, blocks=blocks, ranges=ranges))
+    return save_graph(model, folder / f"{name}.rounded.onnx")[0]
+
+
+def of_graph(name: str, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The blocks of one graph, without its name."""
+    return tuple(b.removeprefix(f"{name} ") for b in blocks if b.startswith(f"{name} "))

@@ -1,0 +1,183 @@
+"""A bundle → the same bundle with graphs of a further precision, proved against its float32 ones.
+
+The graphs are made in a folder inside the bundle and move to their names when they are proved; the
+manifest that lists them is replaced last. Whatever ends this early leaves the bundle as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.folder import add_files, workplace
+from medsa_deploy.bundle.manifest import File, Manifest, Parity, Recipe
+from medsa_deploy.errors import UsageError
+from medsa_deploy.evaluation.cases import parity_cases
+from medsa_deploy.graph.files import import_onnx
+from medsa_deploy.progress import OnStep
+from medsa_deploy.runtime.backends.interface import PARTS
+from medsa_deploy.runtime.loading import OWN_ENCODERS, check_options
+
+from .calibration import find_sources, hold_out, image_cases
+from .candidates import CandidateRunner
+from .float16 import Made, make_float16
+from .int8 import Base, make_int8
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("fp16", "int8", "int8-cpu")
+"""What is made here; files of these names that no manifest lists are leftovers."""
+GRAPH_ROLES = ("encoder", *OWN_ENCODERS.values(), "decoder", *PARTS, "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A precision that was added to a bundle."""
+
+    bundle: Path
+    precision: str
+    """`fp16`, `int8` or `int8-cpu`."""
+    recipe: Recipe
+    parity: Parity
+    """Of the files as ONNX Runtime runs them, against the float32 graphs."""
+    files: tuple[File, ...]
+    seconds: float
+
+
+def quantize_bundle(
+    bundle: Path,
+    *,
+    precision: Literal["fp16", "int8"],
+    calibration: Sequence[Path] = (),
+    target: Literal["tensorrt", "cpu"] = "tensorrt",
+    images: Path | None = None,
+    threads: int | None = None,
+    on_step: OnStep = lambda step: None,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> Quantization:
+    """Add float16 or INT8 graphs to a bundle; ParityError when their masks differ from float32's.
+
+    `images`: a file or folder added to the seeded cases that are compared. `calibration`, for int8:
+    files and folders whose images the ranges of activations are measured on; INT8 is judged on
+    `images` alone, or else on a few of these that are held out. `target`, for int8: what will run
+    the graphs. Graphs of the same precision are replaced.
+    """
+    start = perf_counter()
+    if precision == "fp16" and calibration:
+        raise UsageError("calibration images are for int8; float16 needs none")
+    check_options("onnxruntime", threads)
+    import_onnx()
+    made = manifest.load(bundle)
+    sources = find_sources(calibration, made.network.chunk) if precision == "int8" else []
+    on_step("compare every file with its SHA-256")
+    manifest.check_files(made, bundle)
+    to_run = parity_cases(made.network, images)
+    with workplace(bundle) as folder:
+        on_step("run the float32 graphs")
+        additions: list[Made] = []
+        in_bundle = made.recipe("fp16") is not None
+        if precision == "fp16" or (target == "tensorrt" and not in_bundle):
+            trials = CandidateRunner(bundle, made, to_run, threads)
+            additions.append(make_float16(trials, folder, on_step))
+        if precision == "int8":
+            base = _base(bundle, made, additions, target)
+            sources, judged = hold_out(sources)
+            theirs = [c for c in to_run if not c.seeded] or image_cases(judged, made)
+            trials = CandidateRunner(bundle, made, theirs, threads)
+            reference = CandidateRunner(bundle, made, to_run[:1], threads)
+            made8 = make_int8(trials, reference, folder, base, sources, on_step, on_image)
+            additions.append(made8)
+        result = _add(bundle, additions)
+    added = additions[-1]
+    return Quantization(
+        bundle=bundle,
+        precision=added.recipe.precision,
+        recipe=added.recipe,
+        parity=added.parity,
+        files=tuple(f for f in result.files if f.precision == added.recipe.precision),
+        seconds=perf_counter() - start,
+    )
+
+
+def _base(
+    bundle: Path, made: Manifest, additions: Sequence[Made], target: Literal["tensorrt", "cpu"]
+) -> Base:
+    """What an INT8 encoder goes with: float16 graphs, just made or in the bundle, or float32."""
+    if target == "cpu":
+        return Base(precision="fp32", decoder=bundle / made.file("decoder").path)
+    recipe = additions[0].recipe if additions else made.recipe("fp16")
+    if additions:
+        decoder = additions[0].graphs["decoder"][0]
+    else:
+        decoder = bundle / made.file("decoder", "fp16").path
+    assert recipe is not None
+    return Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
+
+
+def _add(bundle: Path, additions: Sequence[Made]) -> Manifest:
+    """Move new graphs into the bundle, in place of those of the same precisions."""
+    made = manifest.load(bundle)  # again: another precision may have been added meanwhile
+    for added in additions:
+        made = _merged(made, added)
+    add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], made)
+    listed = {entry.path for entry in made.files}
+    for precision in PRECISIONS:
+        for file in bundle.glob(f"*coder*.{precision}.onnx*"):
+            if file.name not in listed:
+                file.unlink(missing_ok=True)
+    return made
+
+
+def _merged(made: Manifest, added: Made) -> Manifest:
+    """The manifest with one precision's graphs added, or replaced."""
+    precision = added.recipe.precision
+    files = tuple(_entries(made, added))
+    replaced = {f.path: f.sha256 for f in files}
+    stale = {
+        f.precision
+        for f in made.files
+        if f.role in GRAPH_ROLES and replaced.get(f.path, f.sha256) != f.sha256
+    } - {precision}
+    for name in sorted(stale):
+        logger.warning(
+            "%s was made over an earlier %s and is removed: make it again", name, precision
+        )
+    gone = stale | {precision}
+    return replace(
+        made,
+        files=(
+            *(f for f in made.files if f.precision not in gone or f.role not in GRAPH_ROLES),
+            *files,
+        ),
+        parity=(*(p for p in made.parity if p.precision not in gone), added.parity),
+        recipes=(*(r for r in made.recipes if r.precision not in gone), added.recipe),
+    )
+
+
+def _entries(made: Manifest, added: Made) -> list[File]:
+    """The manifest's entries for new files, each still in the folder it was made in."""
+    entries = []
+    for role, paths in added.graphs.items():
+        opset = made.file("encoder" if role in OWN_ENCODERS.values() else role).opset
+        for i, path in enumerate(paths):
+            entries.append(
+                manifest.describe_file(
+                    path,
+                    path.parent,
+                    role=role if i == 0 else "weights",
+                    precision=added.recipe.precision,
+                    opset=opset if i == 0 else None,
+                )
+            )
+    if added.decoder_of is not None:
+        entries += [
+            replace(shared, precision=added.recipe.precision)
+            for shared in made.files
+            if shared.precision == added.decoder_of and shared.role in ("decoder", *PARTS)
+        ]
+    return entries

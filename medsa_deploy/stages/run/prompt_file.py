@@ -1,0 +1,96 @@
+"""A JSON file of prompts → the structures of a volume.
+
+{"structures": [
+  {"name": "liver", "points": [[120, 88, 40], [60, 90, 40, 0]]},
+  {"name": "spleen", "boxes": [[30, 40, 38, 90, 110, 52]]}
+]}
+
+Coordinates are voxels x, y, z; a fourth number of a point is its label, 1 foreground (default) or 0
+background. A box is x0, y0, z0, x1, y1, z1; for one slice z1 is z0 + 1. `class` instead of `name`
+takes one class of a network of several; without either, a structure gives all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from medsa_deploy.errors import PromptError
+from medsa_deploy.runtime.volumes.structures import Structure
+
+KEYS = ("name", "class", "points", "boxes")
+POINT = "a point in a volume should be x, y, z or x, y, z, label with label 1 or 0"
+BOX = "a box in a volume should be x0, y0, z0, x1, y1, z1"
+MOST = 1e9
+"""No coordinate is larger; NaN is not within it either."""
+ROWS = {"points": POINT, "boxes": BOX}
+
+
+def read_prompts(path: Path) -> list[Structure]:
+    """The structures of a prompt file; PromptError says which entry is wrong, and how."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise PromptError(f"{path} cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise PromptError(f"{path} is not JSON: {e}") from e
+    entries = data.get("structures") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries or len(data) > 1:
+        raise PromptError(f'{path} should be {{"structures": […]}} with at least one structure')
+    return [_structure(entry, f"{path}: structure {i}") for i, entry in enumerate(entries, 1)]
+
+
+def structure_of(
+    points: list[tuple[float, ...]],
+    boxes: list[tuple[float, ...]],
+    *,
+    name: str | None = None,
+    class_name: str | None = None,
+) -> Structure:
+    """A structure from rows of numbers: points of 3, or 4 with a label, and boxes of 6."""
+    for row in points:
+        if len(row) not in (3, 4) or row[3:] not in ((), (0,), (1,)):
+            raise PromptError(f"{_shown(row)}: {POINT}")
+    for row in boxes:
+        if len(row) != 6:
+            raise PromptError(f"{_shown(row)}: {BOX}")
+    return Structure(
+        points=tuple((row[0], row[1], row[2]) for row in points),
+        labels=tuple(int(row[3]) if len(row) == 4 else 1 for row in points),
+        boxes=tuple((row[0], row[1], row[2], row[3], row[4], row[5]) for row in boxes),
+        name=name,
+        class_name=class_name,
+    )
+
+
+def _structure(entry: Any, where: str) -> Structure:
+    """One entry of the file, checked."""
+    if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
+        raise PromptError(f"{where} should be an object with some of the keys {', '.join(KEYS)}")
+    for key in ("name", "class"):
+        text = entry.get(key)
+        if text is not None and not (isinstance(text, str) and text.strip() and text.isprintable()):
+            raise PromptError(f"{where}: its {key} should be one line of text, found {text!r}")
+    rows = [_rows(entry.get(key, []), f"{where}: {shape}") for key, shape in ROWS.items()]
+    if not any(rows):
+        raise PromptError(f"{where} has no prompt: give it points or boxes")
+    try:
+        return structure_of(*rows, name=entry.get("name"), class_name=entry.get("class"))
+    except PromptError as e:
+        raise PromptError(f"{where}: {e}") from e
+
+
+def _rows(value: Any, wanted: str) -> list[tuple[float, ...]]:
+    """A list of lists of finite numbers."""
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        raise PromptError(wanted)
+    for row in value:
+        if not all(type(number) in (int, float) and abs(number) <= MOST for number in row):
+            raise PromptError(f"{wanted}, found {reprlib.repr(row)}")
+    return [tuple(row) for row in value]
+
+
+def _shown(row: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in row)

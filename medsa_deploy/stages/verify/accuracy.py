@@ -1,0 +1,354 @@
+"""Label files, with segmentations or images → how accurate a bundle's masks are.
+
+Every class of every file is measured by itself, a volume as a whole. A class that neither the
+labels nor the segmentation have is not counted: it would flatter the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Literal
+
+import numpy as np
+
+from medsa_deploy.bundle import manifest
+from medsa_deploy.errors import ImageError, InputError, UsageError
+from medsa_deploy.evaluation import metrics
+from medsa_deploy.evaluation.metrics import Mask
+from medsa_deploy.images import is_volume, read_image, read_labels, read_volume
+from medsa_deploy.images.labels import on_one_grid, on_picture, on_volume, without_thin_axes
+from medsa_deploy.images.read import format_of
+from medsa_deploy.runtime import Session, load
+
+from .drawn_prompts import PromptKind, Window, segment_labelled, segment_picture
+from .matched_files import pair_files
+
+Unit = Literal["mm", "px"]
+HD95 = "larger of the two directed 95th percentiles of surface distances"
+"""As MONAI defines it; see `metrics.hausdorff`."""
+Spacing = tuple[float, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassAccuracy:
+    """One class in one file."""
+
+    label: int
+    name: str
+    dice: float
+    iou: float
+    hd95: float | None
+    """In the file's unit; None where a mask is empty."""
+    hd95_undefined: str | None = None
+    """Why there is no distance."""
+    label_pixels: int
+    segmented_pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileAccuracy:
+    """One label file against its segmentation, or the masks of its image."""
+
+    labels: Path
+    compared: Path
+    """The segmentation or the image."""
+    unit: Unit = "px"
+    """Of distances: mm, or pixels where no file gives a spacing."""
+    classes: tuple[ClassAccuracy, ...] = ()
+    note: str | None = None
+    """Why nothing was measured, where that is no fault."""
+    error: str | None = None
+    """Why this file of a folder could not be measured; the others were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A figure over several files."""
+
+    mean: float
+    median: float
+    worst: float
+    worst_file: Path
+    """The label file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One class over all files, or every class of every file."""
+
+    name: str
+    label: int | None
+    """None for all classes."""
+    count: int
+    dice: Spread
+    iou: Spread
+    hd95: Spread | None
+    """Of the distances there are; None if there is none, or they have different units."""
+    hd95_undefined: int
+    """How many masks or labels were empty, so that there is no distance."""
+    unit: Unit | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What was measured."""
+
+    bundle: Path
+    precision: str | None
+    """None where segmentations were compared as they are."""
+    backend: str | None
+    prompt: PromptKind | None
+    files: tuple[FileAccuracy, ...]
+    summary: tuple[Summary, ...]
+    """All classes, then each; empty if no file could be measured."""
+    unlabelled: tuple[Path, ...]
+    """Segmentations or images without a label file, left out."""
+    failures: tuple[str, ...]
+    """What is below the least Dice asked for."""
+    hd95_definition: str = HD95
+
+
+def measure_accuracy(
+    bundle: Path,
+    *,
+    labels: Path,
+    segmentation: Path | None,
+    images: Path | None,
+    prompt: PromptKind | None = None,
+    class_names: tuple[str, ...] = (),
+    min_dice: float | None = None,
+    intensity_window: Window = None,
+    backend: str = "onnxruntime",
+    precision: str | None = None,
+    threads: int | None = None,
+    axis: int | None = None,
+    number: int | None = None,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> Accuracy:
+    """Compare segmentations with labels, or segment images with prompts drawn from the labels.
+
+    `labels` and `segmentation` or `images` are two files, or two folders whose files are matched by
+    name. In a folder a file that cannot be measured is reported in its place. Neither torch nor the
+    checkpoint is needed. `axis`: of the images that are volumes, the one slices are taken along;
+    `number`: which volume of a 4-D NIfTI. UsageError for options that do not go together.
+    """
+    for_images = prompt, intensity_window, precision, axis, number
+    _check_options(segmentation, images, for_images, min_dice)
+    metrics.require_scipy()
+    names = class_names or manifest.load(bundle).conventions.class_names
+    if segmentation is not None:
+        pairs, unlabelled = pair_files(labels, segmentation, "segmentation")
+        files = _each(pairs, lambda a, b: _compare_files(a, b, names), on_file)
+        return _accuracy(bundle, None, None, None, files, unlabelled, min_dice)
+    assert images is not None
+    pairs, unlabelled = pair_files(labels, images, "image")
+    prompt, precision = prompt or "box", precision or "fp32"
+    with load(bundle, backend=backend, precision=precision, threads=threads) as session:
+        files = _each(
+            pairs,
+            lambda a, b: _segment_image(
+                session, a, b, prompt, names, intensity_window, axis=axis, number=number
+            ),
+            on_file,
+        )
+    return _accuracy(bundle, precision, backend, prompt, files, unlabelled, min_dice)
+
+
+def compare_masks(
+    label: int, name: str, truth: Mask, mask: Mask, spacing: Sequence[float]
+) -> ClassAccuracy:
+    """One class's figures; masks without axes of length 1."""
+    distance = metrics.hausdorff(truth, mask, spacing)
+    undefined = None
+    if math.isinf(distance):
+        undefined = f"the {'segmentation' if truth.any() else 'label'} is empty"
+    return ClassAccuracy(
+        label=label,
+        name=name,
+        dice=metrics.dice(truth, mask),
+        iou=metrics.iou(truth, mask),
+        hd95=None if undefined else distance,
+        hd95_undefined=undefined,
+        label_pixels=int(np.count_nonzero(truth)),
+        segmented_pixels=int(np.count_nonzero(mask)),
+    )
+
+
+def _check_options(
+    segmentation: Path | None,
+    images: Path | None,
+    for_images: Sequence[object],
+    min_dice: float | None,
+) -> None:
+    """`for_images`: options that `images` alone goes with, None where they are not given."""
+    if (segmentation is None) == (images is None):
+        raise UsageError(
+            "--labels is compared with one thing: give --segmentation (what run wrote), or "
+            "--images (they are segmented with prompts drawn from the labels)"
+        )
+    if segmentation is not None and any(option is not None for option in for_images):
+        raise UsageError(
+            "--prompt, --intensity-window, --precision, --axis and --volume are for --images: "
+            "segmentations are compared as they are"
+        )
+    if min_dice is not None and not 0 <= min_dice <= 1:
+        raise UsageError(f"--min-dice {min_dice:g}: expected a number from 0 to 1")
+
+
+def _each(
+    pairs: Sequence[tuple[Path, Path]],
+    one: Callable[[Path, Path], FileAccuracy],
+    on_file: Callable[[int, int], None],
+) -> list[FileAccuracy]:
+    """Every pair's figures; a lone pair's error is raised, others are reported in their place."""
+    files = []
+    for done, (labels, compared) in enumerate(pairs):
+        on_file(done, len(pairs))
+        try:
+            files.append(one(labels, compared))
+        except InputError as e:
+            if len(pairs) == 1:
+                raise
+            files.append(FileAccuracy(labels=labels, compared=compared, error=str(e)))
+    on_file(len(pairs), len(pairs))
+    if not any(file.classes or file.error for file in files):
+        raise ImageError(
+            f"{files[0].labels} is empty: every pixel is background, there is nothing to measure"
+            if len(files) == 1
+            else f"all {len(files)} label files are empty: there is nothing to measure"
+        )
+    return files
+
+
+def _compare_files(labels: Path, segmentation: Path, names: Sequence[str]) -> FileAccuracy:
+    """Two files that lie on one grid, class by class."""
+    truth, found = read_labels(labels), read_labels(segmentation)
+    one, other, spacing = on_one_grid(truth, found)
+    present = sorted({*truth.present(), *found.present()})
+    called = {**found.names, **truth.names}
+    masks = ((label, one == label, other == label) for label in present)
+    return _file(labels, segmentation, masks, spacing, _named(present, names, called))
+
+
+def _segment_image(
+    session: Session,
+    labels: Path,
+    path: Path,
+    prompt: PromptKind,
+    names: Sequence[str],
+    window: Window,
+    *,
+    axis: int | None,
+    number: int | None,
+) -> FileAccuracy:
+    """An image's masks for prompts drawn from its labels, class by class."""
+    truth = read_labels(labels)
+    if not truth.values.any():
+        return FileAccuracy(labels=labels, compared=path, note="no labels, so no prompts")
+    spacing: Spacing
+    if path.is_dir() or is_volume(path) or format_of(path) in ("nifti", "dicom"):
+        volume = read_volume(path, axis=axis, volume=number)
+        values, spacing = on_volume(truth, volume)
+        found = segment_labelled(session, volume, values, prompt, window)
+    else:
+        image = read_image(path)
+        height, width = image.pixels.shape[:2]
+        values, spacing = on_picture(truth, (height, width), path)
+        found = segment_picture(session, image, values, prompt, window)
+    masks = (
+        (label, without_thin_axes(values == label)[0], without_thin_axes(mask)[0])
+        for label, mask in found
+    )
+    _, thick = without_thin_axes(values, spacing)
+    return _file(labels, path, masks, thick, _named(truth.present(), names, truth.names))
+
+
+def _file(
+    labels: Path,
+    compared: Path,
+    masks: Iterable[tuple[int, Mask, Mask]],
+    spacing: Spacing,
+    names: dict[int, str],
+) -> FileAccuracy:
+    """`masks`: (label, the label's mask, the mask compared with it), one in memory at a time."""
+    classes = tuple(
+        compare_masks(label, names[label], one, other, spacing or (1.0,) * one.ndim)
+        for label, one, other in masks
+    )
+    return FileAccuracy(
+        labels=labels,
+        compared=compared,
+        unit="px" if spacing is None else "mm",
+        classes=classes,
+        note=None if classes else "neither has any label",
+    )
+
+
+def _named(
+    labels: Sequence[int], names: Sequence[str], called: Mapping[int, str]
+) -> dict[int, str]:
+    """What each label is called: by the user or the bundle, else by its file."""
+    return {
+        label: names[label - 1] if label <= len(names) else called.get(label, f"class {label}")
+        for label in labels
+    }
+
+
+def _accuracy(
+    bundle: Path,
+    precision: str | None,
+    backend: str | None,
+    prompt: PromptKind | None,
+    files: list[FileAccuracy],
+    unlabelled: list[Path],
+    min_dice: float | None,
+) -> Accuracy:
+    """The files' figures, summarised; and whether they suffice."""
+    cases = [(file, one) for file in files for one in file.classes]
+    summary = [_summary("all", None, cases)] if cases else []
+    names = {one.label: one.name for _, one in cases}
+    for label, name in sorted(names.items()):
+        of_class = [(file, one) for file, one in cases if one.label == label]
+        summary.append(_summary(name, label, of_class))
+    failures = []
+    if min_dice is not None and cases and summary[0].dice.mean < min_dice:
+        failures.append(f"mean Dice {summary[0].dice.mean:.4f} < {min_dice:g}")
+    return Accuracy(
+        bundle=bundle,
+        precision=precision,
+        backend=backend,
+        prompt=prompt,
+        files=tuple(files),
+        summary=tuple(summary),
+        unlabelled=tuple(unlabelled),
+        failures=tuple(failures),
+    )
+
+
+def _summary(
+    name: str, label: int | None, cases: Sequence[tuple[FileAccuracy, ClassAccuracy]]
+) -> Summary:
+    units = {file.unit for file, _ in cases}
+    distances = [(one.hd95, file.labels) for file, one in cases if one.hd95 is not None]
+    return Summary(
+        name=name,
+        label=label,
+        count=len(cases),
+        dice=_spread([(one.dice, file.labels) for file, one in cases], min),
+        iou=_spread([(one.iou, file.labels) for file, one in cases], min),
+        hd95=_spread(distances, max) if distances and len(units) == 1 else None,
+        hd95_undefined=len(cases) - len(distances),
+        unit=units.pop() if len(units) == 1 else None,
+    )
+
+
+def _spread(figures: Sequence[tuple[float, Path]], worst: Callable[..., Any]) -> Spread:
+    """Of figures and their files; `worst` is min or max."""
+    values = [value for value, _ in figures]
+    value, file = worst(figures, key=itemgetter(0))
+    return Spread(mean=mean(values), median=median(values), worst=value, worst_file=file)

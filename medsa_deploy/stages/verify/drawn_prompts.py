@@ -1,0 +1,148 @@
+"""An image and its labels → the masks a bundle gives for prompts drawn from those labels.
+
+So promptable networks are evaluated: the label says where a user would click, the network what is
+there. Nothing is random: the same labels give the same prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medsa_deploy.errors import ImageError
+from medsa_deploy.evaluation import metrics
+from medsa_deploy.evaluation.metrics import Mask
+from medsa_deploy.images import Image, Volume
+from medsa_deploy.runtime import Embedding, Session
+from medsa_deploy.runtime.volumes.chunk_encoder import ChunkEncoder
+
+PromptKind = Literal["box", "click", "clicks3"]
+"""A box around the label; a click at its innermost pixel; that one and two that correct."""
+CLICKS: dict[PromptKind, int] = {"click": 1, "clicks3": 3}
+BOX_MARGIN = 3
+"""Pixels by which a box exceeds what it holds, as a hand-drawn one does."""
+
+Window = tuple[float, float] | None
+Numbers = NDArray[np.unsignedinteger]
+
+
+def segment_labelled(
+    session: Session, volume: Volume, labels: Numbers, prompt: PromptKind, window: Window = None
+) -> Iterator[tuple[int, Mask]]:
+    """Segment a volume for each of its labels by itself: (label, its mask (X, Y, Z) bool).
+
+    `labels` (X, Y, Z) lie like the volume. Each slice has prompts of its own, or each chunk where a
+    network's prompts are for a chunk. What has no label gets no prompt, and stays empty.
+    """
+    height, width = volume.slice_size
+    packed = {
+        label: np.zeros((len(volume), height, -(-width // 8)), np.uint8)
+        for label in _present(labels)
+    }
+    encoder = ChunkEncoder(session, volume, intensity_window=window)
+    whole = session.conventions.prompt_scope == "chunk"
+    for start in encoder.starts:
+        slices = sorted(encoder.slices(start))
+        for together in [slices] if whole else [[index] for index in slices]:
+            drawn = np.stack([volume.plane(labels, index) for index in together])
+            if not drawn.any():
+                continue
+            embeddings = [encoder.chunk(start)[index - start] for index in together]
+            for label, masks in _segment_each(session, embeddings, drawn, prompt).items():
+                packed[label][together] = np.packbits(masks, axis=-1)
+    for label, planes in packed.items():
+        mask = np.zeros(volume.shape, bool)
+        for index, bits in enumerate(planes):
+            volume.plane(mask, index)[:] = np.unpackbits(bits, axis=-1, count=width)
+        yield label, mask
+
+
+def segment_picture(
+    session: Session, image: Image, labels: Numbers, prompt: PromptKind, window: Window = None
+) -> Iterator[tuple[int, Mask]]:
+    """Segment an image for each of its labels by itself: (label, its mask (H, W) bool)."""
+    embedding = session.encode(image, intensity_window=window)
+    for label, masks in _segment_each(session, [embedding], labels[None], prompt).items():
+        yield label, masks[0]
+
+
+def box_around(mask: Mask) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of a mask's bounding box with a margin, within the image."""
+    rows, columns = np.nonzero(mask)
+    height, width = mask.shape
+    return (
+        max(int(columns.min()) - BOX_MARGIN, 0),
+        max(int(rows.min()) - BOX_MARGIN, 0),
+        min(int(columns.max()) + 1 + BOX_MARGIN, width),
+        min(int(rows.max()) + 1 + BOX_MARGIN, height),
+    )
+
+
+def next_click(label: Mask, mask: Mask) -> tuple[tuple[int, int], int] | None:
+    """(x, y) where masks (slices, H, W) are most wrong; 1 if they lack it, 0 if they have it.
+
+    That is the innermost pixel of what they lack or have too much, slice by slice; None when they
+    are right.
+    """
+    depths = [
+        np.stack([metrics.depth(plane) for plane in wrong])
+        for wrong in (label & ~mask, mask & ~label)
+    ]
+    lacking = bool(depths[0].max() >= depths[1].max())
+    chosen = depths[0] if lacking else depths[1]
+    if not chosen.any():
+        return None
+    _, row, column = np.unravel_index(int(chosen.argmax()), chosen.shape)
+    return (int(column), int(row)), int(lacking)
+
+
+def _segment_each(
+    session: Session, embeddings: Sequence[Embedding], labels: Numbers, prompt: PromptKind
+) -> dict[int, Mask]:
+    """Masks (slices, H, W) of every label (slices, H, W), from one prompt set for all slices."""
+    return {
+        label: _segment(session, embeddings, labels == label, _mask_number(session, label), prompt)
+        for label in _present(labels)
+    }
+
+
+def _segment(
+    session: Session, embeddings: Sequence[Embedding], label: Mask, number: int, prompt: PromptKind
+) -> Mask:
+    """The masks for one label; each further click goes where the masks before are most wrong."""
+
+    def masks(**prompts: Any) -> Mask:
+        return np.stack([session.segment(e, **prompts).masks[0, number] for e in embeddings])
+
+    if prompt == "box":  # as in `run`, slices beyond the box stay empty
+        found = masks(box=box_around(np.logical_or.reduce(label)))
+        return found & label.any(axis=(1, 2), keepdims=True)
+    found, points, signs = np.zeros_like(label), [], []
+    for _ in range(CLICKS[prompt]):
+        click = next_click(label, found)
+        if click is None:
+            break
+        points.append(click[0])
+        signs.append(click[1])
+        found = masks(points=points, labels=signs)
+    return found
+
+
+def _present(labels: Numbers) -> list[int]:
+    return [int(label) for label in np.unique(labels) if label]
+
+
+def _mask_number(session: Session, label: int) -> int:
+    """Which of the network's masks is a label's: its class, or the only one there is."""
+    network = session.manifest.network
+    if network.outputs != "classes" or network.classes == 1:
+        return 0
+    if label > network.classes:
+        raise ImageError(
+            f"there is a label {label}, but this network has {network.classes} classes, numbered "
+            "from 1: renumber the labels"
+        )
+    return label - 1

@@ -1,0 +1,167 @@
+"""Engines of a bundle → how they compare with the checkpoint's network, on this machine's GPU.
+
+Each is run in a process of its own (`python -m medsa_deploy.stages.engine_check JOB`): TensorRT and
+TensorRT-RTX cannot meet in one, and an engine that ends its process ends no other's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Manifest, Parity
+from medsa_deploy.bundle.strict_json import decode
+from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
+from medsa_deploy.evaluation.cases import Case
+from medsa_deploy.evaluation.parity import (
+    Array,
+    Limits,
+    NetworkOutputs,
+    compare_cases,
+    limits_of,
+    load_reference,
+    parity_failures,
+    save_reference,
+)
+from medsa_deploy.nvidia import engines
+from medsa_deploy.runtime import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """Engines that a bundle holds."""
+
+    folder: str
+    """Relative to the bundle."""
+    state: str
+    """`built, not run`, `verified`, or why the engines cannot be used."""
+    parity: Parity | None = None
+    """How they compared where they were run."""
+    failures: tuple[str, ...] = ()
+    """What exceeds the limits, or kept them from running through."""
+
+
+def engine_states(bundle: Path, made: Manifest) -> tuple[EngineState, ...]:
+    """The engines in a bundle, by their descriptions alone: nothing is hashed or run."""
+    found = []
+    for path in sorted((bundle / engines.FOLDER).glob(f"*/{engines.FILENAME}")):
+        folder = path.parent
+        if folder.name.startswith("."):
+            continue
+        try:
+            described = engines.load(folder)
+        except EngineError as e:
+            state = str(e)
+        else:
+            state = "built, not run" if described.state == "built" else described.state
+            if role := engines.stale(described, made):
+                state = f"out of date: the {role}'s ONNX file changed since it was built"
+        found.append(EngineState(folder=folder.relative_to(bundle).as_posix(), state=state))
+    return tuple(found)
+
+
+def check_engine(
+    bundle: Path, folder: Path, cases: Sequence[Case], expected: Sequence[dict[str, Array]]
+) -> Parity | str:
+    """How the engines in `folder` compare on the cases; else why they cannot be run here.
+
+    DeviceError, or another error of this package, where running them failed.
+    """
+    with TemporaryDirectory() as work:
+        for i, (case, tensors) in enumerate(zip(cases, expected, strict=True)):
+            # of a case's outputs the frame is not kept: the process finds it again
+            outputs = NetworkOutputs(tensors=tensors, frame=None)  # type: ignore[arg-type]
+            save_reference(Path(work) / f"{i}.npz", case, outputs)
+        job = {"bundle": str(bundle), "folder": str(folder), "cases": work}
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", __name__, json.dumps(job)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        words = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise EngineError(f"its process ended with {done.returncode}: {words}") from None
+    if "cannot" in answer:
+        return str(answer["cannot"])
+    if "error" in answer:
+        raise EngineError(answer["error"])
+    return decode(Parity, answer["parity"], "parity")
+
+
+def state_of(
+    bundle: Path,
+    found: EngineState,
+    cases: Sequence[Case],
+    expected: Sequence[dict[str, Array]],
+    recorded: float | None,
+) -> EngineState:
+    """The state of engines after they were run here; `engine.json` says so as well.
+
+    recorded: see `verify.limits_of`.
+    """
+    folder = bundle / found.folder
+    described = engines.load(folder)
+    try:
+        parity = check_engine(bundle, folder, cases, expected)
+    except MedsaError as e:
+        problems: tuple[str, ...] = (str(e),)
+    else:
+        if isinstance(parity, str):
+            return replace(found, state=f"{found.state}; not run here: {parity}")
+        options = described.options
+        limits = engine_limits(options.precision, recorded, tf32=options.tf32)
+        problems = tuple(parity_failures(parity, limits))
+        found = replace(found, parity=parity)
+    state: Literal["built", "verified"] = "built" if problems else "verified"
+    if described.state != state:
+        engines.save(replace(described, state=state), folder)
+    words = f"failed: {'; '.join(problems)}" if problems else "verified"
+    return replace(found, state=words, failures=problems)
+
+
+def engine_limits(precision: str, recorded: float | None, *, tf32: bool) -> Limits:
+    """Limits of a precision; products in TF32 are as exact as float16's."""
+    return limits_of("fp16" if precision == "fp32" and tf32 else precision, recorded)
+
+
+def _run(bundle: Path, folder: Path, references: Sequence[Path]) -> Parity:
+    """Run the engines on saved cases, in this process."""
+    from medsa_deploy.runtime.backends.tensorrt import TensorRTBackend
+
+    made = manifest.load(bundle)
+    described = engines.load(folder)
+    loaded = [load_reference(path) for path in references]
+    cases = [case for case, _ in loaded]
+    backend = TensorRTBackend(folder, made, described.options.flavor)
+    with Session(made, backend) as session:
+        compared = compare_cases(session, cases, [tensors for _, tensors in loaded])
+    return compared.summary(cases, precision=described.options.precision, backend=backend.name)
+
+
+def main() -> None:
+    """Run the job on the command line; one JSON document, on the last line of stdout."""
+    job = json.loads(sys.argv[1])
+    bundle, folder = Path(job["bundle"]), Path(job["folder"])
+    references = sorted(Path(job["cases"]).iterdir(), key=lambda path: int(path.stem))
+    answer: dict[str, Any]
+    try:
+        answer = {"parity": asdict(_run(bundle, folder, references))}
+    except (EngineError, MissingDependencyError) as e:
+        answer = {"cannot": str(e)}
+    except MedsaError as e:
+        answer = {"error": str(e)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

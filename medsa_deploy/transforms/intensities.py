@@ -1,0 +1,104 @@
+"""Intensities of an image → the display values that its preprocessing spec takes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from medsa_deploy.bundle.manifest import Conventions
+from medsa_deploy.errors import ImageError, UsageError
+
+from .preprocessing import PREPROCESSING
+
+if TYPE_CHECKING:
+    from medsa_deploy.images.image import Image
+
+Floats: TypeAlias = NDArray[np.float32]
+
+
+logger = logging.getLogger(__name__)
+
+
+def display_values(
+    pixels: ArrayLike, window: tuple[float, float], *, inverted: bool = False
+) -> Floats:
+    """Intensities → display values: `window` (low, high) becomes 0…255, clipped, float32.
+
+    `pixels` (H, W) or (H, W, 3) of any real type; `inverted` makes low intensities bright
+    (MONOCHROME1). UsageError for a window that is not finite or not low < high, ImageError for NaN
+    or infinity.
+    """
+    low, high = window
+    if not 0 < high - low < math.inf:
+        raise UsageError(
+            f"the intensity window {low:g},{high:g} cannot be used: give two finite numbers, "
+            "the lower first"
+        )
+    values = np.clip(finite(pixels, np.float64), low, high)
+    values = (values - low) / (high - low) * 255
+    return np.asarray(255 - values if inverted else values, np.float32)
+
+
+def intensities(
+    image: Image, conventions: Conventions, window: tuple[float, float] | None
+) -> tuple[NDArray[np.generic], tuple[float, float] | None]:
+    """The values a profile takes, and the window they were mapped with (None: no window).
+
+    A window the caller gives goes before the bundle's, that before the file's own rendering.
+    """
+    if window is None and image.pixels.dtype != np.uint8:
+        window = conventions.intensity_window
+    if window is not None:
+        return _windowed(image, window), window
+    if image.display is not None:
+        return image.display, None
+    if image.pixels.dtype == np.uint8:
+        return (255 - image.pixels if image.inverted else image.pixels), None
+    low, high = float(image.pixels.min()), float(image.pixels.max())
+    if low == high:
+        return np.zeros_like(image.pixels, np.uint8), None
+    if not PREPROCESSING[conventions.preprocess].min_max:
+        logger.warning(
+            "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
+            "set an intensity window to fix the scale",
+            image.path,
+            image.pixels.dtype,
+            low,
+            high,
+        )
+    return _windowed(image, (low, high)), (low, high)
+
+
+def check_not_flat(
+    image: Image, values: NDArray[np.generic], window: tuple[float, float] | None
+) -> None:
+    """ImageError for an image that its window shows as one flat grey."""
+    if window is not None and np.ptp(values) == 0:
+        raise ImageError(
+            f"{image.path}: its values {image.pixels.min():g}…{image.pixels.max():g} lie outside "
+            f"the intensity window {window[0]:g}…{window[1]:g}, which shows one flat grey: "
+            "choose another window"
+        )
+
+
+def _windowed(image: Image, window: tuple[float, float]) -> NDArray[np.float32]:
+    """Display values of an image under a window."""
+    if len(window) != 2:
+        raise UsageError(f"the intensity window {window} cannot be used: give (low, high)")
+    return display_values(image.pixels, window, inverted=image.inverted)
+
+
+def finite(pixels: ArrayLike, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """`pixels` as finite floats of `dtype`, or ImageError."""
+    array = np.asarray(pixels)
+    if array.dtype.kind not in "uif":
+        raise ImageError(f"an image has integers or floats, not {array.dtype}")
+    with np.errstate(over="ignore"):
+        array = array.astype(dtype)
+    if not np.isfinite(array).all():
+        raise ImageError("the image has NaN or infinite values: replace them first")
+    return array

@@ -1,0 +1,46 @@
+"""Preprocessing specs: one table of how images become network inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from medsa_deploy.bundle.manifest import PreprocessingName
+
+from .resampling import Filter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingSpec:
+    """How an image is made into the network's input."""
+
+    fit: Literal["stretch", "longest_side"]
+    """Stretched to the frame, or scaled to touch it with its longest side and padded right and
+    bottom with zeros, after the intensities are scaled."""
+    filter: Filter
+    """`bilinear`: Pillow's, antialiased. `cubic`: scikit-image's, antialiased. `area`: OpenCV's."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from display values 0…255; None: the image's own minimum becomes 0, maximum 1."""
+    std: tuple[float, float, float] | None = None
+    """What the differences from `mean` are divided by."""
+
+    @property
+    def min_max(self) -> bool:
+        """Whether it takes intensities of any range; otherwise it takes display values 0…255."""
+        return self.mean is None
+
+
+PREPROCESSING: Mapping[PreprocessingName, PreprocessingSpec] = {
+    "medsa": PreprocessingSpec(
+        fit="stretch", filter="bilinear", mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0)
+    ),
+    "sam": PreprocessingSpec(
+        fit="longest_side",
+        filter="bilinear",
+        mean=(123.675, 116.28, 103.53),
+        std=(58.395, 57.12, 57.375),
+    ),
+    "medsam": PreprocessingSpec(fit="stretch", filter="cubic"),
+    "litemedsam": PreprocessingSpec(fit="longest_side", filter="area"),
+}
