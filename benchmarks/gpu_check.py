@@ -223,11 +223,11 @@ def encoder_gflop(checkpoint: Path, bundle: Path) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medsa_deploy.bundle import manifest
+    from medsa_deploy.bundle.manifest import load_manifest
     from medsa_deploy.exporters.checkpoint import load_checkpoint
     from medsa_deploy.exporters.reference import build_reference
 
-    network = manifest.load(bundle).network
+    network = load_manifest(bundle).network
     reference = build_reference(network, load_checkpoint(checkpoint).tensors).to("meta")
     side = network.image_size
     with FlopCounterMode(display=False) as counter:

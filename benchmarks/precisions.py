@@ -26,7 +26,7 @@ import nibabel
 import numpy as np
 
 from medsa_deploy import load, stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation import metrics
 from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.stages.demo.medsa import CHECKPOINT, CHUNK, CLASSES
@@ -87,7 +87,7 @@ def bundle_of(name: str, folder: Path) -> Path:
         ("int8", {"precision": "int8", "calibration": calibration(folder)}),
         ("int8-cpu", {"precision": "int8", "calibration": calibration(folder), "target": "cpu"}),
     ):
-        if manifest.load(bundle).recipe(precision) is None:
+        if load_manifest(bundle).recipe(precision) is None:
             print(f"{name}: {precision}", file=sys.stderr)
             stages.quantize_bundle(bundle, **options)
     return bundle
@@ -127,7 +127,7 @@ def measure(model: Model, bundle: Path) -> dict[str, dict[str, list[Any]]]:
 def model_results(name: str, folder: Path) -> dict[str, Any]:
     """Every precision of one model."""
     bundle = bundle_of(name, folder)
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     print(f"{name}: measure", file=sys.stderr)
     measured = measure(MODELS[name], bundle)
     results = {}

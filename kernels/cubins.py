@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.folder import new_bundle
+from medsa_deploy.bundle.manifest import load_manifest, sha256
 from medsa_deploy.bundle.strict_json import decode
 from medsa_deploy.errors import BundleError, UsageError
 
@@ -108,7 +108,7 @@ def build(
     UsageError for a target the compiler does not know. If anything fails, the bundle is what it
     was.
     """
-    manifest.load(bundle)
+    load_manifest(bundle)
     compiler = find_compiler()
     wanted = tuple(dict.fromkeys(targets))
     if unknown := [target for target in wanted if target not in compiler.targets]:
@@ -194,7 +194,7 @@ def _cubin_file(compiler: Compiler, source: str, target: str, folder: Path) -> C
         target=target,
         sources_sha256=sources_sha256(source),
         bytes=path.stat().st_size,
-        sha256=manifest.sha256(path),
+        sha256=sha256(path),
     )
 
 

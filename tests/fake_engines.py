@@ -10,12 +10,17 @@ import numpy as np
 from fake_gpu import DEVICE, Machine
 from fake_network import SIDE, BrightPixels, bright_pixels
 
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import File, Manifest
+from medsa_deploy.bundle.manifest import File, Manifest, save_manifest, sha256
 from medsa_deploy.evaluation.cases import seeded_case
 from medsa_deploy.evaluation.parity import run_case, save_reference
-from medsa_deploy.nvidia import engines
-from medsa_deploy.nvidia.engines import AxisRange, Engine, EngineFile, EngineOptions
+from medsa_deploy.nvidia.engines import (
+    AxisRange,
+    Engine,
+    EngineFile,
+    EngineOptions,
+    optimization_profile,
+    save_engines,
+)
 
 
 def describe(flavor: str = "tensorrt", **sizes: AxisRange) -> EngineOptions:
@@ -50,9 +55,9 @@ def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "
                 role=role,
                 path=path.name,
                 bytes=path.stat().st_size,
-                sha256=manifest.sha256(path),
+                sha256=sha256(path),
                 sources={},
-                profile=engines.profile(made.graphs[role].inputs, options),
+                profile=optimization_profile(made.graphs[role].inputs, options),
                 attention="unknown",
                 seconds=1.0,
             )
@@ -60,7 +65,7 @@ def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "
     described = Engine(
         options=options, version=version, device=None, state="built", files=tuple(files)
     )
-    engines.save(described, folder)
+    save_engines(described, folder)
     return folder
 
 
@@ -111,9 +116,9 @@ def bundle_of(machine: Machine, folder: Path) -> Path:
         path = folder / name
         if role != "reference":
             path.write_text(role)
-        size, digest = path.stat().st_size, manifest.sha256(path)
+        size, digest = path.stat().st_size, sha256(path)
         files.append(File(path=name, role=role, precision="fp32", bytes=size, sha256=digest))
     made = replace(plain.manifest, files=tuple(files))
-    manifest.save(made, folder)
+    save_manifest(made, folder)
     write(folder / "engines" / "x", made, describe())
     return folder

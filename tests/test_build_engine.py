@@ -18,11 +18,11 @@ from command_line import accept_changes, call, contents, copied, edit_manifest
 from test_interrupt import begun, ended
 
 from medsa_deploy import stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Recipe, load_manifest
 from medsa_deploy.errors import EngineDeviceError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.nvidia import cuda
-from medsa_deploy.nvidia import engines as engine
+from medsa_deploy.nvidia.engines import check_loadable, load_engines
 from medsa_deploy.stages.build_engine import build, plan
 from medsa_deploy.stages.verify.engine_check import engine_states
 
@@ -62,7 +62,7 @@ def test_float16_engines_with_nothing_but_a_bundle(
     assert "no --flavor given: no TensorRT with a GPU here, so TensorRT-RTX engines" in done.err
     assert "built, not run" in done.out
     folder = copy / "engines" / f"rtx-fp16-{TARGETS}"
-    found = engine.load(folder)
+    found = load_engines(folder)
     assert sorted(path.name for path in folder.iterdir()) == [
         "decoder.engine",
         "encoder.engine",
@@ -74,7 +74,7 @@ def test_float16_engines_with_nothing_but_a_bundle(
         "decoder.fp16.onnx",
     ]
     assert found.state == "built"
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     assert {f.precision for f in made.files} == {"fp32", "fp16"}
     shown = stages.verify_bundle(
         copy, checkpoint=None, base=None, images=None, backend="onnxruntime", precision="fp32",
@@ -150,7 +150,7 @@ def test_engines_of_a_changed_graph_are_built_again(built: Path, tmp_path: Path)
     assert refused.code == 2
     assert "encoder.onnx is not the file the manifest describes" in refused.error
     accept_changes(copy)
-    states = engine_states(copy, manifest.load(copy))
+    states = engine_states(copy, load_manifest(copy))
     assert "out of date" in states[0].state
     done = call("build-engine", copy, "--fp32", "--flavor", "rtx", "--target", "sm86")
     assert done.code == 0, done.err
@@ -239,8 +239,8 @@ def test_padded_prompts_have_one_length(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_kept_in_float32_leave_turing_out(bundle: Path, tmp_path: Path) -> None:
-    made = manifest.load(bundle)
-    recipe = manifest.Recipe(precision="fp16", float32_blocks=("encoder blocks.1",))
+    made = load_manifest(bundle)
+    recipe = Recipe(precision="fp16", float32_blocks=("encoder blocks.1",))
     assert not plan._has_float32(made, "fp16")
     assert plan._has_float32(replace(made, recipes=(recipe,)), "fp16")
     assert plan._has_float32(made, "fp32")
@@ -303,12 +303,12 @@ def test_a_damaged_graph_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_engines_that_were_built_are_loadable_where_they_fit(built: Path) -> None:
     (folder,) = built.glob("engines/*")
-    made, library = manifest.load(built), plan.trt.ask("rtx")
+    made, library = load_manifest(built), plan.trt.ask("rtx")
     there = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
-    found = engine.check_loadable(folder, made, library=library, device=there)
+    found = check_loadable(folder, made, library=library, device=there)
     assert found.version == library.version
     with pytest.raises(EngineDeviceError, match="no NVIDIA driver"):
-        engine.check_loadable(folder, made, library=library, device=None)
+        check_loadable(folder, made, library=library, device=None)
 
 
 @pytest.mark.slow

@@ -12,12 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import BuildError, BundleError
 from medsa_deploy.nvidia import engine_builder
-from medsa_deploy.nvidia import engines as engine
 from medsa_deploy.nvidia.engine_builder import Job
-from medsa_deploy.nvidia.engines import AxisRange, EngineOptions
+from medsa_deploy.nvidia.engines import AxisRange, EngineOptions, optimization_profile
 
 pytestmark = pytest.mark.tensorrt
 
@@ -46,14 +45,14 @@ ENCODERS = (
 
 
 def job_of(bundle: Path, role: str, output: Path, options: EngineOptions = OPTIONS) -> Job:
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     chunk = made.network.chunk
     options = replace(options, batch=AxisRange(min=chunk, opt=chunk, max=2 * chunk))
     return Job(
         onnx=str(bundle / made.file(role, options.precision).path),
         output=str(output),
         options=options,
-        profile=engine.profile(made.graphs[role].inputs, options),
+        profile=optimization_profile(made.graphs[role].inputs, options),
     )
 
 

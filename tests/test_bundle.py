@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.folder import check_target, new_bundle
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME
 from medsa_deploy.errors import UsageError
 
 MANIFEST = {"schema": 1, "files": []}
@@ -20,7 +20,7 @@ MANIFEST = {"schema": 1, "files": []}
 def write(folder: Path, name: str, content: object = MANIFEST) -> Path:
     """A bundle, as far as this module looks, whose only other file is called `name`."""
     folder.mkdir(exist_ok=True)
-    (folder / manifest.FILENAME).write_text(json.dumps(content))
+    (folder / MANIFEST_FILENAME).write_text(json.dumps(content))
     (folder / name).write_text(name)
     return folder
 

@@ -16,7 +16,7 @@ from golden_cases import GoldenCase, relative_l2, seeded
 from invented import Keys, hollow, rows, vit_keys, weights
 
 from medsa_deploy import load
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.evaluation.cases import parity_cases, seeded_case, seeded_image
 from medsa_deploy.evaluation.parity import run_case
@@ -245,7 +245,7 @@ def test_scores_are_held_for_as_many_heads_as_fit(
 
 
 def test_the_manifest_of_a_3d_bundle(bundle_3d: Path) -> None:
-    made = manifest.load(bundle_3d)
+    made = load_manifest(bundle_3d)
     network = made.network
     assert (network.sd_trans, network.depth_chunk, network.slices) == ("public", 4, None)
     assert "depth" in network.adapters
@@ -266,7 +266,7 @@ def test_batches_of_whole_chunks_in_onnxruntime(
     parts = [encoder.run(None, {"image": images[i : i + 4]})[0] for i in range(0, 4 * chunks, 4)]
     assert relative_l2(found, np.concatenate(parts)) <= 1e-6
     loaded = load_checkpoint(checkpoint_of("medsa_hyp_3d"))
-    network = build_reference(manifest.load(bundle_3d).network, loaded.tensors)
+    network = build_reference(load_manifest(bundle_3d).network, loaded.tensors)
     assert relative_l2(found, network.encode(torch.from_numpy(images)).numpy()) <= 2e-5
 
 
@@ -275,7 +275,7 @@ def test_paper_grouping_in_onnxruntime(checkpoint_of, tmp_path: Path) -> None:
     options = ("--depth-chunk", 4, "--sd-trans", "paper", "--classes", 2)
     done = call("export", path, "-o", tmp_path / "paper.medsa", *options)
     assert done.code == 0, done.err
-    made = manifest.load(tmp_path / "paper.medsa")
+    made = load_manifest(tmp_path / "paper.medsa")
     assert made.network.sd_trans == "paper"
     network = build_reference(made.network, load_checkpoint(path).tensors)
     images = seeded.image(6, (8, 3, 256, 256))
@@ -360,7 +360,7 @@ def test_the_users_images_of_a_proof(bundle_3d: Path, bundle: Path, tmp_path: Pa
 
     volume(tmp_path / "a.nii.gz", 9)
     volume(tmp_path / "b.nii.gz", 4)
-    deep, flat = (manifest.load(path).network for path in (bundle_3d, bundle))
+    deep, flat = (load_manifest(path).network for path in (bundle_3d, bundle))
     found = parity_cases(deep, tmp_path)[2:]
     assert [case.name for case in found] == ["a.nii.gz", "b.nii.gz"]
     assert [[image.plane.index for image in case.images] for case in found] == [  # type: ignore[union-attr]

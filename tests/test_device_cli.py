@@ -17,7 +17,7 @@ from fake_engines import bundle_of, describe, write
 from fake_gpu import Machine
 from fake_network import SHAPE, SIDE, BrightPixels
 
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation import latency_worker
 from medsa_deploy.nvidia import tensorrt_api
 from medsa_deploy.stages import profile
@@ -35,7 +35,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def bundle(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its network is in the engines, and in place of ONNX Runtime."""
     made = bundle_of(machine, tmp_path / "a.medsa")
-    network = manifest.load(made).network
+    network = load_manifest(made).network
     monkeypatch.setattr(
         "medsa_deploy.runtime.backends.onnxruntime_cpu.OnnxRuntimeBackend",
         lambda *_, **__: BrightPixels(network),
@@ -184,7 +184,7 @@ def test_what_is_not_installed_or_built_is_one_line(
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("command", ["run", "profile"])
 def test_engines_without_a_gpu_are_one_line(machine: Machine, bundle: Path, command: str) -> None:
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     version = tensorrt_api.query_library("rtx").version
     write(bundle / "engines" / "y", made, describe("rtx"), version)
     given = ["a.png", "--point", "9,9"] if command == "run" else []

@@ -12,10 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsa_deploy import errors
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import Manifest, Tensor
-from medsa_deploy.nvidia import cuda, engines, tensorrt_api
-from medsa_deploy.nvidia.engines import AxisRange, Engine, EngineFile, EngineOptions
+from medsa_deploy.bundle.manifest import Manifest, Tensor, load_manifest, sha256
+from medsa_deploy.nvidia import cuda, tensorrt_api
+from medsa_deploy.nvidia.engines import (
+    AxisRange,
+    Engine,
+    EngineFile,
+    EngineOptions,
+    check_loadable,
+    find_engines,
+    load_engines,
+    optimization_profile,
+    save_engines,
+    stale_role,
+)
 
 LIBRARY = tensorrt_api.Library(flavor="rtx", version="1.7.1", targets=("sm86", "sm89"))
 DEVICE = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
@@ -37,7 +47,7 @@ OPTIONS = EngineOptions(
 
 @pytest.fixture
 def made(bundle: Path) -> Manifest:
-    return manifest.load(bundle)
+    return load_manifest(bundle)
 
 
 @pytest.fixture
@@ -54,9 +64,9 @@ def folder(made: Manifest, tmp_path: Path) -> Path:
                 role=role,
                 path=path.name,
                 bytes=path.stat().st_size,
-                sha256=manifest.sha256(path),
+                sha256=sha256(path),
                 sources={made.file(role).path: made.file(role).sha256},
-                profile=engines.profile(made.graphs[role].inputs, OPTIONS),
+                profile=optimization_profile(made.graphs[role].inputs, OPTIONS),
                 attention="plain",
                 seconds=1.5,
             )
@@ -64,12 +74,12 @@ def folder(made: Manifest, tmp_path: Path) -> Path:
     described = Engine(
         options=OPTIONS, version="1.7.1", device=None, state="built", files=tuple(files)
     )
-    engines.save(described, folder)
+    save_engines(described, folder)
     return folder
 
 
 def check(folder: Path, made: Manifest, library=LIBRARY, device=DEVICE) -> Engine:
-    return engines.check_loadable(folder, made, library=library, device=device)
+    return check_loadable(folder, made, library=library, device=device)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -128,17 +138,17 @@ def test_engines_are_found_by_flavor_precision_and_gpu(folder: Path) -> None:
     for targets in (("sm89",), ("sm80", "sm86", "sm89")):
         other = folder.with_name(f"rtx-fp32-{'+'.join(targets)}")
         other.mkdir()
-        described = engines.load(folder)
-        engines.save(replace(described, options=replace(described.options, targets=targets)), other)
-    assert engines.find(bundle, "rtx", "fp32", DEVICE) == folder
+        described = load_engines(folder)
+        save_engines(replace(described, options=replace(described.options, targets=targets)), other)
+    assert find_engines(bundle, "rtx", "fp32", DEVICE) == folder
     sm89 = replace(DEVICE, capability="sm89")
-    assert engines.find(bundle, "rtx", "fp32", sm89).name == "rtx-fp32-sm89"
+    assert find_engines(bundle, "rtx", "fp32", sm89).name == "rtx-fp32-sm89"
     for device in (None, replace(DEVICE, capability="sm120")):  # check_loadable says what is wrong
-        assert engines.find(bundle, "rtx", "fp32", device).name == "rtx-fp32-sm89"
+        assert find_engines(bundle, "rtx", "fp32", device).name == "rtx-fp32-sm89"
     with pytest.raises(errors.EngineError, match=r"no TensorRT-RTX fp16 engines: .* --target sm86"):
-        engines.find(bundle, "rtx", "fp16", DEVICE)
+        find_engines(bundle, "rtx", "fp16", DEVICE)
     with pytest.raises(errors.EngineError, match=r"--fp32 --flavor tensorrt$"):
-        engines.find(bundle, "tensorrt", "fp32", DEVICE)
+        find_engines(bundle, "tensorrt", "fp32", DEVICE)
 
 
 def test_an_engine_of_another_graph_is_stale(folder: Path, made: Manifest) -> None:
@@ -147,7 +157,7 @@ def test_an_engine_of_another_graph_is_stale(folder: Path, made: Manifest) -> No
     )
     with pytest.raises(errors.EngineStaleError, match=r"its decoder was built from another decod"):
         check(folder, replace(made, files=files))
-    assert engines.stale(engines.load(folder), replace(made, files=())) == "encoder"
+    assert stale_role(load_engines(folder), replace(made, files=())) == "encoder"
 
 
 @pytest.mark.parametrize("change", ["bit", "longer", "gone"])
@@ -225,7 +235,7 @@ def test_profiles_have_the_ranges_on_their_axes(batch, points, prompts, embeddin
         Tensor(name="point_coords", dtype="float32", shape=("P", "N", 2)),
         Tensor(name="has_mask_input", dtype="float32", shape=(1,)),
     )
-    profile = engines.profile(inputs, options)
+    profile = optimization_profile(inputs, options)
     for i, size in enumerate(("min", "opt", "max")):
         b, n, p, e = (getattr(r, size) for r in (batch, points, prompts, embeddings))
         assert [shapes[i] for shapes in profile.values()] == [
@@ -266,5 +276,5 @@ def test_descriptions_survive_the_file(tmp_path_factory, batch, level, workspace
     )
     described = Engine(options=options, version="1", device="X", state="verified", files=files)
     folder = tmp_path_factory.mktemp("engine")
-    engines.save(described, folder)
-    assert asdict(engines.load(folder)) == asdict(described)
+    save_engines(described, folder)
+    assert asdict(load_engines(folder)) == asdict(described)

@@ -18,11 +18,10 @@ from fake_gpu import Machine
 from fake_network import SIDE, BrightPixels
 
 from medsa_deploy import stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest, save_manifest
 from medsa_deploy.evaluation.cases import seeded_case
 from medsa_deploy.evaluation.parity import LIMITS, run_case
-from medsa_deploy.nvidia import engines
-from medsa_deploy.nvidia.engines import AxisRange
+from medsa_deploy.nvidia.engines import AxisRange, load_engines
 from medsa_deploy.runtime import Session
 from medsa_deploy.stages.verify import engine_check
 from medsa_deploy.stages.verify.engine_check import EngineState
@@ -58,7 +57,7 @@ def made(plain: Session, tmp_path: Path) -> Path:
     """A bundle with engines for up to three prompts of up to four points."""
     bundle = tmp_path / "a.medsa"
     write(bundle / "engines" / "x", plain.manifest, describe())
-    manifest.save(plain.manifest, bundle)
+    save_manifest(plain.manifest, bundle)
     return bundle
 
 
@@ -68,7 +67,7 @@ def checked(bundle: Path, plain: Session) -> EngineState:
 
 
 def written(bundle: Path) -> str:
-    return engines.load(bundle / "engines" / "x").state
+    return load_engines(bundle / "engines" / "x").state
 
 
 def test_engines_that_agree_are_verified(made: Path, plain: Session) -> None:
@@ -123,7 +122,7 @@ def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     plain = session_of(machine)
     bundle = tmp_path / "a.medsa"
     folder = write(bundle / "engines" / "x", plain.manifest, describe("rtx", batch=ONE))
-    manifest.save(plain.manifest, bundle)
+    save_manifest(plain.manifest, bundle)
     job = json.dumps({"bundle": str(bundle), "folder": str(folder), "cases": str(tmp_path / "no")})
     (tmp_path / "no").mkdir()
     done = subprocess.run(
@@ -146,7 +145,7 @@ def test_verify_runs_engines_where_there_is_a_gpu(
 ) -> None:
     """The engines compute what ONNX Runtime does with the bundle's own graphs."""
     copy = copied(bundle, tmp_path)
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     for role in ("encoder", "decoder"):
         session = onnxruntime.InferenceSession(copy / made.file(role).path)
         names = [t.name for t in made.graphs[role].outputs]
@@ -171,4 +170,4 @@ def test_verify_runs_engines_where_there_is_a_gpu(
     )
     assert [(one.state, one.failures) for one in found.engines] == [("verified", ())]
     assert found.failures == ()
-    assert engines.load(copy / "engines" / "x").state == "verified"
+    assert load_engines(copy / "engines" / "x").state == "verified"

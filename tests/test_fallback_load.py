@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from medsa_deploy import errors, load
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.nvidia.cuda import DeviceArray
 from medsa_deploy.runtime import Embedding, Session
 from medsa_deploy.runtime.backends.onnxruntime_cpu import failure
@@ -119,7 +119,7 @@ def test_a_part_that_fails_is_made_up_for_by_the_whole_decoder(bundle: Path) -> 
 
 
 def test_bound_memory_gives_the_same_masks(bundle: Path) -> None:
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     files = (bundle / made.file("encoder").path, bundle / made.file("decoder").path, made.graphs)
     with Session(made, BoundOnHost(*files)) as bound, load(bundle) as plain:
         embedding = bound.encode(IMAGE)

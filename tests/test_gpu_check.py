@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_check, gpu_kernels
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.kernels import cubins
 from medsa_deploy.nvidia import cuda
 
@@ -163,7 +163,7 @@ def test_the_encoders_products_are_counted(
 ) -> None:
     """Of blocks, adapters, patches and neck; attention and the padding of windows are the rest."""
     found = gpu_check.encoder_gflop(checkpoint_of("medsa_2d"), bundle)
-    facts = manifest.load(bundle).network
+    facts = load_manifest(bundle).network
     (width,), (depth,) = facts.widths, facts.depths
     block = (12 + 2 * 2 * 0.25) * width**2  # projections, MLP, and two adapters of a quarter
     ends = 3 * facts.patch_size**2 * width + width * 256 + 9 * 256**2

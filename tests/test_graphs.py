@@ -14,7 +14,7 @@ from golden_cases import GoldenCase, relative_l2, seeded
 from invented import rows, vit_keys, weights
 
 from medsa_deploy import stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.bundle.node_names import block_of, module_named, module_of
 from medsa_deploy.evaluation.parity import difference
 from medsa_deploy.exporters import graphs
@@ -62,7 +62,7 @@ def test_the_files_do_not_say_where_they_were_made(hyp: Path) -> None:
 
 @pytest.mark.parametrize("name", ["encoder", "decoder"])
 def test_the_files_keep_the_manifests_contract(hyp: Path, name: str) -> None:
-    contract = manifest.load(hyp).graphs[name]
+    contract = load_manifest(hyp).graphs[name]
     model = onnx.load(hyp / f"{name}.onnx")
     onnx.checker.check_model(model)
     for values, tensors in (

@@ -23,7 +23,7 @@ from onnxruntime.quantization import (
 )
 
 from medsa_deploy import load
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.evaluation.cases import seeded_case, seeded_image
 from medsa_deploy.graph.files import load_graph, save_graph
@@ -233,7 +233,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def trials(bundle: Path) -> CandidateRunner:
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     return CandidateRunner(bundle, made, [seeded_case(made.network.image_size, 64, 1)], None)
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.manifest import (
+    MANIFEST_FILENAME,
+    MANIFEST_SCHEMA,
     Calibration,
     Conventions,
     File,
@@ -27,6 +28,13 @@ from medsa_deploy.bundle.manifest import (
     Source,
     Tensor,
     TensorParity,
+    check_file,
+    check_files,
+    describe_file,
+    load_manifest,
+    manifest_from_json,
+    manifest_to_json,
+    save_manifest,
 )
 from medsa_deploy.errors import BundleError
 
@@ -149,7 +157,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def document() -> Any:
-    return json.loads(manifest.to_json(full()))
+    return json.loads(manifest_to_json(full()))
 
 
 def at(data: Any, path: tuple[Any, ...]) -> Any:
@@ -211,7 +219,7 @@ def test_round_trip(cls: type, data: st.DataObject) -> None:
     part = data.draw(st.from_type(cls))
     whole = full()
     place: dict[type, Callable[[], Manifest]] = {
-        Manifest: lambda: dataclasses.replace(part, schema=manifest.SCHEMA_VERSION),
+        Manifest: lambda: dataclasses.replace(part, schema=MANIFEST_SCHEMA),
         Source: lambda: dataclasses.replace(whole, source=part),
         Network: lambda: dataclasses.replace(whole, network=part),
         Conventions: lambda: dataclasses.replace(whole, conventions=part),
@@ -233,7 +241,7 @@ def test_round_trip(cls: type, data: st.DataObject) -> None:
         ),
     }
     made = place[cls]()
-    assert manifest.from_json(manifest.to_json(made)) == made
+    assert manifest_from_json(manifest_to_json(made)) == made
 
 
 def test_every_field_is_tried() -> None:
@@ -260,12 +268,12 @@ def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> N
     del at(data, path)[path[-1]]
     if path == ("schema",):
         with pytest.raises(BundleError, match="has no schema version"):
-            manifest.from_json(json.dumps(data))
+            manifest_from_json(json.dumps(data))
     elif path[-1] in REQUIRED:
         with pytest.raises(BundleError, match=f"lacks fields: {path[-1]}$"):
-            manifest.from_json(json.dumps(data))
+            manifest_from_json(json.dumps(data))
     else:
-        assert manifest.from_json(json.dumps(data)) != full()
+        assert manifest_from_json(json.dumps(data)) != full()
 
 
 @pytest.mark.parametrize("path", list(paths(document())), ids=named)
@@ -280,9 +288,9 @@ def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object
         return
     at(data, path)[path[-1]] = wrong
     with pytest.raises(BundleError) as refusal:
-        manifest.from_json(json.dumps(data))
+        manifest_from_json(json.dumps(data))
     message = str(refusal.value)
-    assert message.startswith(manifest.FILENAME)
+    assert message.startswith(MANIFEST_FILENAME)
     name = path[-1] if isinstance(path[-1], str) else f"{path[-2]}[{path[-1]}]"
     assert name in message or "schema version" in message
     assert any(word in message for word in ("expected", "lacks fields", "unknown", "schema"))
@@ -312,7 +320,7 @@ def test_messages(path: tuple[Any, ...], wrong: object, words: str) -> None:
     data = document()
     at(data, path)[path[-1]] = wrong
     with pytest.raises(BundleError) as refusal:
-        manifest.from_json(json.dumps(data))
+        manifest_from_json(json.dumps(data))
     assert words in str(refusal.value)
     assert len(str(refusal.value)) < 300
 
@@ -328,7 +336,7 @@ def test_an_unknown_field_is_named(path: tuple[Any, ...]) -> None:
     else:
         words = "has unknown fields: surprise"
     with pytest.raises(BundleError, match=words):
-        manifest.from_json(json.dumps(data[""]))
+        manifest_from_json(json.dumps(data[""]))
 
 
 @pytest.mark.parametrize(
@@ -348,19 +356,19 @@ def test_an_unknown_field_is_named(path: tuple[Any, ...]) -> None:
 )
 def test_what_is_no_manifest_is_refused(text: str, words: str) -> None:
     with pytest.raises(BundleError) as refusal:
-        manifest.from_json(text)
+        manifest_from_json(text)
     assert words in str(refusal.value)
 
 
 def test_numbers_too_large_for_a_float_are_refused() -> None:
-    text = manifest.to_json(full()).replace('"threshold": 0.25', '"threshold": 1e999')
+    text = manifest_to_json(full()).replace('"threshold": 0.25', '"threshold": 1e999')
     with pytest.raises(BundleError, match="threshold is inf, expected a number"):
-        manifest.from_json(text)
+        manifest_from_json(text)
 
 
 def test_a_whole_number_is_a_number_too() -> None:
-    text = manifest.to_json(full()).replace('"threshold": 0.25', '"threshold": 0')
-    threshold = manifest.from_json(text).conventions.threshold
+    text = manifest_to_json(full()).replace('"threshold": 0.25', '"threshold": 0')
+    threshold = manifest_from_json(text).conventions.threshold
     assert (threshold, type(threshold)) == (0.0, float)
 
 
@@ -372,22 +380,22 @@ def bundle(tmp_path: Path) -> Path:
     (tmp_path / "outside").write_bytes(b"12345")
     path = bundle / "encoder.onnx"
     path.write_bytes(b"12345")
-    entry = manifest.describe_file(path, bundle, role="encoder", precision="fp32", opset=20)
-    manifest.save(dataclasses.replace(full(), files=(entry,)), bundle)
+    entry = describe_file(path, bundle, role="encoder", precision="fp32", opset=20)
+    save_manifest(dataclasses.replace(full(), files=(entry,)), bundle)
     return bundle
 
 
 def check(bundle: Path, **changes: Any) -> None:
     """Compare the bundle's file with its manifest, changed so."""
-    found = manifest.load(bundle)
+    found = load_manifest(bundle)
     entry = dataclasses.replace(found.files[0], **changes)
-    manifest.check_files(dataclasses.replace(found, files=(entry,)), bundle)
+    check_files(dataclasses.replace(found, files=(entry,)), bundle)
 
 
 def test_a_whole_bundle_passes(bundle: Path) -> None:
     check(bundle)
-    entry = manifest.load(bundle).files[0]
-    assert manifest.check_file(entry, bundle) == bundle / "encoder.onnx"
+    entry = load_manifest(bundle).files[0]
+    assert check_file(entry, bundle) == bundle / "encoder.onnx"
     assert (entry.path, entry.bytes, entry.opset) == ("encoder.onnx", 5, 20)
 
 
@@ -445,7 +453,7 @@ def test_paths_that_are_no_file_are_refused(bundle: Path, path: str) -> None:
 
 
 def test_loading_what_is_no_bundle_is_refused(tmp_path: Path, bundle: Path) -> None:
-    path = bundle / manifest.FILENAME
+    path = bundle / MANIFEST_FILENAME
     refusals: list[tuple[Path, str]] = [
         (tmp_path / "none.medsa", "does not exist: make a bundle with medsa-deploy export"),
         (path, "is a file, not a bundle folder: make a bundle"),
@@ -453,7 +461,7 @@ def test_loading_what_is_no_bundle_is_refused(tmp_path: Path, bundle: Path) -> N
     ]
     for where, words in refusals:
         with pytest.raises(BundleError, match=words):
-            manifest.load(where)
+            load_manifest(where)
 
 
 @pytest.mark.parametrize(
@@ -467,17 +475,17 @@ def test_loading_what_is_no_bundle_is_refused(tmp_path: Path, bundle: Path) -> N
 def test_a_manifest_that_cannot_be_read_names_its_bundle(
     bundle: Path, content: bytes, words: str
 ) -> None:
-    (bundle / manifest.FILENAME).write_bytes(content)
+    (bundle / MANIFEST_FILENAME).write_bytes(content)
     with pytest.raises(BundleError, match=words) as refusal:
-        manifest.load(bundle)
+        load_manifest(bundle)
     assert str(bundle) in str(refusal.value)
 
 
 def test_a_manifest_that_is_a_folder_is_refused(bundle: Path) -> None:
-    (bundle / manifest.FILENAME).unlink()
-    (bundle / manifest.FILENAME).mkdir()
+    (bundle / MANIFEST_FILENAME).unlink()
+    (bundle / MANIFEST_FILENAME).mkdir()
     with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
-        manifest.load(bundle)
+        load_manifest(bundle)
 
 
 def test_a_file_is_found_by_role_and_precision() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsa_deploy import load, stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import PromptError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides, infer
@@ -265,7 +265,7 @@ def test_inspect_says_where_updates_are(tmp_path: Path) -> None:
 
 
 def test_efficient_sams_conventions_are_recorded(efficient: Path) -> None:
-    conventions = manifest.load(efficient / "efficient.medsa").conventions
+    conventions = load_manifest(efficient / "efficient.medsa").conventions
     assert (conventions.preprocess, conventions.point_order) == ("medsa", "yx")
     assert (conventions.point_scale, conventions.pad_points) == (8, 6)
     done = call("inspect", efficient / "efficient.pth")

@@ -17,7 +17,7 @@ from golden_cases import relative_l2
 from invented import rows, vit_keys, weights
 
 from medsa_deploy import load
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest, save_manifest
 from medsa_deploy.errors import BundleError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.evaluation.parity import RELATIVE_L2_LIMIT
@@ -96,7 +96,7 @@ def encoded(bundle: Path, image: np.ndarray, **options: object) -> np.ndarray:
 
 
 def test_the_bundle_holds_an_encoder_of_onnx_runtimes_own(bundle: Path) -> None:
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     assert made.file(OURS).path == NAME
     assert operators(bundle / NAME).count("MultiHeadAttention") == 1
     assert "MultiHeadAttention" not in operators(bundle / "encoder.onnx")
@@ -171,7 +171,7 @@ def test_openvino_has_one_for_relative_positions(
     bundle: Path, image: np.ndarray, tmp_path: Path
 ) -> None:
     """Its products are of the heads' own width, and the positions are added."""
-    name = manifest.load(bundle).file(THEIRS).path
+    name = load_manifest(bundle).file(THEIRS).path
     assert operators(bundle / name).count("Expand") == 1  # that of windows
     assert operators(bundle / "encoder.onnx").count("Expand") == 2
     whole = encoded(bundle, image, portable=True)
@@ -194,7 +194,7 @@ def test_openvino_has_one_for_relative_positions(
 
 
 def test_without_relative_positions_openvino_has_none(export) -> None:
-    assert not manifest.load(export("none")).has(THEIRS)
+    assert not load_manifest(export("none")).has(THEIRS)
 
 
 def test_a_damaged_one_is_refused(bundle: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np
         Image.fromarray(seeded_image(64, seed)).save(images / f"{seed}.png")
     done = call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu")
     assert done.code == 0, done.error
-    name = manifest.load(copy).file(OURS, "int8-cpu").path
+    name = load_manifest(copy).file(OURS, "int8-cpu").path
     assert {"MultiHeadAttention", "QuantizeLinear"} <= set(operators(copy / name))
     with load(copy, precision="int8-cpu", threads=2) as session:
         found = session.encode(image).values
@@ -263,21 +263,21 @@ def test_an_older_bundle_is_quantized(bundle: Path, tmp_path: Path) -> None:
     images.mkdir()
     for seed in range(2):
         Image.fromarray(seeded_image(64, seed)).save(images / f"{seed}.png")
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     for file in made.files:
         if file.role in (OURS, THEIRS):
             (copy / file.path).unlink()
     kept = tuple(file for file in made.files if file.role not in (OURS, THEIRS))
-    manifest.save(replace(made, files=kept), copy)
+    save_manifest(replace(made, files=kept), copy)
     done = call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu")
     assert done.code == 0, done.error
-    assert manifest.load(copy).has(OURS, "int8-cpu")
+    assert load_manifest(copy).has(OURS, "int8-cpu")
     assert call("verify", copy).code == 0
 
 
 def test_small_grids_have_none(bundle_of) -> None:
     made = bundle_of("medsa_hyp_2d")
-    assert not manifest.load(made).has(OURS)
+    assert not load_manifest(made).has(OURS)
     assert not (made / NAME).exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from golden_cases import CASES_2D, VIT_3D, GoldenCase, export_options, relative_l2
 
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.folded import fold
@@ -88,7 +88,7 @@ def test_folded_is_golden(name: str, checkpoint_of) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_golden_through_the_command_line(name: str, bundle_of) -> None:
     case, bundle = GoldenCase(name), bundle_of(name)
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     assert made.network.classes == export_options(name).get("classes", 1)
     assert made.parity[0].mask_pixels_differing <= 1e-4
 

@@ -19,7 +19,7 @@ import pytest
 from command_line import WITHOUT, call, command, contents, copied
 
 from medsa_deploy import errors
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import DeviceError, MissingDependencyError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.evaluation.latency_worker import STAGES
@@ -74,7 +74,7 @@ def check(found: dict[str, Any], runs: int) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_kind_of_bundle(name: str, bundle_of: Callable[[str], Path]) -> None:
-    made = manifest.load(bundle_of(name))
+    made = load_manifest(bundle_of(name))
     done = call("profile", bundle_of(name), "--runs", RUNS, "--threads", 2, "--json")
     assert done.code == 0, done.err
     found = done.json

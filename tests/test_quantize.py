@@ -19,9 +19,8 @@ from golden_cases import TABLELESS_2D, GoldenCase
 from onnx import helper, numpy_helper
 
 from medsa_deploy import load, stages
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.folder import add_files, workplace
-from medsa_deploy.bundle.manifest import Parity
+from medsa_deploy.bundle.manifest import Parity, check_files, load_manifest, save_manifest
 from medsa_deploy.bundle.node_names import module_of
 from medsa_deploy.evaluation.cases import parity_cases, seeded_image
 from medsa_deploy.evaluation.parity import DICE_TOLERANCE, LIMITS, mask_dice, parity_failures
@@ -71,8 +70,8 @@ def every(half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_float16_is_in_the_bundle_with_its_recipe(half: Path, bundle: Path) -> None:
-    made = manifest.load(half)
-    manifest.check_files(made, half)
+    made = load_manifest(half)
+    check_files(made, half)
     recipe = made.recipe("fp16")
     assert recipe is not None
     assert {island.reason for island in recipe.islands} >= {"norms", "softmax", "coordinates"}
@@ -106,7 +105,7 @@ def test_every_form_of_the_network(name: str, checkpoint_of: Any, tmp_path: Path
         force=False,
     )
     assert call("quantize", made.bundle, "--fp16").code == 0
-    assert parity_failures(manifest.load(made.bundle).parity[-1]) == []
+    assert parity_failures(load_manifest(made.bundle).parity[-1]) == []
 
 
 def test_a_network_that_sees_depth(bundle_3d: Path, tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_network_that_sees_depth(bundle_3d: Path, tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), volume)
     done = call("quantize", copy, "--int8", "--calibration", volume)
     assert done.code == 0, done.err
-    recipe = manifest.load(copy).recipe("int8")
+    recipe = load_manifest(copy).recipe("int8")
     assert recipe is not None
     assert recipe.calibration is not None
     assert recipe.calibration.images == 4 * 4
@@ -181,7 +180,7 @@ def test_what_float16_cannot_hold_returns_to_float32(
     copy = disturbed(bundle, tmp_path, size)
     done = call("quantize", copy, "--fp16")
     assert done.code == 0, done.err
-    recipe = manifest.load(copy).recipe("fp16")
+    recipe = load_manifest(copy).recipe("fp16")
     assert recipe is not None
     assert recipe.float32_blocks == blocks
     assert reason is None or reason in {island.reason for island in recipe.islands}
@@ -192,8 +191,8 @@ def test_what_float16_cannot_hold_returns_to_float32(
 
 
 def test_int8_is_in_the_bundle_with_its_recipe(every: Path) -> None:
-    made = manifest.load(every)
-    manifest.check_files(made, every)
+    made = load_manifest(every)
+    check_files(made, every)
     for precision, target, activations, decoder in (
         ("int8", "tensorrt", "int8, symmetric", "decoder.fp16.onnx"),
         ("int8-cpu", "cpu", "uint8", "decoder.onnx"),
@@ -221,7 +220,7 @@ def test_every_precision_is_verified(every: Path) -> None:
     assert names == ["fp32", "fp16", "int8", "int8-cpu"]
     means = [parity["mask_dice_mean"] for parity in done.json["parity"]]
     assert means[0] > means[1] > max(means[2:])
-    made = manifest.load(every)
+    made = load_manifest(every)
     for precision, mean in zip(names[2:], means[2:], strict=True):
         recipe = made.recipe(precision)
         assert recipe is not None
@@ -238,7 +237,7 @@ def test_int8_with_the_rest_in_bfloat16(every: Path) -> None:
         return
     (parity,) = done.json["parity"]
     assert (parity["precision"], parity["backend"]) == ("int8-bf16", "openvino")
-    recipe = manifest.load(every).recipe("int8-cpu")
+    recipe = load_manifest(every).recipe("int8-cpu")
     assert recipe is not None
     assert recipe.reference_dice_mean is not None
     least = recipe.reference_dice_mean - DICE_TOLERANCE
@@ -262,12 +261,12 @@ def test_int8_is_judged_on_images_where_there_are_some(
 
 def test_int8_that_gives_less_than_it_did_fails_verification(every: Path, tmp_path: Path) -> None:
     copy = copied(every, tmp_path)
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     recipes = [
         dataclasses.replace(r, reference_dice_mean=1.0) if r.precision == "int8" else r
         for r in made.recipes
     ]
-    manifest.save(dataclasses.replace(made, recipes=tuple(recipes)), copy)
+    save_manifest(dataclasses.replace(made, recipes=tuple(recipes)), copy)
     model = load_graph(copy / "encoder.int8.onnx")
     (tensor,) = (t for t in model.graph.initializer if t.name == "positions_float16")
     values = numpy_helper.to_array(tensor) * np.float16(1.5)
@@ -296,7 +295,7 @@ def test_a_precision_is_replaced_without_leftovers(every: Path, tmp_path: Path) 
     assert set(before) - set(after) == {"encoder.fp16.onnx.data"}
     graphs = {name for name in after if name.endswith(".onnx")}
     assert {name: before[name] for name in graphs} == {name: after[name] for name in graphs}
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     assert [parity.precision for parity in made.parity] == ["fp32", "int8", "int8-cpu", "fp16"]
 
 
@@ -308,7 +307,7 @@ def test_int8_goes_when_the_decoder_it_used_is_replaced(every: Path, tmp_path: P
     done = call("quantize", copy, "--fp16")
     assert done.code == 0
     assert "int8 was made over an earlier fp16 and is removed: make it again" in done.err
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     assert {file.precision for file in made.files} == {"fp32", "fp16", "int8-cpu"}
     assert {recipe.precision for recipe in made.recipes} == {"fp16", "int8-cpu"}
     assert {parity.precision for parity in made.parity} == {"fp32", "fp16", "int8-cpu"}
@@ -394,7 +393,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path) -
 def test_files_are_added_with_their_manifest_or_not_at_all(half: Path, tmp_path: Path) -> None:
     copy = copied(half, tmp_path)
     before = contents(copy)
-    made = manifest.load(copy)
+    made = load_manifest(copy)
     parity = dataclasses.replace(made.parity[0], mask_pixels_differing=float("nan"))
     with workplace(copy) as folder:
         for name in ("encoder.fp16.onnx", "new.onnx"):
@@ -467,7 +466,7 @@ def test_dice() -> None:
 
 def test_the_saved_references_case_must_agree_by_itself(bundle: Path) -> None:
     """What verify goes by later is only that case: the mean of all must not hide it."""
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     to_run = parity_cases(made.network, None)
     trials = CandidateRunner(bundle, made, to_run, None)
     assert trials.measure(trials.encoder, trials.decoder, "fp16").failures == ()

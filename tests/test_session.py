@@ -17,7 +17,7 @@ import torch
 from command_line import accept_changes, copied, edit_manifest
 
 from medsa_deploy import load
-from medsa_deploy.bundle.manifest import load as load_manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import BundleError, DeviceError, ImageError, PromptError, UsageError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.sam import modeling

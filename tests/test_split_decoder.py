@@ -17,7 +17,7 @@ from command_line import accept_changes, call, copied
 from golden_cases import GoldenCase, export_options, relative_l2
 
 from medsa_deploy import load
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest, manifest_from_json
 from medsa_deploy.errors import BundleError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides, infer
@@ -122,7 +122,7 @@ def test_nothing_of_the_image_is_copied_by_a_click(hyp: Path) -> None:
 
 
 def test_the_manifest_lists_the_parts_and_their_parity(hyp: Path) -> None:
-    made = manifest.load(hyp)
+    made = load_manifest(hyp)
     assert [made.file(role).path for role in PARTS] == [f"{role}.onnx" for role in PARTS]
     assert made.graphs["decoder-click"].outputs == made.graphs["decoder"].outputs
     split = made.parity[0].split
@@ -176,7 +176,7 @@ def test_a_manifest_of_parities_in_parities_is_refused(hyp: Path) -> None:
         innermost["split"] = dict(innermost, split=None)
         innermost = innermost["split"]
     with pytest.raises(BundleError, match=r"nested too deeply|not JSON"):
-        manifest.from_json(json.dumps(data))
+        manifest_from_json(json.dumps(data))
 
 
 def test_another_networks_click_part_is_detected(bundle: Path, hyp: Path, tmp_path: Path) -> None:

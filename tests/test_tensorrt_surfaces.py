@@ -14,9 +14,9 @@ import pytest
 from command_line import call, contents, copied
 
 from medsa_deploy import errors
-from medsa_deploy.bundle import manifest
-from medsa_deploy.nvidia import cuda, engine_builder, engines, tensorrt_api
-from medsa_deploy.nvidia.engines import AxisRange, EngineOptions
+from medsa_deploy.bundle.manifest import load_manifest
+from medsa_deploy.nvidia import cuda, engine_builder, tensorrt_api
+from medsa_deploy.nvidia.engines import AxisRange, EngineOptions, check_loadable, load_engines
 
 FAKE = Path(__file__).parent / "fake_tensorrt"
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
@@ -49,7 +49,7 @@ def test_one_path_builds_with_every_version(
     assert done.code == 0, done.err
     assert "TensorRT and a GPU are here, so TensorRT engines for this GPU" in done.err
     folder = copy / "engines" / "tensorrt-fp32-sm87"
-    found = engines.load(folder)
+    found = load_engines(folder)
     assert (found.version, found.device, found.state) == (version, "NVIDIA Orin", "built")
     assert (folder / "encoder.engine").read_bytes() == b"an engine of " + version.encode()
     assert [file.attention for file in found.files] == ["unknown", "unknown"]
@@ -61,8 +61,8 @@ def test_one_path_builds_with_every_version(
     assert "workspace" not in encoder
     assert "optimization_level" not in encoder
     library = tensorrt_api.Library(flavor="tensorrt", version=version, targets=())
-    made = manifest.load(copy)
-    assert engines.check_loadable(folder, made, library=library, device=DEVICE) == found
+    made = load_manifest(copy)
+    assert check_loadable(folder, made, library=library, device=DEVICE) == found
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -10,7 +10,7 @@ import pytest
 from command_line import call, contents
 
 from medsa_deploy import load
-from medsa_deploy.bundle.manifest import load as load_manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.runtime import tuning
 from medsa_deploy.runtime.tuning import Choice

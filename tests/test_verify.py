@@ -12,8 +12,7 @@ import pytest
 from command_line import accept_changes, call, copied, edit_manifest
 
 from medsa_deploy import load
-from medsa_deploy.bundle.manifest import Parity, TensorParity
-from medsa_deploy.bundle.manifest import load as load_manifest
+from medsa_deploy.bundle.manifest import Parity, TensorParity, load_manifest
 from medsa_deploy.errors import BundleError, ParityError
 from medsa_deploy.evaluation.cases import parity_cases, seeded_case, seeded_image
 from medsa_deploy.evaluation.parity import (

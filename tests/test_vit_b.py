@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 
 from medsa_deploy import stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.nvidia.cuda import Device
@@ -60,7 +60,7 @@ def test_vit_b_exports_with_proof(tmp_path: Path, rel_pos_scale: float) -> None:
         start = perf_counter()
         check_loadable(
             built.plan.folder,
-            manifest.load(exported.bundle),
+            load_manifest(exported.bundle),
             library=built.plan.library,
             device=there,
         )
@@ -95,5 +95,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < MEMORY_GB
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     assert made.file("encoder", "fp16").bytes < 0.55 * made.file("encoder").bytes

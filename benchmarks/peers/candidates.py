@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.bundle.manifest import Manifest, load_manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.runtime.loading import COMPUTED, CPU_BACKENDS, check_options, files_precision
 
@@ -107,7 +106,7 @@ def _ours(
 ) -> Iterator[Candidate]:
     """The bundle in every backend and precision that the runtime takes."""
     bundle = place / "bundle.medsa"
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     held = {f.precision for f in made.files if f.role == "encoder"} - set(FOR_GPUS)
     for backend in CPU_BACKENDS:
         for precision in sorted(held | {p for p, of in COMPUTED.items() if of in held}):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from medsa_deploy import stages
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation.parity import LIMITS, Limits
 from medsa_deploy.exporters.architecture import infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
@@ -51,7 +51,7 @@ def prepare(network: Network, folder: Path, *, again: bool) -> None:
     stamp = place / f"bundle.{_digest()}"
     _make(place, "bundle", lambda: _export(network, place, stamp), stamp, bundle)
     for precision in network.precisions:
-        if bundle.exists() and manifest.load(bundle).recipe(precision) is None:
+        if bundle.exists() and load_manifest(bundle).recipe(precision) is None:
             missing = place / "none"  # the manifest says whether it is there
             _make(place, precision, lambda p=precision: _quantize(network, place, p), missing)
     recorded = place / "inputs.npz", place / "costs.json"
@@ -143,7 +143,7 @@ def _quantize(network: Network, place: Path, precision: str) -> None:
     if precision == "fp16":
         stages.quantize_bundle(bundle, precision="fp16")
         return
-    size = manifest.load(bundle).network.image_size
+    size = load_manifest(bundle).network.image_size
     calibration = calibration_images(network, place, size)
     with _unjudged(precision, not network.real_weights):
         stages.quantize_bundle(bundle, precision="int8", calibration=calibration, target="cpu")
@@ -165,7 +165,7 @@ def _unjudged(precision: str, wanted: bool) -> Iterator[None]:
 
 
 def _record(network: Network, place: Path) -> None:
-    made = manifest.load(place / "bundle.medsa")
+    made = load_manifest(place / "bundle.medsa")
     network_of = infer(load_checkpoint(place / "checkpoint.pth"), network.overrides).network
     assert network_of == made.network
     whole = reference.reference_of(place / "checkpoint.pth", network.overrides)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from medsa_deploy import transforms
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.graphs import OPSET
@@ -111,7 +111,7 @@ class Recorder(ReferenceBackend):
 
 def record(
     reference: ReferenceNetwork,
-    made: manifest.Manifest,
+    made: Manifest,
     work: Sequence[tuple[list[Image], list[tuple[float, ...]]]],
 ) -> dict[str, Array]:
     """Inputs and outputs of the reference network, as `worker.agreement` takes them.

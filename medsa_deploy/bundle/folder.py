@@ -15,8 +15,7 @@ from pathlib import Path
 
 from medsa_deploy.errors import UsageError
 
-from . import manifest
-from .manifest import Manifest
+from .manifest import MANIFEST_FILENAME, Manifest, save_manifest
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -83,7 +82,7 @@ def add_files(bundle: Path, files: Sequence[Path], made: Manifest) -> None:
                 target.replace(aside)
             done.append((target, aside))
             file.replace(target)
-        manifest.save(made, bundle)
+        save_manifest(made, bundle)
     except BaseException:
         for target, aside in done:
             if aside.exists():
@@ -96,7 +95,7 @@ def add_files(bundle: Path, files: Sequence[Path], made: Manifest) -> None:
 def _is_bundle(path: Path) -> bool:
     """Whether a folder is a bundle of any version, and so may be replaced; a guess must not be."""
     try:
-        data = json.loads((path / manifest.FILENAME).read_text(encoding="utf-8"))
+        data = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and {"schema", "files"} <= set(data)

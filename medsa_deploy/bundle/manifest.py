@@ -21,8 +21,8 @@ from medsa_deploy.errors import BundleError
 
 from .strict_json import decode
 
-SCHEMA_VERSION = 2
-FILENAME = "manifest.json"
+MANIFEST_SCHEMA = 2
+MANIFEST_FILENAME = "manifest.json"
 
 Family = Literal["medsa", "sam", "litemedsam", "mobile_sam", "efficient_sam"]
 EncoderKind = Literal["vit", "tiny_vit"]
@@ -283,7 +283,7 @@ class Manifest:
     """One for each precision that was made from the float32 graphs."""
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of what made the bundle."""
-    schema: int = SCHEMA_VERSION
+    schema: int = MANIFEST_SCHEMA
 
     def file(self, role: Role, precision: str = "fp32") -> File:
         """The file of `role` in `precision`; BundleError names the precisions there are."""
@@ -304,32 +304,36 @@ class Manifest:
         return next((r for r in self.recipes if r.precision == precision), None)
 
 
-def to_json(manifest: Manifest) -> str:
+def manifest_to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`."""
     data = dataclasses.asdict(manifest)
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def from_json(text: str) -> Manifest:
+def manifest_from_json(text: str) -> Manifest:
     """A manifest from its text; BundleError says which field is wrong and how."""
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as e:
         raise BundleError(
-            f"{FILENAME} is not JSON ({e}): copy the bundle again or export it again"
+            f"{MANIFEST_FILENAME} is not JSON ({e}): copy the bundle again or export it again"
         ) from e
     if not isinstance(data, dict) or "schema" not in data:
-        raise BundleError(f"{FILENAME} has no schema version: it is not a bundle's manifest")
-    if data["schema"] != SCHEMA_VERSION:
         raise BundleError(
-            f"{FILENAME} has schema version {reprlib.repr(data['schema'])}; this medsa-deploy "
-            f"reads version {SCHEMA_VERSION}: export the checkpoint again, or install a matching "
-            "medsa-deploy"
+            f"{MANIFEST_FILENAME} has no schema version: it is not a bundle's manifest"
+        )
+    if data["schema"] != MANIFEST_SCHEMA:
+        raise BundleError(
+            f"{MANIFEST_FILENAME} has schema version {reprlib.repr(data['schema'])}; this "
+            f"medsa-deploy reads version {MANIFEST_SCHEMA}: export the checkpoint again, or install "
+            "a matching medsa-deploy"
         )
     try:
-        return decode(Manifest, data, FILENAME)
+        return decode(Manifest, data, MANIFEST_FILENAME)
     except RecursionError as e:  # a parity may hold a parity
-        raise BundleError(f"{FILENAME} is nested too deeply: export the checkpoint again") from e
+        raise BundleError(
+            f"{MANIFEST_FILENAME} is nested too deeply: export the checkpoint again"
+        ) from e
 
 
 def _refuse_constant(name: str) -> None:
@@ -337,30 +341,30 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-def save(manifest: Manifest, bundle: Path) -> None:
+def save_manifest(manifest: Manifest, bundle: Path) -> None:
     """Write `manifest.json` into the folder `bundle`, in place of an earlier one."""
-    temporary = bundle / f".{FILENAME}.{os.getpid()}.tmp"
+    temporary = bundle / f".{MANIFEST_FILENAME}.{os.getpid()}.tmp"
     try:
-        temporary.write_text(to_json(manifest), encoding="utf-8")
-        temporary.replace(bundle / FILENAME)
+        temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
+        temporary.replace(bundle / MANIFEST_FILENAME)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load(bundle: Path) -> Manifest:
+def load_manifest(bundle: Path) -> Manifest:
     """Read and validate a bundle's manifest; the files it lists are not opened."""
     if not bundle.is_dir():
         what = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
         raise BundleError(f"{bundle} {what}: make a bundle with medsa-deploy export CHECKPOINT")
-    path = bundle / FILENAME
+    path = bundle / MANIFEST_FILENAME
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise BundleError(f"{bundle} has no {FILENAME}: it is not a bundle") from e
+        raise BundleError(f"{bundle} has no {MANIFEST_FILENAME}: it is not a bundle") from e
     except (OSError, UnicodeDecodeError) as e:
         raise BundleError(f"{path} cannot be read ({e}): copy the bundle again") from e
     try:
-        return from_json(text)
+        return manifest_from_json(text)
     except BundleError as e:
         raise BundleError(f"{bundle}: {e}") from e
 

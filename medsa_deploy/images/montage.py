@@ -12,8 +12,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from medsa_deploy.images.files import output_file
-
+from .files import output_file
 from .overlay import check_overlay_suffix, draw_overlay
 
 COLUMNS = 4

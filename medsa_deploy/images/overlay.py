@@ -10,9 +10,8 @@ import numpy.typing as npt
 import PIL.Image
 
 from medsa_deploy.errors import ImageError, PromptError
-from medsa_deploy.images.files import output_file
 
-from .files import check_suffix
+from .files import check_suffix, output_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MIN_SIDE = 512

@@ -13,9 +13,8 @@ import numpy as np
 import PIL.Image
 
 from medsa_deploy.errors import ImageError, UsageError
-from medsa_deploy.images.files import output_file
 
-from .files import check_suffix, suffix
+from .files import check_suffix, output_file, suffix
 from .image import Image
 from .volume import Volume
 

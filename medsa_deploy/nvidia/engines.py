@@ -28,9 +28,9 @@ from medsa_deploy.errors import (
 from . import cuda, tensorrt_api
 from .tensorrt_api import Flavor
 
-SCHEMA_VERSION = 1
-FILENAME = "engine.json"
-FOLDER = "engines"
+ENGINE_SCHEMA = 1
+ENGINE_FILENAME = "engine.json"
+ENGINES_FOLDER = "engines"
 """Where a bundle keeps its engines: `engines/FLAVOR-PRECISION-TARGETS/`."""
 
 Shape = tuple[int, ...]
@@ -105,7 +105,7 @@ class Engine:
     state: Literal["built", "verified"]
     """`built`: parser and compiler took the graphs. `verified`: compared on a device as well."""
     files: tuple[EngineFile, ...]
-    schema: int = SCHEMA_VERSION
+    schema: int = ENGINE_SCHEMA
 
     def file(self, role: Role) -> EngineFile:
         """The engine of `role`."""
@@ -118,7 +118,7 @@ def folder_name(options: EngineOptions) -> str:
     return f"{options.flavor}-{options.precision}-{'+'.join(options.targets)}"
 
 
-def profile(
+def optimization_profile(
     inputs: tuple[Tensor, ...], options: EngineOptions
 ) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Smallest, optimal and largest shape of each input of a graph."""
@@ -132,28 +132,28 @@ def profile(
     return {t.name: (shape(t, "min"), shape(t, "opt"), shape(t, "max")) for t in inputs}
 
 
-def save(engine: Engine, folder: Path) -> None:
+def save_engines(engine: Engine, folder: Path) -> None:
     """Write `engine.json` into the folder of the engines."""
     text = json.dumps(dataclasses.asdict(engine), indent=2, ensure_ascii=False, allow_nan=False)
-    whole = folder / f".{FILENAME}.tmp"
+    whole = folder / f".{ENGINE_FILENAME}.tmp"
     whole.write_text(text + "\n", encoding="utf-8")
-    whole.replace(folder / FILENAME)
+    whole.replace(folder / ENGINE_FILENAME)
 
 
-def load(folder: Path) -> Engine:
+def load_engines(folder: Path) -> Engine:
     """Read and validate `engine.json`; the engines are not opened."""
-    path = folder / FILENAME
+    path = folder / ENGINE_FILENAME
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise EngineChangedError(f"{path} cannot be read ({e}): build the engines again") from e
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
+    if not isinstance(data, dict) or data.get("schema") != ENGINE_SCHEMA:
         raise EngineVersionError(
-            f"{path} is not of the schema this medsa-deploy reads, version {SCHEMA_VERSION}: "
+            f"{path} is not of the schema this medsa-deploy reads, version {ENGINE_SCHEMA}: "
             "build the engines again"
         )
     try:
-        engine = decode(Engine, data, FILENAME)
+        engine = decode(Engine, data, ENGINE_FILENAME)
     except BundleError as e:
         raise EngineChangedError(f"{folder}: {e}: build the engines again") from e
     names = [file.path for file in engine.files]
@@ -167,17 +167,17 @@ def load(folder: Path) -> Engine:
     return engine
 
 
-def find(bundle: Path, flavor: Flavor, precision: str, device: cuda.Device | None) -> Path:
+def find_engines(bundle: Path, flavor: Flavor, precision: str, device: cuda.Device | None) -> Path:
     """The folder of a bundle's engines for a GPU; EngineError where there is none.
 
     Of several the one for the fewest kinds of GPU.
     """
     name = f"{tensorrt_api.NAMES[flavor]} {precision}"
     found = []
-    for path in sorted((bundle / FOLDER).glob(f"*/{FILENAME}")):
+    for path in sorted((bundle / ENGINES_FOLDER).glob(f"*/{ENGINE_FILENAME}")):
         if path.parent.name.startswith("."):
             continue
-        engine = load(path.parent)
+        engine = load_engines(path.parent)
         if (engine.options.flavor, engine.options.precision) == (flavor, precision):
             found.append((len(engine.options.targets), path.parent, engine))
     fitting = [one for one in found if device and device.capability in one[2].options.targets]
@@ -199,20 +199,22 @@ def check_loadable(
     compared first; the engines' bytes last, and they are never deserialized. EngineError says which
     engines to build.
     """
-    engine = load(folder)
-    again = f"build them with {command(engine.options, folder.parent.parent, library, device)}"
+    engine = load_engines(folder)
+    again = (
+        f"build them with {build_command(engine.options, folder.parent.parent, library, device)}"
+    )
     _check_library(engine, folder, library, again)
     _check_device(engine, folder, device, again)
-    if role := stale(engine, made):
+    if role := stale_role(engine, made):
         raise EngineStaleError(
             f"{folder}: its {role} was built from another {next(iter(engine.file(role).sources))} "
             f"than the bundle holds now: {again}"
         )
-    check_files(engine, folder, again)
+    check_engine_files(engine, folder, again)
     return engine
 
 
-def check_files(engine: Engine, folder: Path, again: str) -> None:
+def check_engine_files(engine: Engine, folder: Path, again: str) -> None:
     """EngineChangedError, ending in `again`, unless the engines are those that were built.
 
     Reads every byte.
@@ -227,17 +229,17 @@ def check_files(engine: Engine, folder: Path, again: str) -> None:
         if digest != file.sha256:
             wrong = f"{size} bytes, expected {file.bytes}" if digest is None else "another SHA-256"
             raise EngineChangedError(
-                f"{path} is not the engine that {FILENAME} describes ({wrong}): {again}"
+                f"{path} is not the engine that {ENGINE_FILENAME} describes ({wrong}): {again}"
             )
 
 
-def stale(engine: Engine, made: Manifest) -> Role | None:
+def stale_role(engine: Engine, made: Manifest) -> Role | None:
     """The engine whose ONNX file the bundle no longer holds; None when both are there."""
     held = {file.path: file.sha256 for file in made.files}
     return next((f.role for f in engine.files if not f.sources.items() <= held.items()), None)
 
 
-def command(
+def build_command(
     options: EngineOptions,
     bundle: Path,
     library: tensorrt_api.Library,

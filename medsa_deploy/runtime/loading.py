@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsa_deploy.bundle.manifest import Manifest, Role, check_file
-from medsa_deploy.bundle.manifest import load as load_manifest
+from medsa_deploy.bundle.manifest import Manifest, Role, check_file, load_manifest
 from medsa_deploy.errors import MissingDependencyError, UsageError
 from medsa_deploy.nvidia import cuda
-from medsa_deploy.nvidia import engines as engine
+from medsa_deploy.nvidia.engines import find_engines
 from medsa_deploy.nvidia.tensorrt_api import FLAVORS
 
 from . import tuning
@@ -116,7 +115,7 @@ def _open(name: str, folder: Path, manifest: Manifest, options: _Options) -> Bac
     if name in FLAVORS:
         from .backends.tensorrt import TensorRTBackend
 
-        engines = engine.find(folder, name, held, cuda.device())
+        engines = find_engines(folder, name, held, cuda.device())
         graphs, timed = options.cuda_graphs, options.time_layers
         return TensorRTBackend(engines, manifest, name, cuda_graphs=graphs, time_layers=timed)
     threads = options.threads

@@ -11,9 +11,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from medsa_deploy import __version__
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.folder import check_target, new_bundle
-from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.bundle.manifest import Manifest, Role, describe_file, save_manifest
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import (
     compare_cases,
@@ -116,15 +115,15 @@ def _write_bundle(
     own = write_backend_encoders(graphs["encoder"])
     graphs |= {role: [path] for role, path in own.items()}
     files = [
-        manifest.describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
+        describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
         for name, paths in graphs.items()
         for path, role in _roles(name, paths)
     ]
     saved = folder / "reference.npz"
     save_reference(saved, to_prove[0], expected[0])
-    files.append(manifest.describe_file(saved, folder, role="reference", precision="fp32"))
+    files.append(describe_file(saved, folder, role="reference", precision="fp32"))
     made = replace(made, files=tuple(files))
-    manifest.save(made, folder)
+    save_manifest(made, folder)
     on_step("prove the graphs equal to it")
     wanted = [outputs.tensors for outputs in expected]
     with load(folder, portable=True) as session:
@@ -137,11 +136,11 @@ def _write_bundle(
     proof = compared.summary(to_prove, precision="fp32", backend=backend)
     require_parity(proof)
     made = replace(made, parity=(proof,))
-    manifest.save(made, folder)
+    save_manifest(made, folder)
     return made
 
 
-def _roles(name: manifest.Role, paths: Sequence[Path]) -> Iterator[tuple[Path, manifest.Role]]:
+def _roles(name: Role, paths: Sequence[Path]) -> Iterator[tuple[Path, Role]]:
     """Each file of a graph with its role: the graph itself, then its external weights."""
     graph, *weights = paths
     yield graph, name

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import Conventions, Network, Source
 from medsa_deploy.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "segment_anything", "safetens
 class Inspection:
     """What a checkpoint is."""
 
-    source: manifest.Source
-    network: manifest.Network
-    conventions: manifest.Conventions
+    source: Source
+    network: Network
+    conventions: Conventions
     guesses: tuple[Guess, ...]
     """Facts the checkpoint does not settle."""
     notes: tuple[str, ...]

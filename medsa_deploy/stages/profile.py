@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from medsa_deploy import __version__, errors, machine
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.bundle.manifest import Manifest, load_manifest
 from medsa_deploy.errors import DeviceError, InputError, UsageError
 from medsa_deploy.evaluation import latency
 from medsa_deploy.evaluation.latency import Profile
@@ -171,7 +170,7 @@ def _ended(code: int) -> str:
 
 def _check(bundle: Path, options: LatencyOptions, outputs: ProfileTargets) -> Manifest:
     """The bundle's manifest; UsageError or BundleError for what cannot be measured."""
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     check_options(options.backend, options.threads, options.precision)
     if options.runs < 1:
         raise UsageError(f"--runs {options.runs}: expected 1 or more")

@@ -26,8 +26,9 @@ from medsa_deploy.errors import (
     UsageError,
 )
 from medsa_deploy.kernels.cubins import cubin
-from medsa_deploy.nvidia import cuda, engines, tensorrt_api
+from medsa_deploy.nvidia import cuda, tensorrt_api
 from medsa_deploy.nvidia.cuda import DeviceArray, Gpu
+from medsa_deploy.nvidia.engines import check_loadable
 from medsa_deploy.transforms import Frame
 
 from .device_frames import FramePreprocessor
@@ -65,7 +66,7 @@ class TensorRTBackend:
         device = cuda.device()
         library = tensorrt_api.load(flavor)
         described = tensorrt_api.describe(library, flavor)
-        self._engine = engines.check_loadable(folder, made, library=described, device=device)
+        self._engine = check_loadable(folder, made, library=described, device=device)
         bundle, capability = folder.parent.parent, device.capability if device else ""
         self._cubin = partial(cubin, target=capability, bundle=bundle)
         self._about = {"version": described.version, "device": device.name if device else None}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.folder import new_bundle
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, sha256
 from medsa_deploy.errors import UsageError
-from medsa_deploy.nvidia import cuda, engine_builder, engines
-from medsa_deploy.nvidia.engines import Engine, EngineFile
+from medsa_deploy.nvidia import cuda, engine_builder
+from medsa_deploy.nvidia.engines import Engine, EngineFile, load_engines, save_engines
 from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.stages.quantize.quantize import quantize_bundle
 
@@ -56,7 +56,7 @@ def build_engines(
             plan = plan_engines(bundle, request, force=force)
         found = _build(plan, request.timing_cache, on_step, on_progress)
     elif not dry_run:
-        found = engines.load(plan.folder)
+        found = load_engines(plan.folder)
     return EngineBuild(
         plan=plan,
         built=not dry_run and bool(plan.reasons),
@@ -67,14 +67,14 @@ def build_engines(
 
 def newest_bundle(folder: Path) -> Path:
     """The bundle in `folder` whose manifest is newest."""
-    found = [path.parent for path in folder.glob(f"*/{manifest.FILENAME}")]
+    found = [path.parent for path in folder.glob(f"*/{MANIFEST_FILENAME}")]
     bundles_here = [path for path in found if not path.name.startswith(".")]
     if not bundles_here:
         raise UsageError(
             f"there is no bundle in {folder.resolve()}: name one, or make one with "
             "medsa-deploy export CHECKPOINT"
         )
-    return max(bundles_here, key=lambda path: (path / manifest.FILENAME).stat().st_mtime_ns)
+    return max(bundles_here, key=lambda path: (path / MANIFEST_FILENAME).stat().st_mtime_ns)
 
 
 def _make_graphs(
@@ -110,7 +110,7 @@ def _build(
                 state="built",
                 files=tuple(files),
             )
-            engines.save(made, folder)
+            save_engines(made, folder)
     finally:
         if not any(parent.iterdir()):
             parent.rmdir()
@@ -141,7 +141,7 @@ def _build_one(
         role=planned.role,
         path=path.name,
         bytes=path.stat().st_size,
-        sha256=manifest.sha256(path),
+        sha256=sha256(path),
         sources=planned.sources,
         profile=planned.profile,
         attention=done.attention,

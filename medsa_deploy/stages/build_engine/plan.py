@@ -6,12 +6,20 @@ from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import Manifest, Role
+from medsa_deploy.bundle.manifest import Manifest, Role, check_file, load_manifest
 from medsa_deploy.errors import EngineError, UsageError
 from medsa_deploy.nvidia import cuda, tensorrt_api
-from medsa_deploy.nvidia import engines as engine
-from medsa_deploy.nvidia.engines import AxisRange, EngineOptions, Shape
+from medsa_deploy.nvidia.engines import (
+    ENGINES_FOLDER,
+    AxisRange,
+    EngineOptions,
+    Shape,
+    check_engine_files,
+    folder_name,
+    load_engines,
+    optimization_profile,
+    stale_role,
+)
 from medsa_deploy.nvidia.tensorrt_api import Flavor, Library
 from medsa_deploy.progress import OnStep
 
@@ -82,7 +90,7 @@ def plan_engines(
     UsageError for what cannot be built: a library that is not here, an unknown target, options that
     do not go together.
     """
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     library = _library(request, on_note)
     options = _options(made, request, library, on_note)
     there = {f.role for f in made.files if f.precision == options.precision}
@@ -94,8 +102,8 @@ def plan_engines(
         )
     for entry in made.files:
         if entry.precision == options.precision:
-            manifest.check_file(entry, bundle)
-    folder = bundle / engine.FOLDER / engine.folder_name(options)
+            check_file(entry, bundle)
+    folder = bundle / ENGINES_FOLDER / folder_name(options)
     reasons = [f"{options.precision} graphs are made first"] if makes_graphs else []
     return EnginePlan(
         bundle=bundle,
@@ -106,7 +114,7 @@ def plan_engines(
             PlannedEngine(
                 role=role,
                 sources={} if makes_graphs else _sources(made, role, options.precision),
-                profile=engine.profile(made.graphs[role].inputs, options),
+                profile=optimization_profile(made.graphs[role].inputs, options),
             )
             for role in ROLES
         ),
@@ -245,15 +253,15 @@ def _reasons(
     if not folder.is_dir():
         return ["not built yet"]
     try:
-        found = engine.load(folder)
-        engine.check_files(found, folder, "they are built again")
+        found = load_engines(folder)
+        check_engine_files(found, folder, "they are built again")
     except EngineError as e:
         return [str(e)]
     reasons = ["--force"] if force else []
     if found.version != library.version:
         name = tensorrt_api.NAMES[library.flavor]
         reasons.append(f"built by {name} {found.version}; {library.version} is installed")
-    if role := engine.stale(found, made):
+    if role := stale_role(found, made):
         reasons.append(f"the {role}'s ONNX file changed since it was built")
     for field in fields(EngineOptions):
         before, now = getattr(found.options, field.name), getattr(options, field.name)

@@ -10,7 +10,7 @@ from statistics import median
 from time import perf_counter
 
 from medsa_deploy import machine
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation.latency_worker import Work, run_once, seeded_work
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime import load, tuning
@@ -55,7 +55,7 @@ def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
     Float32 in all, so that the masks are the same. The candidates take turns, one in memory at a
     time.
     """
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     work = seeded_work(made.network)
     settings = _settings()
     samples: dict[Setting, list[float]] = {setting: [] for setting in settings}

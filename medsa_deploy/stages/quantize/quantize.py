@@ -13,9 +13,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from medsa_deploy.bundle import manifest
 from medsa_deploy.bundle.folder import add_files, workplace
-from medsa_deploy.bundle.manifest import File, Manifest, Parity, Recipe
+from medsa_deploy.bundle.manifest import (
+    File,
+    Manifest,
+    Parity,
+    Recipe,
+    check_files,
+    describe_file,
+    load_manifest,
+)
 from medsa_deploy.errors import UsageError
 from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import import_onnx
@@ -72,10 +79,10 @@ def quantize_bundle(
         raise UsageError("calibration images are for int8; float16 needs none")
     check_options("onnxruntime", threads)
     import_onnx()
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     sources = find_sources(calibration, made.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
-    manifest.check_files(made, bundle)
+    check_files(made, bundle)
     to_run = parity_cases(made.network, images)
     with workplace(bundle) as folder:
         on_step("run the float32 graphs")
@@ -121,7 +128,7 @@ def _base(
 
 def _add(bundle: Path, additions: Sequence[Made]) -> Manifest:
     """Move new graphs into the bundle, in place of those of the same precisions."""
-    made = manifest.load(bundle)  # again: another precision may have been added meanwhile
+    made = load_manifest(bundle)  # again: another precision may have been added meanwhile
     for added in additions:
         made = _merged(made, added)
     add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], made)
@@ -166,7 +173,7 @@ def _entries(made: Manifest, added: Made) -> list[File]:
         opset = made.file("encoder" if role in OWN_ENCODERS.values() else role).opset
         for i, path in enumerate(paths):
             entries.append(
-                manifest.describe_file(
+                describe_file(
                     path,
                     path.parent,
                     role=role if i == 0 else "weights",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medsa_deploy.bundle import manifest
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import ImageError, InputError, UsageError
 from medsa_deploy.evaluation import metrics
 from medsa_deploy.evaluation.metrics import Mask
@@ -140,7 +140,7 @@ def measure_accuracy(
     for_images = prompt, intensity_window, precision, axis, number
     _check_options(segmentation, images, for_images, min_dice)
     metrics.require_scipy()
-    names = class_names or manifest.load(bundle).conventions.class_names
+    names = class_names or load_manifest(bundle).conventions.class_names
     if segmentation is not None:
         pairs, unlabelled = pair_files(labels, segmentation, "segmentation")
         files = _each(pairs, lambda a, b: _compare_files(a, b, names), on_file)

@@ -15,8 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import Manifest, Parity
+from medsa_deploy.bundle.manifest import Manifest, Parity, load_manifest
 from medsa_deploy.bundle.strict_json import decode
 from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
 from medsa_deploy.evaluation.cases import Case
@@ -30,7 +29,13 @@ from medsa_deploy.evaluation.parity import (
     parity_failures,
     save_reference,
 )
-from medsa_deploy.nvidia import engines
+from medsa_deploy.nvidia.engines import (
+    ENGINE_FILENAME,
+    ENGINES_FOLDER,
+    load_engines,
+    save_engines,
+    stale_role,
+)
 from medsa_deploy.runtime import Session
 
 
@@ -51,17 +56,17 @@ class EngineState:
 def engine_states(bundle: Path, made: Manifest) -> tuple[EngineState, ...]:
     """The engines in a bundle, by their descriptions alone: nothing is hashed or run."""
     found = []
-    for path in sorted((bundle / engines.FOLDER).glob(f"*/{engines.FILENAME}")):
+    for path in sorted((bundle / ENGINES_FOLDER).glob(f"*/{ENGINE_FILENAME}")):
         folder = path.parent
         if folder.name.startswith("."):
             continue
         try:
-            described = engines.load(folder)
+            described = load_engines(folder)
         except EngineError as e:
             state = str(e)
         else:
             state = "built, not run" if described.state == "built" else described.state
-            if role := engines.stale(described, made):
+            if role := stale_role(described, made):
                 state = f"out of date: the {role}'s ONNX file changed since it was built"
         found.append(EngineState(folder=folder.relative_to(bundle).as_posix(), state=state))
     return tuple(found)
@@ -110,7 +115,7 @@ def state_of(
     recorded: see `verify.limits_of`.
     """
     folder = bundle / found.folder
-    described = engines.load(folder)
+    described = load_engines(folder)
     try:
         parity = check_engine(bundle, folder, cases, expected)
     except MedsaError as e:
@@ -124,7 +129,7 @@ def state_of(
         found = replace(found, parity=parity)
     state: Literal["built", "verified"] = "built" if problems else "verified"
     if described.state != state:
-        engines.save(replace(described, state=state), folder)
+        save_engines(replace(described, state=state), folder)
     words = f"failed: {'; '.join(problems)}" if problems else "verified"
     return replace(found, state=words, failures=problems)
 
@@ -138,8 +143,8 @@ def _run(bundle: Path, folder: Path, references: Sequence[Path]) -> Parity:
     """Run the engines on saved cases, in this process."""
     from medsa_deploy.runtime.backends.tensorrt import TensorRTBackend
 
-    made = manifest.load(bundle)
-    described = engines.load(folder)
+    made = load_manifest(bundle)
+    described = load_engines(folder)
     loaded = [load_reference(path) for path in references]
     cases = [case for case, _ in loaded]
     backend = TensorRTBackend(folder, made, described.options.flavor)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medsa_deploy.bundle import manifest
-from medsa_deploy.bundle.manifest import Manifest, Parity
+from medsa_deploy.bundle.manifest import Manifest, Parity, check_files, load_manifest, sha256
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import (
@@ -18,7 +17,7 @@ from medsa_deploy.evaluation.parity import (
     reference_outputs,
 )
 from medsa_deploy.nvidia import cuda
-from medsa_deploy.nvidia import engines as engine
+from medsa_deploy.nvidia.engines import load_engines
 from medsa_deploy.progress import OnStep
 from medsa_deploy.reports.parity import Result
 from medsa_deploy.runtime import load
@@ -70,7 +69,7 @@ def verify_bundle(
     writes `reports/parity.html` into the bundle. On a GPU the engines of these precisions are run
     as well, and their `engine.json` says that they are verified, or no longer.
     """
-    made = manifest.load(bundle)
+    made = load_manifest(bundle)
     check_options(backend, threads, precision or "fp32")
     precisions = (
         [precision] if precision else [f.precision for f in made.files if f.role == "encoder"]
@@ -80,7 +79,7 @@ def verify_bundle(
             "encoder", files_precision(name)
         )  # refused here, not after minutes of the checkpoint's network
     on_step("compare every file with its SHA-256")
-    manifest.check_files(made, bundle)
+    check_files(made, bundle)
     if checkpoint is None:
         if images is not None:
             raise UsageError(
@@ -147,7 +146,7 @@ def _engines(
         if state.state not in ("built, not run", "verified"):
             found.append(state)
             continue
-        precision = engine.load(bundle / state.folder).options.precision
+        precision = load_engines(bundle / state.folder).options.precision
         if precision in precisions:
             chosen, recorded = _judged(made, precision, to_run)
             some, wanted = [to_run[i] for i in chosen], [expected[i] for i in chosen]
@@ -184,7 +183,7 @@ def _checkpoint_outputs(
         (checkpoint, source.checkpoint, source.sha256),
         (base, source.base, source.base_sha256),
     ):
-        if path is not None and path.is_file() and (found := manifest.sha256(path)) != digest:
+        if path is not None and path.is_file() and (found := sha256(path)) != digest:
             raise InputError(
                 f"{path} (SHA-256 {found}) is not the file this bundle was made from: "
                 f"{name} (SHA-256 {digest})"
