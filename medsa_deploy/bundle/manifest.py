@@ -325,8 +325,8 @@ def manifest_from_json(text: str) -> Manifest:
     if data["schema"] != MANIFEST_SCHEMA:
         raise BundleError(
             f"{MANIFEST_FILENAME} has schema version {reprlib.repr(data['schema'])}; this "
-            f"medsa-deploy reads version {MANIFEST_SCHEMA}: export the checkpoint again, or install "
-            "a matching medsa-deploy"
+            f"medsa-deploy reads version {MANIFEST_SCHEMA}: export the checkpoint again, or "
+            "install a matching medsa-deploy"
         )
     try:
         return decode(Manifest, data, MANIFEST_FILENAME)
