@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from medsa_deploy.bundle.manifest import Source, sha256
+from medsa_deploy.bundle.files import sha256
+from medsa_deploy.bundle.manifest import Source
 from medsa_deploy.errors import CheckpointError
 
 from .lora import LoRA, merge

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.folder import new_bundle
-from medsa_deploy.bundle.manifest import load_manifest, sha256
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.bundle.strict_json import decode
 from medsa_deploy.errors import BundleError, UsageError
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from invented import adapter_keys, vit_keys, weights
 from safetensors.torch import save_file
 
-from medsa_deploy.bundle.manifest import sha256
+from medsa_deploy.bundle.files import sha256
 from medsa_deploy.errors import CheckpointError
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsa_deploy import errors
-from medsa_deploy.bundle.manifest import Manifest, Tensor, load_manifest, sha256
+from medsa_deploy.bundle.files import sha256
+from medsa_deploy.bundle.manifest import Manifest, Tensor, load_manifest
 from medsa_deploy.nvidia import cuda, tensorrt_api
 from medsa_deploy.nvidia.engines import (
     AxisRange,

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medsa_deploy.bundle.files import check_file, check_files, describe_file
 from medsa_deploy.bundle.manifest import (
     MANIFEST_FILENAME,
     MANIFEST_SCHEMA,
@@ -28,9 +29,6 @@ from medsa_deploy.bundle.manifest import (
     Source,
     Tensor,
     TensorParity,
-    check_file,
-    check_files,
-    describe_file,
     load_manifest,
     manifest_from_json,
     manifest_to_json,

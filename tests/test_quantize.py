@@ -19,8 +19,9 @@ from golden_cases import TABLELESS_2D, GoldenCase
 from onnx import helper, numpy_helper
 
 from medsa_deploy import load, stages
-from medsa_deploy.bundle.folder import add_files, workplace
-from medsa_deploy.bundle.manifest import Parity, check_files, load_manifest, save_manifest
+from medsa_deploy.bundle.files import check_files
+from medsa_deploy.bundle.folder import add_files, work_folder
+from medsa_deploy.bundle.manifest import Parity, load_manifest, save_manifest
 from medsa_deploy.bundle.node_names import module_of
 from medsa_deploy.evaluation.cases import parity_cases, seeded_image
 from medsa_deploy.evaluation.parity import DICE_TOLERANCE, LIMITS, mask_dice, parity_failures
@@ -395,7 +396,7 @@ def test_files_are_added_with_their_manifest_or_not_at_all(half: Path, tmp_path:
     before = contents(copy)
     made = load_manifest(copy)
     parity = dataclasses.replace(made.parity[0], mask_pixels_differing=float("nan"))
-    with workplace(copy) as folder:
+    with work_folder(copy) as folder:
         for name in ("encoder.fp16.onnx", "new.onnx"):
             (folder / name).write_bytes(b"new")
         files = sorted(folder.iterdir())

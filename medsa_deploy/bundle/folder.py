@@ -54,7 +54,7 @@ def new_bundle(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def workplace(bundle: Path) -> Iterator[Path]:
+def work_folder(bundle: Path) -> Iterator[Path]:
     """A temporary folder inside `bundle`, where files are made before they are added to it."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=".tmp", dir=bundle))
@@ -70,7 +70,7 @@ def workplace(bundle: Path) -> Iterator[Path]:
 
 
 def add_files(bundle: Path, files: Sequence[Path], made: Manifest) -> None:
-    """Move `files` from a workplace into `bundle`, and make `made` its manifest.
+    """Move `files` from a work_folder into `bundle`, and make `made` its manifest.
 
     Files of the same name are replaced. Whatever fails in between, the bundle is what it was.
     """

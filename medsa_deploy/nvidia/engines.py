@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medsa_deploy.bundle.manifest import Manifest, Role, Tensor, sha256
+from medsa_deploy.bundle.files import sha256
+from medsa_deploy.bundle.manifest import Manifest, Role, Tensor
 from medsa_deploy.bundle.strict_json import decode
 from medsa_deploy.errors import (
     BundleError,

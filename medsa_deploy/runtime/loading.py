@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medsa_deploy.bundle.manifest import Manifest, Role, check_file, load_manifest
+from medsa_deploy.bundle.files import check_file
+from medsa_deploy.bundle.manifest import Manifest, Role, load_manifest
 from medsa_deploy.errors import MissingDependencyError, UsageError
 from medsa_deploy.nvidia import cuda
 from medsa_deploy.nvidia.engines import find_engines

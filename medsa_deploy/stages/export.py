@@ -11,8 +11,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from medsa_deploy import __version__
+from medsa_deploy.bundle.files import describe_file
 from medsa_deploy.bundle.folder import check_target, new_bundle
-from medsa_deploy.bundle.manifest import Manifest, Role, describe_file, save_manifest
+from medsa_deploy.bundle.manifest import Manifest, Role, save_manifest
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import (
     compare_cases,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.folder import new_bundle
-from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, sha256
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME
 from medsa_deploy.errors import UsageError
 from medsa_deploy.nvidia import cuda, engine_builder
 from medsa_deploy.nvidia.engines import Engine, EngineFile, load_engines, save_engines

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 
-from medsa_deploy.bundle.manifest import Manifest, Role, check_file, load_manifest
+from medsa_deploy.bundle.files import check_file
+from medsa_deploy.bundle.manifest import Manifest, Role, load_manifest
 from medsa_deploy.errors import EngineError, UsageError
 from medsa_deploy.nvidia import cuda, tensorrt_api
 from medsa_deploy.nvidia.engines import (

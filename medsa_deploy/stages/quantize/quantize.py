@@ -13,16 +13,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from medsa_deploy.bundle.folder import add_files, workplace
-from medsa_deploy.bundle.manifest import (
-    File,
-    Manifest,
-    Parity,
-    Recipe,
-    check_files,
-    describe_file,
-    load_manifest,
-)
+from medsa_deploy.bundle.files import check_files, describe_file
+from medsa_deploy.bundle.folder import add_files, work_folder
+from medsa_deploy.bundle.manifest import File, Manifest, Parity, Recipe, load_manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import import_onnx
@@ -84,7 +77,7 @@ def quantize_bundle(
     on_step("compare every file with its SHA-256")
     check_files(made, bundle)
     to_run = parity_cases(made.network, images)
-    with workplace(bundle) as folder:
+    with work_folder(bundle) as folder:
         on_step("run the float32 graphs")
         additions: list[Made] = []
         in_bundle = made.recipe("fp16") is not None

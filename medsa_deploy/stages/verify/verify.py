@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medsa_deploy.bundle.manifest import Manifest, Parity, check_files, load_manifest, sha256
+from medsa_deploy.bundle.files import check_files, sha256
+from medsa_deploy.bundle.manifest import Manifest, Parity, load_manifest
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import (
