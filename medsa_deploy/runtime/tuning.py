@@ -9,13 +9,13 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from medsa_deploy import machine
 from medsa_deploy.bundle import strict_json
+from medsa_deploy.bundle.atomic import write_text
 from medsa_deploy.errors import BundleError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -105,14 +105,9 @@ def store(choice: Choice) -> Path:
         if not (isinstance(entry, dict) and all(entry.get(name) == made[name] for name in key))
     ]
     text = json.dumps([*kept, made], indent=2) + "\n"
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(target, text)
     except OSError as e:
         raise UsageError(
             f"{target} cannot be written ({e.strerror}): set XDG_CONFIG_HOME to a folder of yours"
