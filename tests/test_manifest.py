@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import importlib
 import json
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,7 +271,9 @@ def test_a_missing_field_is_named_or_has_its_default(path: tuple[Any, ...]) -> N
         with pytest.raises(BundleError, match="has no schema version"):
             manifest_from_json(json.dumps(data))
     elif path[-1] in REQUIRED:
-        with pytest.raises(BundleError, match=f"lacks fields: {path[-1]}$"):
+        with pytest.raises(
+            BundleError, match=f"lacks fields: {path[-1]}; export the checkpoint again$"
+        ):
             manifest_from_json(json.dumps(data))
     else:
         assert manifest_from_json(json.dumps(data)) != full()
@@ -395,6 +400,17 @@ def test_a_whole_bundle_passes(bundle: Path) -> None:
     entry = load_manifest(bundle).files[0]
     assert check_file(entry, bundle) == bundle / "encoder.onnx"
     assert (entry.path, entry.bytes, entry.opset) == ("encoder.onnx", 5, 20)
+
+
+@pytest.mark.parametrize(
+    "name", ["atomic", "files", "folder", "manifest", "node_names", "strict_json"]
+)
+def test_examples_run(bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(bundle.parent)
+    module = importlib.import_module(f"medsa_deploy.bundle.{name}")
+    names = {"bundle": bundle, "manifest": load_manifest(bundle), "np": np}
+    ran = doctest.testmod(module, extraglobs=names, raise_on_error=True)
+    assert ran.attempted
 
 
 def test_files_below_and_links_inside_the_bundle_pass(bundle: Path) -> None:

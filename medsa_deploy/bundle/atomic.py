@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all: written under a temporary name, then renamed."""
+"""Content → a file that is there whole or not at all: a temporary name first, then a rename.
+
+Every file this package writes goes through here, so that a full disk, an error or an interrupt
+leaves the previous file, or none. `bundle/folder.py` does the same for folders.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, with the same suffixes, that becomes `path` at the end.
 
-    If the block fails or is interrupted, the temporary file is removed and an older `path` is
-    untouched. OSError if the file cannot be renamed.
+    The block writes the temporary file. If the block fails or is interrupted, the temporary file is
+    removed and an earlier file at `path` stays as it was. OSError if the file cannot be renamed.
 
-    >>> with whole_file(Path("mask.png")) as temporary:  # doctest: +SKIP
-    ...     temporary.write_bytes(data)
+    >>> with whole_file(Path("mask.npy")) as temporary:
+    ...     np.save(temporary, np.zeros((256, 256), np.uint8))
     """
     temporary = path.with_name(f".medsa-{secrets.token_hex(8)}{''.join(path.suffixes[-2:])}")
     try:
@@ -28,11 +32,17 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; OSError if it cannot be written."""
+    """Write a file whole or not at all; OSError if it cannot be written.
+
+    >>> write_bytes(Path("cache.bin"), b"content")
+    """
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all; OSError if it cannot be written."""
+    """Write text as UTF-8, whole or not at all; OSError if it cannot be written.
+
+    >>> write_text(Path("report.html"), "<p>Dice 0.95</p>")
+    """
     write_bytes(path, text.encode())

@@ -11,19 +11,22 @@ from .manifest import File, Manifest, Role
 
 
 def check_files(manifest: Manifest, bundle: Path) -> None:
-    """Refuse a bundle with a missing or changed file, naming it. Reads every byte."""
+    """BundleError names the first file that is missing or changed. Reads every byte."""
     for entry in manifest.files:
         check_file(entry, bundle)
 
 
 def check_file(entry: File, bundle: Path) -> Path:
-    """Path of one file of the bundle, its size and SHA-256 compared with the manifest's."""
+    """The path of one file, after its size and SHA-256 were compared with the manifest's.
+
+    BundleError if the file is missing, changed, unreadable or outside the bundle.
+    """
     path = bundle / entry.path
     try:
         if not path.resolve().is_relative_to(bundle.resolve()):
             raise BundleError(
                 f"{bundle}: its manifest names a file outside the bundle, {entry.path!r}: "
-                "use only bundles that medsa-deploy made"
+                "use only bundles that medsa-deploy has written"
             )
         if not path.is_file():
             raise BundleError(
@@ -32,13 +35,16 @@ def check_file(entry: File, bundle: Path) -> Path:
             )
         size = path.stat().st_size
         digest = sha256(path) if size == entry.bytes else None
-    except (OSError, ValueError, RuntimeError) as e:  # no path at all, or a loop of links
-        raise BundleError(f"{bundle}: {entry.path!r} cannot be read ({e})") from e
-    if digest != entry.sha256:
-        found = f"{size} bytes, expected {entry.bytes}" if digest is None else "its SHA-256 differs"
+    except (OSError, ValueError, RuntimeError) as e:  # not a valid path, or a loop of links
         raise BundleError(
-            f"{path} is not the file the manifest describes ({found}): copy the bundle again or "
-            "export it again"
+            f"{bundle}: {entry.path!r} cannot be read ({e}): copy the bundle again"
+        ) from e
+    if digest != entry.sha256:
+        wrong_size = f"{size} bytes, expected {entry.bytes}"
+        difference = wrong_size if digest is None else "its SHA-256 differs"
+        raise BundleError(
+            f"{path} is not the file the manifest describes ({difference}): copy the bundle again "
+            "or export it again"
         )
     return path
 
@@ -46,7 +52,11 @@ def check_file(entry: File, bundle: Path) -> Path:
 def describe_file(
     path: Path, bundle: Path, *, role: Role, precision: str, opset: int | None = None
 ) -> File:
-    """The manifest's entry for a file that was just written into `bundle`."""
+    """The manifest's entry for a file inside `bundle`, with the size and SHA-256 it has now.
+
+    >>> describe_file(bundle / "encoder.onnx", bundle, role="encoder", precision="fp32").bytes
+    5
+    """
     return File(
         path=path.relative_to(bundle).as_posix(),
         role=role,
@@ -58,6 +68,6 @@ def describe_file(
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """The hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

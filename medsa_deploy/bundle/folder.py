@@ -1,6 +1,7 @@
-"""Folders that appear whole or not at all: a bundle is built under a temporary name and renamed.
+"""Files → a bundle folder that is there whole or not at all, or new files in an existing bundle.
 
-So are files that are added to a bundle: they and the manifest that lists them change together.
+A new bundle is built under a temporary name and then renamed. Files are added to a bundle together
+with the manifest that lists them: both change, or neither.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from .manifest import MANIFEST_FILENAME, Manifest, save_manifest
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that cannot be written, or that exists and is not to be replaced."""
+    """UsageError if no bundle can be written at `target`, or if it exists and `force` is off.
+
+    Only a bundle is ever replaced; any other file or folder at `target` is refused.
+    """
     if not target.parent.is_dir():
         raise UsageError(f"{target.parent} is not a folder: make it, or name another output")
     if not os.access(target.parent, os.W_OK):
@@ -38,8 +42,11 @@ def check_target(target: Path, *, force: bool) -> None:
 def new_bundle(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name when the block ends without error.
 
-    An earlier bundle at `target` stays until then. Whatever ends the block early, an interrupt
-    included, leaves neither folder nor change.
+    An earlier folder at `target` stays until then. If the block fails or is interrupted, the
+    temporary folder is removed and `target` stays as it was. UsageError if no folder can be made.
+
+    >>> with new_bundle(Path("liver.medsa")) as folder:
+    ...     save_manifest(manifest, folder)
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -55,13 +62,16 @@ def new_bundle(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def work_folder(bundle: Path) -> Iterator[Path]:
-    """A temporary folder inside `bundle`, where files are made before they are added to it."""
+    """A temporary folder inside `bundle` for files that `add_files` will move into the bundle.
+
+    The folder and everything still in it are removed at the end. UsageError if it cannot be made.
+    """
     try:
         folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=".tmp", dir=bundle))
     except OSError as e:
         raise UsageError(
-            f"{bundle} cannot be written to ({e.strerror}): copy it to where it can, or change its "
-            "permissions"
+            f"{bundle} cannot be written to ({e.strerror}): change its permissions, or copy it to "
+            "a folder of yours"
         ) from e
     try:
         yield folder
@@ -69,22 +79,23 @@ def work_folder(bundle: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def add_files(bundle: Path, files: Sequence[Path], made: Manifest) -> None:
-    """Move `files` from a work_folder into `bundle`, and make `made` its manifest.
+def add_files(bundle: Path, files: Sequence[Path], manifest: Manifest) -> None:
+    """Move `files` from a work folder into `bundle` and save its new `manifest`.
 
-    Files of the same name are replaced. Whatever fails in between, the bundle is what it was.
+    Files of the same name are replaced. If a step fails, the earlier files and the earlier manifest
+    are put back.
     """
-    done: list[tuple[Path, Path]] = []
+    moves: list[tuple[Path, Path]] = []
     try:
         for file in files:
             target, aside = bundle / file.name, file.with_name(f"{file.name}.earlier")
             if target.exists():
                 target.replace(aside)
-            done.append((target, aside))
+            moves.append((target, aside))
             file.replace(target)
-        save_manifest(made, bundle)
+        save_manifest(manifest, bundle)
     except BaseException:
-        for target, aside in done:
+        for target, aside in moves:
             if aside.exists():
                 aside.replace(target)
             else:
@@ -93,7 +104,7 @@ def add_files(bundle: Path, files: Sequence[Path], made: Manifest) -> None:
 
 
 def _is_bundle(path: Path) -> bool:
-    """Whether a folder is a bundle of any version, and so may be replaced; a guess must not be."""
+    """Whether `path` is surely a bundle, of any schema version: only then may it be replaced."""
     try:
         data = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -102,7 +113,7 @@ def _is_bundle(path: Path) -> bool:
 
 
 def _replace(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`, setting an earlier bundle aside until that is done."""
+    """Rename `folder` to `target`; an earlier folder is kept aside until the rename succeeds."""
     if not target.exists():
         folder.rename(target)
         return
@@ -121,7 +132,7 @@ def _replace(folder: Path, target: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The process's umask. Reading it means setting it twice: there is no other call."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

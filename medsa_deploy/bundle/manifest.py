@@ -1,9 +1,9 @@
 """A bundle's manifest: frozen dataclasses ⇄ `manifest.json`.
 
-The manifest says what a bundle is (checkpoint, network, conventions, tensor contract), which files
-it consists of, and how its graphs were proved equal to the checkpoint's own network. It is read
-strictly: an unknown schema version, an unknown or missing field, a value of the wrong type, a file
-that is missing or whose SHA-256 differs are refused, naming what was found.
+The manifest describes a bundle (checkpoint, network, conventions, tensor contract), lists its
+files, and records how far its graphs differ from the checkpoint's own network. Reading is strict:
+an unknown schema version, an unknown or missing field, or a value of the wrong type is refused.
+`bundle/files.py` compares the files with their entries.
 """
 
 from __future__ import annotations
@@ -44,32 +44,33 @@ Role = Literal[
     "weights",
     "reference",
 ]
-"""`encoder-onnxruntime`, `encoder-openvino`: the encoder once more, with attention as that backend
-runs it best; its weights are those in the encoder's file. `decoder-image` and `decoder-click`: the
-decoder once more, cut into what runs once an image and what runs with every prompt that has no
-mask. `weights`: external data of a graph over protobuf's limit. `reference`: outputs to verify by.
+"""`encoder-onnxruntime`, `encoder-openvino`: the encoder with attention as that backend runs it
+fastest; it shares the weights in the encoder's file. `decoder-image` and `decoder-click`: the
+decoder in two parts, one that runs once for each image and one that runs for each prompt without a
+mask. `weights`: external data of a graph over protobuf's limit. `reference`: the checkpoint's
+outputs, for `verify`.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The checkpoint a bundle was made from."""
+    """The checkpoint a bundle was exported from."""
 
     checkpoint: str
     """File name, without its folder."""
     sha256: str
     container: str
-    """How the file held weights: `training checkpoint`, `state dict`, `adapters over a base`…"""
+    """Form of the file: `training checkpoint`, `state dict`, `adapters over a base`…"""
     dtype: str
-    """Floating-point types of the stored weights, before they were made float32."""
+    """Floating-point types of the stored weights, before their conversion to float32."""
     base: str | None = None
-    """File name of the checkpoint an adapter-only file was laid over."""
+    """File name of the base checkpoint, for a file that holds adapters only."""
     base_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Facts about the network, read off the checkpoint's keys and shapes or set by an option."""
+    """Facts about the network, inferred from the checkpoint's keys and shapes or set by options."""
 
     family: Family
     encoder: EncoderKind
@@ -98,23 +99,23 @@ class Network:
     """Form of the decoder's two-way blocks: Meta's, or the public Med-SA code's."""
     mask_tokens: int
     classes: int
-    """N: how many masks a prompt yields when `outputs` is `classes`."""
+    """N: masks for each prompt when `outputs` is `classes`."""
     outputs: Outputs
     """`classes`: masks 0…N−1. `sam`: all mask tokens; mask 0 for one mask, 1… for several."""
     hyp_lengths: tuple[int, ...] = ()
-    """HyP-Adpt's widths L_0…L_K of the first two-way block that has it; empty without."""
+    """HyP-Adpt's widths L_0…L_K in the first two-way block that has it; empty without HyP-Adpt."""
     hyp_prompt_length: int = 0
     sd_trans: DepthGrouping | None = None
-    """How SD-Trans groups what attends over depth; None for a network that sees single images."""
+    """How SD-Trans groups slices for attention over depth; None for a network on single images."""
     depth_chunk: int | None = None
-    """D: neighbouring slices that attend to each other; the encoder's batch is a multiple of it.
-    None with SD-Trans: the depth branch spans every window of exactly `slices` slices."""
+    """D: neighbouring slices that attend to each other; the encoder's batch is a multiple of D.
+    None together with SD-Trans: the depth branch spans windows of exactly `slices` slices."""
     slices: int | None = None
-    """Slices the encoder takes, no more and no less, where there is no `depth_chunk`."""
+    """The exact number of slices the encoder takes, if there is no `depth_chunk`."""
 
     @property
     def chunk(self) -> int:
-        """Slices that are encoded together: 1 for a network that sees single images."""
+        """Slices that are encoded together: 1 for a network on single images."""
         return self.depth_chunk or self.slices or 1
 
     @property
@@ -130,7 +131,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """What a caller must do around the graphs for the masks to be right."""
+    """How a caller prepares images and prompts for the graphs, and turns logits into masks."""
 
     preprocess: PreprocessingName
     point_order: PointOrder = "xy"
@@ -138,13 +139,13 @@ class Conventions:
     point_frame: PointFrame = "network"
     """`image`: coordinates go in as the image's own pixels, unscaled."""
     prompt_scope: PromptScope = "chunk"
-    """In 3D, whom a prompt set is for: all slices of its chunk, with the clicks and boxes of all of
-    them in one set, as the public code trains; or its own slice alone."""
+    """In 3D, the slices a prompt set is for. `chunk`: all slices of its chunk, with the prompts of
+    all of them in one set, as the public code trains. `slice`: its own slice alone."""
     point_scale: float = 1.0
-    """What coordinates are multiplied by, after `point_frame`."""
+    """Factor on coordinates, applied after `point_frame`."""
     pad_points: int | None = None
-    """Points a set is padded to, box corners included, with (−1, −1) and label −1; 0 for no padding
-    at all. None is SAM's way: one point (0, 0) of label −1 in a set without a box."""
+    """Points in a padded set, box corners included; padding is (−1, −1) with label −1. 0: none.
+    None: SAM's rule, one point (0, 0) with label −1 in a set without a box."""
     intensity_window: tuple[float, float] | None = None
     """Intensities mapped to black and white, for images that are not 8-bit."""
     threshold: float = 0.5
@@ -192,7 +193,7 @@ class TensorParity:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How one precision's graphs compared with the checkpoint's own network."""
+    """Differences between one precision's graphs and the checkpoint's own network."""
 
     precision: str
     backend: str
@@ -203,27 +204,25 @@ class Parity:
     mask_pixels_differing: float
     """Share of a case's mask pixels that differ, worst over all cases."""
     mask_dice_mean: float | None = None
-    """Dice of each decoded mask with the reference's, at the image's size; two empty masks are 1.
-    """
+    """Dice of each decoded mask with the reference's, at image size; 1 for two empty masks."""
     mask_dice_worst: float | None = None
     nan_count: int = 0
     """NaN and infinite values in any output."""
     split: Parity | None = None
-    """The same with the decoder's two parts in its place, for prompt sets without a mask. None
-    where a precision has no such files."""
+    """The same comparison with the decoder's two parts, for prompt sets without a mask. None if the
+    precision has no such files."""
     encoders: dict[str, Parity] = field(default_factory=dict)
-    """The same with a backend's own encoder in its place, by role, where there is one and it ran.
-    """
+    """The same comparison with each backend's own encoder that exists and ran, by role."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How the ranges of activations were measured."""
+    """Images and method by which the ranges of activations were measured."""
 
     images: int
     """Images and slices of volumes."""
     names_sha256: str
-    """Of their names, one a line."""
+    """SHA-256 of the images' names, one name a line."""
     method: str
     """`min-max`, or `percentile 99.99` of magnitudes."""
 
@@ -239,33 +238,33 @@ class Island:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one precision's graphs compute in which type, and how that was decided."""
+    """The types one precision's graphs compute in, and the measurements behind the choice."""
 
     precision: str
     target: Target = "any"
-    """What the graphs are made for."""
+    """The kind of device the graphs are meant for."""
     islands: tuple[Island, ...] = ()
     """Nodes that stay float32, over both graphs."""
     float32_blocks: tuple[str, ...] = ()
-    """Blocks returned to float32 because masks needed it: `encoder blocks.3`."""
+    """Blocks returned to float32 because masks were worse without: `encoder blocks.3`."""
     rounded_dice_mean: float | None = None
-    """Mask Dice to float32 when each operator's result is rounded to float16, which ONNX Runtime on
-    a CPU does not do."""
+    """Mask Dice against float32 when each operator's result is rounded to float16: ONNX Runtime on
+    a CPU does not round, so this is measured separately."""
     rounded_dice_worst: float | None = None
     quantized: tuple[str, ...] = ()
     """Linear layers with INT8 weights and inputs: `blocks.3.attention.query`."""
     left_out: tuple[str, ...] = ()
-    """Linear layers that were not quantized because masks needed it, most costly first."""
+    """Linear layers left unquantized because masks were worse otherwise, most harmful first."""
     weights: str | None = None
     """`int8, symmetric, per channel`"""
     activations: str | None = None
     """`int8, symmetric` or `uint8`"""
     calibration: Calibration | None = None
     reference_dice_mean: float | None = None
-    """Mask Dice on the bundle's saved reference, a seeded image. INT8 is fitted to a user's images
-    and judged on them; on the reference it need only give again what it gave when it was made."""
+    """Mask Dice on the bundle's saved reference, a seeded image. INT8 is calibrated and judged on a
+    user's images; on the reference it only has to reproduce this figure."""
     runs: int = 0
-    """How often the search ran the verification cases."""
+    """Times the search ran the verification cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,19 +278,23 @@ class Manifest:
     files: tuple[File, ...]
     parity: tuple[Parity, ...] = ()
     recipes: tuple[Recipe, ...] = ()
-    """One for each precision that was made from the float32 graphs."""
+    """One for each precision derived from the float32 graphs."""
     tools: dict[str, str] = field(default_factory=dict)
-    """Versions of what made the bundle."""
+    """Versions of the tools that wrote the bundle."""
     schema: int = MANIFEST_SCHEMA
 
     def file(self, role: Role, precision: str = "fp32") -> File:
-        """The file of `role` in `precision`; BundleError names the precisions there are."""
+        """The file of `role` in `precision`; BundleError lists the precisions that exist.
+
+        >>> manifest.file("encoder").path
+        'encoder.onnx'
+        """
         for entry in self.files:
             if entry.role == role and entry.precision == precision:
                 return entry
-        there = sorted({entry.precision for entry in self.files if entry.role == role})
+        precisions = sorted({entry.precision for entry in self.files if entry.role == role})
         raise BundleError(
-            f"the bundle has no {role} in {precision}; it has: {', '.join(there) or 'none'}"
+            f"the bundle has no {role} in {precision}; it has: {', '.join(precisions) or 'none'}"
         )
 
     def has(self, role: Role, precision: str = "fp32") -> bool:
@@ -299,18 +302,18 @@ class Manifest:
         return any((entry.role, entry.precision) == (role, precision) for entry in self.files)
 
     def recipe(self, precision: str) -> Recipe | None:
-        """How a precision's graphs were made; None for float32, which was exported."""
+        """The recipe of a derived precision; None for float32, which is exported as it is."""
         return next((r for r in self.recipes if r.precision == precision), None)
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """The text of `manifest.json`."""
+    """A manifest as the text of `manifest.json`."""
     data = dataclasses.asdict(manifest)
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def manifest_from_json(text: str) -> Manifest:
-    """A manifest from its text; BundleError says which field is wrong and how."""
+    """The manifest in a text; BundleError names the field that is wrong, and how."""
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as e:
@@ -319,7 +322,8 @@ def manifest_from_json(text: str) -> Manifest:
         ) from e
     if not isinstance(data, dict) or "schema" not in data:
         raise BundleError(
-            f"{MANIFEST_FILENAME} has no schema version: it is not a bundle's manifest"
+            f"{MANIFEST_FILENAME} has no schema version: it is not a bundle's manifest; name a "
+            "folder that medsa-deploy export has written"
         )
     if data["schema"] != MANIFEST_SCHEMA:
         raise BundleError(
@@ -333,10 +337,12 @@ def manifest_from_json(text: str) -> Manifest:
         raise BundleError(
             f"{MANIFEST_FILENAME} is nested too deeply: export the checkpoint again"
         ) from e
+    except BundleError as e:
+        raise BundleError(f"{e}; export the checkpoint again") from e
 
 
 def _refuse_constant(name: str) -> None:
-    """NaN and Infinity, which Python's parser takes for JSON."""
+    """Refuse NaN and Infinity: Python's parser accepts them, JSON does not."""
     raise ValueError(f"{name} is not a number")
 
 
@@ -346,15 +352,24 @@ def save_manifest(manifest: Manifest, bundle: Path) -> None:
 
 
 def load_manifest(bundle: Path) -> Manifest:
-    """Read and validate a bundle's manifest; the files it lists are not opened."""
+    """Read and validate a bundle's manifest, without opening the files it lists.
+
+    BundleError if `bundle` is not a folder, has no manifest, or has one this version cannot read.
+
+    >>> load_manifest(bundle).network.image_size
+    256
+    """
     if not bundle.is_dir():
-        what = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
-        raise BundleError(f"{bundle} {what}: make a bundle with medsa-deploy export CHECKPOINT")
+        state = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
+        raise BundleError(f"{bundle} {state}: make a bundle with medsa-deploy export CHECKPOINT")
     path = bundle / MANIFEST_FILENAME
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as e:
-        raise BundleError(f"{bundle} has no {MANIFEST_FILENAME}: it is not a bundle") from e
+        raise BundleError(
+            f"{bundle} has no {MANIFEST_FILENAME}: it is not a bundle; name a folder "
+            "that medsa-deploy export has written"
+        ) from e
     except (OSError, UnicodeDecodeError) as e:
         raise BundleError(f"{path} cannot be read ({e}): copy the bundle again") from e
     try:

@@ -1,8 +1,8 @@
-"""A node of a graph ⇄ the module of the network it came from.
+"""The name of a graph's node ⇄ the module of the network that the node belongs to.
 
-Exported nodes and the values they make are named `MODULE/NODE`, such as
-`blocks.3.attention.query/node_MatMul_165`, so that every profiler and viewer shows what it is
-about; between modules they are named `/NODE`.
+Exported nodes and their values are named `MODULE/NODE`, such as
+`blocks.3.attention.query/node_MatMul_165`, so that every profiler and viewer shows the module.
+Nodes between modules are named `/NODE`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import re
 from typing import Any
 
 METADATA = "pkg.torch.onnx.name_scopes"
-"""Where the exporter says which modules a node came from, outermost first, then the operation."""
+"""The exporter's metadata key for a node's modules, outermost first, then the operation."""
 ADDED = re.compile(
     r"^(\{ForeignNode\[|fused |cast_|InsertedPrecisionFreeCast_|.*_[a-f]{3,6}_[a-f]{3,6}_)+"
 )
-"""What TensorRT, ONNX Runtime, this package and OpenVINO put before a name."""
+"""Prefixes that TensorRT, ONNX Runtime, this package and OpenVINO add to a name."""
 REST = "rest"
-"""Nodes between modules."""
+"""The block of nodes between modules."""
 
 
 def innermost(scopes: str) -> str:
-    """The module in a value of `METADATA`, `blocks.3.attention.query`; empty where none is named.
+    """The innermost module in a value of `METADATA`; empty if the value names none.
 
     >>> innermost("['', 'blocks', 'blocks.3', 'blocks.3.attention', 'softmax_3']")
     'blocks.3.attention'
@@ -31,21 +31,21 @@ def innermost(scopes: str) -> str:
         names = ast.literal_eval(scopes)
     except (ValueError, SyntaxError):
         return ""
-    found = str(names[-2]) if len(names) > 1 else ""
-    return "" if found.startswith("_") else found  # the exporter's own bookkeeping
+    module = str(names[-2]) if len(names) > 1 else ""
+    return "" if module.startswith("_") else module  # the exporter's own bookkeeping
 
 
 def node_name(module: str, name: str) -> str:
-    """What a node is called in an exported graph."""
+    """The name of a node in an exported graph."""
     return f"{module}/{name}"
 
 
 def module_named(name: str) -> str | None:
-    """The module in a node's name, whatever a backend added to it; None in a name without one.
+    """The module in a node's name, without any backend's prefix; None for a name without a module.
 
-    Casts are named after what they cast. OpenVINO calls a change of layout `A_abcd_acdb_B`, between
-    A and B, of which this takes B. TensorRT calls all nodes from A to B, made one,
-    `{ForeignNode[A...B]}`, of which this takes A.
+    A cast belongs to the module of its input. OpenVINO names a change of layout between A and B
+    `A_abcd_acdb_B`: the module is B's. TensorRT names the fusion of all nodes from A to B
+    `{ForeignNode[A...B]}`: the module is A's.
 
     >>> module_named("image_abcd_acdb_patch_embed/node_conv2d/WithoutBiases")
     'patch_embed'
@@ -55,7 +55,7 @@ def module_named(name: str) -> str | None:
 
 
 def block_of(module: str) -> str:
-    """`blocks.3` of `blocks.3.attention.query`; the first name where nothing is numbered."""
+    """`blocks.3` of `blocks.3.attention.query`; the first part of a name without numbers."""
     parts = module.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -70,6 +70,6 @@ def kind_of(module: str) -> str:
 
 
 def module_of(node: Any) -> str:
-    """The module a node came from, `blocks.3.attention.query`; empty where none is named."""
+    """The module of an ONNX node, from its metadata; empty if the metadata names none."""
     entries = (entry.value for entry in node.metadata_props if entry.key == METADATA)
     return next(map(innermost, entries), "")

@@ -15,7 +15,16 @@ T = TypeVar("T")
 
 
 def decode(cls: type[T], data: object, where: str) -> T:
-    """`cls` from parsed JSON; BundleError unless every field is what its annotation says."""
+    """An instance of the dataclass `cls` from parsed JSON; messages start with `where`.
+
+    BundleError if a field is unknown or missing, or its value does not fit its annotation.
+
+    >>> @dataclasses.dataclass
+    ... class Box:
+    ...     sides: tuple[int, int]
+    >>> decode(Box, {"sides": [3, 4]}, "box.json")
+    Box(sides=(3, 4))
+    """
     if not isinstance(data, dict):
         raise BundleError(f"{where} is {reprlib.repr(data)}, expected an object")
     hints = typing.get_type_hints(cls)
@@ -33,14 +42,14 @@ def decode(cls: type[T], data: object, where: str) -> T:
 
 
 def _value(hint: Any, value: object, where: str) -> Any:
-    """`value` as the annotation `hint` wants it, or BundleError."""
+    """`value` converted to the annotation `hint`; BundleError if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return decode(typing.cast(type, hint), value, where)
     if origin is Literal and value in arguments:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _one_of(arguments, value, where)
+        return _member_of(arguments, value, where)
     if origin is tuple and isinstance(value, list):
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(hints) != len(value):
@@ -58,8 +67,8 @@ def _value(hint: Any, value: object, where: str) -> Any:
     raise BundleError(f"{where} is {reprlib.repr(value)}, expected {_kind(hint)}")
 
 
-def _one_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
-    """`value` as the one of several annotations that is of its kind."""
+def _member_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
+    """`value` converted to the member of a union that has its JSON type."""
     for hint in hints:
         if type(value) in _json_types(hint):
             return _value(hint, value, where)
@@ -68,7 +77,7 @@ def _one_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
 
 
 def _json_types(hint: Any) -> tuple[type, ...]:
-    """What the JSON parser makes of values of an annotation."""
+    """The types in which the JSON parser returns values of an annotation."""
     if dataclasses.is_dataclass(hint):
         return (dict,)
     origin = typing.get_origin(hint) or hint
