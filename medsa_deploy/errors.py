@@ -1,43 +1,62 @@
-"""What can go wrong, as one tree. A message says what was found, what was expected, what to do.
+"""Everything that can go wrong, as one tree of exceptions.
 
 MedsaError
-├── UsageError             the call or the command line asks for something impossible     exit 2
-├── InputError             something handed in cannot be used                             exit 2
+├── UsageError             the call or the command line is wrong: options, names         exit 2
+├── InputError             a file, image or prompt cannot be used                        exit 2
 │   ├── CheckpointError    a checkpoint: container, keys, shapes, another architecture
 │   ├── BundleError        a bundle: missing, changed or unknown files
-│   ├── ImageError         an image: unreadable, NaN, constant, wrong dimensions
-│   └── PromptError        a prompt: outside the image, empty box, nothing given
-├── EngineError            an engine cannot be loaded here; says what to rebuild          exit 2
-│   ├── EngineFlavorError  TensorRT's where TensorRT-RTX's is wanted, or the reverse
+│   ├── ImageError         an image: unreadable, NaN, constant, wrong shape, unwritable
+│   └── PromptError        a prompt: outside the image, an empty box, no prompt at all
+├── EngineError            an engine cannot be loaded on this machine; rebuild it        exit 2
+│   ├── EngineFlavorError  a TensorRT engine for TensorRT-RTX, or the reverse
 │   ├── EngineVersionError built by another version of the library
-│   ├── EngineDeviceError  built for other GPUs, or no NVIDIA driver here
-│   ├── EngineChangedError its files are not those that were built
+│   ├── EngineDeviceError  built for other GPUs, or this machine has no NVIDIA driver
+│   ├── EngineChangedError its files are missing or changed since the build
 │   └── EngineStaleError   built from another ONNX file than the bundle holds now
-├── MissingDependencyError an optional library is not installed; names the extra          exit 2
-├── BuildError             an engine could not be built, or a kernel not compiled         exit 3
-├── ParityError            a proof failed: two networks that must agree do not            exit 1
-└── DeviceError            a backend failed while running                                 exit 3
+├── MissingDependencyError an optional library is not installed; names the extra         exit 2
+├── BuildError             an engine was not built, or a CUDA kernel not compiled        exit 3
+├── ParityError            two networks that must agree do not                           exit 1
+└── DeviceError            a backend failed while running                                exit 3
     ├── DeviceMemoryError  the device's memory is full
-    └── DeviceLostError    the device cannot be used any more in this process
+    └── DeviceLostError    the device is unusable until the process is restarted
+
+A message says what was found, what was expected and what to do, in that order. To handle them:
+
+    import medsa_deploy
+    from medsa_deploy import errors
+
+    try:
+        with medsa_deploy.load("liver.medsa") as session:
+            embedding = session.encode(medsa_deploy.read_image("slice.png"))
+            prediction = session.segment(embedding, points=[(120, 88)])
+    except errors.InputError as e:
+        print(f"skipped: {e}")  # the next image may be fine
+    except errors.DeviceMemoryError as e:
+        print(f"try again with a smaller batch, or on the CPU: {e}")
+    except errors.MedsaError as e:
+        raise SystemExit(f"stopped: {e}") from e
 """
 
 from __future__ import annotations
 
 
 class MedsaError(Exception):
-    """Base of every error this package raises on purpose; `exit_code` is the command line's."""
+    """Base of every error this package raises on purpose.
+
+    `exit_code` is the exit code of the command line.
+    """
 
     exit_code = 3
 
 
 class UsageError(MedsaError):
-    """The call asks for something impossible: options that exclude each other, an unknown name."""
+    """The call is wrong: options that exclude each other, an unknown name, an unusable output."""
 
     exit_code = 2
 
 
 class InputError(MedsaError):
-    """Something handed in cannot be used."""
+    """A file, an image or a prompt cannot be used."""
 
     exit_code = 2
 
@@ -51,21 +70,21 @@ class BundleError(InputError):
 
 
 class ImageError(InputError):
-    """An image cannot be used: unreadable, NaN, constant, or of the wrong dimensions."""
+    """An image cannot be read, written or used: damaged, NaN, constant, or of the wrong shape."""
 
 
 class PromptError(InputError):
-    """A prompt cannot be used: outside the image, an empty box, or nothing given."""
+    """A prompt cannot be used: outside the image, an empty box, or no prompt at all."""
 
 
 class EngineError(MedsaError):
-    """An engine cannot be loaded here; the message says what to rebuild."""
+    """An engine cannot be loaded on this machine; the message says what to rebuild."""
 
     exit_code = 2
 
 
 class EngineFlavorError(EngineError):
-    """A TensorRT engine where a TensorRT-RTX engine is wanted, or the reverse."""
+    """A TensorRT engine where a TensorRT-RTX engine is needed, or the reverse."""
 
 
 class EngineVersionError(EngineError):
@@ -77,7 +96,7 @@ class EngineDeviceError(EngineError):
 
 
 class EngineChangedError(EngineError):
-    """Files of an engine are missing or not those that were built."""
+    """Files of an engine are missing or have changed since the build."""
 
 
 class EngineStaleError(EngineError):
@@ -85,7 +104,11 @@ class EngineStaleError(EngineError):
 
 
 class MissingDependencyError(MedsaError):
-    """An optional library is not installed."""
+    """An optional library is not installed; the message names the extra to install.
+
+    >>> print(MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM"))
+    reading DICOM needs pydicom, which is not installed: pip install 'medsa-deploy[dicom]'
+    """
 
     exit_code = 2
 
@@ -97,7 +120,7 @@ class MissingDependencyError(MedsaError):
 
 
 class BuildError(MedsaError):
-    """TensorRT could not build an engine, or a CUDA compiler a kernel."""
+    """TensorRT could not build an engine, or a CUDA compiler could not compile a kernel."""
 
     exit_code = 3
 
@@ -119,10 +142,16 @@ class DeviceMemoryError(DeviceError):
 
 
 class DeviceLostError(DeviceError):
-    """The device cannot be used any more in this process: reset, unplugged, or a fault in it."""
+    """The device was reset, unplugged or faulted; it is unusable until the process is restarted."""
 
 
 def one_line(error: BaseException) -> str:
-    """What a library said, as one line of bounded length; its type where it said nothing."""
+    """An exception's text as one line of at most 200 characters; its type if it has no text.
+
+    >>> one_line(ValueError("bad header\\n  in byte 7"))
+    'bad header in byte 7'
+    >>> one_line(KeyboardInterrupt())
+    'KeyboardInterrupt'
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
