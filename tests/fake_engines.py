@@ -13,7 +13,8 @@ from fake_network import SIDE, BrightPixels, bright_pixels
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.manifest import File, Manifest, save_manifest
 from medsa_deploy.evaluation.cases import seeded_case
-from medsa_deploy.evaluation.parity import run_case, save_reference
+from medsa_deploy.evaluation.parity import run_case
+from medsa_deploy.evaluation.reference_file import save_reference
 from medsa_deploy.nvidia.engines import (
     AxisRange,
     Engine,

@@ -277,12 +277,12 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     copy = copied(bundle, tmp_path)
     before = contents(copy)
-    real = build.builder.Job
+    real = build.engine_builder.Job
 
     def onto_a_full_disk(**given):
         return real(**given | {"output": "/dev/full"})
 
-    monkeypatch.setattr(build.builder, "Job", onto_a_full_disk)
+    monkeypatch.setattr(build.engine_builder, "Job", onto_a_full_disk)
     done = call("build-engine", copy, "--fp32", "--flavor", "rtx", "--target", "sm86")
     assert done.code == 2
     assert done.err.endswith("error: No space left on device: /dev/full\n")
@@ -303,7 +303,7 @@ def test_a_damaged_graph_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_engines_that_were_built_are_loadable_where_they_fit(built: Path) -> None:
     (folder,) = built.glob("engines/*")
-    made, library = load_manifest(built), plan.trt.ask("rtx")
+    made, library = load_manifest(built), plan.tensorrt_api.query_library("rtx")
     there = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
     found = check_loadable(folder, made, library=library, device=there)
     assert found.version == library.version

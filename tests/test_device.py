@@ -769,7 +769,8 @@ def test_engines_that_are_none_are_named(machine: Machine, plain: Session, folde
 def test_the_listener_is_one_that_the_library_takes() -> None:
     """TensorRT-RTX itself, in a process of its own; without a GPU it refuses the engine as well."""
     code = (
-        "from medsa_deploy import trt; library = trt.load('rtx'); listener = trt.listener(library);"
+        "from medsa_deploy.nvidia import tensorrt_api; library = tensorrt_api.load('rtx');"
+        "listener = tensorrt_api.error_logger(library);"
         "print(library.Runtime(listener).deserialize_cuda_engine(b'none' * 99), listener.said)"
     )
     command = [sys.executable, "-c", code]

@@ -112,8 +112,8 @@ def test_a_process_that_ends_early_is_a_failure(made: Path, plain: Session, monk
 
 
 def test_tf32_is_judged_like_float16() -> None:
-    assert engine_check.limits_of("fp32", None, tf32=False).relative_l2 == 1e-4
-    assert engine_check.limits_of("fp32", None, tf32=True) == LIMITS["fp16"]
+    assert engine_check.engine_limits("fp32", None, tf32=False).relative_l2 == 1e-4
+    assert engine_check.engine_limits("fp32", None, tf32=True) == LIMITS["fp16"]
 
 
 def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:

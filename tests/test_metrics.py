@@ -159,8 +159,8 @@ def test_without_scipy_the_extra_is_named() -> None:
 
     code = """
 import numpy as np
-from medsa_deploy import metrics
 from medsa_deploy.errors import MissingDependencyError
+from medsa_deploy.evaluation import metrics
 mask = np.ones((3, 3), bool)
 assert metrics.dice(mask, mask) == metrics.iou(mask, mask) == 1
 try:

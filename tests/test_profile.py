@@ -288,9 +288,10 @@ def test_a_warning_of_the_measuring_process_is_a_warning_here(
 
 def test_what_libraries_print_goes_to_the_error_stream(bundle: Path) -> None:
     code = (
-        "import os\nfrom medsa_deploy import timing\nreal = timing.measure\n"
+        "import os\nfrom medsa_deploy.evaluation import latency_worker\n"
+        "real = latency_worker.measure\n"
         "def noisy(*given):\n    os.write(1, b'a library speaks\\n')\n    print('and again')\n"
-        "    return real(*given)\ntiming.measure = noisy\ntiming.main()"
+        "    return real(*given)\nlatency_worker.measure = noisy\nlatency_worker.main()"
     )
     given = json.dumps(vars(options(bundle)))
     done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
@@ -312,7 +313,7 @@ def test_outputs_that_are_read_are_refused_first(
     assert "manifest.json is in the bundle, and would be lost" in done.error
     done = call("profile", bundle, "--html", "/dev/null")
     assert done.code == 2
-    assert "/dev/null is no regular file" in done.error
+    assert "/dev/null is not a regular file" in done.error
 
 
 def options(bundle: Path, **changes: Any) -> LatencyOptions:

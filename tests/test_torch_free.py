@@ -96,8 +96,8 @@ def test_reading_a_manifest_needs_no_library(bundle: Path, name: str) -> None:
     code = """
 import sys
 from pathlib import Path
-from medsa_deploy import manifest
-print(manifest.load(Path(sys.argv[1])).network.image_size)
+from medsa_deploy.bundle.manifest import load_manifest
+print(load_manifest(Path(sys.argv[1])).network.image_size)
 """
     assert python(WITHOUT.format(names=(name,)) + code, bundle) == "256\n"
 

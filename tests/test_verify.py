@@ -19,12 +19,11 @@ from medsa_deploy.evaluation.parity import (
     MASK_PIXELS_LIMIT,
     TENSORS,
     difference,
-    load_reference,
     parity_failures,
     require_parity,
     run_case,
-    save_reference,
 )
+from medsa_deploy.evaluation.reference_file import load_reference, save_reference
 
 
 def rewritten_reference(copy: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:

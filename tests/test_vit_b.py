@@ -74,19 +74,20 @@ def test_vit_b_quantizes_in_limited_memory(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from medsa_deploy import manifest, stages, verify
+from medsa_deploy import stages
+from medsa_deploy.bundle.manifest import load_manifest
+from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import load_graph
 from medsa_deploy.graph.qdq import linear_layers
-from medsa_deploy.stages import calibration
-from medsa_deploy.stages.proof import cases
-from medsa_deploy.stages.trials import Trials
+from medsa_deploy.stages.quantize import calibration
+from medsa_deploy.stages.quantize.candidates import CandidateRunner
 bundle, folder = map(Path, sys.argv[1:])
-stages.quantize(bundle, precision="fp16")
-made = manifest.load(bundle)
-trials = Trials(bundle, made, cases(made.network, None)[:1], None)
-inputs = {layer.input for layer in linear_layers(load_graph(trials.encoder))}
+stages.quantize_bundle(bundle, precision="fp16")
+manifest = load_manifest(bundle)
+runner = CandidateRunner(bundle, manifest, parity_cases(manifest.network, None)[:1], None)
+inputs = {layer.input for layer in linear_layers(load_graph(runner.encoder))}
 sources = [calibration.Source(path=folder / "image.png")]
-measured = calibration.measure(trials, folder, sources, inputs, lambda done, total: None)
+measured = calibration.measure(runner, folder, sources, inputs, lambda done, total: None)
 assert set(measured.ranges(99.9)) == inputs
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

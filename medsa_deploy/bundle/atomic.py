@@ -15,7 +15,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with the same suffixes, that becomes `path` at the end.
+    """A temporary path beside `path` that becomes `path` at the end; its suffixes are lower case.
 
     The block writes the temporary file. If the block fails or is interrupted, the temporary file is
     removed and an earlier file at `path` stays as it was. OSError if the file cannot be renamed.
@@ -23,7 +23,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     >>> with whole_file(Path("mask.npy")) as temporary:
     ...     np.save(temporary, np.zeros((256, 256), np.uint8))
     """
-    temporary = path.with_name(f".medsa-{secrets.token_hex(8)}{''.join(path.suffixes[-2:])}")
+    temporary = path.with_name(
+        f".medsa-{secrets.token_hex(8)}{''.join(path.suffixes[-2:]).lower()}"
+    )
     try:
         yield temporary
         os.replace(temporary, path)

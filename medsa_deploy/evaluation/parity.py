@@ -1,14 +1,13 @@
-"""Outputs of two networks on the same cases → how much they differ.
+"""Outputs of two networks on the same cases → how much they differ, and whether that is too much.
 
 A case is an image with prompt sets. The checkpoint's own network and a bundle's graphs run the same
-cases through the same session code; what differs is the network alone.
+cases through the same session code, so that every difference comes from the network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,29 +15,26 @@ from numpy.typing import NDArray
 
 from medsa_deploy import transforms
 from medsa_deploy.bundle.manifest import Manifest, Parity, TensorParity
-from medsa_deploy.errors import BundleError, ParityError
-from medsa_deploy.images import Image
+from medsa_deploy.errors import ParityError
 from medsa_deploy.runtime import Embedding, Session
 from medsa_deploy.runtime.backends.interface import Backend, ImagePart, as_split_decoder
 from medsa_deploy.runtime.decoding import decode
-from medsa_deploy.transforms import Frame, Prompt
+from medsa_deploy.transforms import Frame
 
 from .cases import Case
+from .metrics import dice
 
 Array = NDArray[np.float32]
 
-
 RELATIVE_L2_LIMIT = 1e-4
 """Above this, an exported float32 graph is not the checkpoint's network."""
-
-
 MASK_PIXELS_LIMIT = 1e-4
 """Largest share of a case's mask pixels that may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a precision may differ by; None where nothing is asked."""
+    """How much a precision may differ; None means that a figure has no limit."""
 
     relative_l2: float | None = None
     mask_pixels: float | None = None
@@ -47,13 +43,10 @@ class Limits:
 
 
 DICE_TOLERANCE = 0.02
-"""By how much mean mask Dice may be below that of another machine: INT8 kernels round their own
-way, and the saved reference's masks are of noise."""
-
+"""How far mean mask Dice may fall below that of another machine: INT8 kernels round differently,
+and the saved reference's masks are of noise."""
 
 FLOAT32_LIMITS = Limits(relative_l2=RELATIVE_L2_LIMIT, mask_pixels=MASK_PIXELS_LIMIT)
-
-
 LIMITS = {
     "fp16": Limits(dice_mean=0.995, dice_worst=0.98),
     "bf16": Limits(dice_mean=0.995, dice_worst=0.98),
@@ -61,11 +54,10 @@ LIMITS = {
     "int8-cpu": Limits(dice_mean=0.99),
     "int8-bf16": Limits(dice_mean=0.99),
 }
-"""Limits by precision; any other has float32's."""
-
+"""Limits by precision; a precision that is not listed has float32's."""
 
 TENSORS = ("image_embeddings", "low_res_masks", "iou_predictions")
-"""What is compared, in the order it is computed."""
+"""The tensors that are compared, in the order they are computed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +65,7 @@ class NetworkOutputs:
     """What a network gave for one case."""
 
     tensors: dict[str, Array]
-    """`image_embeddings` (D, 256, g, g) of D slices, and of every pair of slice and prompt set
+    """`image_embeddings` (D, 256, g, g) of D slices; and for n pairs of slice and prompt set
     `low_res_masks` (n, K, 4g, 4g) and `iou_predictions` (n, K)."""
     frame: Frame
 
@@ -87,26 +79,26 @@ class CaseParity:
     mask_pixels_differing: float
     """Share of the pixels of all the case's masks, at the image's size."""
     mask_dice: tuple[float, ...]
-    """Of each mask, P·K of them."""
+    """Dice of each mask, P·K of them."""
 
 
 def reference_outputs(
     reference: Backend, manifest: Manifest, cases: Sequence[Case]
 ) -> list[NetworkOutputs]:
-    """What the checkpoint's own network gives for the cases, through the session's own code."""
+    """Run the checkpoint's own network on the cases, through the same session code as a bundle."""
     with Session(manifest, reference) as session:
         return [run_case(session, case) for case in cases]
 
 
 def run_case(session: Session, case: Case) -> NetworkOutputs:
-    """Encode the case's images and decode its prompt sets, with the decoder whole."""
+    """Encode a case's images and decode its prompt sets with the whole decoder."""
     return decode_case(session, case, session.encode_slices(case.images), split=False)
 
 
 def decode_case(
     session: Session, case: Case, embeddings: Sequence[Embedding], *, split: bool
 ) -> NetworkOutputs:
-    """Decode a case's prompt sets on its embeddings, with the decoder in two parts or whole."""
+    """Decode a case's prompt sets on its embeddings, with the split or the whole decoder."""
     if not split:
         embeddings = [replace(embedding, image_part=None) for embedding in embeddings]
     decoded = []
@@ -124,36 +116,33 @@ def decode_case(
 def compare_case(
     case: Case, expected: NetworkOutputs, actual: NetworkOutputs, threshold: float
 ) -> CaseParity:
-    """Difference of two networks' outputs; `threshold` is the masks' probability."""
-    cut = transforms.probability_to_logit(threshold)
+    """Compare two networks' outputs; `threshold` is the probability that a mask's pixels exceed."""
+    threshold_logit = transforms.probability_to_logit(threshold)
     tensors = {
         name: difference(value, actual.tensors[name]) for name, value in expected.tensors.items()
     }
     masks = [
-        transforms.upsample(outputs.tensors["low_res_masks"], outputs.frame) > cut
+        transforms.upsample(outputs.tensors["low_res_masks"], outputs.frame) > threshold_logit
         for outputs in (expected, actual)
     ]
     return CaseParity(
         case=case.name,
         tensors=tensors,
-        # of all masks together: one logit that is 0 up to rounding is 1.6e-4 of one 80×80 mask
+        # over all masks together: one logit near the threshold is 1.6e-4 of a single 80×80 mask
         mask_pixels_differing=float((masks[0] != masks[1]).mean()),
-        mask_dice=mask_dice(*masks),
+        mask_dice=tuple(
+            dice(a, b)
+            for sets in zip(*masks, strict=True)  # (n, K, H, W): a prompt set, then its masks
+            for a, b in zip(*sets, strict=True)
+        ),
     )
 
 
-def mask_dice(expected: NDArray[np.bool_], actual: NDArray[np.bool_]) -> tuple[float, ...]:
-    """2·|A ∩ B| / (|A| + |B|) of each mask (…, H, W); two empty masks are equal, so 1."""
-    both = (expected & actual).sum((-2, -1)).ravel()
-    either = (expected.sum((-2, -1)) + actual.sum((-2, -1))).ravel()
-    return tuple(float(2 * b / e) if e else 1.0 for b, e in zip(both, either, strict=True))
-
-
 def difference(expected: Array, actual: Array) -> TensorParity:
-    """Relative L2 ‖a − e‖ / ‖e‖ and largest absolute difference; ParityError for other shapes."""
+    """Relative L2 ‖a − e‖ / ‖e‖ and largest absolute difference; ParityError if shapes differ."""
     if expected.shape != actual.shape:
         raise ParityError(
-            f"the networks give different shapes: {actual.shape}, expected {expected.shape}"
+            f"the networks give different shapes: found {actual.shape}, expected {expected.shape}"
         )
     e, a = expected.astype(np.float64), actual.astype(np.float64)
     return TensorParity(
@@ -163,9 +152,9 @@ def difference(expected: Array, actual: Array) -> TensorParity:
 
 
 class FiniteBackend:
-    """A backend whose NaN and infinite values are counted, and 0 afterwards.
+    """A backend whose NaN and infinite values are counted and replaced with 0.
 
-    A session refuses them; a comparison is to say how many there are.
+    A session refuses such values, but a comparison reports how many there are.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -173,6 +162,7 @@ class FiniteBackend:
         self._split = as_split_decoder(backend)
         self.splits = self._split is not None
         self.count = 0
+        """Values replaced since it was last set to 0."""
 
     def encode(self, image: Array) -> Array:
         """See `Backend.encode`."""
@@ -207,28 +197,28 @@ class FiniteBackend:
         self.backend.close()
 
     def _finite(self, values: Array) -> Array:
-        wrong = ~np.isfinite(values)
-        self.count += int(wrong.sum())
-        return np.where(wrong, np.float32(0), values)
+        not_finite = ~np.isfinite(values)
+        self.count += int(not_finite.sum())
+        return np.where(not_finite, np.float32(0), values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleParity:
-    """Comparisons of all cases, in their order."""
+    """Comparisons of all cases, in the order of the cases."""
 
     comparisons: list[CaseParity]
     nan_count: int
     """Values that were NaN or infinite."""
     split: BundleParity | None
-    """The same with the decoder in two parts, where the backend has them."""
+    """The same comparisons with the split decoder; None if the backend has none."""
     encoders: dict[str, BundleParity] = field(default_factory=dict)
-    """The same with a backend's own encoder, by role, where the bundle has it."""
+    """The same comparisons with each backend's own encoder in the bundle, by role."""
 
     def summary(self, cases: Sequence[Case], *, precision: str, backend: str) -> Parity:
-        """The worst of all cases, as the manifest records it."""
+        """The worst figures of all cases, as the manifest records them."""
 
-        def nested(other: BundleParity) -> Parity:
-            return other.summary(cases, precision=precision, backend=backend)
+        def nested(parity: BundleParity) -> Parity:
+            return parity.summary(cases, precision=precision, backend=backend)
 
         return summarise(
             cases,
@@ -237,7 +227,7 @@ class BundleParity:
             backend=backend,
             nan_count=self.nan_count,
             split=None if self.split is None else nested(self.split),
-            encoders={role: nested(other) for role, other in self.encoders.items()},
+            encoders={role: nested(parity) for role, parity in self.encoders.items()},
         )
 
 
@@ -246,24 +236,26 @@ def compare_cases(
 ) -> BundleParity:
     """Compare every case, encoded once, with each form of the decoder that the backend has."""
     backend = FiniteBackend(session.backend)
-    counting = Session(session.manifest, backend)
+    finite_session = Session(session.manifest, backend)
     threshold = session.conventions.threshold
     forms = (False, True) if backend.splits else (False,)
-    found: dict[bool, list[CaseParity]] = {split: [] for split in forms}
-    wrong = dict.fromkeys(forms, 0)
+    comparisons: dict[bool, list[CaseParity]] = {split: [] for split in forms}
+    nan_counts = dict.fromkeys(forms, 0)
     for case, tensors in zip(cases, expected, strict=True):
-        embeddings = counting.encode_slices(case.images)
+        embeddings = finite_session.encode_slices(case.images)
         for split in forms:
-            actual = decode_case(counting, case, embeddings, split=split)
-            wanted = NetworkOutputs(tensors=tensors, frame=actual.frame)
-            found[split].append(compare_case(case, wanted, actual, threshold))
-            wrong[split] += backend.count
+            actual = decode_case(finite_session, case, embeddings, split=split)
+            reference = NetworkOutputs(tensors=tensors, frame=actual.frame)
+            comparisons[split].append(compare_case(case, reference, actual, threshold))
+            nan_counts[split] += backend.count
             backend.count = 0
-    compared = None
+    parity = None
     for split in reversed(forms):
-        compared = BundleParity(comparisons=found[split], nan_count=wrong[split], split=compared)
-    assert compared is not None
-    return compared
+        parity = BundleParity(
+            comparisons=comparisons[split], nan_count=nan_counts[split], split=parity
+        )
+    assert parity is not None
+    return parity
 
 
 def summarise(
@@ -276,12 +268,12 @@ def summarise(
     split: Parity | None = None,
     encoders: Mapping[str, Parity] | None = None,
 ) -> Parity:
-    """The worst of all cases, as the manifest records it.
+    """The worst figures of all cases, as the manifest records them.
 
-    `nan_count`: values that were NaN or infinite, and compared as 0. `split`: the same with the
-    decoder in two parts. `encoders`: with a backend's own encoder, by role.
+    `nan_count`: NaN and infinite values, which were compared as 0. `split`: the same comparison
+    with the split decoder. `encoders`: the same with each backend's own encoder, by role.
     """
-    found = list(comparisons)
+    comparisons = list(comparisons)
     return Parity(
         precision=precision,
         backend=backend,
@@ -290,14 +282,14 @@ def summarise(
         prompt_sets=sum(len(case.prompts) for case in cases),
         tensors={
             name: TensorParity(
-                relative_l2=max(c.tensors[name].relative_l2 for c in found),
-                max_abs=max(c.tensors[name].max_abs for c in found),
+                relative_l2=max(c.tensors[name].relative_l2 for c in comparisons),
+                max_abs=max(c.tensors[name].max_abs for c in comparisons),
             )
-            for name in found[0].tensors
+            for name in comparisons[0].tensors
         },
-        mask_pixels_differing=max(c.mask_pixels_differing for c in found),
-        mask_dice_mean=float(np.mean([value for c in found for value in c.mask_dice])),
-        mask_dice_worst=min(min(c.mask_dice) for c in found),
+        mask_pixels_differing=max(c.mask_pixels_differing for c in comparisons),
+        mask_dice_mean=float(np.mean([value for c in comparisons for value in c.mask_dice])),
+        mask_dice_worst=min(min(c.mask_dice) for c in comparisons),
         nan_count=nan_count,
         split=split,
         encoders=dict(encoders or {}),
@@ -305,9 +297,10 @@ def summarise(
 
 
 def limits_of(precision: str, recorded_dice: float | None = None) -> Limits:
-    """The limits of a precision; of Dice, those that follow from `recorded_dice` where it is given.
+    """The limits of a precision.
 
-    That is the mean mask Dice of an earlier run on the same cases.
+    `recorded_dice`: mean mask Dice of an earlier run on the same cases; it takes the place of the
+    precision's limits.
     """
     if recorded_dice is not None:
         return Limits(dice_mean=recorded_dice - DICE_TOLERANCE)
@@ -315,81 +308,44 @@ def limits_of(precision: str, recorded_dice: float | None = None) -> Limits:
 
 
 def parity_failures(parity: Parity, limits: Limits | None = None) -> list[str]:
-    """What exceeds the limits, by default the precision's, in words; empty when the proof holds."""
+    """The figures that exceed the limits, in words; empty if all are within them.
+
+    `limits`: the precision's by default.
+    """
     limits = limits or limits_of(parity.precision)
-    found = _failures(parity, limits)
-    others = {"decoder in two parts": parity.split, **parity.encoders}
-    for form, other in others.items():
-        if other is not None:
-            found += [f"{form}: {problem}" for problem in parity_failures(other, limits)]
-    return found
+    failures = _failures(parity, limits)
+    for form, nested in {"split decoder": parity.split, **parity.encoders}.items():
+        if nested is not None:
+            failures += [f"{form}: {failure}" for failure in parity_failures(nested, limits)]
+    return failures
 
 
 def _failures(parity: Parity, limits: Limits) -> list[str]:
-    found = [f"{parity.nan_count} values are NaN or infinite"] if parity.nan_count else []
+    failures = [f"{parity.nan_count} values are NaN or infinite"] if parity.nan_count else []
     if limits.relative_l2 is not None:
-        found += [
+        failures += [
             f"{name}: relative L2 {tensor.relative_l2:.1e} > {limits.relative_l2:.0e}"
             for name, tensor in parity.tensors.items()
             if not tensor.relative_l2 <= limits.relative_l2
         ]
     if limits.mask_pixels is not None and not parity.mask_pixels_differing <= limits.mask_pixels:
         share = parity.mask_pixels_differing
-        found.append(f"{share:.1e} of mask pixels differ > {limits.mask_pixels:.0e}")
+        failures.append(f"{share:.1e} of mask pixels differ > {limits.mask_pixels:.0e}")
     for word, value, limit in (
         ("mean", parity.mask_dice_mean, limits.dice_mean),
         ("worst", parity.mask_dice_worst, limits.dice_worst),
     ):
         if limit is not None and not (value is not None and value >= limit):
-            found.append(
+            failures.append(
                 f"{word} mask Dice {value if value is None else f'{value:.4f}'} < {limit:.4g}"
             )
-    return found
+    return failures
 
 
 def require_parity(parity: Parity) -> None:
-    """ParityError when the graphs are not the checkpoint's network."""
-    if problems := parity_failures(parity):
+    """ParityError if the graphs exceed the limits of their precision."""
+    if failures := parity_failures(parity):
         raise ParityError(
             f"the {parity.precision} graphs in {parity.backend} are not the checkpoint's network: "
-            + "; ".join(problems)
+            + "; ".join(failures)
         )
-
-
-def save_reference(path: Path, case: Case, outputs: NetworkOutputs) -> None:
-    """Write a case and what the checkpoint's network gave for it, to verify against anywhere."""
-    pixels = np.stack([image.pixels for image in case.images])
-    arrays: dict[str, NDArray[np.generic]] = {"images": pixels, **outputs.tensors}
-    for i, prompt in enumerate(case.prompts):
-        parts = {"points": prompt.points, "labels": prompt.labels}
-        parts |= {} if prompt.box is None else {"box": prompt.box}
-        parts |= {} if prompt.mask is None else {"mask": prompt.mask}
-        arrays |= {f"prompt.{i}.{name}": part for name, part in parts.items()}
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
-
-
-def load_reference(path: Path) -> tuple[Case, dict[str, Array]]:
-    """A saved case and the tensors expected for it; BundleError for a file that is none."""
-    try:
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as data:
-            arrays = dict(data)
-        sets = len({name.split(".")[1] for name in arrays if name.startswith("prompt.")})
-        case = Case(
-            name="saved reference",
-            images=[Image(pixels=pixels, path=path) for pixels in arrays["images"]],
-            prompts=[
-                Prompt(
-                    points=arrays[f"prompt.{i}.points"],
-                    labels=arrays[f"prompt.{i}.labels"],
-                    box=arrays.get(f"prompt.{i}.box"),
-                    mask=arrays.get(f"prompt.{i}.mask"),
-                )
-                for i in range(sets)
-            ],
-            seeded=True,
-        )
-        return case, {name: arrays[name] for name in TENSORS}
-    except Exception as e:  # numpy and zipfile raise nearly anything over a damaged archive
-        raise BundleError(
-            f"{path} is not a reference that medsa-deploy wrote ({e}): export the checkpoint again"
-        ) from e

@@ -15,12 +15,8 @@ from medsa_deploy.bundle.files import describe_file
 from medsa_deploy.bundle.folder import check_target, new_bundle
 from medsa_deploy.bundle.manifest import Manifest, Role, save_manifest
 from medsa_deploy.evaluation.cases import Case, parity_cases
-from medsa_deploy.evaluation.parity import (
-    compare_cases,
-    reference_outputs,
-    require_parity,
-    save_reference,
-)
+from medsa_deploy.evaluation.parity import compare_cases, reference_outputs, require_parity
+from medsa_deploy.evaluation.reference_file import save_reference
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime import Session, load
 from medsa_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend

@@ -25,10 +25,9 @@ from medsa_deploy.evaluation.parity import (
     NetworkOutputs,
     compare_cases,
     limits_of,
-    load_reference,
     parity_failures,
-    save_reference,
 )
+from medsa_deploy.evaluation.reference_file import load_reference, save_reference
 from medsa_deploy.nvidia.engines import (
     ENGINE_FILENAME,
     ENGINES_FOLDER,

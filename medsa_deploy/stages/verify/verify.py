@@ -10,13 +10,8 @@ from medsa_deploy.bundle.files import check_files, sha256
 from medsa_deploy.bundle.manifest import Manifest, Parity, load_manifest
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.evaluation.cases import Case, parity_cases
-from medsa_deploy.evaluation.parity import (
-    Array,
-    BundleParity,
-    compare_cases,
-    load_reference,
-    reference_outputs,
-)
+from medsa_deploy.evaluation.parity import Array, BundleParity, compare_cases, reference_outputs
+from medsa_deploy.evaluation.reference_file import load_reference
 from medsa_deploy.nvidia import cuda
 from medsa_deploy.nvidia.engines import load_engines
 from medsa_deploy.progress import OnStep
