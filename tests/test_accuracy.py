@@ -281,7 +281,7 @@ def test_a_dicom_segmentation_of_a_series(bundle: Path) -> None:
     # A slice alone, as a file: its labels as a picture, and from the segmentation object.
     png("slice.png", labels[..., 2].T)
     lone = Path("alone.dcm")
-    shutil.copy(series.slices.frames[2].path, lone)  # type: ignore[attr-defined]
+    shutil.copy(series.slices.headers[2].path, lone)  # type: ignore[attr-defined]
     flat = call("verify", bundle, "--labels", "slice.png", "--images", lone, *window).json
     assert flat["files"][0]["unit"] == "mm"
     assert [c["label_pixels"] for c in flat["files"][0]["classes"]] == [36, 25]

@@ -156,7 +156,7 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     bundle: Path, here: Path, option: str
 ) -> None:
     for path, message in (
-        ("/dev/null", "/dev/null is no regular file"),
+        ("/dev/null", "/dev/null is not a regular file"),
         ("gone/a.nii.gz", "gone is not a folder"),
         (".", ". is a folder"),
     ):

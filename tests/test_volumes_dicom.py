@@ -179,7 +179,9 @@ def test_slices_are_upright_pictures(tmp_path: Path) -> None:
         max(volume.slice(k).pixels.max() for k in range(SLICES)),
     )
     assert read_volume(tmp_path / "s", axis=2).axis == 2
-    with pytest.raises(ImageError, match="axis 0 was given; DICOM slices are taken as they were"):
+    with pytest.raises(
+        ImageError, match="axis 0 was given, expected 2: DICOM slices are used as they were"
+    ):
         read_volume(tmp_path / "s", axis=0)
 
 
@@ -205,7 +207,7 @@ def test_pixels_of_unknown_size_are_not_placed(
     volume = read_volume(save(series[::-1], tmp_path / "s"))
     assert volume.affine is None
     assert [int(volume.slice(k).pixels[0, 0] + 1024) for k in range(SLICES)] == list(range(SLICES))
-    assert "not how large a pixel is (PixelSpacing)" in caplog.text
+    assert "but no size of a pixel (PixelSpacing)" in caplog.text
     write_segmentation(tmp_path / "s.nii", np.ones(volume.shape, np.uint8), volume)
     header = nibabel.load(tmp_path / "s.nii").header
     assert (int(header["qform_code"]), int(header["sform_code"])) == (0, 0)
@@ -273,9 +275,9 @@ def test_a_real_fan_of_slices_is_refused(tmp_path: Path) -> None:
         ({"PixelSpacing": [0.8, 0.7]}, r"mixes pixel spacings: 0.8\\0.6 .* 0.8\\0.7 in c\.dcm"),
         ({"PixelSpacing": None}, r"mixes pixel spacings: 0.8\\0.6 in 5 images, none in c\.dcm"),
         ({"FrameOfReferenceUID": "1.2.3"}, r"mixes frames of reference: .* 1\.2\.3 in c\.dcm"),
-        ({"ImagePositionPatient": None}, r"Orientation\w+ is missing in c\.dcm, whose place"),
-        ({"ImageOrientationPatient": None}, r"Orientation\w+ is missing in c\.dcm, whose place"),
-        ({"NumberOfFrames": 2}, r"c\.dcm is one of 6 files and holds several frames"),
+        ({"ImagePositionPatient": None}, r"Orientation\w+ is missing in c\.dcm; their place"),
+        ({"ImageOrientationPatient": None}, r"Orientation\w+ is missing in c\.dcm; their place"),
+        ({"NumberOfFrames": 2}, r"c\.dcm is one of 6 files of a series and holds several frames"),
         ({"ImagePositionPatient": [10, -20, 99]}, r"between b\.dcm and d\.dcm there are 5 mm"),
         ({"ImagePositionPatient": [11, -20, 35]}, r"b\.dcm and c\.dcm the slices are shifted side"),
     ],
@@ -478,10 +480,10 @@ def test_frames_of_several_phases_are_refused(tmp_path: Path) -> None:
     refused(path, "frame 2 and frame 5 lie at the same place")
     del frames[4].PlanePositionSequence
     dataset.save_as(path)
-    refused(path, "ImageOrientationPatient is missing in frame 5, whose")
+    refused(path, "ImageOrientationPatient is missing in frame 5; their place")
     dataset.NumberOfFrames = 10**9
     dataset.save_as(path)
-    refused(path, "announces 1000000000 frames, more than it can hold")
+    refused(path, "announces 1000000000 frames, more than its size can hold")
 
 
 def test_a_cine_clip_is_a_volume_of_frames(tmp_path: Path) -> None:
@@ -519,7 +521,7 @@ def test_what_was_made_from_images_is_no_volume(name: str, what: str) -> None:
 def back(path: Path, volume: Volume) -> np.ndarray:
     """The labels in a DICOM SEG, matched to `volume` by the instances (frames) it refers to."""
     segmentation = highdicom.seg.segread(path)
-    frames = volume.slices.frames  # type: ignore[attr-defined]
+    frames = volume.slices.headers  # type: ignore[attr-defined]
     options = {"combine_segments": True, "assert_missing_frames_are_empty": True}
     if len(volume.files) == len(volume):
         found = segmentation.get_pixels_by_source_instance([f.uid for f in frames], **options)

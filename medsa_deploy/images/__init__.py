@@ -1,10 +1,10 @@
 """Image files → `Image` or `Volume`; masks, overlays and segmentations → files.
 
-`read_image` reads one two-dimensional image from PNG, JPEG, TIFF, BMP, .npy, a slice of a NIfTI or
-a single-frame DICOM; `write_mask` and `write_overlay` write what came out. `read_volume` reads
-NIfTI, .npy, a folder with a DICOM series or a multi-frame DICOM, slice by slice;
-`write_segmentation` writes labels of the same geometry, and `read_labels` reads those of any file.
-nibabel, pydicom and highdicom load when the first file that needs them is met.
+`read_image` reads one two-dimensional image: PNG, JPEG, TIFF, BMP, .npy, a slice of a NIfTI or a
+single-frame DICOM. `write_mask` and `write_overlay` write its mask. `read_volume` reads a NIfTI, a
+.npy, a folder with a DICOM series or a multi-frame DICOM, slice by slice. `write_segmentation`
+writes labels with the volume's geometry, and `read_labels` reads the labels of any file. nibabel,
+pydicom and highdicom are imported when a file needs them.
 """
 
 from __future__ import annotations

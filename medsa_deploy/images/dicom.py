@@ -1,9 +1,9 @@
-"""A frame of a DICOM → `Image`, through pydicom (extra `dicom`).
+"""One frame of a DICOM file → `Image`, through pydicom (extra `dicom`).
 
-The order is the standard's (PS3.4 N.2): stored values, modality transformation (rescale or LUT),
-values of interest (LUT or window), presentation. `pixels` are taken after the modality
-transformation, `display` at the end. Only the photometric interpretation decides about inversion:
-in the files that carry a Presentation LUT Shape it says the same thing again.
+The steps are the standard's (PS3.4 N.2): stored values, modality transformation (rescale or LUT),
+values of interest (LUT or window), presentation. `Image.pixels` are the values after the modality
+transformation, `Image.display` those after the last step. Inversion follows the photometric
+interpretation alone: a Presentation LUT Shape only repeats it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ try:
 except ImportError as e:
     raise MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM") from e
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PACKAGES = {
     "1.2.840.10008.1.2.4.57": "python-gdcm",
@@ -39,20 +39,23 @@ PACKAGES = {
     "1.2.840.10008.1.2.4.202": "pylibjpeg pylibjpeg-openjpeg",
     "1.2.840.10008.1.2.4.203": "pylibjpeg pylibjpeg-openjpeg",
 }
-"""Permissively licensed packages that decode a transfer syntax pydicom alone cannot."""
+"""Packages with a permissive licence, by the transfer syntax that pydicom needs them for."""
 RENDERING = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
+"""Attributes that map intensities to display values."""
 COLOURS = ("Red", "Green", "Blue")
 
 
 def read_dicom(path: Path) -> Image:
-    """The one frame of a DICOM: greyscale, or colour of any photometric interpretation as RGB."""
+    """The only frame of a DICOM file: greyscale, or any colour space as RGB.
+
+    ImageError if the file is not an image, holds several frames, or cannot be decoded.
+    """
     dataset = load(path)
     with reading(path, "DICOM"):
         frames = frame_count(dataset)
     if frames != 1:
         raise ImageError(
-            f"{path} has {frames} frames; only single-frame DICOM is read, extract one frame "
-            "into a file of its own"
+            f"{path} has {frames} frames, expected 1: extract one frame into a file of its own"
         )
     return frame_image(dataset, path)
 
@@ -67,11 +70,11 @@ def frame_image(
 ) -> Image:
     """Frame `frame`, counted from 0, of a dataset that holds pixels.
 
-    Of a volume: `dtype` is what every slice's intensities become, and `rendering` the attributes
-    that hold the LUT or window for all of them.
+    For the slices of a volume, `dtype` converts the intensities of every slice to one type, and
+    `rendering` holds the LUT or window that all slices share.
     """
     stored, photometric = _decode(dataset, path, frame)
-    with reading(path, "DICOM"):  # pydicom parses a value, and fails over it, when it is asked for
+    with reading(path, "DICOM"):  # pydicom parses a value at first use, and may fail then
         if photometric == "PALETTE COLOR":
             return Image(pixels=_palette(stored, dataset), path=path)
         if photometric == "RGB":
@@ -98,7 +101,8 @@ def frame_image(
 def load(path: Path) -> Any:
     """The dataset of a file that holds pixels; ImageError if it holds none."""
     with reading(path, "DICOM"):
-        # Forced: old files lack the preamble and name no transfer syntax; pydicom works it out.
+        # Forced, because old files lack the preamble. They name no transfer syntax either: it
+        # follows from the encoding that pydicom has detected.
         dataset = pydicom.dcmread(path, force=True)
         if not dataset.file_meta.get("TransferSyntaxUID"):
             implicit, little_endian = dataset.original_encoding
@@ -106,13 +110,13 @@ def load(path: Path) -> Any:
             dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
         if not any(k in dataset for k in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
-            found = f"it is {kind.name}" if kind else "it does not look like DICOM"
-            raise ImageError(f"{path} holds no pixel data ({found}); give a DICOM image")
+            content = f"it is {kind.name}" if kind else "it does not look like DICOM"
+            raise ImageError(f"{path} holds no pixel data ({content}); give a DICOM image")
     return dataset
 
 
 def load_header(path: Path, names: list[str] | None = None) -> Any:
-    """All attributes but the pixels, or those named; ImageError if it only claims to be DICOM."""
+    """All attributes except the pixels, or only those in `names`; ImageError if it is not DICOM."""
     with reading(path, "DICOM"):
         header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
         if "SOPClassUID" not in header and "Rows" not in header:
@@ -121,7 +125,7 @@ def load_header(path: Path, names: list[str] | None = None) -> Any:
 
 
 def rendering_of(dataset: Any, frame: int) -> Any:
-    """A copy of the attributes that hold the LUT or window of a frame; empty without one."""
+    """A copy of the attributes with the LUT or window of a frame; empty without one."""
     group = functional_group(dataset, "FrameVOILUTSequence", frame)
     rendering = pydicom.Dataset()
     for name in RENDERING:
@@ -131,25 +135,26 @@ def rendering_of(dataset: Any, frame: int) -> Any:
 
 
 def frame_count(dataset: Any) -> int:
-    """The number of frames a dataset announces, 1 where it says nothing."""
+    """The number of frames a dataset announces; 1 if it announces none."""
     return int(dataset.get("NumberOfFrames") or 1)
 
 
 def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
-    """Stored values, (H, W) or (H, W, 3), and what they mean: YBR has become RGB by then."""
+    """Stored values, (H, W) or (H, W, 3), and their photometric interpretation, RGB for YBR."""
     with reading(path, "DICOM"):
         syntax = dataset.file_meta.TransferSyntaxUID
-        named = f"transfer syntax {syntax.name} ({syntax})"
+        syntax_name = f"transfer syntax {syntax.name} ({syntax})"
         index = frame if frame_count(dataset) > 1 else None
         try:
             decoder = get_decoder(syntax)
         except NotImplementedError as e:
             raise ImageError(
-                f"{path} has {named}, which pydicom cannot decode; convert it to uncompressed DICOM"
+                f"{path} has {syntax_name}, which pydicom cannot decode; convert it to "
+                "uncompressed DICOM"
             ) from e
     package = PACKAGES.get(str(syntax), "python-gdcm")
     if not decoder.is_available:
-        raise ImageError(f"{path} has {named}; to decode it: pip install {package}")
+        raise ImageError(f"{path} has {syntax_name}; to decode it: pip install {package}")
     try:
         with reading(path, "DICOM"):
             pixels, meta = decoder.as_array(dataset, index=index)
@@ -157,15 +162,15 @@ def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
         if not syntax.is_encapsulated:
             raise
         raise ImageError(
-            f"{path} has {named} and cannot be decoded: it is damaged, or another tool (gdcmconv, "
-            f"dcmdjpeg) must convert it to uncompressed DICOM: {one_line(e.__cause__ or e)}"
+            f"{path} has {syntax_name} and cannot be decoded ({one_line(e.__cause__ or e)}): it is "
+            "damaged, or another tool (gdcmconv, dcmdjpeg) must convert it to uncompressed DICOM"
         ) from e.__cause__
-    # Not from the dataset: its tag still says YBR after the decoder has made RGB.
+    # Not from the dataset: its tag still says YBR after the decoder has converted to RGB.
     return pixels, str(meta["photometric_interpretation"])
 
 
 def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
-    """Stored values → intensities: LUT, or slope and intercept as float32, or as they are."""
+    """Stored values → intensities: by LUT (uint16), slope and intercept (float32), or as is."""
     group = functional_group(dataset, "PixelValueTransformationSequence", frame)
     if luts := group.get("ModalityLUTSequence"):
         return _look_up(stored, luts[0].LUTDescriptor, luts[0].LUTData, dataset).astype(np.uint16)
@@ -176,7 +181,7 @@ def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
 
 
 def rescale(group: Any) -> tuple[float, float]:
-    """(slope, intercept) of the dataset or functional group that holds them, else (1, 0)."""
+    """(slope, intercept) of a dataset or functional group; (1, 0) if it has none."""
     slope, intercept = number(group, "RescaleSlope"), number(group, "RescaleIntercept")
     return 1.0 if slope is None else slope, intercept or 0.0
 
@@ -184,7 +189,7 @@ def rescale(group: Any) -> tuple[float, float]:
 def _values_of_interest(
     values: np.ndarray, group: Any, dataset: Any, path: Path
 ) -> np.ndarray | None:
-    """Intensities → float32 0…255 through a group's VOI LUT, or its first window; None without."""
+    """Intensities → float32 0…255 by a group's VOI LUT or first window; None without either."""
     if luts := group.get("VOILUTSequence"):
         shown = _look_up(values, luts[0].LUTDescriptor, luts[0].LUTData, dataset)
         top = 2 ** int(luts[0].LUTDescriptor[2]) - 1
@@ -195,16 +200,18 @@ def _values_of_interest(
     function = str(group.get("VOILUTFunction") or "LINEAR").strip().upper()
     minimum = 1 if function == "LINEAR" else np.finfo(np.float32).tiny
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or not width >= minimum:
-        log.warning("%s: its window (%s, width %g) is invalid and ignored", path, function, width)
+        logger.warning(
+            "%s: its window (%s, width %g) is invalid and ignored", path, function, width
+        )
         return None
     return window(values, centre, width, function)
 
 
 def window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
-    """Values under a DICOM window as float32 0…255 (PS3.3 C.11.2.1.2.1 and C.11.2.1.3)."""
+    """Values → float32 0…255 by a DICOM window (PS3.3 C.11.2.1.2.1 and C.11.2.1.3)."""
     x = values.astype(np.float64) - centre
     if function == "SIGMOID":
-        # The standard's 1 / (1 + exp(-4x/w)), in the form that cannot overflow.
+        # The standard's 1 / (1 + exp(-4x/w)), in a form that cannot overflow.
         return np.asarray(127.5 * (1 + np.tanh(2 * x / width)), np.float32)
     if function == "LINEAR":
         x, width = x + 0.5, width - 1
@@ -214,7 +221,7 @@ def window(values: np.ndarray, centre: float, width: float, function: str) -> np
 
 
 def _eight_bit(values: np.ndarray, dataset: Any) -> np.ndarray:
-    """uint8 values of fewer than 8 bits (a 1-bit segmentation) spread over 0…255."""
+    """uint8 values of fewer than 8 bits (a 1-bit segmentation), scaled to 0…255."""
     bits = int(dataset.get("BitsStored") or 8)
     if values.dtype != np.uint8 or bits >= 8:
         return values
@@ -236,15 +243,15 @@ def _palette(stored: np.ndarray, dataset: Any) -> np.ndarray:
             for colour in COLOURS
         ]
         colours = np.stack(channels, axis=-1)
-    # Tables of 8-bit colours in 16-bit words exist, whatever their descriptor says.
+    # Some tables hold 8-bit colours in 16-bit words, whatever their descriptor says.
     return np.asarray(colours >> 8 if colours.max() > 255 else colours, np.uint8)
 
 
 def _look_up(values: np.ndarray, descriptor: Any, data: Any, dataset: Any) -> np.ndarray:
     """`values` through a DICOM lookup table (PS3.3 C.11.1.1), as int64.
 
-    pydicom's own functions index with the table's dtype, so that an 8-bit table of more than 256
-    entries wraps around.
+    pydicom's functions are not used: they index with the table's dtype, so an 8-bit table of more
+    than 256 entries wraps around.
     """
     entries, first = int(descriptor[0]) or 2**16, int(descriptor[1])
     if isinstance(data, bytes):
@@ -256,14 +263,17 @@ def _look_up(values: np.ndarray, descriptor: Any, data: Any, dataset: Any) -> np
     if len(table) < entries:
         raise ValueError(f"a lookup table of {entries} entries has only {len(table)}")
     if first >= 2**15 and values.min() < 0:
-        first -= 2**16  # written as unsigned, though the values it starts at are signed
+        first -= 2**16  # the file wrote a signed first value as unsigned
     index = np.rint(values).astype(np.int64) - first
     looked_up: np.ndarray = table[np.clip(index, 0, entries - 1)]
     return looked_up
 
 
 def functional_group(dataset: Any, name: str, frame: int) -> Any:
-    """What holds a group of attributes: enhanced objects nest it, per frame or shared."""
+    """The dataset with a group's attributes: a nested one, per frame or shared, or `dataset`.
+
+    Enhanced (multi-frame) objects nest their groups, others keep the attributes at the top.
+    """
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     shared = dataset.get("SharedFunctionalGroupsSequence") or ()
     for item in (*per_frame[frame : frame + 1], *shared[:1]):

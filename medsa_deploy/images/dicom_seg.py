@@ -1,9 +1,9 @@
 """Labels of a DICOM volume ⇄ a DICOM Segmentation object, through highdicom (extra `dicom`).
 
-Of the two types BINARY is written, one segment for each label: every viewer and reader takes it,
-LABELMAP (2023) few. A frame where a segment is empty is left out; only if there is not one voxel
-are they all written, because a segmentation without frames is no valid object. It repeats the
-patient and study of its source, as the standard wants: it belongs to that patient's record.
+The segmentation type is BINARY, one segment for each label: every viewer reads it, but few read
+LABELMAP (2023). Frames without a voxel of their segment are left out. If there is no voxel at all,
+every frame is written, because a segmentation without frames is invalid. The patient and study are
+copied from the source, as the standard requires: the segmentation belongs to the patient's record.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
 from .dicom import frame_count, functional_group, load, load_header
 from .files import logged_warnings, reading
 from .labels import Labels
-from .series import DicomSlices, frame_of
-from .stacking import SAME_ORIENTATION, TO_NIFTI, Frame
+from .series import DicomSlices, slice_header
+from .stacking import SAME_ORIENTATION, TO_NIFTI, SliceHeader
 from .volume import Volume
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NEEDED = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID",
@@ -35,17 +35,18 @@ MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
     "StudyDate", "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
-"""Attributes the standard wants present, if empty; anonymisers remove them."""
+"""Attributes that must be present but may be empty; anonymisers remove them."""
 LABEL_LENGTH = 64
-"""Of DICOM's long strings, in characters."""
+"""Longest segment label, in characters: DICOM's limit for long strings."""
 READABLE = ("BINARY", "LABELMAP")
 """Segmentation types that hold labels; FRACTIONAL holds probabilities."""
 
 
 def check_dicom_source(path: Path, volume: Volume) -> None:
-    """Make a segmentation of one voxel for `path`, so that what would be refused is so at once.
+    """Make a segmentation of one voxel, so that an unusable source is refused before any work.
 
-    ImageError if the source lacks, or has a strange value in, what a segmentation must repeat.
+    ImageError if an attribute that a segmentation must copy is missing in the source, or invalid.
+    `path` only appears in messages.
     """
     labels = np.zeros(volume.shape, np.uint8)
     labels[0, 0, 0] = 1
@@ -55,16 +56,16 @@ def check_dicom_source(path: Path, volume: Volume) -> None:
 def segmentation(
     path: Path, labels: np.ndarray, volume: Volume, *, names: Sequence[str], tool: str
 ) -> Any:
-    """`labels` (columns, rows, slices) uint8 as a dataset for `path`, which only messages name.
+    """A segmentation dataset of `labels`, (columns, rows, slices) uint8.
 
-    Label k is segment k, called `names[k - 1]`.
+    Label k becomes segment k, called `names[k - 1]`. `path` only appears in messages.
     """
     highdicom = _highdicom()
     sources = _sources(path, volume)
-    frames = _slices(volume).frames
+    headers = _slices(volume).headers
     planes = labels.transpose(2, 1, 0)
-    if len(sources) == 1 and len(frames) > 1:  # of a multi-frame file, in the file's order
-        planes = planes[np.argsort([frame.number or 0 for frame in frames])]
+    if len(sources) == 1 and len(headers) > 1:  # frames of a multi-frame file: in file order
+        planes = planes[np.argsort([header.number or 0 for header in headers])]
     with _writing(path):
         dataset = highdicom.seg.Segmentation(
             source_images=sources,
@@ -84,20 +85,21 @@ def segmentation(
             series_description=f"Segmentation by {tool}",
             omit_empty_frames=bool(labels.any()),
         )
-        dataset.SpecificCharacterSet = "ISO_IR 192"  # whatever the source has, for any class name
+        dataset.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, for any class name
     return dataset
 
 
 def save(dataset: Any, temporary: Path, path: Path) -> None:
-    """Write a segmentation under a temporary name; messages say `path`."""
+    """Write a segmentation to `temporary`; messages name `path`."""
     with _writing(path):
         dataset.save_as(temporary, enforce_file_format=True)
 
 
 def read_segmentation(path: Path) -> Labels:
-    """The segments of a DICOM segmentation as labels, on the slices it has frames for.
+    """The segments of a DICOM segmentation as labels, on the slices that have frames.
 
-    ImageError if it is none, or if segments overlap, or its frames have no place in the patient.
+    ImageError if the file is not a segmentation, its segments overlap, or its frames have no place
+    in the patient.
     """
     dataset = load(path)
     with reading(path, "DICOM"):
@@ -107,7 +109,7 @@ def read_segmentation(path: Path) -> Labels:
                 f"{path} is {kind}, expected a DICOM segmentation, {' or '.join(READABLE)}"
             )
         count = frame_count(dataset)
-        frames = [frame_of(path, dataset, k) for k in range(count)]
+        headers = [slice_header(path, dataset, k) for k in range(count)]
         pixels = dataset.pixel_array.reshape(count, dataset.Rows, dataset.Columns)
         numbers = [
             functional_group(dataset, "SegmentIdentificationSequence", k).get(
@@ -116,20 +118,20 @@ def read_segmentation(path: Path) -> Labels:
             for k in range(count)
         ]
         names = {int(s.SegmentNumber): str(s.SegmentLabel) for s in dataset.SegmentSequence}
-    affine, positions = _places(path, frames)
+    affine, positions = _places(path, headers)
     normal = affine[:3, 2] / np.linalg.norm(affine[:3, 2])
     _, first, slices = np.unique(
         (positions @ normal).round(2), return_index=True, return_inverse=True
     )
     planes = np.zeros((len(first), *pixels.shape[1:]), np.uint16)
     for frame, number, k in zip(pixels, numbers, slices, strict=True):
-        mine = frame != 0
-        if (planes[k][mine] != 0).any():
+        inside = frame != 0
+        if (planes[k][inside] != 0).any():
             raise ImageError(
-                f"{path}: segment {number} overlaps another; one label a voxel is needed: write "
-                "each of them to a file of its own"
+                f"{path}: segment {number} overlaps another segment, expected one label a voxel: "
+                "write each segment to a file of its own"
             )
-        planes[k][mine] = frame[mine] if kind == "LABELMAP" else number
+        planes[k][inside] = frame[inside] if kind == "LABELMAP" else number
     return Labels(
         path=path,
         values=planes.transpose(2, 1, 0),
@@ -140,31 +142,34 @@ def read_segmentation(path: Path) -> Labels:
     )
 
 
-def _places(path: Path, frames: Sequence[Frame]) -> tuple[np.ndarray, np.ndarray]:
-    """Of a segmentation's frames: their affine within a slice, and their origins (N, 3)."""
-    shared = frames[0]
-    if shared.spacing is None or any(f.position is None or f.orientation is None for f in frames):
+def _places(path: Path, headers: Sequence[SliceHeader]) -> tuple[np.ndarray, np.ndarray]:
+    """The affine (4, 4) that holds within each frame, and every frame's origin (N, 3), in mm."""
+    first = headers[0]
+    if first.spacing is None or any(h.position is None or h.orientation is None for h in headers):
         raise ImageError(
             f"{path}: its frames have no place in the patient, or no PixelSpacing; give its labels "
             "as NIfTI or PNG"
         )
-    turns = np.array([f.orientation for f in frames], np.float64)
-    if np.abs(turns - turns[0]).max() > SAME_ORIENTATION:
-        raise ImageError(f"{path} mixes orientations; expected slices of one stack")
-    rows, columns = shared.spacing
-    along_columns, along_rows = turns[0].reshape(2, 3)
-    normal = np.cross(along_columns, along_rows) * (shared.thickness or 1.0)
+    orientations = np.array([h.orientation for h in headers], np.float64)
+    if np.abs(orientations - orientations[0]).max() > SAME_ORIENTATION:
+        raise ImageError(
+            f"{path} mixes orientations, expected slices of one stack; write each orientation to "
+            "a file of its own"
+        )
+    rows, columns = first.spacing
+    along_columns, along_rows = orientations[0].reshape(2, 3)
+    normal = np.cross(along_columns, along_rows) * (first.thickness or 1.0)
     affine = np.eye(4)
     affine[:3, :3] = TO_NIFTI @ np.stack(
         [along_columns * columns, along_rows * rows, normal], axis=1
     )
-    origins = np.array([f.position for f in frames], np.float64) @ TO_NIFTI
+    origins = np.array([h.position for h in headers], np.float64) @ TO_NIFTI
     affine[:3, 3] = origins[0]
     return affine, origins
 
 
 def _highdicom() -> Any:
-    """The library, imported when the first segmentation is written: it takes a second."""
+    """The library, imported for the first segmentation: the import takes a second."""
     try:
         import highdicom
     except ImportError as e:
@@ -175,13 +180,14 @@ def _highdicom() -> Any:
 
 
 def _slices(volume: Volume) -> DicomSlices:
-    assert isinstance(volume.slices, DicomSlices)  # what makes a volume's kind "dicom"
+    """The slices of a volume of kind "dicom"."""
+    assert isinstance(volume.slices, DicomSlices)
     return volume.slices
 
 
 def _sources(path: Path, volume: Volume) -> list[Any]:
-    """The headers of the source images, in slice order, complete; a single multi-frame is one."""
-    first = _slices(volume).frames[0]
+    """The complete headers of the source files, in slice order; one for a multi-frame file."""
+    first = _slices(volume).headers[0]
     if first.position is not None and first.spacing is None:
         raise ImageError(
             f"{path}: a DICOM segmentation needs the PixelSpacing of its source, and "
@@ -193,10 +199,10 @@ def _sources(path: Path, volume: Volume) -> list[Any]:
             f"{volume.path} gives them none; write .npy or .nii.gz"
         )
     sources = []
-    for file, frame in dict.fromkeys((f.path, f.uid) for f in _slices(volume).frames):
+    for file, uid in dict.fromkeys((h.path, h.uid) for h in _slices(volume).headers):
         source = load_header(file)
         with reading(file, "DICOM"):
-            if str(source.get("SOPInstanceUID", "")) != frame:
+            if str(source.get("SOPInstanceUID", "")) != uid:
                 raise ImageError(f"{file} has changed since it was read: run again")
             if missing := [name for name in NEEDED if not source.get(name)]:
                 raise ImageError(
@@ -213,7 +219,7 @@ def _sources(path: Path, volume: Volume) -> list[Any]:
 
 
 def _segments(highdicom: Any, highest: int, names: Sequence[str], tool: str) -> list[Any]:
-    """One description for every label up to the highest, and for every name; at least one."""
+    """A description for every label up to the highest and for every name; at least one."""
     from pydicom.sr.codedict import codes
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
@@ -225,7 +231,7 @@ def _segments(highdicom: Any, highest: int, names: Sequence[str], tool: str) -> 
         highdicom.seg.SegmentDescription(
             segment_number=k + 1,
             segment_label=_label(names[k] if k < len(names) else f"segment {k + 1}"),
-            # What a class is called does not say what it is in coded terms: the widest there are.
+            # A class name says nothing in coded terms, so the codes are the widest that exist.
             segmented_property_category=codes.SCT.Tissue,
             segmented_property_type=codes.SCT.Tissue,
             algorithm_type="SEMIAUTOMATIC",
@@ -236,7 +242,7 @@ def _segments(highdicom: Any, highest: int, names: Sequence[str], tool: str) -> 
 
 
 def _version() -> str:
-    """This package's, from its installation: its root knows modules this one must not import."""
+    """This package's version, from its installation: importing its root would be circular."""
     try:
         return version("medsa-deploy")
     except PackageNotFoundError:
@@ -244,13 +250,13 @@ def _version() -> str:
 
 
 def _label(name: str) -> str:
-    """A class name as DICOM can hold it: one line without backslashes, at most 64 characters."""
+    """A class name as a DICOM string: one line without backslashes, at most 64 characters."""
     return " ".join(name.replace("\\", "/").split())[:LABEL_LENGTH] or "unnamed"
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn whatever highdicom refuses into one ImageError; its warnings go to the log."""
+    """Raise highdicom's errors as ImageError, and log its warnings; OSError passes through."""
     try:
         with logged_warnings(path):
             yield

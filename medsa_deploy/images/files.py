@@ -1,4 +1,4 @@
-"""What readers and writers share: suffixes, one error for damaged files, write-then-rename."""
+"""Library exceptions → `ImageError`; and the checks of paths that readers and writers share."""
 
 from __future__ import annotations
 
@@ -12,42 +12,46 @@ from pathlib import Path
 from medsa_deploy.bundle.atomic import whole_file
 from medsa_deploy.errors import ImageError, MedsaError, UsageError, one_line
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def suffix(path: Path) -> str:
-    """The suffix that decides the format, in lower case; `.nii.gz` is one suffix."""
+    """The suffix that decides the format, in lower case; `.nii.gz` is one suffix.
+
+    >>> suffix(Path("Mask.NII.GZ")), suffix(Path("slice.0.png"))
+    ('.nii.gz', '.png')
+    """
     return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
-def check_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
-    """UsageError unless `path` ends in one of `suffixes`."""
+def check_suffix(path: Path, suffixes: tuple[str, ...], kind: str) -> None:
+    """UsageError unless `path` ends in one of `suffixes`; `kind` says what is written there."""
     if suffix(path) not in suffixes:
         raise UsageError(
-            f"{path}: no {what} can be written as '{suffix(path)}'; "
+            f"{path}: no {kind} can be written as '{suffix(path)}'; "
             f"use one of: {', '.join(suffixes)}"
         )
 
 
 def check_writable(path: Path) -> None:
-    """UsageError where a file cannot be written, said before anything is computed for it."""
+    """UsageError if no file can be written at `path`; to be called before its content exists."""
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder: make it, or name another output")
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file")
     if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is no regular file: name another output")
+        raise UsageError(f"{path} is not a regular file: name another output")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path.parent} cannot be written to: name another output")
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises over a damaged file into one ImageError.
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Raise any exception of an image library as ImageError: "PATH cannot be read as KIND: …".
 
     Image libraries raise nearly anything when bytes are missing or wrong (struct.error, KeyError,
     MemoryError, …), so every Exception is caught: keep the block to the library's own calls. Their
-    warnings, mostly about metadata, go to the log.
+    warnings, mostly about metadata, are logged.
     """
     try:
         with logged_warnings(path):
@@ -55,24 +59,24 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except MedsaError:
         raise
     except Exception as e:
-        raise ImageError(f"{path} cannot be read as {what}: {one_line(e)}") from e
+        raise ImageError(f"{path} cannot be read as {kind}: {one_line(e)}") from e
 
 
 @contextlib.contextmanager
 def logged_warnings(path: Path) -> Iterator[None]:
-    """A library's warnings about a file, as log records."""
+    """Log a library's warnings about a file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        log.info("%s: %s", path, warning.message)
+        logger.info("%s: %s", path, warning.message)
 
 
 @contextlib.contextmanager
 def output_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends; see `bundle.atomic.whole_file`.
+    """A temporary path that becomes `path` at the end; ImageError if it cannot be written.
 
-    ImageError if the file cannot be written.
+    See `bundle.atomic.whole_file`: the file is written whole or not at all.
     """
     if not path.parent.is_dir():
         raise ImageError(f"{path} cannot be written: the folder {path.parent} does not exist")

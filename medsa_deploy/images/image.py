@@ -1,4 +1,4 @@
-"""One two-dimensional image, as its file holds it, and the checks every format shares."""
+"""An array or a decoded file → `Image`: one two-dimensional image, checked alike for any format."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike
 
 from medsa_deploy.errors import ImageError, one_line
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:
-    """Where in a volume a slice came from, so that its mask can go back there."""
+    """The place of a slice in its volume, so that its mask can be written back there."""
 
     axis: int
     index: int
@@ -27,41 +27,41 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Image:
-    """One two-dimensional image, as a file holds it."""
+    """One two-dimensional image, with the values its file holds."""
 
     pixels: np.ndarray
     """(H, W) or (H, W, 3). uint8: display values 0…255. Any other dtype: raw intensities that need
     a window before they can be shown (DICOM: after the rescale)."""
     path: Path
     display: np.ndarray | None = None
-    """(H, W) or (H, W, 3) float32 0…255: the rendering the file itself asks for (DICOM: its VOI LUT
-    or window, MONOCHROME1 inverted); None when the file asks for none."""
+    """(H, W) or (H, W, 3) float32 0…255: the rendering that the file defines (DICOM: its VOI LUT or
+    window, MONOCHROME1 inverted); None if it defines none."""
     inverted: bool = False
-    """Low intensities are bright (DICOM MONOCHROME1, TIFF MinIsWhite). `pixels` are left as stored:
-    whoever windows `pixels` must invert afterwards; `display` needs nothing."""
+    """Low intensities are bright (DICOM MONOCHROME1, TIFF MinIsWhite). `pixels` are as stored:
+    invert them after windowing. `display` is inverted already."""
     plane: Plane | None = None
-    """Slice of a NIfTI this is; None otherwise."""
+    """The place of a NIfTI's slice in its volume; None for any other image."""
 
 
 def choose_slice(path: Path, shape: tuple[int, int, int], axis: int, index: int | None) -> Plane:
-    """The slice asked for; ImageError names the axis and its range. A lone slice needs no index."""
+    """Slice `index` along `axis`; ImageError names the valid range. A lone slice needs no index."""
     if axis not in (0, 1, 2):
         raise ImageError(f"{path} has axes 0, 1 and 2; there is no axis {axis}")
     if index is None and shape[axis] == 1:
         index = 0
     if index is None or not 0 <= index < shape[axis]:
-        found = "none was given" if index is None else f"{index} was given"
+        choice = "none was given" if index is None else f"{index} was given"
         raise ImageError(
             f"{path} is a volume of shape {shape}: choose a slice (--slice) "
-            f"0…{shape[axis] - 1} along axis {axis}; {found}"
+            f"0…{shape[axis] - 1} along axis {axis}; {choice}"
         )
     return Plane(axis=axis, index=index, shape=shape)
 
 
 def check_image(image: Image) -> Image:
-    """`image` in native byte order and floats as float32; ImageError if it cannot be segmented.
+    """`image` in native byte order, floats as float32; ImageError if it cannot be segmented.
 
-    That is: without pixels, with NaN or infinite values, or with the same value everywhere.
+    It cannot be segmented without pixels, with NaN or infinite values, or if all values are equal.
     """
     image = check_values(image, str(image.path))
     pixels = image.pixels
@@ -69,25 +69,25 @@ def check_image(image: Image) -> Image:
         value = pixels[0, 0].tolist()
         raise ImageError(f"{image.path}: every pixel is {value}: nothing to segment")
     if image.display is not None and np.ptp(image.display) == 0:
-        log.warning(
-            "%s: the window the file asks for shows one flat grey; its values span %g to %g",
+        logger.warning(
+            "%s: the file's window shows one flat grey; its values span %g to %g",
             image.path, pixels.min(), pixels.max(),
         )  # fmt: skip
     return image
 
 
 def check_values(image: Image, name: str) -> Image:
-    """`image` in native byte order and floats as float32, as a whole image or a volume's slice.
+    """`image` in native byte order, floats as float32; for an image or a volume's slice.
 
-    ImageError, which calls it `name`, without pixels or with NaN or infinite values.
+    ImageError, in which the image is called `name`, if there are no pixels or some are NaN or
+    infinite.
     """
     pixels = image.pixels
     if pixels.size == 0:
         raise ImageError(f"{name} has no pixels: its shape is {pixels.shape}")
     if pixels.dtype.kind == "f":
-        with np.errstate(
-            over="ignore"
-        ):  # what float32 cannot hold is infinite, and refused as such
+        # Values beyond float32 become infinite and are refused below.
+        with np.errstate(over="ignore"):
             pixels = pixels.astype(np.float32)
         if bad := int(np.count_nonzero(~np.isfinite(pixels))):
             raise ImageError(
@@ -99,20 +99,23 @@ def check_values(image: Image, name: str) -> Image:
 
 
 def as_image(image: Image | ArrayLike) -> Image:
-    """What a caller gives, as an image; arrays become one without a file."""
+    """`image` itself, or an array as an image with the path `array`."""
     return image if isinstance(image, Image) else _from_array(image)
 
 
 def _from_array(array: ArrayLike) -> Image:
-    """An array as an image without a file."""
+    """An array as an image: bool as 0 and 255, (H, W, 1) as (H, W)."""
     try:
         pixels = np.asarray(array)
     except ValueError as e:
         raise ImageError(
-            "the image's rows differ in length, expected the shape (H, W) or (H, W, 3)"
+            "the image's rows differ in length, expected the shape (H, W) or (H, W, 3): give a "
+            "rectangular array"
         ) from e
     except TypeError as e:  # an array on a GPU
-        raise ImageError(f"the image cannot be had on the host: {one_line(e)}") from e
+        raise ImageError(
+            f"the image is not in host memory ({one_line(e)}): copy it to the host first"
+        ) from e
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.dtype == np.bool_:
@@ -121,7 +124,7 @@ def _from_array(array: ArrayLike) -> Image:
 
 
 def check_pixels(image: Image) -> None:
-    """ImageError unless pixels are real numbers of shape (H, W) or (H, W, 3)."""
+    """ImageError unless the pixels are real numbers of shape (H, W) or (H, W, 3)."""
     shape = image.pixels.shape
     if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
         raise ImageError(f"{image.path} has shape {shape}, expected (H, W) or (H, W, 3)")

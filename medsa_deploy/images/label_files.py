@@ -1,4 +1,4 @@
-"""A label file → `Labels`: PNG, TIFF, BMP, .npy, NIfTI, DICOM segmentation."""
+"""A label file (PNG, TIFF, BMP, .npy, NIfTI, DICOM segmentation) → `Labels`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .read import format_of
 from .volume import Volume
 
 MOST_LABELS = 200
-"""More different values than any labelling has: such a file is an image."""
+"""Most different values in a label file: a file with more is an image."""
 MASK_VALUES = (255, 65535)
-"""What pictures and some volumes hold where a mask is, if they hold nothing else."""
+"""Values that mark a mask in a file whose only other value is 0."""
 
 
 def read_labels(path: str | os.PathLike[str]) -> Labels:
     """The labels in a file: whole numbers from 0, at most 200 different ones.
 
-    A picture is grey, or has a palette whose indices are the labels. A file that holds nothing but
-    0 and 255 (or 65535) is a mask, which becomes label 1; so does a .npy of bool. A NIfTI or .npy
-    volume keeps its stored order. A DICOM segmentation is BINARY or LABELMAP; its segment numbers
-    are the labels. ImageError for everything else.
+    A picture is grey, or has a palette whose indices are the labels. A file with only 0 and 255
+    (or 65535) is a mask and becomes label 1, and so does a .npy of bool. A NIfTI or .npy volume
+    keeps its stored order. A DICOM segmentation is BINARY or LABELMAP, and its segment numbers are
+    the labels. ImageError for any other file.
     """
     path = Path(path)
     file_format = format_of(path)
@@ -47,13 +47,13 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
 
 
 def _voxels(volume: Volume) -> np.ndarray:
-    """All slices of a volume, (X, Y, Z) in stored order."""
+    """All voxels of a volume, (X, Y, Z) in stored order."""
     stacked = np.stack([volume.slice(k).pixels for k in range(len(volume))])
     return stacked.transpose(np.argsort((volume.axis, *volume.plane_axes)))
 
 
 def _array(path: Path) -> np.ndarray:
-    """(H, W) or (X, Y, Z)."""
+    """The array in a .npy, (H, W) or (X, Y, Z)."""
     from .npy import map_array
 
     array = np.array(map_array(path))
@@ -63,13 +63,13 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _picture(path: Path) -> np.ndarray:
-    """(H, W): grey values, or palette indices."""
+    """The grey values or palette indices of a picture, (H, W)."""
     from .raster import FORMATS, read_raster
 
     with reading(path, "a label picture"), path.open("rb") as f:
         picture = PIL.Image.open(f, formats=FORMATS)
         if picture.format in ("JPEG", "MPO"):
-            raise ImageError(f"{path} is a JPEG, which blurs labels; give them as PNG")
+            raise ImageError(f"{path} is a JPEG, which blurs labels; give the labels as PNG")
         if picture.mode == "P":
             return np.asarray(PIL.ImageOps.exif_transpose(picture))
     pixels = read_raster(path).pixels
@@ -82,7 +82,7 @@ def _picture(path: Path) -> np.ndarray:
 
 
 def _whole(path: Path, values: np.ndarray) -> np.ndarray:
-    """Unsigned integers of the smallest type that holds them; ImageError if they are no labels."""
+    """The values as the smallest unsigned type that holds them; ImageError if not labels."""
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
     if values.dtype.kind == "f":
@@ -93,17 +93,17 @@ def _whole(path: Path, values: np.ndarray) -> np.ndarray:
                 f"{path} holds {values[odd][0]:g}; labels are whole numbers: is this a label file, "
                 "or a map of probabilities or intensities?"
             )
-    found = np.unique(values)
-    if found[0] < 0 or found[-1] > np.iinfo(np.uint32).max:
+    distinct = np.unique(values)
+    if distinct[0] < 0 or distinct[-1] > np.iinfo(np.uint32).max:
         raise ImageError(
-            f"{path} holds values from {found[0]:g} to {found[-1]:g}; labels are whole numbers "
-            "from 0: is this a label file?"
+            f"{path} holds values from {distinct[0]:g} to {distinct[-1]:g}; labels are whole "
+            "numbers from 0: is this a label file?"
         )
-    if len(found) > MOST_LABELS:
+    if len(distinct) > MOST_LABELS:
         raise ImageError(
-            f"{path} holds {len(found)} different values, more than labels have (at most "
+            f"{path} holds {len(distinct)} different values, more than labels have (at most "
             f"{MOST_LABELS}): is this an image?"
         )
-    if found[-1] in MASK_VALUES and not found[:-1].any():
+    if distinct[-1] in MASK_VALUES and not distinct[:-1].any():
         return np.asarray(values != 0, np.uint8)
-    return values.astype(np.min_scalar_type(int(found[-1])))
+    return values.astype(np.min_scalar_type(int(distinct[-1])))

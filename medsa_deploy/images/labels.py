@@ -1,7 +1,7 @@
-"""Labels of a file, and their place on a voxel grid: of an image, or of other labels.
+"""Labels of a file → the same labels on the voxel grid of an image or of another label file.
 
-Two grids are one when each voxel of one is a voxel of the other, whatever the order and direction
-in which the files store their axes; to a tenth of a voxel. Nothing is ever resampled.
+Two files share a grid if their voxels lie at the same places, to a tenth of a voxel. The order and
+direction of the stored axes may differ. Labels are never resampled.
 """
 
 from __future__ import annotations
@@ -17,69 +17,69 @@ from medsa_deploy.errors import ImageError
 from .volume import Volume
 
 TOLERANCE = 0.1
-"""Voxels by which the corners of two grids may differ: files round their affines."""
+"""Largest distance in voxels between the corners of two equal grids: files round their affines."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Labels:
-    """Whole numbers for pixels or voxels, as a file holds them; 0 is background."""
+    """A label for each pixel or voxel of a file; 0 is background."""
 
     path: Path
     values: np.ndarray
     """(H, W), or (X, Y, Z) in stored order (DICOM: columns, rows, slices); unsigned integers."""
     affine: np.ndarray | None = None
-    """(4, 4) voxel → mm as in `Volume`; None where the file does not place its voxels."""
+    """(4, 4) voxel → mm as in `Volume`; None if the file does not place its voxels."""
     origins: np.ndarray | None = None
-    """(Z, 3) mm of each slice's first voxel, of a DICOM segmentation: it leaves out slices without
-    labels, so that the affine holds within a slice only."""
+    """(Z, 3) mm: each slice's first voxel, for a DICOM segmentation. It leaves out slices without
+    labels, so its affine holds only within a slice."""
     columns_first: bool = False
-    """A single slice lies as (columns, rows, 1), unlike a picture: DICOM."""
+    """A single slice is stored as (columns, rows, 1), as in DICOM; a picture is (rows, columns)."""
     names: Mapping[int, str] = field(default_factory=dict)
-    """What the file calls its labels."""
+    """The file's names of its labels."""
 
     def present(self) -> list[int]:
-        """The labels that occur, in order, without background."""
+        """The labels that occur, in ascending order, without background."""
         return [int(label) for label in np.unique(self.values) if label]
 
 
 def on_one_grid(
-    one: Labels, other: Labels
+    first: Labels, second: Labels
 ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...] | None]:
-    """Both files' values in arrays of one shape, and the spacing in mm (None: unknown).
+    """The values of two files as arrays of one shape, and the spacing in mm (None: unknown).
 
-    Axes of length 1 are dropped. ImageError if the files do not lie on one grid.
+    Axes of length 1 are dropped. ImageError if the files do not share a grid.
     """
-    if one.affine is None or other.affine is None:
-        (first, spacing), (second, other_spacing) = _flat(one), _flat(other)
-        if first.shape != second.shape:
+    if first.affine is None or second.affine is None:
+        (a, spacing), (b, second_spacing) = _flat(first), _flat(second)
+        if a.shape != b.shape:
             raise ImageError(
-                f"{one.path} has shape {one.values.shape} and {other.path} "
-                f"{other.values.shape}: labels and segmentation must be of one shape"
+                f"{first.path} has shape {first.values.shape} and {second.path} "
+                f"{second.values.shape}: labels and segmentation must be of one shape"
             )
-        return first, second, spacing or other_spacing
-    if one.origins is not None and other.origins is not None:
-        shape, affine = _common_grid(one, other)
-        name = other.path
+        return a, b, spacing or second_spacing
+    if first.origins is not None and second.origins is not None:
+        shape, affine = _common_grid(first, second)
+        name = second.path
     else:
-        grid = other if one.origins is not None else one
+        grid = second if first.origins is not None else first
         assert grid.affine is not None
         shape, affine, name = _shape(grid.values), grid.affine, grid.path
-    spacing_mm = _known_spacing(affine)
-    first, kept = without_thin_axes(onto(one, shape, affine, other.path), spacing_mm)
-    second, _ = without_thin_axes(onto(other, shape, affine, name), spacing_mm)
-    return first, second, kept
+    spacing = _known_spacing(affine)
+    a, kept_spacing = without_thin_axes(onto(first, shape, affine, second.path), spacing)
+    b, _ = without_thin_axes(onto(second, shape, affine, name), spacing)
+    return a, b, kept_spacing
 
 
 def on_volume(labels: Labels, volume: Volume) -> tuple[np.ndarray, tuple[float, ...] | None]:
     """The values of `labels` in the stored order of `volume`, and its spacing in mm, if known.
 
-    ImageError if they lie on another grid; without affines, if the shapes differ. The labels of a
-    picture fit a volume of one slice.
+    ImageError if the grids differ; if either file has no affine, only the shapes are compared. The
+    labels of a picture fit a volume of one slice.
     """
     if labels.affine is not None and volume.affine is not None:
         placed = onto(labels, volume.shape, volume.affine, volume.path)
         return placed, _known_spacing(volume.affine)
-    # A file that gives no spacing has 1.0, the same number in pixels.
+    # A spacing of 1.0 in a file without an affine is only the default, not a measurement.
     unplaced = volume.affine is None and volume.spacing_mm[:2] == (1.0, 1.0)
     known = _known_spacing(labels.affine) if unplaced else volume.spacing_mm
     if len(volume) == 1:
@@ -97,7 +97,10 @@ def on_volume(labels: Labels, volume: Volume) -> tuple[np.ndarray, tuple[float, 
 def on_picture(
     labels: Labels, size: tuple[int, int], name: Path
 ) -> tuple[np.ndarray, tuple[float, ...] | None]:
-    """The values of `labels` as (H, W), the size of the picture `name`, and any spacing in mm."""
+    """The values of `labels` as (H, W), and their spacing in mm, if known.
+
+    ImageError unless (H, W) is `size`, the size of the picture `name`.
+    """
     values, spacing = _flat(labels)
     if values.shape != size:
         raise ImageError(
@@ -108,9 +111,12 @@ def on_picture(
 
 
 def onto(labels: Labels, shape: tuple[int, int, int], affine: np.ndarray, name: Path) -> np.ndarray:
-    """The values of `labels`, which have an affine, in the grid (X, Y, Z) of the file `name`."""
+    """The values of `labels` on the grid of the file `name`: its `shape` (X, Y, Z) and `affine`.
+
+    ImageError if the grids differ. `labels` must have an affine.
+    """
     if abs(np.linalg.det(affine)) < 1e-12:
-        raise ImageError(f"{name}: its affine does not place its voxels in space")
+        raise ImageError(f"{name}: its affine does not place its voxels in space: export it again")
     to_grid = np.linalg.inv(affine)
     out = np.zeros(shape, labels.values.dtype)
     for block, block_affine in _blocks(labels):
@@ -133,13 +139,13 @@ def onto(labels: Labels, shape: tuple[int, int, int], affine: np.ndarray, name: 
 
 
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
-    """mm between voxels along each axis."""
+    """mm between voxels along each of the three axes."""
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
     return x, y, z
 
 
 def _known_spacing(affine: np.ndarray | None) -> tuple[float, ...] | None:
-    """mm between voxels; None without an affine, or with the identity that stands for none."""
+    """mm between voxels; None without an affine, or with the identity, the default of tools."""
     if affine is None or np.array_equal(affine, np.eye(4)):
         return None
     return spacing_of(affine)
@@ -148,15 +154,15 @@ def _known_spacing(affine: np.ndarray | None) -> tuple[float, ...] | None:
 def without_thin_axes(
     values: np.ndarray, spacing: tuple[float, ...] | None = None
 ) -> tuple[np.ndarray, tuple[float, ...] | None]:
-    """Values and spacing without axes of length 1, across which nothing has a surface."""
-    kept = [k for k in range(values.ndim) if values.shape[k] > 1]
-    return values.reshape([values.shape[k] for k in kept]), (
-        None if spacing is None else tuple(spacing[k] for k in kept)
+    """Values and spacing without axes of length 1: no surface distance runs along them."""
+    axes = [k for k in range(values.ndim) if values.shape[k] > 1]
+    return values.reshape([values.shape[k] for k in axes]), (
+        None if spacing is None else tuple(spacing[k] for k in axes)
     )
 
 
 def _flat(labels: Labels) -> tuple[np.ndarray, tuple[float, ...] | None]:
-    """`without_thin_axes`, a single DICOM slice lying as a picture."""
+    """`without_thin_axes`, with a single DICOM slice turned to (rows, columns)."""
     values, spacing = labels.values, _known_spacing(labels.affine)
     if labels.columns_first and values.shape[2] == 1:
         values = values.transpose(1, 0, 2)
@@ -165,7 +171,7 @@ def _flat(labels: Labels) -> tuple[np.ndarray, tuple[float, ...] | None]:
 
 
 def _blocks(labels: Labels) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What lies evenly, with its affine: everything, or each slice of a DICOM segmentation."""
+    """Evenly spaced parts of `labels` with their affines: all, or each slice of a DICOM SEG."""
     assert labels.affine is not None
     if labels.origins is None:
         yield labels.values.reshape(_shape(labels.values)), labels.affine
@@ -177,7 +183,7 @@ def _blocks(labels: Labels) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _placed(block: np.ndarray, to_grid: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """A block turned to lie like the grid, and the voxel where it starts; None if it cannot."""
+    """A block in the grid's axis order and its first voxel there; None if the grids differ."""
     turn, origin = to_grid[:3, :3], to_grid[:3, 3]
     steps = np.rint(turn)
     long = [k for k in range(3) if block.shape[k] > 1]
@@ -186,7 +192,8 @@ def _placed(block: np.ndarray, to_grid: np.ndarray) -> tuple[np.ndarray, np.ndar
     drift = np.abs(turn - steps)[:, long] * (np.array(block.shape)[long] - 1)
     if max(drift.sum(axis=1).max(initial=0), np.abs(origin - np.rint(origin)).max()) > TOLERANCE:
         return None
-    # The grid's axis that each of the block's axes runs along; one of length 1 takes what is left.
+    # The grid's axis along which each of the block's axes runs. Axes of length 1 have no direction
+    # and take the axes that remain.
     along = {k: int(np.flatnonzero(steps[:, k])[0]) for k in long}
     left = [axis for axis in range(3) if axis not in along.values()]
     if len(left) + len(long) != 3:
@@ -202,41 +209,46 @@ def _placed(block: np.ndarray, to_grid: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _paste(out: np.ndarray, block: np.ndarray, start: np.ndarray, path: Path, name: Path) -> None:
-    """Put a block into `out`; ImageError if labels of it lie outside."""
+    """Copy a block into `out`; ImageError if the block has labels outside `out`."""
     low = np.maximum(start, 0)
     high = np.minimum(start + block.shape, out.shape)
     inside = tuple(slice(a, max(a, b)) for a, b in zip(low - start, high - start, strict=True))
     lost = int(np.count_nonzero(block)) - int(np.count_nonzero(block[inside]))
     if lost:
-        raise ImageError(f"{lost} labelled voxels of {path} lie outside of {name}")
+        raise ImageError(
+            f"{lost} labelled voxels of {path} lie outside of {name}: use the label file of this "
+            "image"
+        )
     out[tuple(slice(a, max(a, b)) for a, b in zip(low, high, strict=True))] = block[inside]
 
 
-def _common_grid(one: Labels, other: Labels) -> tuple[tuple[int, int, int], np.ndarray]:
-    """A grid that holds the slices of two DICOM segmentations; (shape, affine)."""
-    assert one.affine is not None
-    assert one.origins is not None
-    assert other.origins is not None
-    affine = one.affine.copy()
+def _common_grid(first: Labels, second: Labels) -> tuple[tuple[int, int, int], np.ndarray]:
+    """The shape and affine of a grid that holds the slices of two DICOM segmentations."""
+    assert first.affine is not None
+    assert first.origins is not None
+    assert second.origins is not None
+    affine = first.affine.copy()
     normal = affine[:3, 2] / np.linalg.norm(affine[:3, 2])
-    origins = np.concatenate([one.origins, other.origins])
+    origins = np.concatenate([first.origins, second.origins])
     places = origins @ normal
-    first, last = origins[places.argmin()], origins[places.argmax()]
+    lowest, highest = origins[places.argmin()], origins[places.argmax()]
     gaps = np.diff(np.unique(places.round(3)))
     count = 1
     if gaps.size:
-        # The smallest gap: the slices that either file leaves out are seldom every second one.
+        # The smallest gap is the spacing, unless both files leave out every second slice.
         count = round((places.max() - places.min()) / gaps.min()) + 1
-        affine[:3, 2] = (last - first) / (count - 1)
-    affine[:3, 3] = first
-    columns, rows = one.values.shape[:2]
+        affine[:3, 2] = (highest - lowest) / (count - 1)
+    affine[:3, 3] = lowest
+    columns, rows = first.values.shape[:2]
     return (columns, rows, count), affine
 
 
 def _shape(values: np.ndarray) -> tuple[int, int, int]:
+    """(X, Y, Z) of an array with two or three axes."""
     x, y, z = (*values.shape, 1)[:3]
     return x, y, z
 
 
 def _text(values: np.ndarray | tuple[float, ...]) -> str:
+    """`(0.8, 0.8, 2.5)`"""
     return f"({', '.join(f'{value:.4g}' for value in values)})"

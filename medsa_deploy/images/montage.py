@@ -1,4 +1,4 @@
-"""Slices of a volume with their labels and prompts → one picture to look at."""
+"""Slices of a volume with their labels and prompts → one picture of tiles."""
 
 from __future__ import annotations
 
@@ -40,14 +40,18 @@ class Tile:
 
 
 def spread(slices: Sequence[int], count: int) -> list[int]:
-    """`count` of `slices` at even distances, the first and last among them, or all of them."""
+    """`count` of `slices`, evenly spread from the first to the last; all if there are fewer.
+
+    >>> spread(range(10), 4)
+    [0, 3, 6, 9]
+    """
     if len(slices) <= count:
         return list(slices)
     return [slices[round(i * (len(slices) - 1) / (count - 1))] for i in range(count)]
 
 
 def write_montage(path: str | os.PathLike[str], tiles: Sequence[Tile]) -> None:
-    """Write `draw_montage` as PNG or JPEG, by the suffix of `path`."""
+    """Write the picture of `draw_montage` as PNG or JPEG, by the suffix of `path`."""
     path = Path(path)
     check_overlay_suffix(path)
     picture = draw_montage(tiles)
@@ -73,7 +77,7 @@ def draw_montage(tiles: Sequence[Tile]) -> np.ndarray:
 
 
 def _picture(tile: Tile) -> PIL.Image.Image:
-    """One tile without its caption, no larger than `TILE`."""
+    """A tile without its caption, at most `TILE` pixels a side."""
     drawn = draw_overlay(
         tile.background, tile.labels, points=tile.points, labels=tile.signs, boxes=tile.boxes
     )

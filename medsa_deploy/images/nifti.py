@@ -1,7 +1,7 @@
-"""A NIfTI → `Volume`, a slice of one → `Image`, and masks back into the same geometry.
+"""A NIfTI → `Volume`, or one of its slices → `Image`; a mask → a NIfTI of the same geometry.
 
-Everything is in stored voxel order: no axis is flipped or permuted to look anatomical, so a mask
-goes back to exactly the voxels it was made from.
+Voxels keep their stored order. No axis is flipped or permuted to look anatomical, so a mask lands
+on exactly the voxels it was computed from.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from .files import reading, suffix
 from .image import Image, Plane, choose_slice
 from .volume import Volume
 
-# Header fields that place voxels in the world, and the order slices were acquired in. Only these go
-# from an image to its mask: not the intensity scaling, not free text, which may name a patient.
 GEOMETRY = (
     "pixdim", "xyzt_units", "dim_info", "slice_start", "slice_end", "slice_code", "slice_duration",
     "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+"""Header fields with the place of the voxels and the order of acquisition. Only these are copied
+from an image to its mask: not the intensity scaling, and no free text, which may name a patient."""
 UNITS_MM = {1: 1000.0, 2: 1.0, 3: 0.001}
-"""mm in metre, millimetre, micrometre, by the lowest three bits of xyzt_units; unknown: mm."""
+"""mm in a metre, millimetre and micrometre, by the lowest three bits of xyzt_units."""
 MOST_GZIP = 1032
-"""gzip packs no more bytes than this into one."""
+"""The highest compression ratio of gzip."""
 
 
 def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:
-    """The slice `index` along `axis` of a NIfTI, with the header's intensity scaling applied.
+    """Slice `index` along `axis` of a NIfTI, with the header's intensity scaling applied.
 
-    Rows are the first of the two remaining axes, columns the second. The default axis is one of
-    size 1 if there is one, else the one of largest spacing, the last of several equally large.
-    Unscaled values keep their dtype (uint8: display values); scaled ones become float32.
+    Rows are the first of the two remaining axes, columns the second. The default axis is an axis of
+    size 1, else the axis of largest spacing; among equals, the last. Unscaled values keep their
+    dtype (uint8: display values); scaled values become float32.
     """
     source = _load_numbers(path)
     shape = _volume_shape(path, source.shape)
@@ -58,13 +58,13 @@ def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NiftiSlices:
-    """The slices of one volume of a NIfTI, scaled when they are read."""
+    """The slices of one volume of a NIfTI; each is scaled when it is read."""
 
     path: Path
     source: Any
-    """nibabel's image; its header goes to the mask."""
+    """nibabel's image; masks copy its header."""
     voxels: np.ndarray
-    """(X, Y, Z) stored values: mapped from an uncompressed file, otherwise held once."""
+    """(X, Y, Z) stored values: mapped from an uncompressed file, otherwise in memory."""
     axis: int
 
     def read(self, index: int) -> Image:
@@ -78,13 +78,13 @@ class NiftiSlices:
 
 
 def is_nifti_volume(path: Path) -> bool:
-    """Whether a NIfTI holds more than one plane, by its header."""
+    """Whether the header of a NIfTI announces more than one plane."""
     shape = _load(path).shape
     return len(shape) >= 3 and (1 not in shape[:3] or math.prod(shape[3:]) != 1)
 
 
 def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Volume:
-    """A 3-D NIfTI, or one `volume` of a 4-D; the default axis is that of `read_nifti`."""
+    """A 3-D NIfTI, or one `volume` of a 4-D NIfTI; the default axis is that of `read_nifti`."""
     source = _load_numbers(path)
     number = _choose_volume(path, source.shape, volume)
     shape = _volume_shape(path, source.shape[:3])
@@ -114,8 +114,8 @@ def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Vo
 def write_nifti_labels(path: Path, labels: np.ndarray, volume: Volume) -> None:
     """Write `labels` (X, Y, Z) uint8 in the geometry of `volume`.
 
-    The geometry of a NIfTI is copied field by field. That of a DICOM series is its affine, with
-    codes 1 (scanner). Without any there is the spacing, with codes 0 (unknown).
+    From a NIfTI, the geometry is copied field by field. From a DICOM series, it is the affine, with
+    codes 1 (scanner). From a volume without an affine, it is the spacing, with codes 0 (unknown).
     """
     if isinstance(volume.slices, NiftiSlices):
         nibabel.save(_label_image(labels, volume.slices.source), path)
@@ -125,15 +125,15 @@ def write_nifti_labels(path: Path, labels: np.ndarray, volume: Volume) -> None:
     written.header.set_xyzt_units("mm")
     if volume.affine is not None:
         written.set_sform(volume.affine, code="scanner")
-        # A quaternion cannot shear; a gantry tilt is in the sform alone.
+        # A quaternion cannot hold the shear of a gantry tilt; only the sform does.
         written.set_qform(volume.affine, code="scanner", strip_shears=True)
     nibabel.save(written, path)
 
 
 def write_nifti_mask(path: Path, mask: np.ndarray, image: Image) -> None:
-    """Write `mask` (H, W) uint8 where `image` came from: a volume of its shape and geometry.
+    """Write `mask` (H, W) uint8 into a volume with the shape and geometry of `image`'s volume.
 
-    The rest of the volume is 0. For an image that is no slice of a NIfTI: (H, W, 1) with an
+    All other slices are 0. If `image` is not a slice of a NIfTI, the file is (H, W, 1) with an
     identity affine.
     """
     if image.plane is None:
@@ -144,12 +144,12 @@ def write_nifti_mask(path: Path, mask: np.ndarray, image: Image) -> None:
 
 
 def _mask_volume(mask: np.ndarray, path: Path, plane: Plane) -> Any:
-    """`mask` as a NIfTI of the same class, shape and geometry as the one at `path`."""
+    """`mask` in a NIfTI with the class, shape and geometry of the NIfTI at `path`."""
     source = _load(path)
     if _volume_shape(path, source.shape[:3]) != plane.shape:
         raise ImageError(
-            f"{path} has changed since it was read: its shape was {plane.shape}, "
-            f"now it is {source.shape}"
+            f"{path} has changed since it was read: its shape is {source.shape}, it was "
+            f"{plane.shape}: run again"
         )
     voxels = np.zeros(plane.shape, np.uint8)
     np.moveaxis(voxels, plane.axis, 0)[plane.index] = mask
@@ -157,10 +157,9 @@ def _mask_volume(mask: np.ndarray, path: Path, plane: Plane) -> Any:
 
 
 def _label_image(labels: np.ndarray, source: Any) -> Any:
-    """`labels` (X, Y, Z) uint8 as an image of the class and geometry of `source`.
+    """`labels` (X, Y, Z) uint8 as a nibabel image with the class and geometry of `source`.
 
-    It has the very shape of `source`, but only the first three axes where that holds several
-    volumes.
+    Its shape is that of `source`, or of the first three axes if `source` holds several volumes.
     """
     shape = source.shape if math.prod(source.shape[3:]) == 1 else labels.shape
     header = type(source.header)()
@@ -168,11 +167,12 @@ def _label_image(labels: np.ndarray, source: Any) -> Any:
     header.set_data_shape(shape)
     for field in GEOMETRY:
         header[field] = source.header[field]
-    # Without an affine of its own the new image leaves the header's qform and sform as they are.
+    # Given None as affine, nibabel keeps the header's qform and sform as they are.
     return type(source)(labels.reshape(shape), None, header)
 
 
 def _load(path: Path) -> Any:
+    """nibabel's image of a NIfTI; ImageError for any other format."""
     with reading(path, "NIfTI"):
         source = nibabel.load(path)
     if not isinstance(source, nibabel.Nifti1Image):
@@ -181,6 +181,7 @@ def _load(path: Path) -> Any:
 
 
 def _load_numbers(path: Path) -> Any:
+    """nibabel's image of a NIfTI; ImageError unless its voxels are real numbers."""
     source = _load(path)
     if source.get_data_dtype().kind not in "biuf":
         raise ImageError(f"{path} holds {source.get_data_dtype()} voxels; expected real numbers")
@@ -188,16 +189,16 @@ def _load_numbers(path: Path) -> Any:
 
 
 def _scaling(source: Any) -> tuple[float, float]:
-    """(slope, intercept); 1 and 0 where the header has none."""
+    """(slope, intercept) of the header; (1, 0) without scaling."""
     return source.dataobj.slope, source.dataobj.inter
 
 
 def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
-    """Volume `number` as it is stored, unscaled: mapped if it is alone and uncompressed."""
+    """The stored, unscaled voxels of volume `number`; mapped if it is alone and uncompressed."""
     proxy = source.dataobj
     needed = proxy.offset + math.prod(source.shape) * proxy.dtype.itemsize
     most = path.stat().st_size * (MOST_GZIP if suffix(path) == ".nii.gz" else 1)
-    if needed > most:  # or nibabel would allocate all that a damaged header asks for
+    if needed > most:  # nibabel would allocate whatever size a damaged header announces
         raise ImageError(
             f"{path} cannot be read as NIfTI: its header announces {needed} bytes, more than the "
             "file can hold; it is damaged or cut off, copy or export it again"
@@ -211,7 +212,7 @@ def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
 
 
 def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> int:
-    """The index of the volume asked for; a lone one needs no choice."""
+    """The index of the volume to read; a lone volume needs no choice."""
     count = math.prod(stored[3:])
     if math.prod(stored[4:]) != 1:
         raise ImageError(
@@ -221,23 +222,23 @@ def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> i
     if volume is None and count == 1:
         return 0
     if volume is None or not 0 <= volume < count:
-        found = "none was given" if volume is None else f"{volume} was given"
+        choice = "none was given" if volume is None else f"{volume} was given"
         raise ImageError(
             f"{path} has shape {stored}: choose one of its volumes (--volume) 0…{count - 1}; "
-            f"{found}"
+            f"{choice}"
         )
     return volume
 
 
 def _spacing(zooms: tuple[float, ...], unit: float) -> tuple[float, float, float]:
-    """mm along three axes; 1.0 where the header has no usable number."""
+    """mm along the three axes; 1.0 for an axis without a usable number in the header."""
     mm = [abs(float(zoom)) * unit for zoom in (*zooms[:3], 0.0, 0.0, 0.0)]
     x, y, z = (value if 0 < value < math.inf else 1.0 for value in mm[:3])
     return x, y, z
 
 
 def _volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
-    """(X, Y, Z) of a stored shape; a missing third axis and trailing axes count as 1."""
+    """(X, Y, Z) of a stored shape; a missing third axis counts as 1, as do trailing axes."""
     if len(stored) < 2 or 0 in stored:
         raise ImageError(f"{path} has shape {stored}; expected an image or a volume")
     if any(size != 1 for size in stored[3:]):
@@ -250,9 +251,9 @@ def _volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _default_axis(shape: tuple[int, int, int], zooms: tuple[float, ...]) -> int:
-    """The axis across the slices: of size 1, else of largest spacing, the last among equals."""
+    """The axis of size 1, else the axis of largest spacing; among equals, the last."""
     if 1 in shape:
         return max(k for k in range(3) if shape[k] == 1)
     spacing = np.nan_to_num(np.asarray(zooms[:3], float))
-    # Spacings computed from an affine differ in the last digits; they are still a tie.
+    # Equal spacings computed from an affine differ in the last digits.
     return int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])

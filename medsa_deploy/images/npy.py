@@ -1,4 +1,4 @@
-""".npy → `Image`: (H, W), (H, W, 1|3|4), or one slice of a volume; (X, Y, Z) → `Volume`."""
+"""A .npy array (H, W), (H, W, 1|3|4) or a slice of (X, Y, Z) → `Image`; (X, Y, Z) → `Volume`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CHANNELS = (1, 3, 4)
 def read_npy(path: Path, *, axis: int | None, index: int | None) -> Image:
     """An array of numbers; bool becomes 0 and 255, a fourth channel (alpha) is dropped.
 
-    A three-dimensional array whose last axis is 1, 3 or 4 long is a picture with channels, unless a
-    slice is asked for; any other is a volume and needs `index`, along axis 0 by default.
+    If `axis` or `index` is given, a three-dimensional array is a volume. Otherwise it is a picture
+    if its last axis has length 1, 3 or 4. A volume needs `index`, along axis 0 by default.
     """
     array = map_array(path)
     pixels = np.array(_picture(path, array, axis, index))
@@ -31,7 +31,7 @@ def read_npy(path: Path, *, axis: int | None, index: int | None) -> Image:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NpySlices:
-    """The slices of an array that is mapped, not loaded."""
+    """The slices of an array that is mapped into memory, not loaded."""
 
     path: Path
     array: np.ndarray
@@ -45,13 +45,13 @@ class NpySlices:
 
 
 def is_npy_volume(path: Path) -> bool:
-    """Whether `read_npy` would need a slice to be named, or more than that, by the header."""
+    """Whether the header announces a volume: an array that is neither a plane nor a picture."""
     array = map_array(path)
     return array.ndim > 3 or (array.ndim == 3 and array.shape[2] not in CHANNELS)
 
 
 def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
-    """(X, Y, Z) of any real type, sliced along axis 0 by default, with spacing 1."""
+    """An array (X, Y, Z) of any real type, sliced along axis 0 by default, with spacing 1."""
     array = map_array(path)
     if array.ndim != 3 or 0 in array.shape:
         raise ImageError(
@@ -77,7 +77,7 @@ def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
 
 
 def map_array(path: Path) -> np.ndarray:
-    """The array in a file, mapped: one slice of a large volume costs one slice. Never unpickled."""
+    """The array in a file, mapped: reading a slice costs one slice. Pickles are never loaded."""
     with reading(path, "a .npy array"):
         array = np.lib.format.open_memmap(path, mode="r")
     if array.dtype.kind not in "biuf":
@@ -86,20 +86,21 @@ def map_array(path: Path) -> np.ndarray:
 
 
 def _numbers(pixels: np.ndarray) -> np.ndarray:
+    """The pixels, bool as 0 and 255."""
     return pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels
 
 
 def _picture(path: Path, array: np.ndarray, axis: int | None, index: int | None) -> np.ndarray:
-    """`array` itself, or the slice of it that was asked for."""
+    """`array` itself, or the chosen slice of it."""
     sliced = axis is not None or index is not None
     if array.ndim == 3 and (sliced or array.shape[2] not in CHANNELS):
         x, y, z = array.shape
         plane = choose_slice(path, (x, y, z), 0 if axis is None else axis, index)
-        array = np.moveaxis(array, plane.axis, 0)[plane.index]
-        return array
+        pixels: np.ndarray = np.moveaxis(array, plane.axis, 0)[plane.index]
+        return pixels
     if array.ndim not in (2, 3) or sliced:
         raise ImageError(
             f"{path} has shape {array.shape}; expected (H, W), (H, W, 3), "
-            "or a three-dimensional volume to take a slice of"
+            "or (X, Y, Z) with a chosen slice"
         )
     return array

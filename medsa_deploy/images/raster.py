@@ -1,9 +1,9 @@
 """PNG, JPEG, TIFF, BMP → `Image`, through Pillow.
 
-What a viewer shows is what is read: EXIF orientation is applied and palettes become RGB. Alpha is
-dropped, not blended: medical exports carry an opaque one, and blending needs a background nobody
-named. 16-bit grey keeps its values; Pillow has no 16-bit colour, so such files are read as the
-upper 8 bits (value >> 8), with a warning in the log.
+The pixels are those a viewer shows: EXIF orientation is applied, and palettes become RGB. Alpha is
+dropped, not blended: it is opaque in medical exports, and blending would need a background colour.
+16-bit grey keeps its values. Pillow has no 16-bit colour, so such files are read as their upper
+8 bits (value >> 8), with a warning in the log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from medsa_deploy.errors import ImageError
 from .files import reading
 from .image import Image
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
@@ -32,7 +32,7 @@ MIN_IS_WHITE = 0
 
 
 def read_raster(path: Path) -> Image:
-    """The one picture in a file; a file with several pages or frames is refused."""
+    """The only picture in a file; ImageError for a file with several pages or frames."""
     try:
         # From an open file: from a path, Pillow (13.0) memory-maps plain TIFFs with the sides
         # swapped if their orientation tag turns them, and scrambles the picture.
@@ -41,7 +41,8 @@ def read_raster(path: Path) -> Image:
             pages = getattr(picture, "n_frames", 1)
             if pages > 1 and picture.format != "MPO":  # MPO: a JPEG and its own previews
                 raise ImageError(
-                    f"{path} holds {pages} pages or frames; extract one into its own file"
+                    f"{path} holds {pages} pages or frames, expected 1; extract one into its own "
+                    "file"
                 )
             return _read(picture, path)
     except ImageError as e:
@@ -59,19 +60,20 @@ def read_raster(path: Path) -> Image:
 
 
 def _read(picture: PIL.ImageFile.ImageFile, path: Path) -> Image:
-    # All three are known only until the pixels are decoded.
+    """The image of an open picture, with the dtype and inversion its file declares."""
+    # Pillow drops these three facts when it decodes the pixels.
     reduced = _has_16_bit_colour(picture)
     dtype, inverted = _stored_dtype(picture), _is_inverted(picture)
     pixels = _pixels(PIL.ImageOps.exif_transpose(picture), path)
     if dtype is not None:
         pixels = pixels.astype(dtype)
     if reduced:
-        log.warning("%s: 16-bit colour is read as its upper 8 bits", path)
+        logger.warning("%s: 16-bit colour is read as its upper 8 bits", path)
     return Image(pixels=pixels, path=path, inverted=inverted)
 
 
 def _pixels(picture: PIL.Image.Image, path: Path) -> np.ndarray:
-    """(H, W) or (H, W, 3) in the dtype the file's values have."""
+    """The pixels, (H, W) or (H, W, 3), in Pillow's dtype."""
     match picture.mode:
         case "1":
             return np.asarray(picture).astype(np.uint8) * 255
@@ -82,7 +84,7 @@ def _pixels(picture: PIL.Image.Image, path: Path) -> np.ndarray:
         case "RGB" | "RGBX" | "RGBA":
             return np.asarray(picture)[..., :3]
         case "P" | "PA" | "RGBa":
-            # Through RGBA, because a palette may hold alpha, which is then dropped.
+            # A palette may hold alpha: convert to RGBA, then drop it.
             return np.asarray(picture.convert("RGBA"))[..., :3]
         case "CMYK" | "YCbCr":
             return np.asarray(picture.convert("RGB"))
@@ -90,7 +92,7 @@ def _pixels(picture: PIL.Image.Image, path: Path) -> np.ndarray:
 
 
 def _has_16_bit_colour(picture: PIL.ImageFile.ImageFile) -> bool:
-    """Whether Pillow is about to reduce 16-bit colour (or grey with alpha) to 8 bits."""
+    """Whether Pillow will reduce 16-bit colour (or grey with alpha) to 8 bits."""
     if picture.mode not in ("RGB", "RGBA", "LA", "CMYK"):
         return False
     # A tile's last entry is its raw mode, or a tuple that starts with it.
@@ -99,7 +101,7 @@ def _has_16_bit_colour(picture: PIL.ImageFile.ImageFile) -> bool:
 
 
 def _stored_dtype(picture: PIL.ImageFile.ImageFile) -> type[np.number] | None:
-    """The real dtype of greyscale values that Pillow opens as L (uint8) or I (int32)."""
+    """The file's dtype of greyscale values that Pillow opens as L (uint8) or I (int32)."""
     if picture.format == "PNG" and picture.mode == "I":  # 16 bits, before Pillow 11
         return np.uint16
     if picture.format != "TIFF" or picture.mode not in ("L", "I"):
@@ -114,14 +116,14 @@ def _stored_dtype(picture: PIL.ImageFile.ImageFile) -> type[np.number] | None:
 
 
 def _is_inverted(picture: PIL.ImageFile.ImageFile) -> bool:
-    """MinIsWhite intensities: Pillow inverts up to 8 bits, and leaves more as stored."""
+    """Whether intensities are MinIsWhite: Pillow inverts up to 8 bits and leaves more as stored."""
     if picture.format != "TIFF" or picture.mode not in ("I", "I;16", "I;16B", "F"):
         return False
     return _tiff_tag(picture, TIFF_PHOTOMETRIC, 1) == MIN_IS_WHITE
 
 
 def _tiff_tag(picture: PIL.ImageFile.ImageFile, tag: int, default: int) -> int:
-    """A TIFF tag's value, its first if there is one for each channel."""
+    """The value of a TIFF tag; the first channel's if each channel has one."""
     tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
     value = tags.get(tag, default)
     return int(value[0] if isinstance(value, tuple) else value)

@@ -1,4 +1,8 @@
-"""A folder with one DICOM series, or a multi-frame DICOM → `Volume`."""
+"""A folder with one DICOM series, or one multi-frame DICOM file → `Volume`.
+
+The headers of all slices are read first, and `stacking` puts them in order. Pixels are decoded
+slice by slice, when a slice is read.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,10 @@ from .dicom import (
 )
 from .files import reading
 from .image import Image
-from .stacking import Frame, Stack, stack
+from .stacking import SliceHeader, Stack, stack
 from .volume import Volume
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HEADER = [
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality",
@@ -39,33 +43,34 @@ HEADER = [
     "BitsAllocated", "PixelRepresentation", "RescaleIntercept", "RescaleSlope",
     "ModalityLUTSequence",
 ]  # fmt: skip
+"""Attributes that are read from every file of a folder, before any pixels."""
 DERIVED = {
     "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
     "1.2.840.10008.5.1.4.1.1.66.7": "a label map segmentation",
     "1.2.840.10008.5.1.4.1.1.30": "a parametric map",
     "1.2.840.10008.5.1.4.1.1.481.2": "a dose distribution",
 }
-"""Objects that hold pixels but are no images."""
+"""SOP classes of objects with pixels that are computed from images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DicomSlices:
-    """Slices that are decoded when they are read."""
+    """The slices of a DICOM volume, each decoded when it is read."""
 
-    frames: tuple[Frame, ...]
+    headers: tuple[SliceHeader, ...]
     dtype: np.dtype | None
-    """float32 where some slices are rescaled and others not, or differently stored."""
+    """float32 if the slices differ in rescale or stored type; None to keep each slice's dtype."""
     rendering: Any
-    """Attributes of the LUT or window for all slices; empty without one."""
+    """Attributes with the LUT or window for all slices; empty without one."""
     dataset: Any = None
-    """A multi-frame file, loaded once with its pixels as they are stored; None for a series."""
+    """A multi-frame file, loaded once with its pixels still encoded; None for a series."""
 
     def read(self, index: int) -> Image:
         """The slice as a picture, rows × columns."""
-        frame = self.frames[index]
-        dataset = load(frame.path) if self.dataset is None else self.dataset
+        header = self.headers[index]
+        dataset = load(header.path) if self.dataset is None else self.dataset
         return frame_image(
-            dataset, frame.path, frame.number or 0, dtype=self.dtype, rendering=self.rendering
+            dataset, header.path, header.number or 0, dtype=self.dtype, rendering=self.rendering
         )
 
 
@@ -77,7 +82,7 @@ def is_dicom_volume(path: Path) -> bool:
 
 
 def is_derived_dicom(path: Path) -> bool:
-    """Whether a DICOM file was made from images."""
+    """Whether a DICOM file was computed from images, as a segmentation is."""
     with reading(path, "DICOM"):
         return _is_derived(load_header(path, HEADER))
 
@@ -85,7 +90,7 @@ def is_derived_dicom(path: Path) -> bool:
 def is_series(files: Iterable[Path]) -> bool:
     """Whether two of these DICOM files are slices of one series, or one holds several frames.
 
-    Stills without a position (ultrasound, X-ray) are no slices. What cannot be read does not count.
+    Stills without a position (ultrasound, X-ray) are not slices. Unreadable files are ignored.
     """
     seen = set()
     for path in files:
@@ -102,47 +107,56 @@ def is_series(files: Iterable[Path]) -> bool:
 
 
 def read_series(folder: Path, files: Sequence[Path], *, axis: int | None) -> Volume:
-    """The one series among `files` of a folder; objects that are no images are passed over."""
-    members = _one_series(folder, files)
+    """The only series among `files` of a folder; objects that are not images are skipped.
+
+    ImageError if there is no series or more than one, or if its slices do not form a stack.
+    """
+    members = _only_series(folder, files)
     if len(members) == 1:
         return read_dicom_volume(members[0][0], axis=axis)
-    frames = []
-    for path, header in members:
+    headers = []
+    for path, dataset in members:
         with reading(path, "DICOM"):
-            if frame_count(header) > 1:
+            if frame_count(dataset) > 1:
                 raise ImageError(
-                    f"{folder}: {path.name} is one of {len(members)} files and holds several "
-                    "frames itself; give one such file"
+                    f"{folder}: {path.name} is one of {len(members)} files of a series and holds "
+                    "several frames itself; expected one multi-frame file alone: give that file"
                 )
-            frames.append(frame_of(path, header))
-    if all(frame.position is None for frame in frames):
+            headers.append(slice_header(path, dataset))
+    if all(header.position is None for header in headers):
         raise ImageError(
-            f"{folder}: {frames[0].name} and {len(frames) - 1} more have no ImagePositionPatient, "
-            "so that their order is unknown; segment them as single images"
+            f"{folder}: {headers[0].name} and {len(headers) - 1} more have no "
+            "ImagePositionPatient, so their order is unknown; segment them as single images"
         )
-    return _volume(folder, stack(folder, frames), axis)
+    return _volume(folder, stack(folder, headers), axis)
 
 
 def read_dicom_volume(path: Path, *, axis: int | None) -> Volume:
-    """The frames of one DICOM: sorted if they have positions, else in the order of the file."""
+    """The frames of one DICOM file: sorted by position, or in file order if they have none.
+
+    ImageError if the file is not an image, is damaged, or its frames do not form a stack.
+    """
     dataset = load(path)
     with reading(path, "DICOM"):
         if not _is_image(dataset):
-            what = DERIVED.get(str(dataset.get("SOPClassUID")), "an object without pixels")
-            raise ImageError(f"{path} is {what}, not an image; give the image it was made from")
+            kind = DERIVED.get(str(dataset.get("SOPClassUID")), "an object without pixels")
+            raise ImageError(f"{path} is {kind}, not an image; give the image it was made from")
         count = frame_count(dataset)
         if count > path.stat().st_size:
-            raise ImageError(f"{path} announces {count} frames, more than it can hold: damaged")
+            raise ImageError(
+                f"{path} announces {count} frames, more than its size can hold; it is damaged: "
+                "copy or export it again"
+            )
         if count == 1:
-            frames = [frame_of(path, dataset)]
+            headers = [slice_header(path, dataset)]
         else:
-            frames = [frame_of(path, dataset, k) for k in range(count)]
-        stacked = stack(path, frames)
+            headers = [slice_header(path, dataset, k) for k in range(count)]
+        stacked = stack(path, headers)
     return _volume(path, stacked, axis, dataset)
 
 
-def _one_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
-    """The images of the only series, with their headers."""
+def _only_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
+    """The images of the only series, each with its header."""
     series: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
     for path in files:
         with reading(path, "DICOM"):
@@ -150,7 +164,7 @@ def _one_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
             if _is_image(header):
                 series[str(header.get("SeriesInstanceUID", ""))].append((path, header))
             else:
-                log.info("%s: passed over, it is no image", path)
+                logger.info("%s is skipped: it is not an image", path)
     if not series:
         raise ImageError(f"{folder} holds no DICOM images; give the folder of one series")
     if len(series) > 1:
@@ -165,78 +179,82 @@ def _one_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
 
 
 def _volume(path: Path, stacked: Stack, axis: int | None, dataset: Any = None) -> Volume:
-    """Decode the middle slice, so that an unreadable series fails here, and learn from it."""
+    """The volume of a stack. The middle slice is decoded, so that an unreadable series fails now.
+
+    Dtype, colour and rendering of the volume are those of the middle slice.
+    """
     if axis not in (None, 2):
         raise ImageError(
-            f"{path}: axis {axis} was given; DICOM slices are taken as they were acquired, "
-            "along axis 2"
+            f"{path}: axis {axis} was given, expected 2: DICOM slices are used as they were "
+            "acquired; leave the axis out"
         )
-    frames = stacked.frames
-    dtype = None if len({f.scaling for f in frames}) == 1 else np.dtype(np.float32)
-    middle = frames[len(frames) // 2]
-    held = load(middle.path) if dataset is None else dataset
+    headers = stacked.headers
+    dtype = None if len({h.scaling for h in headers}) == 1 else np.dtype(np.float32)
+    middle = headers[len(headers) // 2]
+    middle_dataset = load(middle.path) if dataset is None else dataset
     with reading(middle.path, "DICOM"):
-        rendering = rendering_of(held, middle.number or 0)
-    slices = DicomSlices(frames=frames, dtype=dtype, rendering=rendering, dataset=dataset)
-    shown = slices.read(len(frames) // 2)
-    stored = shown.pixels.dtype.newbyteorder("=")
+        rendering = rendering_of(middle_dataset, middle.number or 0)
+    slices = DicomSlices(headers=headers, dtype=dtype, rendering=rendering, dataset=dataset)
+    image = slices.read(len(headers) // 2)
+    stored = image.pixels.dtype.newbyteorder("=")
     rows, columns = middle.size
     return Volume(
         path=path,
         kind="dicom",
-        files=tuple(dict.fromkeys(f.path for f in frames)),
-        shape=(columns, rows, len(frames)),
+        files=tuple(dict.fromkeys(h.path for h in headers)),
+        shape=(columns, rows, len(headers)),
         axis=2,
         plane_axes=(1, 0),
         spacing_mm=stacked.spacing_mm,
         affine=stacked.affine,
         dtype=np.dtype(np.float32) if stored.kind == "f" else stored,
-        colour=shown.pixels.ndim == 3,
-        inverted=shown.inverted,
-        rendered=shown.display is not None,
+        colour=image.pixels.ndim == 3,
+        inverted=image.inverted,
+        rendered=image.display is not None,
         slices=slices,
     )
 
 
 def _is_image(header: Any) -> bool:
+    """Whether an object has pixels and is not computed from other images."""
     has_pixels = bool(header.get("Rows")) and bool(header.get("Columns"))
     return has_pixels and not _is_derived(header)
 
 
 def _is_derived(header: Any) -> bool:
+    """Whether an object's SOP class is one of `DERIVED`."""
     return str(header.get("SOPClassUID", "")) in DERIVED
 
 
-def frame_of(path: Path, dataset: Any, frame: int | None = None) -> Frame:
-    """What the header says of a file, or of one of its frames."""
+def slice_header(path: Path, dataset: Any, frame: int | None = None) -> SliceHeader:
+    """The header of a single-frame file, or of frame `frame` (from 0) of a multi-frame file."""
 
     def group(name: str) -> Any:
         return functional_group(dataset, name, frame or 0)
 
-    place, turn, measures = (
-        group(f"{name}Sequence") for name in ("PlanePosition", "PlaneOrientation", "PixelMeasures")
-    )
-    # One position for a whole multi-frame file is none for its frames.
-    placed = frame is None or place is not dataset
+    plane_position = group("PlanePositionSequence")
+    # A position for the whole multi-frame file says nothing about its frames.
+    has_position = frame is None or plane_position is not dataset
+    measures = group("PixelMeasuresSequence")
     spacing = _numbers(measures, "PixelSpacing", 2)
     thickness = number(measures, "SliceThickness")
-    return Frame(
+    return SliceHeader(
         path=path,
         number=frame,
         uid=str(dataset.get("SOPInstanceUID", "")),
         size=(int(dataset.Rows), int(dataset.Columns)),
-        meaning=str(dataset.get("PhotometricInterpretation", "")),
+        photometric=str(dataset.get("PhotometricInterpretation", "")),
         scaling=_scaling(dataset, group("PixelValueTransformationSequence")),
         reference=str(dataset.get("FrameOfReferenceUID") or ""),
-        position=_numbers(place, "ImagePositionPatient", 3) if placed else None,
-        orientation=_numbers(turn, "ImageOrientationPatient", 6),
+        position=_numbers(plane_position, "ImagePositionPatient", 3) if has_position else None,
+        orientation=_numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
         spacing=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
         thickness=thickness if thickness and thickness > 0 else None,
     )
 
 
 def _scaling(dataset: Any, group: Any) -> tuple[object, ...]:
-    """What decides the dtype of a frame's intensities."""
+    """The source of the dtype of a frame's intensities; equal for frames of equal dtype."""
     if group.get("ModalityLUTSequence"):
         return ("lookup table",)
     if rescale(group) != (1.0, 0.0):
@@ -245,7 +263,7 @@ def _scaling(dataset: Any, group: Any) -> tuple[object, ...]:
 
 
 def _numbers(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
-    """A numeric attribute of `count` finite values; None if it is absent or anything else."""
+    """The value of an attribute with `count` finite numbers; None for anything else."""
     values = dataset.get(name)
     if values is None or isinstance(values, str | float | int) or len(values) != count:
         return None

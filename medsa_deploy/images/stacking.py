@@ -1,10 +1,10 @@
-"""What the headers of DICOM slices say → their order, and where the stack lies in the patient.
+"""Headers of DICOM slices → the slices in order, and the place of their stack in the patient.
 
 Slices are sorted by position along the normal of the image plane, never by file name or instance
-number. Two neighbouring slices must lie apart like all others: to 1 % of the spacing, or 0.03 mm
-where that is more, because positions are often written in hundredths of a millimetre; never more
-than a tenth of the spacing. A uniform sideways shift (a tilted gantry) is kept, as a sheared
-affine.
+number. All gaps between neighbouring slices must be equal, to 1 % of the spacing. Positions are
+often written in hundredths of a millimetre, so a difference of 0.03 mm is always accepted, unless
+that is more than a tenth of the spacing. A uniform sideways shift (a tilted gantry) is kept, as a
+sheared affine.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ TO_NIFTI = np.diag([-1.0, -1.0, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Frame:
-    """What a header says about one slice: a file, or one frame of a file."""
+class SliceHeader:
+    """The header of one slice: of a file, or of one frame of a multi-frame file."""
 
     path: Path
     number: int | None = None
-    """Of a frame, counted from 0; None for a file that holds one."""
+    """Index of the frame, from 0; None for a single-frame file."""
     uid: str
     """SOP Instance UID."""
     size: tuple[int, int]
     """(rows, columns)"""
-    meaning: str
+    photometric: str
     """Photometric interpretation."""
     scaling: tuple[object, ...]
-    """What decides the dtype of intensities: a lookup table, a rescale, or the stored type."""
+    """The source of the intensities' dtype: a lookup table, a rescale, or the stored type."""
     reference: str = ""
-    """Frame of Reference UID: positions are comparable within one."""
+    """Frame of Reference UID: positions are comparable only within the same one."""
     position: tuple[float, ...] | None = None
     """(3,) mm, the centre of the first pixel."""
     orientation: tuple[float, ...] | None = None
@@ -56,7 +56,7 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """How messages call it; frames are counted from 1, as DICOM does."""
+        """The slice's name in messages; frames are counted from 1, as DICOM does."""
         return self.path.name if self.number is None else f"frame {self.number + 1}"
 
 
@@ -64,40 +64,40 @@ class Frame:
 class Stack:
     """Slices in order."""
 
-    frames: tuple[Frame, ...]
+    headers: tuple[SliceHeader, ...]
     spacing_mm: tuple[float, float, float]
-    """Along columns, rows and slices; 1.0 where the files say nothing."""
+    """Along columns, rows and slices; 1.0 for a spacing the files do not give."""
     affine: np.ndarray | None
-    """(4, 4) voxel (column, row, slice, 1) → mm, NIfTI's axes; None without positions, or without
-    the size of a pixel."""
+    """(4, 4) float64: voxel (column, row, slice, 1) → mm along NIfTI's axes; None without positions
+    or without the size of a pixel."""
 
 
-def stack(path: Path, frames: Sequence[Frame]) -> Stack:
-    """Order the slices of one series; ImageError names those that do not belong together."""
-    _require_one(path, frames, "image sizes", [f"{f.size[1]}×{f.size[0]}" for f in frames])
-    _require_one(path, frames, "kinds of pixels", [f.meaning for f in frames])
-    _require_one(path, frames, "pixel spacings", [f.spacing or () for f in frames], 1e-4)
-    if all(frame.position is None for frame in frames):
-        return Stack(frames=tuple(frames), spacing_mm=_spacing(frames[0], None), affine=None)
-    unplaced = [f for f in frames if f.position is None or f.orientation is None]
+def stack(path: Path, headers: Sequence[SliceHeader]) -> Stack:
+    """Order the slices of one series; ImageError names slices that do not belong together."""
+    _require_same(path, headers, "image sizes", [f"{h.size[1]}×{h.size[0]}" for h in headers])
+    _require_same(path, headers, "kinds of pixels", [h.photometric for h in headers])
+    _require_same(path, headers, "pixel spacings", [h.spacing or () for h in headers], 1e-4)
+    if all(header.position is None for header in headers):
+        return Stack(headers=tuple(headers), spacing_mm=_spacing(headers[0], None), affine=None)
+    unplaced = [h for h in headers if h.position is None or h.orientation is None]
     if unplaced:
         raise ImageError(
             f"{path}: ImagePositionPatient or ImageOrientationPatient is missing in "
-            f"{_names(unplaced)}, whose place among the slices is unknown; take them out"
+            f"{_names(unplaced)}; their place among the slices is unknown: take them out"
         )
-    _require_one(path, frames, "frames of reference", [f.reference for f in frames])
-    orientations = [f.orientation or () for f in frames]
-    _require_one(path, frames, "orientations", orientations, SAME_ORIENTATION)
-    normal = _normal(path, frames[0])
-    along = np.array([f.position for f in frames]) @ normal
-    ordered = [frames[k] for k in np.argsort(along, kind="stable")]
+    _require_same(path, headers, "frames of reference", [h.reference for h in headers])
+    orientations = [h.orientation or () for h in headers]
+    _require_same(path, headers, "orientations", orientations, SAME_ORIENTATION)
+    normal = _normal(path, headers[0])
+    along = np.array([h.position for h in headers]) @ normal
+    ordered = [headers[k] for k in np.argsort(along, kind="stable")]
     _check_places(path, ordered, normal)
-    return _placed(path, ordered, normal)
+    return _place_stack(path, ordered, normal)
 
 
-def _placed(path: Path, ordered: list[Frame], normal: np.ndarray) -> Stack:
-    """The affine of slices that are known to lie evenly."""
-    positions = np.array([f.position for f in ordered])
+def _place_stack(path: Path, ordered: list[SliceHeader], normal: np.ndarray) -> Stack:
+    """The stack of ordered, evenly spaced slices, with its spacing and affine."""
+    positions = np.array([h.position for h in ordered])
     spacing = _spacing(ordered[0], None)
     step = normal * spacing[2]
     if len(ordered) > 1:
@@ -106,62 +106,66 @@ def _placed(path: Path, ordered: list[Frame], normal: np.ndarray) -> Stack:
     columns, rows = _directions(ordered[0])
     if ordered[0].spacing is None:
         logger.warning(
-            "%s says where its slices lie, but not how large a pixel is (PixelSpacing): masks are "
-            "not placed in the patient",
+            "%s gives the positions of its slices but no size of a pixel (PixelSpacing): masks "
+            "are not placed in the patient",
             path,
         )
-        return Stack(frames=tuple(ordered), spacing_mm=spacing, affine=None)
+        return Stack(headers=tuple(ordered), spacing_mm=spacing, affine=None)
     affine = np.eye(4)
     affine[:3, :3] = TO_NIFTI @ np.stack([columns * spacing[0], rows * spacing[1], step], axis=1)
     affine[:3, 3] = TO_NIFTI @ positions[0]
-    return Stack(frames=tuple(ordered), spacing_mm=spacing, affine=affine)
+    return Stack(headers=tuple(ordered), spacing_mm=spacing, affine=affine)
 
 
-def _spacing(frame: Frame, between_slices: float | None) -> tuple[float, float, float]:
-    rows, columns = frame.spacing or (1.0, 1.0)
-    return columns, rows, between_slices or frame.thickness or 1.0
+def _spacing(header: SliceHeader, between_slices: float | None) -> tuple[float, float, float]:
+    """mm along columns, rows and slices; 1.0 for a spacing that is unknown."""
+    rows, columns = header.spacing or (1.0, 1.0)
+    return columns, rows, between_slices or header.thickness or 1.0
 
 
-def _directions(frame: Frame) -> np.ndarray:
-    """(2, 3) directions of increasing column, and of increasing row."""
-    return np.array(frame.orientation, np.float64).reshape(2, 3)
+def _directions(header: SliceHeader) -> np.ndarray:
+    """(2, 3) float64: the directions of increasing column and of increasing row."""
+    return np.array(header.orientation, np.float64).reshape(2, 3)
 
 
-def _normal(path: Path, frame: Frame) -> np.ndarray:
-    """(3,) The unit normal of the image plane, along which slices are counted."""
-    columns, rows = _directions(frame)
+def _normal(path: Path, header: SliceHeader) -> np.ndarray:
+    """(3,) float64: the unit normal of the image plane, along which slices are counted."""
+    columns, rows = _directions(header)
     lengths = np.linalg.norm(columns), np.linalg.norm(rows)
     if not np.allclose([*lengths, columns @ rows], [1, 1, 0], atol=1e-2):
         raise ImageError(
-            f"{path}: {frame.name} has ImageOrientationPatient {_text(frame.orientation or ())}, "
+            f"{path}: {header.name} has ImageOrientationPatient "
+            f"{_text(header.orientation or ())}, "
             "expected two perpendicular directions of length 1; export the series again"
         )
     normal = np.cross(columns, rows)
     return np.asarray(normal / np.linalg.norm(normal))
 
 
-def _check_places(path: Path, ordered: list[Frame], normal: np.ndarray) -> None:
-    """Refuse two slices at one place, missing slices, and slices out of line, in `ordered`."""
+def _check_places(path: Path, ordered: list[SliceHeader], normal: np.ndarray) -> None:
+    """ImageError for two slices at the same place, missing slices, or slices out of line."""
     if len(ordered) < 2:
         return
-    steps = np.diff(np.array([f.position for f in ordered]), axis=0)
+    steps = np.diff(np.array([h.position for h in ordered]), axis=0)
     gaps = steps @ normal
     same = np.flatnonzero(gaps < SAME_PLACE_MM)
     if same.size:
-        one, other = ordered[same[0]], ordered[same[0] + 1]
-        copies = one.uid == other.uid and one.number is None
+        first, second = ordered[same[0]], ordered[same[0] + 1]
+        copies = first.uid == second.uid and first.number is None
         why = "are copies of one image" if copies else "lie at the same place"
         raise ImageError(
-            f"{path}: {one.name} and {other.name} {why} (pairs of this kind: {len(same)}); "
+            f"{path}: {first.name} and {second.name} {why} (pairs of this kind: {len(same)}); "
             "keep one image for each place (one phase, one echo)"
         )
     _check_even(path, ordered, steps, normal)
 
 
-def _check_even(path: Path, ordered: list[Frame], steps: np.ndarray, normal: np.ndarray) -> None:
-    """Refuse steps (N - 1, 3) between slices that are not all alike."""
+def _check_even(
+    path: Path, ordered: list[SliceHeader], steps: np.ndarray, normal: np.ndarray
+) -> None:
+    """ImageError unless the steps between slices, (N - 1, 3) mm, are all equal."""
     gaps = steps @ normal
-    # The lower median is a gap that occurs, and no sum of two.
+    # The lower median is a gap that occurs; the mean of two gaps might not be.
     spacing = float(np.sort(gaps)[(len(gaps) - 1) // 2])
     tolerance = max(0.01 * spacing, min(LEAST_TOLERANCE_MM, 0.1 * spacing))
     sideways = steps - gaps[:, None] * normal
@@ -169,8 +173,8 @@ def _check_even(path: Path, ordered: list[Frame], steps: np.ndarray, normal: np.
     odd = np.flatnonzero((np.abs(gaps - spacing) > tolerance) | (shifts > tolerance))
     if not odd.size:
         return
-    one, other, gap = ordered[odd[0]], ordered[odd[0] + 1], gaps[odd[0]]
-    between = f"{path}: between {one.name} and {other.name} "
+    first, second, gap = ordered[odd[0]], ordered[odd[0] + 1], gaps[odd[0]]
+    between = f"{path}: between {first.name} and {second.name} "
     more = f"; {len(odd) - 1} more such places" if len(odd) > 1 else ""
     if abs(gap - spacing) <= tolerance:
         raise ImageError(
@@ -185,42 +189,48 @@ def _check_even(path: Path, ordered: list[Frame], steps: np.ndarray, normal: np.
     )
 
 
-def _require_one(
-    path: Path, frames: Sequence[Frame], what: str, values: Sequence[object], near: float = 0
+def _require_same(
+    path: Path,
+    headers: Sequence[SliceHeader],
+    attribute: str,
+    values: Sequence[object],
+    tolerance: float = 0,
 ) -> None:
-    """ImageError unless all values are one; it names the frames of the rarer ones."""
-    groups: list[tuple[object, list[Frame]]] = []
-    for frame, value in zip(frames, values, strict=True):
+    """ImageError unless all `values` are equal; it names the slices with the rarer values."""
+    groups: list[tuple[object, list[SliceHeader]]] = []
+    for header, value in zip(headers, values, strict=True):
         for known, members in groups:
-            if known == value or (near and _close(known, value, near)):
-                members.append(frame)
+            if known == value or (tolerance and _close(known, value, tolerance)):
+                members.append(header)
                 break
         else:
-            groups.append((value, [frame]))
+            groups.append((value, [header]))
     if len(groups) == 1:
         return
     groups.sort(key=lambda group: -len(group[1]))
-    (usual, members), *others = groups
-    odd = ", ".join(f"{_text(value)} in {_names(of)}" for value, of in others[:3])
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    (usual, members), *rarer = groups
+    odd = ", ".join(f"{_text(value)} in {_names(slices)}" for value, slices in rarer[:3])
+    more = f" and {len(rarer) - 3} more" if len(rarer) > 3 else ""
     raise ImageError(
-        f"{path} mixes {what}: {_text(usual)} in {len(members)} images, {odd}{more}; "
+        f"{path} mixes {attribute}: {_text(usual)} in {len(members)} images, {odd}{more}; "
         "keep the slices of one stack"
     )
 
 
-def _close(one: object, other: object, near: float) -> bool:
-    a, b = np.asarray(one), np.asarray(other)
-    return a.shape == b.shape and bool(np.all(np.abs(a - b) <= near))
+def _close(first: object, second: object, tolerance: float) -> bool:
+    """Whether two tuples of numbers have one length and differ by at most `tolerance`."""
+    a, b = np.asarray(first), np.asarray(second)
+    return a.shape == b.shape and bool(np.all(np.abs(a - b) <= tolerance))
 
 
 def _text(value: object) -> str:
+    """A value as DICOM tools print it: numbers joined by backslashes."""
     if isinstance(value, tuple):
         return "\\".join(f"{part:g}" for part in value) or "none"
     return str(value) or "none"
 
 
-def _names(frames: Sequence[Frame]) -> str:
+def _names(headers: Sequence[SliceHeader]) -> str:
     """`a.dcm, b.dcm, c.dcm and 4 more`"""
-    more = f" and {len(frames) - 3} more" if len(frames) > 3 else ""
-    return ", ".join(frame.name for frame in frames[:3]) + more
+    more = f" and {len(headers) - 3} more" if len(headers) > 3 else ""
+    return ", ".join(header.name for header in headers[:3]) + more

@@ -1,7 +1,4 @@
-"""A mask → .png, .npy, .nii or .nii.gz, and the labels of a volume → .npy, .nii, .nii.gz or .dcm.
-
-Everything is written under a temporary name until it is whole.
-"""
+"""A mask → .png, .npy, .nii or .nii.gz; the labels of a volume → .npy, .nii, .nii.gz or .dcm."""
 
 from __future__ import annotations
 
@@ -23,16 +20,18 @@ SEGMENTATION_SUFFIXES = (".nii", ".nii.gz", ".npy", ".dcm")
 
 
 def check_mask_suffix(path: str | os.PathLike[str]) -> None:
-    """UsageError unless `write_mask` can write `path`; for before anything is computed."""
+    """UsageError unless `write_mask` knows the suffix of `path`; to be called before any work."""
     check_suffix(Path(path), SUFFIXES, "mask")
 
 
 def write_mask(path: str | os.PathLike[str], mask: np.ndarray, image: Image) -> None:
     """Write the mask of `image`, (H, W) bool or uint8 labels, in the format of `path`'s suffix.
 
-    PNG: 8-bit greyscale, bool as 0 and 255, labels with the values they have. .npy: the array as it
-    is. NIfTI: uint8, bool as 0 and 1; for a slice of a NIfTI a volume of the same shape and
-    geometry with the mask in that slice, otherwise (H, W, 1) with an identity affine.
+    PNG: 8-bit greyscale, bool as 0 and 255, labels with their values. .npy: the array as it is.
+    NIfTI: uint8, bool as 0 and 1. For a slice of a NIfTI, the file is a volume of the same shape
+    and geometry with the mask in that slice; for other images it is (H, W, 1) with an identity
+    affine. ImageError if the mask does not fit the image or the file cannot be written; UsageError
+    if `path` is the image itself or has an unknown suffix.
     """
     path = Path(path)
     check_mask_suffix(path)
@@ -40,7 +39,8 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, image: Image) -> 
         raise ImageError(f"{path}: the mask has dtype {mask.dtype}; expected bool or uint8 labels")
     if mask.shape != image.pixels.shape[:2]:
         raise ImageError(
-            f"{path}: the mask has shape {mask.shape}, its image {image.pixels.shape[:2]}"
+            f"{path}: the mask has shape {mask.shape}, its image {image.pixels.shape[:2]}: give "
+            "the mask of this image"
         )
     if path.exists() and image.path.exists() and path.samefile(image.path):
         raise UsageError(f"{path} is the image itself: write the mask to another file")
@@ -49,27 +49,29 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, image: Image) -> 
 
 
 def _write(path: Path, mask: np.ndarray, image: Image) -> None:
+    """Write a mask in the format of `path`'s suffix."""
     if suffix(path) == ".png":
         grey = mask.astype(np.uint8) * 255 if mask.dtype == np.bool_ else mask
         PIL.Image.fromarray(grey).save(path)
     elif suffix(path) == ".npy":
         np.save(path, mask, allow_pickle=False)
     else:
-        from .nifti import write_nifti_mask  # nibabel loads only here
+        from .nifti import write_nifti_mask  # imports nibabel, for NIfTI alone
 
         write_nifti_mask(path, mask.astype(np.uint8), image)
 
 
 def check_segmentation_suffix(path: str | os.PathLike[str]) -> None:
-    """UsageError unless `write_segmentation` knows the format `path` asks for."""
+    """UsageError unless `write_segmentation` knows the suffix of `path`."""
     check_suffix(Path(path), SEGMENTATION_SUFFIXES, "segmentation")
 
 
 def check_segmentation_target(path: str | os.PathLike[str], volume: Volume) -> None:
-    """Refuse what `write_segmentation` would refuse whatever the labels; for before they are made.
+    """Refuse a target that `write_segmentation` cannot write; to be called before any work.
 
-    UsageError for another suffix, for a file of the volume itself, and for a DICOM segmentation of
-    anything but a DICOM; ImageError for a DICOM that lacks what a segmentation must repeat.
+    UsageError for an unknown suffix, for a file of the volume itself, and for a DICOM segmentation
+    of a volume that is not DICOM. ImageError for a DICOM without an attribute that a segmentation
+    must copy.
     """
     _check_target(Path(path), volume)
     if suffix(Path(path)) == ".dcm":
@@ -86,11 +88,13 @@ def write_segmentation(
     names: Sequence[str] = (),
     tool: str = "medsa-deploy",
 ) -> None:
-    """Write the labels of `volume`, (X, Y, Z) uint8 in its stored order, as `path`'s suffix says.
+    """Write the labels of `volume`, (X, Y, Z) uint8 in its stored order, by the suffix of `path`.
 
-    0 is background; label k is called `names[k - 1]`. NIfTI: shape, affine, spacing, codes and
-    units of a NIfTI, or the affine of a DICOM series. .npy: the array. .dcm: a DICOM segmentation
-    by `tool`, semi-automatic, with a segment for each label; names are kept only here.
+    0 is background; label k is called `names[k - 1]`. .nii, .nii.gz: with the shape, affine,
+    spacing, codes and units of a NIfTI, or the affine of a DICOM series. .npy: the array. .dcm: a
+    semi-automatic DICOM segmentation by `tool`, with a segment for each label; only this format
+    keeps the names. ImageError if the labels do not fit the volume or the file cannot be written;
+    UsageError as in `check_segmentation_target`.
     """
     path = Path(path)
     if labels.dtype != np.uint8:
@@ -120,11 +124,12 @@ def write_segmentation(
 
 
 def _check_target(path: Path, volume: Volume) -> None:
+    """UsageError unless a segmentation of `volume` can be written to `path`."""
     check_segmentation_suffix(path)
     if path.exists() and any(file.exists() and path.samefile(file) for file in volume.files):
         raise UsageError(f"{path} is part of the volume itself: write to another file")
     if suffix(path) == ".dcm" and volume.kind != "dicom":
         raise UsageError(
-            f"{path}: a DICOM segmentation refers to DICOM images, and {volume.path} is none; "
-            "write .nii.gz or .npy"
+            f"{path}: a DICOM segmentation refers to DICOM images, and {volume.path} is not "
+            "DICOM; write .nii.gz or .npy"
         )
