@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+WORKERS ?= auto
 
-.PHONY: help demo test check unit test-slow gpu-check format clean
+.PHONY: help demo test check unit coverage test-slow gpu-check format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -16,7 +17,10 @@ demo: $(STAMP)
 test: check unit
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --cov
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

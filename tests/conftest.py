@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import call
+from filelock import FileLock
 from golden_cases import GoldenCase, export_options
 from hypothesis import settings
 
@@ -21,6 +23,9 @@ Maker = Callable[[str], Path]
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
+    torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU where there is none; `make gpu-check` runs it."""
@@ -31,13 +36,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(shared_folder: Path) -> Maker:
     """Golden case's name → its checkpoint, as the public code's training would save it."""
-    folder = tmp_path_factory.mktemp("checkpoints")
+    folder = shared_folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
 
     def make(name: str) -> Path:
         path = folder / f"{name}.pth"
-        if not path.exists():
+        with FileLock(folder / f"{name}.lock"):
+            if path.exists():
+                return path
             state = {k: torch.from_numpy(v) for k, v in GoldenCase(name).state_dict.items()}
             torch.save(
                 {
@@ -56,16 +73,19 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Maker) -> Maker:
+def bundle_of(shared_folder: Path, checkpoint_of: Maker) -> Maker:
     """Golden case's name → its bundle, exported once by the command line.
 
     Tests must not change it: copy it first.
     """
-    folder = tmp_path_factory.mktemp("bundles")
+    folder = shared_folder / "bundles"
+    folder.mkdir(exist_ok=True)
 
     def make(name: str) -> Path:
         path = folder / f"{name}.medsa"
-        if not path.exists():
+        with FileLock(folder / f"{name}.lock"):
+            if path.exists():
+                return path
             options = [f"--{k.replace('_', '-')}={v}" for k, v in export_options(name).items()]
             done = call("export", checkpoint_of(name), "-o", path, *options, "--json")
             assert done.code == 0, done.err
@@ -87,17 +107,26 @@ def bundle_3d(bundle_of: Maker) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sam_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sam_bundle(shared_folder: Path) -> Path:
     """A small bundle in Meta's form, with SAM's outputs and conventions (clicks are xy)."""
-    folder = tmp_path_factory.mktemp("sam")
+    folder = shared_folder / "sam"
+    with FileLock(shared_folder / "sam.lock"):
+        if not (folder / "sam.medsa").exists():
+            folder.mkdir()
+            _export_sam(folder)
+    return folder / "sam.medsa"
+
+
+def _export_sam(folder: Path) -> None:
+    """Golden case medsa_hyp_2d without its adapters."""
     tensors = GoldenCase("medsa_hyp_2d").state_dict.items()
     state = {k: torch.from_numpy(v) for k, v in tensors if "_Adapter." not in k}
     torch.save(state, folder / "sam.pth")
-    return stages.export_checkpoint(
+    stages.export_checkpoint(
         folder / "sam.pth",
         output=None,
         base=None,
         images=None,
         overrides=Overrides(),
         force=False,
-    ).bundle
+    )

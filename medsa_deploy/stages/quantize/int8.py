@@ -12,9 +12,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from medsa_deploy.bundle.manifest import Recipe, Role
+from medsa_deploy.bundle.manifest import Parity, Recipe, Role
 from medsa_deploy.errors import ParityError
-from medsa_deploy.evaluation.parity import require_parity
+from medsa_deploy.evaluation.parity import parity_failures
 from medsa_deploy.graph.backend_encoders import write_backend_encoders
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.float16 import round_like_float16, to_float16
@@ -44,6 +44,19 @@ class Base:
     decoder: Path
     float32_blocks: tuple[str, ...] = ()
     """Blocks that float16 graphs keep in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredEncoder:
+    """An INT8 encoder's files, and how its masks compare with float32's."""
+
+    graphs: dict[Role, list[Path]]
+    """`encoder`, and roles of backends' own encoders → files, the graph first."""
+    float32_nodes: dict[int, str]
+    """Node that stays float32 → why."""
+    parity: Parity
+    failures: tuple[str, ...]
+    """What exceeds the limits of the precision."""
 
 
 class Search:
@@ -83,6 +96,22 @@ class Search:
         if self.half:
             require_changed("encoder", to_float16(model, kept))
         return save_graph(model, self.folder / f"encoder.{self.precision}.onnx"), kept
+
+    def measured_encoder(self, layers: Sequence[LinearLayer]) -> MeasuredEncoder:
+        """The encoder as ONNX Runtime runs it, with `layers` in INT8, and the backends' own."""
+        files, kept = self.write(sorted(layers, key=lambda layer: layer.node))
+        parity = self.trials.measure(files[0], self.base.decoder, self.precision).parity
+        graphs: dict[Role, list[Path]] = {"encoder": files}
+        for role, path in ({} if self.half else write_backend_encoders(files)).items():
+            other = self.trials.measure(path, self.base.decoder, self.precision)
+            parity = replace(parity, encoders={**parity.encoders, role: other.parity})
+            graphs[role] = [path]
+        return MeasuredEncoder(
+            graphs=graphs,
+            float32_nodes=kept,
+            parity=parity,
+            failures=tuple(parity_failures(parity)),
+        )
 
     def choose_reach(self) -> CandidateResult:
         """Set how far codes reach to what serves the masks best with every layer in INT8."""
@@ -137,7 +166,8 @@ def make_int8(
     on_step("try how far INT8 codes should reach")
     layers, left_out = search.layers, list[LinearLayer]()
     trial = search.choose_reach()
-    if trial.failures:
+    encoder = None if trial.failures else search.measured_encoder(layers)
+    if encoder is None or encoder.failures:
         on_step("measure what each kind of layer and each block costs")
         order = search.most_costly_first()
         for step in range(1, STEPS):
@@ -147,23 +177,16 @@ def make_int8(
                 break
             on_step(f"leave {count} of {len(order)} layers out")
             trial = search.trial(layers)
-            if not trial.failures:
+            encoder = None if trial.failures else search.measured_encoder(layers)
+            if encoder is not None and not encoder.failures:
                 break
-    if trial.failures:
+    if encoder is None or encoder.failures:
+        problems = "; ".join(trial.failures if encoder is None else encoder.failures)
         raise ParityError(
-            f"{search.precision} masks are not the float32 graphs' ({'; '.join(trial.failures)}), "
+            f"{search.precision} masks are not the float32 graphs' ({problems}), "
             "with seven eighths of the layers left out: use fp16, or other calibration images"
         )
-    on_step(f"run the {search.precision} graphs in onnxruntime")
-    files, kept = search.write(sorted(layers, key=lambda layer: layer.node))
-    final = trials.measure(files[0], base.decoder, search.precision)
-    parity = final.parity
-    graphs: dict[Role, list[Path]] = {"encoder": files}
-    for role, path in ({} if search.half else write_backend_encoders(files)).items():
-        other = trials.measure(path, base.decoder, search.precision)
-        parity = replace(parity, encoders={**parity.encoders, role: other.parity})
-        graphs[role] = [path]
-    require_parity(parity)
+    files, kept, parity = encoder.graphs["encoder"], encoder.float32_nodes, encoder.parity
     again = reference.measure(files[0], base.decoder, search.precision)
     recipe = Recipe(
         precision=search.precision,
@@ -184,4 +207,4 @@ def make_int8(
         reference_dice_mean=again.parity.mask_dice_mean,
         runs=trials.runs,
     )
-    return Made(graphs=graphs, decoder_of=base.precision, recipe=recipe, parity=parity)
+    return Made(graphs=encoder.graphs, decoder_of=base.precision, recipe=recipe, parity=parity)
