@@ -310,7 +310,7 @@ def test_the_geometry_survives_its_file(folder: Path) -> None:
 
 def test_no_dicom_segmentation_of_a_nifti(folder: Path) -> None:
     volume = read_volume(save(VOXELS, folder / "n.nii"))
-    with pytest.raises(UsageError, match=r"n\.nii is none; write \.nii\.gz or \.npy"):
+    with pytest.raises(UsageError, match=r"n\.nii is not DICOM; write \.nii\.gz or \.npy"):
         check_segmentation_target(folder / "n.dcm", volume)
     check_segmentation_target(folder / "n.nii.gz", volume)
     with pytest.raises(UsageError, match="part of the volume itself"):

@@ -34,7 +34,7 @@ def check_suffix(path: Path, suffixes: tuple[str, ...], kind: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """UsageError if no file can be written at `path`; to be called before its content exists."""
+    """UsageError if no file can be written at `path`; call it before any work."""
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder: make it, or name another output")
     if path.is_dir():

@@ -33,7 +33,7 @@ Colour = tuple[int, int, int]
 
 
 def check_overlay_suffix(path: str | os.PathLike[str]) -> None:
-    """UsageError unless `write_overlay` knows the suffix of `path`; to be called before any work."""
+    """UsageError unless `write_overlay` knows the suffix of `path`; call it before any work."""
     check_suffix(Path(path), SUFFIXES, "overlay")
 
 

@@ -1,4 +1,4 @@
-"""A path → an `Image` or a `Volume`: which format a file holds, and the reader of that format."""
+"""A path → an `Image` or a `Volume`, through the reader of the format that the file holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ SUFFIXES: dict[str, Format] = {
     ".nii.gz": "nifti",
     ".dcm": "dicom",
 }
-# DICOM first: a DICOM's preamble may itself be the start of a TIFF.
 SIGNATURES: tuple[tuple[int, bytes, Format], ...] = (
     (128, b"DICM", "dicom"),
     (0, b"\x89PNG\r\n\x1a\n", "raster"),
@@ -38,26 +37,30 @@ SIGNATURES: tuple[tuple[int, bytes, Format], ...] = (
     (0, b"MM\0*", "raster"),
     (0, b"\x93NUMPY", "npy"),
 )
+"""(offset, bytes, format). DICOM is first, because its preamble may be the start of a TIFF."""
 
 
 def read_image(
     path: str | os.PathLike[str], *, axis: int | None = None, index: int | None = None
 ) -> Image:
-    """The image in a file; ImageError if it cannot be read or there is nothing to segment in it.
+    """The image in a file; ImageError if it cannot be read or holds nothing to segment.
 
-    What a file is, its content says; its suffix decides only where the content does not.
+    The content decides the format, and the suffix only if the content has no signature.
 
     `axis` and `index` choose a slice of a NIfTI or of a three-dimensional .npy. The slice keeps the
     stored order of the two axes that remain: rows are the first, columns the second. So in a volume
-    (X, Y, Z) sliced along axis 2, the pixel at row r and column c is voxel (r, c, index), and a
-    point given as x, y is voxel (y, x, index). Nothing is flipped or turned to look anatomical.
+    (X, Y, Z) sliced along axis 2, the pixel at row r and column c is voxel (r, c, index), and the
+    point x, y is voxel (y, x, index). Nothing is flipped or turned to look anatomical.
+
+    >>> read_image("head.npy", axis=0, index=2).pixels.shape
+    (4, 5)
     """
     path = Path(path)
     file_format = format_of(path)
     if file_format in ("raster", "dicom") and not (axis is None and index is None):
         raise ImageError(
-            f"{path} is a single image: an axis or a slice can be chosen only in a NIfTI "
-            "or a three-dimensional .npy"
+            f"{path} is a single image; only a NIfTI or a three-dimensional .npy has slices: leave "
+            "the axis and the slice out"
         )
     return check_image(_read(path, file_format, axis, index))
 
@@ -67,28 +70,34 @@ def read_volume(
 ) -> Volume:
     """The volume in a NIfTI, .npy or DICOM file, or in a folder that holds one DICOM series.
 
-    `axis` is the one slices are taken along: by default the one of largest spacing in a NIfTI (the
-    last among equals), the first of an .npy, and always the third, the slices, of a DICOM. `volume`
-    chooses one of a 4-D NIfTI. A lone image is a volume of one slice. ImageError if it cannot be
-    read, is no volume, or has the same value everywhere; NaN and infinite values are refused when
-    their slice is read.
+    Slices are taken along `axis`. The default is the axis of largest spacing in a NIfTI (the last
+    among equals) and the first axis of a .npy; in a DICOM it is always 2. `volume` chooses one of
+    the volumes of a 4-D NIfTI. A single image is a volume of one slice. ImageError if the path
+    cannot be read, does not hold a volume, or has one value everywhere. A slice with NaN or
+    infinite values is refused when it is read.
+
+    >>> volume = read_volume("head.npy")
+    >>> volume.shape, len(volume), volume.slice_size
+    ((3, 4, 5), 3, (4, 5))
     """
     path = Path(path)
     file_format = "series" if path.is_dir() else format_of(path)
     if file_format == "raster":
         raise ImageError(f"{path} is a picture; expected a NIfTI, a DICOM series or a .npy volume")
     if volume is not None and file_format != "nifti":
-        raise ImageError(f"{path}: volume {volume} was given; only a 4-D NIfTI holds several")
+        raise ImageError(
+            f"{path}: volume {volume} was given; only a 4-D NIfTI holds several volumes: leave the "
+            "volume out"
+        )
     return check_volume(_read_volume(path, file_format, axis, volume))
 
 
 def is_volume(path: str | os.PathLike[str]) -> bool:
-    """Whether `read_volume` is the reader for a path, judged by headers alone.
+    """Whether a path holds a volume, judged by headers alone; False if it cannot be read.
 
-    So are a NIfTI whose first three axes are all longer than 1, or that holds several volumes; an
-    .npy that `read_image` would want a slice of; a DICOM with several frames; and a folder where
-    two DICOM files are slices of one series, whatever else lies there. What cannot be read is no
-    volume.
+    Volumes are: a NIfTI with more than one plane or with several volumes; a three-dimensional .npy
+    without channels; a DICOM with several frames; and a folder in which two DICOM files are slices
+    of one series, whatever else is in it.
     """
     try:
         return holds_volume(path)
@@ -97,9 +106,9 @@ def is_volume(path: str | os.PathLike[str]) -> bool:
 
 
 def holds_volume(path: str | os.PathLike[str], *, lone: bool = False) -> bool:
-    """`is_volume`, but ImageError for a file or folder that cannot be read.
+    """Like `is_volume`, but with ImageError for a file or folder that cannot be read.
 
-    `lone`: anything but a picture counts, a single plane as a volume of one slice.
+    With `lone`, a single plane counts as a volume of one slice, unless the file is a picture.
     """
     path = Path(path)
     if path.is_dir():
@@ -110,51 +119,53 @@ def holds_volume(path: str | os.PathLike[str], *, lone: bool = False) -> bool:
         except MissingDependencyError:
             if len(dicoms) == len(images):
                 raise
-            return False  # the others can be read, and each of these says what it needs
+            return False  # other images can be read; reading a DICOM reports the missing library
     file_format = format_of(path)
     return (lone and file_format != "raster") or _is_volume(path, file_format, [])
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Files directly in `folder` that look like images, sorted by name; ImageError if none do.
+    """Files directly in `folder` that look like images, sorted by name; ImageError without any.
 
-    That is: a known suffix, or DICOM's signature whatever the name (exports often have names such
-    as 1.2.840.3). Hidden files are left out, and a DICOMDIR, which is DICOM without an image.
+    An image has a known suffix or the DICOM signature: exported DICOM files often have names such
+    as 1.2.840.3. Hidden files and a DICOMDIR, which holds no image, are left out.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ImageError(f"{folder} {what}: give a folder that holds images")
+        state = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ImageError(f"{folder} {state}: give a folder that holds images")
     try:
-        found = sorted(path for path in folder.iterdir() if _looks_like_image(path))
+        images = sorted(path for path in folder.iterdir() if _looks_like_image(path))
     except OSError as e:
         raise ImageError(f"{e.filename or folder} cannot be opened: {e.strerror}") from e
-    if not found:
+    if not images:
         raise ImageError(
             f"{folder} holds no images: expected files ending in {', '.join(SUFFIXES)}"
         )
-    return found
+    return images
 
 
 def is_derived(path: Path) -> bool:
-    """Whether a file is a DICOM that was made from images: a segmentation, a map, a dose."""
+    """Whether a file is a DICOM computed from images: a segmentation, a parametric map, a dose."""
     if not _is_dicom(path):
         return False
     try:
         from .series import is_derived_dicom
 
         return is_derived_dicom(path)
-    except (ImageError, MissingDependencyError):  # said where it is read
+    except (ImageError, MissingDependencyError):  # reading the file will report it
         return False
 
 
 def _looks_like_image(path: Path) -> bool:
+    """Whether a file is an image, by its suffix or its signature."""
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
     return suffix(path) in SUFFIXES or _signature(path) == "dicom"
 
 
 def _is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its suffix or its signature."""
     try:
         return suffix(path) == ".dcm" or _signature(path) == "dicom"
     except OSError as e:
@@ -162,7 +173,7 @@ def _is_dicom(path: Path) -> bool:
 
 
 def format_of(path: Path) -> Format:
-    """The format of a file, by its content or else its suffix."""
+    """The format of a file, by its content, or by its suffix if the content has no signature."""
     if not path.exists():
         raise ImageError(f"{path} does not exist: give the path of an image")
     if path.is_dir():
@@ -177,14 +188,14 @@ def format_of(path: Path) -> Format:
         raise ImageError(f"{path} cannot be opened: {e.strerror}") from e
     if known is None:
         raise ImageError(
-            f"{path} is not an image this can read, by suffix or content; "
+            f"{path} is not a known image, by suffix or content; "
             f"expected DICOM or one of: {', '.join(SUFFIXES)}"
         )
     return known
 
 
 def _signature(path: Path) -> Format | None:
-    """The format whose signature stands in a file; None for those without a usable one."""
+    """The format whose signature a file has; None for a file without a known signature."""
     with path.open("rb") as f:
         head = f.read(132)
     for offset, magic, file_format in SIGNATURES:
@@ -194,7 +205,7 @@ def _signature(path: Path) -> Format | None:
 
 
 def _read(path: Path, file_format: Format, axis: int | None, index: int | None) -> Image:
-    """Hand over to the reader; NIfTI's and DICOM's libraries load only when such a file is met."""
+    """The image, from the format's reader; NIfTI's and DICOM's libraries are imported only here."""
     if file_format == "nifti":
         from .nifti import read_nifti
 
@@ -215,7 +226,7 @@ def _read(path: Path, file_format: Format, axis: int | None, index: int | None) 
 def _read_volume(
     path: Path, file_format: Format | Literal["series"], axis: int | None, volume: int | None
 ) -> Volume:
-    """Hand over to the reader of a format."""
+    """The volume, from the format's reader."""
     if file_format == "nifti":
         from .nifti import read_nifti_volume
 
@@ -228,16 +239,16 @@ def _read_volume(
 
     if file_format == "dicom":
         return read_dicom_volume(path, axis=axis)
-    found = find_images(path)
-    dicoms = [image for image in found if _is_dicom(image)]
-    if others := [image.name for image in found if image not in dicoms]:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        logger.info("%s: passed over, no DICOM: %s%s", path, ", ".join(others[:3]), more)
+    images = find_images(path)
+    dicoms = [image for image in images if _is_dicom(image)]
+    if skipped := [image.name for image in images if image not in dicoms]:
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        logger.info("%s: skipped, not DICOM: %s%s", path, ", ".join(skipped[:3]), more)
     return read_series(path, dicoms, axis=axis)
 
 
 def _is_volume(path: Path, file_format: Format | Literal["series"], dicoms: list[Path]) -> bool:
-    """Ask the reader of a format; `dicoms` are the files of a folder."""
+    """Whether a path holds a volume, by the format's reader; `dicoms` are the files of a folder."""
     if file_format == "nifti":
         from .nifti import is_nifti_volume
 

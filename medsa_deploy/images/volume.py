@@ -1,10 +1,9 @@
-"""Slices along one axis of a volume, and where a voxel lies in them.
+"""A volume → its slices along one axis; a voxel or a box in voxels ⇄ its place in those slices.
 
-One rule for every format: x, y, z are indices along the three stored axes, so the point (x, y, z)
-is the voxel [x, y, z] of the array. For a DICOM series or a multi-frame DICOM these axes are
-column, row, slice: the array has the shape (columns, rows, slices), and slices are counted along
-the normal of the image plane (for an axial series from the feet to the head). Nothing is flipped or
-turned to look anatomical.
+One rule holds for every format: x, y, z are indices along the three stored axes, so the point
+(x, y, z) is the voxel [x, y, z] of the array. In DICOM these axes are column, row, slice: the array
+has the shape (columns, rows, slices), and slices are counted along the normal of the image plane
+(from the feet to the head in an axial series). Nothing is flipped or turned to look anatomical.
 """
 
 from __future__ import annotations
@@ -30,42 +29,43 @@ VolumeBox: TypeAlias = tuple[float, float, float, float, float, float]
 
 
 class Slices(Protocol):
-    """Where a volume's slices come from; each is read, and scaled, when it is asked for."""
+    """The source of a volume's slices; each is read and scaled only when it is needed."""
 
     def read(self, index: int) -> Image:
-        """The slice as its file holds it, unchecked."""
+        """The slice with the values its file holds, unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Volume:
-    """Slices along one axis, with what is needed to write a mask of the same geometry."""
+    """Slices along one axis, with the geometry that a mask of the volume must have."""
 
     path: Path
     """The file, or the folder of a series."""
     kind: Kind
     files: tuple[Path, ...] = field(repr=False)
-    """Every file the voxels come from."""
+    """Every file that holds voxels."""
     shape: tuple[int, int, int]
     """(X, Y, Z) in stored order; for DICOM (columns, rows, slices)."""
     axis: int
-    """The axis the slices are taken along; 2 for DICOM."""
+    """The axis along which slices are taken; 2 for DICOM."""
     plane_axes: tuple[int, int]
-    """The axes a slice's rows and columns run along: NIfTI and .npy: the first of the two that
-    remain are the rows, as `read_image` has it. DICOM: (1, 0), pictures as they were taken."""
+    """The stored axes that become rows and columns of a slice. NIfTI and .npy: rows are the first
+    of the two axes that remain, as in `read_image`. DICOM: (1, 0), so that slices look as acquired.
+    """
     spacing_mm: tuple[float, float, float]
-    """Along the three stored axes; 1.0 where the file has none."""
+    """Along the three stored axes; 1.0 for a file without spacing."""
     affine: np.ndarray | None
     """(4, 4) float64: voxel (x, y, z, 1) → mm towards right, anterior, superior, as in NIfTI; None
-    where the file does not place its voxels."""
+    if the file does not place its voxels."""
     dtype: np.dtype
-    """Of the slices' pixels: uint8 for display values, else raw intensities."""
+    """Type of the slices' pixels: uint8 for display values, any other for raw intensities."""
     colour: bool = False
     """Slices are (H, W, 3)."""
     inverted: bool = False
     """Low intensities are bright, as in `Image`."""
     rendered: bool = False
-    """Slices carry `display`: the file asks for a rendering. Where a series has a window for each
-    slice, that of the middle one holds for all, so that equal tissue looks equal."""
+    """Slices have a `display`: the file defines a rendering. If each slice of a series has its own
+    window, the middle slice's is used for all, so that equal tissue looks equal."""
     slices: Slices = field(repr=False)
 
     def __len__(self) -> int:
@@ -81,30 +81,32 @@ class Volume:
     def slice(self, index: int) -> Image:
         """One slice, (H, W) or (H, W, 3); ImageError if it has NaN or infinite values.
 
-        Unlike a single image, a slice may have the same value everywhere: volumes end in air.
+        Unlike a single image, a slice may have one value everywhere: volumes end in air.
         """
         if not 0 <= index < len(self):
             raise ImageError(
-                f"{self.path} has slices 0…{len(self) - 1} along axis {self.axis}; "
-                f"there is no slice {index}"
+                f"{self.path} has no slice {index} along axis {self.axis}: give 0…{len(self) - 1}"
             )
         image = check_values(self.slices.read(index), f"{self.path}: slice {index}")
         if image.pixels.shape[:2] != self.slice_size:
             raise ImageError(
                 f"{self.path}: slice {index} has shape {image.pixels.shape[:2]}, expected "
-                f"{self.slice_size}: the file has changed since it was opened"
+                f"{self.slice_size}: the file has changed since it was opened; run again"
             )
         return image
 
     def plane(self, labels: np.ndarray, index: int) -> np.ndarray:
-        """A slice of `labels` (X, Y, Z), as a view (H, W) that lies like `slice(index)`."""
+        """Slice `index` of `labels` (X, Y, Z), as a view (H, W) oriented like `slice(index)`."""
         if labels.shape != self.shape:
-            raise ImageError(f"{self.path} has shape {self.shape}, the labels {labels.shape}")
+            raise ImageError(
+                f"the labels have shape {labels.shape}, {self.path} has {self.shape}: give the "
+                "labels of this volume"
+            )
         view: np.ndarray = labels.transpose(self.axis, *self.plane_axes)[index]
         return view
 
     def intensity_range(self) -> tuple[float, float]:
-        """(lowest, highest) of all pixels, with scaling applied; the first call reads every slice.
+        """(lowest, highest) of all pixels, after scaling. The first call reads every slice.
 
         ImageError if a voxel is NaN or infinite.
         """
@@ -121,43 +123,53 @@ class Volume:
     def locate(self, point: Sequence[float]) -> tuple[int, float, float]:
         """The voxel (x, y, z) → (slice index, x, y in pixels of that slice).
 
-        Along the slices the coordinate must be a whole number. PromptError outside the volume.
+        The coordinate along the slices must be a whole number. PromptError if it is not, or if the
+        voxel is outside the volume.
+
+        >>> volume = read_volume("head.npy")  # (3, 4, 5), sliced along x
+        >>> volume.locate((2, 1, 4))
+        (2, 4.0, 1.0)
         """
         if len(point) != 3:
             raise PromptError(f"the point {_numbers(point)} should be x,y,z in voxels")
-        found = f"the point {_numbers(point)}"
+        name = f"the point {_numbers(point)}"
         if not all(0 <= value < size for value, size in zip(point, self.shape, strict=True)):
-            raise PromptError(f"{found} lies outside the volume: {self._range(end=-1)}")
+            raise PromptError(f"{name} lies outside the volume: {self._range(end=-1)}")
         index = point[self.axis]
         if index != int(index):
             raise PromptError(
-                f"{found} lies between two slices: give a whole {'xyz'[self.axis]}, "
+                f"{name} lies between two slices: give a whole {'xyz'[self.axis]}, "
                 f"0…{len(self) - 1}"
             )
         rows, columns = self.plane_axes
         return int(index), float(point[columns]), float(point[rows])
 
     def locate_box(self, box: Sequence[float]) -> tuple[range, Box]:
-        """The box (x0, y0, z0, x1, y1, z1) → the slices it meets, and its box in each of them.
+        """The box (x0, y0, z0, x1, y1, z1) → its slices, and its box in pixels of each slice.
 
-        Its corners are edges, as in an image: it holds the voxels x0 ≤ x < x1, and the slices
-        likewise; the whole volume is (0, 0, 0, X, Y, Z). PromptError if it is empty or outside.
+        The corners are edges, as in an image: the box holds the voxels x0 ≤ x < x1 along every
+        axis, and the whole volume is (0, 0, 0, X, Y, Z). PromptError if the box is empty or
+        outside the volume.
+
+        >>> volume = read_volume("head.npy")  # (3, 4, 5), sliced along x
+        >>> volume.locate_box((0, 1, 2, 2, 3, 5))
+        (range(0, 2), (2.0, 1.0, 5.0, 3.0))
         """
         if len(box) != 6:
             raise PromptError(f"the box {_numbers(box)} should be x0,y0,z0,x1,y1,z1 in voxels")
         low, high = box[:3], box[3:]
-        found = f"the box {_numbers(box)}"
+        name = f"the box {_numbers(box)}"
         if not all(a < b for a, b in zip(low, high, strict=True)):
             raise PromptError(
-                f"{found} is empty or inverted: give x0,y0,z0,x1,y1,z1 with each first < second"
+                f"{name} is empty or inverted: give x0,y0,z0,x1,y1,z1 with each first < second"
             )
         if not all(a >= 0 and b <= c for a, b, c in zip(low, high, self.shape, strict=True)):
-            raise PromptError(f"{found} lies outside the volume: {self._range(end=0)}")
+            raise PromptError(f"{name} lies outside the volume: {self._range(end=0)}")
         slices = range(math.ceil(low[self.axis]), math.ceil(high[self.axis]))
         if not slices:
             raise PromptError(
-                f"{found} lies between two slices: give whole numbers along {'xyz'[self.axis]}, "
-                "the last one past the last slice"
+                f"{name} lies between two slices: give whole numbers along {'xyz'[self.axis]}, "
+                "the second one past the last slice"
             )
         rows, columns = self.plane_axes
         x0, x1, y0, y1 = (float(part[k]) for k in (columns, rows) for part in (low, high))
@@ -173,19 +185,19 @@ class Volume:
         return (*self._stored(slices.start, x0, y0), *self._stored(slices.stop, x1, y1))
 
     def _stored(self, index: float, x: float, y: float) -> tuple[float, float, float]:
-        """Coordinates of a slice in the order of the stored axes."""
+        """Pixel x, y of slice `index` as coordinates along the stored axes."""
         rows, columns = self.plane_axes
         along = {self.axis: float(index), columns: float(x), rows: float(y)}
         return along[0], along[1], along[2]
 
     def _range(self, end: int) -> str:
-        """`x 0…196, y 0…232, z 0…188`."""
+        """`x 0…196, y 0…232, z 0…188`: the valid coordinates; `end` is added to the sizes."""
         sizes = zip("xyz", self.shape, strict=True)
         return ", ".join(f"{name} 0…{size + end}" for name, size in sizes)
 
 
 def check_volume(volume: Volume) -> Volume:
-    """`volume`; ImageError if all its voxels have the same value. Reads until two differ."""
+    """`volume` itself; ImageError if all voxels are equal. Reads slices until two voxels differ."""
     first = None
     for index in range(len(volume)):
         pixels = volume.slice(index).pixels
@@ -197,4 +209,5 @@ def check_volume(volume: Volume) -> Volume:
 
 
 def _numbers(values: Sequence[float]) -> str:
+    """`(12, 40.5, 7)`"""
     return f"({', '.join(f'{value:g}' for value in values)})"

@@ -20,7 +20,7 @@ SEGMENTATION_SUFFIXES = (".nii", ".nii.gz", ".npy", ".dcm")
 
 
 def check_mask_suffix(path: str | os.PathLike[str]) -> None:
-    """UsageError unless `write_mask` knows the suffix of `path`; to be called before any work."""
+    """UsageError unless `write_mask` knows the suffix of `path`; call it before any work."""
     check_suffix(Path(path), SUFFIXES, "mask")
 
 
@@ -67,7 +67,7 @@ def check_segmentation_suffix(path: str | os.PathLike[str]) -> None:
 
 
 def check_segmentation_target(path: str | os.PathLike[str], volume: Volume) -> None:
-    """Refuse a target that `write_segmentation` cannot write; to be called before any work.
+    """Refuse a target that `write_segmentation` cannot write; call it before any work.
 
     UsageError for an unknown suffix, for a file of the volume itself, and for a DICOM segmentation
     of a volume that is not DICOM. ImageError for a DICOM without an attribute that a segmentation
