@@ -83,7 +83,7 @@ def test_the_temporary_file_is_hidden_beside_its_target_and_has_its_suffix(
     with whole_file(path) as temporary, whole_file(path) as another:
         assert temporary.parent == path.parent
         assert temporary.name.startswith(".")
-        assert temporary.suffixes[-2:] == path.suffixes[-2:]
+        assert temporary.suffixes[-2:] == [suffix.lower() for suffix in path.suffixes[-2:]]
         assert temporary != another
         temporary.touch()
         another.touch()
