@@ -24,7 +24,8 @@ from medsa_deploy.bundle.folder import add_files, work_folder
 from medsa_deploy.bundle.manifest import Parity, load_manifest, save_manifest
 from medsa_deploy.bundle.node_names import module_of
 from medsa_deploy.evaluation.cases import parity_cases, seeded_image
-from medsa_deploy.evaluation.parity import DICE_TOLERANCE, LIMITS, mask_dice, parity_failures
+from medsa_deploy.evaluation.metrics import dice
+from medsa_deploy.evaluation.parity import DICE_TOLERANCE, LIMITS, parity_failures
 from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.graph.files import load_graph
 from medsa_deploy.stages.quantize.candidates import CandidateRunner
@@ -141,7 +142,8 @@ def test_float16_masks_are_float32s(half: Path, bundle: Path) -> None:
         with load(half, precision=precision) as session:
             embedding = session.encode(image)
             masks.append(session.segment(embedding, box=(20, 30, 150, 160)).masks)
-    assert min(mask_dice(*masks)) >= 0.98
+    pairs = zip(*(array.reshape(-1, *array.shape[-2:]) for array in masks), strict=True)
+    assert min(dice(*pair) for pair in pairs) >= 0.98
 
 
 def disturbed(bundle: Path, folder: Path, size: float) -> Path:
@@ -462,7 +464,7 @@ def test_dice() -> None:
     a = np.zeros((4, 2, 2), bool)
     b = np.zeros((4, 2, 2), bool)
     a[1, 0, 0] = b[2, 0, 0] = a[3, 0, 0] = b[3, 0, 0] = b[3, 0, 1] = True
-    assert mask_dice(a, b) == (1.0, 0.0, 0.0, pytest.approx(2 / 3))
+    assert tuple(map(dice, a, b)) == (1.0, 0.0, 0.0, pytest.approx(2 / 3))
 
 
 def test_the_saved_references_case_must_agree_by_itself(bundle: Path) -> None:
