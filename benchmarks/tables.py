@@ -1,7 +1,7 @@
-"""Tables of README and model card from `benchmarks/results/*.json`: python -m benchmarks.tables
+"""`benchmarks/results/*.json` → the tables in the documents: python -m benchmarks.tables
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; a test holds them equal. One whose
-result is not there says so.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. A test fails if a document's table
+differs from its result. A table without a result reads "Not measured yet.".
 """
 
 from __future__ import annotations
@@ -14,15 +14,40 @@ from typing import Any
 
 from benchmarks import scaling
 from benchmarks.peers import table
+from benchmarks.peers.names import DEFAULT_NAME, OURS, PLAIN
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SUMMARY = (
+    *("PyTorch eager", PLAIN, DEFAULT_NAME),
+    *(f"{OURS}, openvino {precision}" for precision in ("fp32", "int8-bf16")),
+)
+"""The candidates of the README's table, on the network without relative positions."""
 
 
 def _machine(result: dict[str, Any]) -> str:
     """The machine and the versions that a result was measured with."""
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     return f"{result['machine']}; {versions}"
+
+
+def _capitalized(sentence: str) -> str:
+    """A sentence with a capital first letter; the other letters stay."""
+    return f"{sentence[0].upper()}{sentence[1:]}"
+
+
+def summary_table(result: dict[str, Any]) -> str:
+    """Five candidates of one network: encoder, next prompt, peak memory."""
+    candidates = result["networks"][table.MAIN[0]]["candidates"]
+    rows = [
+        "| candidate | encoder, once an image | next prompt | peak memory |",
+        "|---|---|---|---|",
+    ]
+    for name in SUMMARY:
+        times, peak_mb = candidates[name]["median_ms"], candidates[name]["peak_mb"]
+        click = times.get("click", times["decoder"])
+        rows.append(f"| {name} | {times['encoder']:.0f} ms | {click:.0f} ms | {peak_mb:.0f} MB |")
+    return "\n".join([*rows, "", f"Measured on: {_machine(result)}."])
 
 
 def export_table(result: dict[str, Any]) -> str:
@@ -69,11 +94,11 @@ def volume_memory_table(result: dict[str, Any]) -> str:
         "| volume | image size | prompts | loaded | with a chunk | peak | beyond the network |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in result["samples"]:
-        prompts = "followed from one slice" if one["propagate"] else "boxes in every slice"
-        measured = [one[f"{when}_mb"] for when in ("loaded", "working", "peak", "beyond_working")]
+    for run in result["samples"]:
+        prompts = "followed from one slice" if run["propagate"] else "boxes in every slice"
+        measured = [run[f"{when}_mb"] for when in ("loaded", "working", "peak", "beyond_working")]
         rows.append(
-            f"| {one['volume']} → {one['output']} | {one['image_size']} | {prompts} | "
+            f"| {run['volume']} → {run['output']} | {run['image_size']} | {prompts} | "
             + " | ".join(f"{megabytes} MB" for megabytes in measured)
             + " |"
         )
@@ -81,33 +106,33 @@ def volume_memory_table(result: dict[str, Any]) -> str:
         [
             *rows,
             "",
-            f"{result['what'][0].upper()}{result['what'][1:]}.",
+            f"{_capitalized(result['what'])}.",
             f"Measured on: {_machine(result)}.",
         ]
     )
 
 
 def precisions_table(result: dict[str, Any]) -> str:
-    """What each precision costs and saves."""
+    """Size, accuracy and time of each precision."""
     rows = [
         "| model | precision | INT8 layers | encoder | decoder | Dice to labels "
         "| Dice to float32, mean (worst) | encode | decode |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, precisions in result["models"].items():
-        for precision, found in precisions.items():
-            recipe = found["recipe"] or {"quantized": (), "left_out": ()}
+        for precision, figures in precisions.items():
+            recipe = figures["recipe"] or {"quantized": (), "left_out": ()}
             layers = len(recipe["quantized"]) + len(recipe["left_out"])
             count = f"{len(recipe['quantized'])} of {layers}" if layers else "none"
-            mean, worst = found["dice_to_float32_mean"], found["dice_to_float32_worst"]
+            mean, worst = figures["dice_to_float32_mean"], figures["dice_to_float32_worst"]
             rows.append(
-                f"| {model} | {precision} | {count} | {found['encoder_mb']:.1f} MB "
-                f"| {found['decoder_mb']:.1f} MB | {found['dice_to_labels_mean']:.3f} "
-                f"| {mean:.4f} ({worst:.4f}) | {found['encode_ms']['median']:.0f} ms "
-                f"| {found['decode_ms']['median']:.0f} ms |"
+                f"| {model} | {precision} | {count} | {figures['encoder_mb']:.1f} MB "
+                f"| {figures['decoder_mb']:.1f} MB | {figures['dice_to_labels_mean']:.3f} "
+                f"| {mean:.4f} ({worst:.4f}) | {figures['encode_ms']['median']:.0f} ms "
+                f"| {figures['decode_ms']['median']:.0f} ms |"
             )
-    what = f"{result['what']}, medians."
-    return "\n".join([*rows, "", what, f"Measured on: {_machine(result)}."])
+    note = f"{result['what']}, medians."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
 def depth_table(result: dict[str, Any]) -> str:
@@ -123,8 +148,8 @@ def depth_table(result: dict[str, Any]) -> str:
             f"| {seconds['3D']:.2f} s | {row['ratio']:.2f} | {peak['2D'] / 1024:.1f} GiB "
             f"| {peak['3D'] / 1024:.1f} GiB |"
         )
-    what = f"{result['what'][0].upper()}{result['what'][1:]}."
-    return "\n".join([*rows, "", what, f"Measured on: {_machine(result)}."])
+    note = f"{_capitalized(result['what'])}."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
 def targets_table(result: dict[str, Any]) -> str:
@@ -134,39 +159,39 @@ def targets_table(result: dict[str, Any]) -> str:
 
 
 def scaling_text(result: dict[str, Any]) -> str:
-    """A sentence for each curve, and what was measured."""
-    found = [f"- {sentence}" for sentence in scaling.sentences(result)]
-    curves = "; ".join(f"{name}: {one['what']}" for name, one in result["curves"].items())
-    what = f"Medians, onnxruntime fp32. {curves[0].upper()}{curves[1:]}."
-    return "\n".join([*found, "", what, f"Measured on: {_machine(result)}."])
+    """A sentence for each curve, and a note of what was measured."""
+    sentences = [f"- {sentence}" for sentence in scaling.sentences(result)]
+    curves = "; ".join(f"{name}: {curve['what']}" for name, curve in result["curves"].items())
+    note = f"Medians, onnxruntime fp32. {_capitalized(curves)}."
+    return "\n".join([*sentences, "", note, f"Measured on: {_machine(result)}."])
 
 
 Tables = dict[str, Callable[[dict[str, Any]], str]]
-TABLES: Tables = {
-    "export": export_table,
+README_TABLES: Tables = {"summary": summary_table}
+PERFORMANCE_TABLES: Tables = {
+    "peers": table.main_table,
+    "targets": targets_table,
     "precisions": precisions_table,
     "volume_memory": volume_memory_table,
     "depth": depth_table,
-    "peers": table.main_table,
-    "targets": targets_table,
     "scaling": scaling_text,
+    "export": export_table,
 }
 BENCHMARK_TABLES: Tables = {"peers_others": table.others_table, "peers_volume": table.volume_table}
-"""Those of benchmarks/README.md."""
-RESULT_OF = {"targets": "peers", "peers_others": "peers", "peers_volume": "peers"}
-"""Result that a table is of, where it has another name."""
 CARD_TABLES: Tables = {"demo_checkpoint": demo_checkpoint_table}
-"""Those of the demonstration checkpoint's model card."""
+RESULT_OF = dict.fromkeys(("summary", "targets", "peers_others", "peers_volume"), "peers")
+"""Table → its result, if the two names differ."""
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"
 DOCUMENTS = {
-    ROOT / "README.md": TABLES,
+    ROOT / "README.md": README_TABLES,
+    ROOT / "docs" / "performance.md": PERFORMANCE_TABLES,
     ROOT / "benchmarks" / "README.md": BENCHMARK_TABLES,
     CARD: CARD_TABLES,
 }
 
 
-def with_tables(document: str, tables: Tables = TABLES) -> str:
-    """The document's text with every table made anew from its result."""
+def with_tables(document: str, tables: Tables) -> str:
+    """The document's text with every table generated again from its result."""
     for name, text_of in tables.items():
         result = RESULTS / f"{RESULT_OF.get(name, name)}.json"
         text = text_of(json.loads(result.read_text())) if result.exists() else "Not measured yet."

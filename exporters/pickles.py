@@ -66,25 +66,6 @@ CONTAINERS: Mapping[str, Callable[..., Any]] = {
 """Names of plain containers → how they are built here."""
 
 
-class BoundedFile:
-    """A file whose reads ask for no more bytes than it can hold, whatever a length in it says."""
-
-    def __init__(self, file: BinaryIO, most_bytes: int) -> None:
-        self._file, self._most_bytes = file, most_bytes
-
-    def read(self, count: int) -> bytes:
-        """At most `count` bytes."""
-        return self._file.read(min(count, self._most_bytes))
-
-    def readline(self) -> bytes:
-        """The bytes up to the next end of line."""
-        return self._file.readline(self._most_bytes)
-
-    def tell(self) -> int:
-        """The position."""
-        return self._file.tell()
-
-
 class PickleReader:
     """Interprets pickles, one after another."""
 
@@ -109,7 +90,7 @@ class PickleReader:
         """
         self._stack, self._memo = [], {}
         try:
-            for opcode, argument, _ in pickletools.genops(BoundedFile(file, self._budget)):
+            for opcode, argument, _ in pickletools.genops(file):
                 self._spend(1)
                 if opcode.name == "STOP":
                     return self._stack.pop()

@@ -1,4 +1,4 @@
-"""What this machine is, as far as speed goes."""
+"""This machine's processor, cores, memory and system: all that makes it faster than another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, as the system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             for line in f:
@@ -20,12 +20,12 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def memory_gb() -> float | None:
-    """Installed memory; None where the system does not say."""
+    """Installed memory in GB; None if the system does not report it."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, ValueError, OSError):

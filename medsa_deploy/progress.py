@@ -1,4 +1,4 @@
-"""Callables that long work tells how far it is."""
+"""The types of callables that report the progress of long work."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from collections.abc import Callable
 OnStep = Callable[[str], None]
 """Called with the name of a step when it begins."""
 OnCount = Callable[[int, int], None]
-"""Called with how much of a step is done and how much there is: images, runs or percent."""
+"""Called with the done and the total number of a step's images, runs or percent."""

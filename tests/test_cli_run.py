@@ -334,7 +334,7 @@ def bad(arguments: str, message: str):
         bad("truncated.png --point 5,5", "truncated.png cannot be read as an image"),
         bad("text.png --point 5,5", "text.png is damaged, or a variant of PNG"),
         bad("empty.png --point 5,5", "empty.png is an empty file"),
-        bad("notes.txt --point 5,5", "notes.txt is not a known image"),
+        bad("notes.txt --point 5,5", "notes.txt is not an image"),
         bad("constant.png --point 5,5", "constant.png: every pixel is 7: nothing to segment"),
         bad("nan.npy --point 5,5", "NaN or infinite values"),
         bad("four.npy --point 5,5,1", "four.npy has shape (4, 5, 6, 7); expected"),

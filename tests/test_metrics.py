@@ -46,6 +46,14 @@ def brute_force(
     return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
 
 
+def test_dice_of_masks_that_are_empty_apart_and_half_alike() -> None:
+    a = np.zeros((4, 2, 2), bool)
+    b = np.zeros((4, 2, 2), bool)
+    a[1, 0, 0] = b[2, 0, 0] = a[3, 0, 0] = b[3, 0, 0] = b[3, 0, 1] = True
+    found = [metrics.dice(one, other) for one, other in zip(a, b, strict=True)]
+    assert found == [1.0, 0.0, 0.0, pytest.approx(2 / 3)]
+
+
 @given(pairs())
 def test_overlap_is_counted(pair: tuple[np.ndarray, np.ndarray, list[float]]) -> None:
     one, other, _ = pair

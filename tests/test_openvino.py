@@ -149,7 +149,7 @@ def test_a_processor_without_bfloat16(bundle: Path, monkeypatch: pytest.MonkeyPa
 def test_bfloat16_needs_openvino(bundle: Path, backend: str) -> None:
     done = call("verify", bundle, "--precision", "bf16", "--backend", backend)
     assert done.code == 2
-    assert done.error == "bf16 is what OpenVINO can compute in: add --backend openvino"
+    assert done.error == "bf16 is available only with openvino: add --backend openvino"
 
 
 def test_int8_files_for_a_cpu(bundle: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_int8_files_for_a_cpu(bundle: Path, tmp_path: Path) -> None:
 
 def kinds_of(session) -> list[dict[str, str]]:
     """How OpenVINO carries out the encoder's nodes, such as `brgemm_avx512_i8`."""
-    model = session.backend._encoder.model.get_runtime_model()
+    model = session.backend._graphs["encoder"].model.get_runtime_model()
     return [{"type": str(op.get_rt_info()["primitiveType"].value)} for op in model.get_ops()]
 
 

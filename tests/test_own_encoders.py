@@ -23,12 +23,12 @@ from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.evaluation.parity import RELATIVE_L2_LIMIT
 from medsa_deploy.graph.token_loops import MOST_TOKENS
 from medsa_deploy.runtime.backends.onnxruntime_cpu import read_layers
-from medsa_deploy.runtime.loading import OWN_ENCODERS
+from medsa_deploy.runtime.backends.registry import BACKENDS, LoadOptions
 
 SIZE, TOKENS = 512, 1024
 """The smallest image whose tokens, 32×32, are enough."""
 NAME = "encoder.onnxruntime.onnx"
-OURS, THEIRS = OWN_ENCODERS["onnxruntime"], OWN_ENCODERS["openvino"]
+OURS, THEIRS = (BACKENDS[name].own_encoder for name in ("onnxruntime", "openvino"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def values(path: Path, image: np.ndarray, folder: Path) -> list[tuple[str, int]]
 
 
 def encoded(bundle: Path, image: np.ndarray, **options: object) -> np.ndarray:
-    with load(bundle, threads=2, **options) as session:
+    portable = LoadOptions(portable=bool(options.pop("portable", False)))
+    with load(bundle, threads=2, options=portable, **options) as session:
         return session.encode(image).values
 
 
@@ -232,7 +233,7 @@ def test_in_3d(export, image: np.ndarray) -> None:
     assert "MultiHeadAttention" in operators(made / NAME)
     found = []
     for portable in (True, False):
-        with load(made, threads=2, portable=portable) as session:
+        with load(made, threads=2, options=LoadOptions(portable=portable)) as session:
             slices = session.encode_slices([image, image[::-1].copy()])
             found.append(np.concatenate([one.values for one in slices]))
     assert relative_l2(found[1], found[0]) < 1e-5

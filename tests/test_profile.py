@@ -307,10 +307,10 @@ def test_outputs_that_are_read_are_refused_first(
     before.write_text(json.dumps(earlier), encoding="utf-8")
     done = call("profile", bundle, "--compare", before, "--html", before)
     assert done.code == 2
-    assert "before.json is read, and cannot be written too" in done.error
+    assert "before.json is an input of this profile and would be replaced" in done.error
     done = call("profile", bundle, "-o", bundle / "manifest.json")
     assert done.code == 2
-    assert "manifest.json is in the bundle, and would be lost" in done.error
+    assert "manifest.json is a file in the bundle and would be replaced" in done.error
     done = call("profile", bundle, "--html", "/dev/null")
     assert done.code == 2
     assert "/dev/null is not a regular file" in done.error

@@ -186,7 +186,7 @@ def test_another_networks_click_part_is_detected(bundle: Path, hyp: Path, tmp_pa
     done = call("verify", copy, "--json")
     assert done.code == 1
     assert done.json["failures"]
-    assert all("split decoder" in line for line in done.json["failures"])
+    assert all("decoder in two parts" in line for line in done.json["failures"])
 
 
 def test_a_changed_part_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 
 from medsa_deploy.bundle.manifest import Manifest, load_manifest
 from medsa_deploy.errors import UsageError
-from medsa_deploy.runtime.loading import COMPUTED, CPU_BACKENDS, check_options, files_precision
+from medsa_deploy.runtime.backends.registry import (
+    BACKENDS,
+    COMPUTED,
+    check_options,
+    files_precision,
+)
 
 from . import files
 from .names import DEFAULT_NAME, OURS
@@ -108,7 +113,7 @@ def _ours(
     bundle = place / "bundle.medsa"
     made = load_manifest(bundle)
     held = {f.precision for f in made.files if f.role == "encoder"} - set(FOR_GPUS)
-    for backend in CPU_BACKENDS:
+    for backend in (spec.name for spec in BACKENDS.values() if not spec.gpu):
         for precision in sorted(held | {p for p, of in COMPUTED.items() if of in held}):
             try:
                 check_options(backend, None, precision)

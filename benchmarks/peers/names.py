@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medsa_deploy.runtime.loading import DEFAULT
+from medsa_deploy.runtime.backends.registry import DEFAULT
 
 OURS = "medsa-deploy"
 DEFAULT_NAME = f"{OURS}, {DEFAULT} fp32"

@@ -10,7 +10,7 @@ from .names import OURS, SWIN, VOLUME_NETWORK
 from .targets import Result, gemm_share, targets
 
 MAIN = ("Med-SA ViT-B, zero tables", "Med-SA ViT-B, real tables")
-"""Networks of the README's table; the others are in benchmarks/README.md."""
+"""Networks of the table in docs/performance.md; the others are in benchmarks/README.md."""
 VOLUME = (197, 233, 189)
 """Voxels of the MNI template, sliced along the last axis."""
 PATCH = 96

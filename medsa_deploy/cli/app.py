@@ -1,4 +1,4 @@
-"""The program `medsa-deploy`: its commands, and what becomes of their errors."""
+"""The program `medsa-deploy`: its commands; an error that ends one → a line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from medsa_deploy import __version__
 from medsa_deploy.errors import UsageError
 
 from . import console
-from .checkpoint import export, inspect
-from .graphs import build_engine, build_kernels, quantize
-from .machine import demo, doctor
-from .measure import profile, verify
+from .build_engine import build_engine
+from .build_kernels import build_kernels
+from .demo import demo
+from .doctor import doctor
+from .export import export
+from .inspect import inspect
+from .profile import profile
+from .quantize import quantize
 from .run import run
+from .verify import verify
 
 COMMANDS = (
     *(inspect, export, quantize, build_engine, build_kernels),
     *(run, verify, profile, doctor, demo),
 )
-"""In the order of --help."""
+"""The commands, in the order of --help."""
 
 app = typer.Typer(
     name="medsa-deploy",
@@ -35,11 +40,11 @@ for _command in COMMANDS:
     app.command()(_command)
 
 ParserError: Any = typer.BadParameter.__bases__[0]
-"""The parser's usage error: click's, or that of the copy of click that newer typers carry."""
+"""The parser's usage error: from click, or from the copy of click in newer versions of typer."""
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"medsa-deploy {__version__}")
         raise typer.Exit
 
@@ -48,17 +53,19 @@ def _print_version(wanted: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version and exit", callback=_print_version, is_eager=True
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error came from; goes anywhere")
+        bool, typer.Option("--debug", help="Show where an error came from; may stand anywhere")
     ] = False,
 ) -> None:
     """From a trained Medical SAM Adapter checkpoint to masks on a scanner."""
 
 
 def main() -> None:
-    """Entry point: every error becomes one line and an exit code."""
+    """Run the command line; every error becomes one line and an exit code."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     console.prepare()
     interrupts = console.catch_interrupts()
@@ -70,15 +77,15 @@ def main() -> None:
         if len(arguments) < len(sys.argv[1:]):
             traceback.print_exc()
         code = None if interrupts else console.print_failure(_usage_error(e))
-    if interrupts:  # whatever the libraries in between made of it
-        console.print_error("interrupted: nothing half-written was left")
+    if interrupts:  # even if a library turned the KeyboardInterrupt into another error
+        console.print_error("Interrupted; no partial output was left behind.")
         sys.stdout.flush()
-        os._exit(130)  # Python may end by a signal instead, if C code has seen the interrupt
+        os._exit(130)  # a plain exit may end by a signal, if C code has seen the interrupt
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _usage_error(error: BaseException) -> BaseException:
-    """The parser's complaint as ours, with where to look; any other error as it is."""
+    """A parser's error as a UsageError that names the command's --help; other errors unchanged."""
     if not isinstance(error, ParserError):
         return error
     command = error.ctx.command_path if getattr(error, "ctx", None) else "medsa-deploy"

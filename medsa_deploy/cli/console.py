@@ -1,6 +1,6 @@
 """Results → text for a terminal, or JSON for a program; errors and signals → a line, an exit code.
 
-Results go to stdout, the rest to stderr.
+Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from medsa_deploy.errors import MedsaError
+from medsa_deploy.progress import OnCount, OnStep
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -45,7 +49,7 @@ class WarningLines(logging.Handler):
 
 
 def prepare() -> None:
-    """Send the package's warnings to stderr; let no character end a command it cannot print in."""
+    """Send the package's warnings to stderr; print unencodable characters as escapes."""
     logger = logging.getLogger("medsa_deploy")
     logger.handlers = [h for h in logger.handlers if not isinstance(h, WarningLines)]
     logger.addHandler(WarningLines())
@@ -55,9 +59,10 @@ def prepare() -> None:
 
 
 def catch_interrupts() -> list[float]:
-    """Make a polite kill end like Ctrl-C; the list fills with the times of interrupts.
+    """Make SIGTERM and SIGHUP end a command like Ctrl-C; returns the times of interrupts.
 
-    Repeats within a second are ignored: Ctrl-C is often pressed twice, and cleaning up must end.
+    The list fills as interrupts come. Repeats within a second are ignored: people press Ctrl-C
+    twice, and cleaning up must not be interrupted.
     """
     times: list[float] = []
 
@@ -68,7 +73,7 @@ def catch_interrupts() -> list[float]:
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
         number = getattr(signal, name, None)
-        # what a parent ignores (nohup, a shell's background job) stays ignored
+        # a signal that the parent ignores (nohup, a shell's background job) stays ignored
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
     return times
@@ -84,8 +89,13 @@ def print_error(message: str) -> None:
     err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
 
 
+def print_warning(message: str) -> None:
+    """One line on stderr."""
+    err.print(f"[yellow]warning:[/] {escape(message)}")
+
+
 def print_failure(error: BaseException) -> int:
-    """What ended a command, as one line; its exit code."""
+    """Print the error that ended a command as one line; returns the exit code."""
     if isinstance(error, MedsaError):
         print_error(str(error))
         return error.exit_code
@@ -95,14 +105,18 @@ def print_failure(error: BaseException) -> int:
     if isinstance(error, MemoryError):
         print_error("out of memory: use a smaller image size or fewer prompts at a time")
         return 3
-    what = f"{type(error).__name__}: {error}".rstrip(": ")
-    print_error(f"{what} (a fault in medsa-deploy; --debug shows where)")
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    print_error(f"{text} (a fault in medsa-deploy; --debug shows where)")
     return 3
 
 
 @contextmanager
-def steps() -> Iterator[Callable[[str], None]]:
-    """Names of steps as they begin, with the seconds each took; a spinner where it can be seen."""
+def steps() -> Iterator[tuple[OnStep, OnCount]]:
+    """Print each step with the seconds it took; a terminal also shows the current step.
+
+    Yields the callable to name a step when it begins, and the one to count within it, which adds
+    a bar to the step.
+    """
     started: list[tuple[str, float]] = []
 
     def finish() -> None:
@@ -110,59 +124,60 @@ def steps() -> Iterator[Callable[[str], None]]:
             name, begun = started[-1]
             err.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
 
-    with err.status("") as status:
+    with _live_progress(SpinnerColumn(), TextColumn("{task.description}"), *_COUNT) as bar:
+        task = bar.add_task("", total=None)
 
         def begin(name: str) -> None:
             finish()
             started.append((name, perf_counter()))
-            status.update(f"{escape(name)} …")
+            bar.reset(task, description=escape(name), total=None)
 
-        yield begin
+        yield begin, lambda done, total: bar.update(task, completed=done, total=total)
         finish()
 
 
 @contextmanager
-def progress(shown: bool, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of things done, with the time left; nothing where it cannot be seen."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
-    with Progress(
-        *columns, console=err, transient=True, disable=not (shown and err.is_terminal)
-    ) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def progress(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left, on a terminal only, from the first count on.
+
+    Yields the callable to count with: the unit ("slices"), how many are done, of how many.
+    """
+    bar_column, count, time_left = _COUNT
+    columns = (bar_column, count, TextColumn("{task.description}"), time_left)
+    with _live_progress(*columns, shown=shown) as bar:
+
+        def update(unit: str, done: int, total: int) -> None:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task(unit)
+            bar.update(task, completed=done, total=total)
+
+        yield update
 
 
-@contextmanager
-def steps_of_images() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
-    """As `steps`, with a bar of images done in the steps that count them."""
-    started: list[tuple[str, float]] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+def _live_progress(*columns: ProgressColumn, shown: bool = True) -> Progress:
+    return Progress(*columns, console=err, transient=True, disable=not (shown and err.is_terminal))
 
-    def finish() -> None:
-        if started:
-            name, begun = started[-1]
-            err.print(f"  {escape(name)} [dim]{perf_counter() - begun:.1f} s[/]")
 
-    with Progress(
-        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=None)
+class _OfCounted(ProgressColumn):
+    """A column that is empty while a step does not count."""
 
-        def begin(name: str) -> None:
-            finish()
-            started.append((name, perf_counter()))
-            progress.reset(task, description=escape(name), total=None)
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self.column = column
 
-        yield begin, lambda done, total: progress.update(task, completed=done, total=total)
-        finish()
+    def render(self, task: Task) -> Any:
+        return Text() if task.total is None else self.column.render(task)
+
+
+_COUNT = tuple(map(_OfCounted, (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())))
 
 
 def print_note(note: str) -> None:
-    """A choice that was made for the user, on stderr."""
+    """Tell the user on stderr of a choice that was made for them."""
     err.print(escape(note))
 
 
 def print_files(files: Sequence[tuple[str, int]]) -> None:
+    """Paths with their sizes, given in bytes."""
     out.print()
     table = plain_table()
     for path, size in files:
@@ -171,6 +186,7 @@ def print_files(files: Sequence[tuple[str, int]]) -> None:
 
 
 def print_facts(facts: dict[str, str]) -> None:
+    """A table of two columns: names, and values beside them."""
     table = plain_table()
     for name, value in facts.items():
         table.add_row(f"[dim]{name}[/]", escape(value))
@@ -178,6 +194,7 @@ def print_facts(facts: dict[str, str]) -> None:
 
 
 def plain_table(*headers: str) -> Table:
+    """A table without lines, and without a header if it has no `headers`."""
     table = Table(*headers, box=None, show_header=bool(headers), pad_edge=False, header_style="dim")
     if not headers:
         table.padding = (0, 2, 0, 0)
@@ -185,7 +202,7 @@ def plain_table(*headers: str) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    """What json does not know: dataclasses and paths."""
+    """Dataclasses and paths, as values that the json module knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Path):

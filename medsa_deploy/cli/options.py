@@ -1,9 +1,9 @@
-"""Options that commands share."""
+"""Options that several commands share, and dataclasses of options as a command's parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -11,54 +11,56 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from medsa_deploy.runtime import BackendName
+from medsa_deploy.runtime import Precision as PrecisionName
 from medsa_deploy.stages.inspect import export_extra
 
 from .values import parse_depth_chunk, parse_names, parse_numbers, parse_window
 
 Checkpoint = Annotated[Path, typer.Argument(help="`.pth`, `.pt` or `.safetensors`")]
-Bundle = Annotated[Path, typer.Argument(help="A bundle: the folder that export made")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout")]
-Base = Annotated[Path | None, typer.Option(help="SAM checkpoint an adapter-only file goes over")]
-Images = Annotated[Path | None, typer.Option(help="Your images, added to the proof")]
+Bundle = Annotated[Path, typer.Argument(help="A bundle: the folder that export wrote")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout")]
+Base = Annotated[
+    Path | None, typer.Option(help="SAM checkpoint that an adapter-only checkpoint belongs to")
+]
+Images = Annotated[Path | None, typer.Option(help="Your images, added to the parity check")]
 IntensityWindow = Annotated[
     str | None,
-    typer.Option(metavar="LOW,HIGH", help="Intensities of black and white, such as -175,250"),
-]
-Threshold = Annotated[float | None, typer.Option(help="Probability above which a pixel is mask")]
-Backend = Annotated[
-    str,
     typer.Option(
-        help="onnxruntime, openvino, or auto: what doctor --tune found; on an NVIDIA GPU tensorrt, "
-        "rtx and onnxruntime-cuda"
+        metavar="LOW,HIGH", help="Intensities that become black and white, such as -175,250"
     ),
 ]
-Fallback = Annotated[
-    list[str] | None,
+Threshold = Annotated[
+    float | None, typer.Option(help="Probability above which a pixel belongs to the mask")
+]
+# `load` refuses other names, and says what there is.
+Backend = Annotated[
+    BackendName,
     typer.Option(
-        metavar="NAME", help="Backend that takes over if the one before cannot run; again for more"
+        parser=str,
+        metavar="NAME",
+        help="onnxruntime, openvino, or auto (the result of doctor --tune); on an NVIDIA GPU also "
+        "tensorrt, rtx and onnxruntime-cuda",
     ),
 ]
 NoCudaGraphs = Annotated[
-    bool, typer.Option("--no-cuda-graphs", help="tensorrt, rtx: replay no CUDA graphs")
+    bool, typer.Option("--no-cuda-graphs", help="tensorrt, rtx: do not use CUDA graphs")
 ]
 Precision = Annotated[
-    str,
+    PrecisionName,
     typer.Option(
-        help="Precision of the graphs to run; in OpenVINO also bf16 and int8-bf16, which compute "
-        "what is float32 in bfloat16"
+        parser=str,
+        metavar="NAME",
+        help="Precision of the graphs to run; with OpenVINO also bf16 and int8-bf16, which compute "
+        "the float32 parts in bfloat16",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
 
 
-def sizes(what: str) -> Any:
-    """The option of an optimization profile's axis."""
-    return typer.Option(metavar="MIN,OPT,MAX", help=what.capitalize())
-
-
 @dataclass(frozen=True, kw_only=True)
 class OverrideOptions:
-    """Options that overrule what a checkpoint shows, or say what it does not."""
+    """Options that set facts of a network instead of reading them from its checkpoint."""
 
     heads: Annotated[int | None, typer.Option(help="Attention heads of the ViT")] = None
     window_size: Annotated[
@@ -80,7 +82,7 @@ class OverrideOptions:
     ] = None
     sd_trans: Annotated[
         Literal["public", "paper"] | None,
-        typer.Option(help="3D: how slices are grouped; checkpoints of the public code: public"),
+        typer.Option(help="3D: how slices are grouped; public for the public code's checkpoints"),
     ] = None
     preprocess: Annotated[
         Literal["medsa", "sam", "medsam", "litemedsam"] | None,
@@ -92,17 +94,19 @@ class OverrideOptions:
         typer.Option(help="Order of coordinates the network was trained on"),
     ] = None
     point_frame: Annotated[
-        Literal["network", "image"] | None, typer.Option(help="Frame of coordinates, likewise")
+        Literal["network", "image"] | None,
+        typer.Option(help="Frame of coordinates the network was trained on"),
     ] = None
     prompt_scope: Annotated[
         Literal["chunk", "slice"] | None,
-        typer.Option(help="3D: whether prompts are for their chunk of slices, or their slice"),
+        typer.Option(help="3D: whether a prompt is for its chunk of slices or for its slice alone"),
     ] = None
     point_scale: Annotated[
-        float | None, typer.Option(help="What training multiplied coordinates by")
+        float | None, typer.Option(help="Factor of coordinates during training")
     ] = None
     pad_points: Annotated[
-        int | None, typer.Option(help="Points efficient_sam's prompts are padded to; 0 for none")
+        int | None,
+        typer.Option(help="Points that efficient_sam's prompts are padded to; 0 for no padding"),
     ] = None
     threshold: Threshold = None
     class_names: Annotated[
@@ -110,25 +114,35 @@ class OverrideOptions:
     ] = None
 
 
-def with_overrides(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes `overrides`, as typer wants it: with a parameter for each option."""
-    options = signature(OverrideOptions, eval_str=True).parameters
-    own = signature(command, eval_str=True).parameters
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer needs it: each field of a dataclass parameter becomes an option.
+
+    A command is called with the dataclasses, made from their options' values.
+    """
+    parameters: list[Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in signature(command, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            group: Any = parameter.annotation
+            groups[name] = group
+            parameters += signature(group, eval_str=True).parameters.values()
+        else:
+            parameters.append(parameter)
 
     @wraps(command)
-    def flat(**given: Any) -> None:
-        options_given = OverrideOptions(**{name: given.pop(name) for name in options})
-        command(**given, overrides=_overrides(options_given))
+    def flat(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
 
-    parameters = [p for name, p in own.items() if name != "overrides"] + [*options.values()]
     flat.__dict__["__signature__"] = Signature(
         [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters]
     )
     return flat
 
 
-def _overrides(options: OverrideOptions) -> Any:
-    """The options as `Overrides`, which come with torch."""
+def overrides_of(options: OverrideOptions) -> Any:
+    """The options as the exporters' `Overrides`, whose import needs torch."""
     blocks, names = options.global_blocks, options.class_names
     parsed = {
         "depth_chunk": parse_depth_chunk(options.depth_chunk),

@@ -1,55 +1,59 @@
-"""The command that segments: run."""
+"""medsa-deploy run: a bundle, images or a volume, and prompts → masks, listed in a table."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from medsa_deploy import stages
-from medsa_deploy.runtime import load
+from medsa_deploy.runtime import BackendName
 
 from . import console
-from .mask_tables import print_segmentation, print_volume
+from .console import out
 from .options import (
     Backend,
     Bundle,
-    Fallback,
     IntensityWindow,
     Json,
     NoCudaGraphs,
     Precision,
     Threads,
     Threshold,
+    with_options,
 )
-from .values import parse_box, parse_click, parse_numbers, parse_window, refuse
+from .values import parse_rows, parse_window
 
 
-def run(
-    bundle: Bundle,
-    image: Annotated[Path, typer.Argument(help="An image, a folder of images, or a volume")],
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of run."""
+
     point: Annotated[
         list[str] | None,
         typer.Option(
             metavar="X,Y[,LABEL]",
-            help="A click; label 1 foreground, 0 background. In a volume X,Y,Z[,LABEL]",
+            help="A click, repeatable; label 1 foreground, 0 background; volume: X,Y,Z[,LABEL]",
         ),
-    ] = None,
+    ] = None
     box: Annotated[
         list[str] | None,
         typer.Option(
             metavar="X0,Y0,X1,Y1",
-            help="A box; several are several objects. In a volume X0,Y0,Z0,X1,Y1,Z1",
+            help="A box, repeatable: one for each object; volume: X0,Y0,Z0,X1,Y1,Z1",
         ),
-    ] = None,
+    ] = None
     prompts: Annotated[
         Path | None, typer.Option(help="Volume: prompts of several structures, as JSON")
-    ] = None,
+    ] = None
     mask_input: Annotated[
-        Path | None, typer.Option(help="`.npy` logits of an earlier mask (--save-logits)")
-    ] = None,
+        Path | None,
+        typer.Option(help="Image: `.npy` logits of an earlier mask, from --save-logits"),
+    ] = None
     output: Annotated[
         Path | None,
         typer.Option(
@@ -57,36 +61,87 @@ def run(
             "--output",
             help="Mask: .png, .npy, .nii.gz; a folder for a folder; volume: .nii.gz, .npy, .dcm",
         ),
-    ] = None,
-    overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None,
-    save_logits: Annotated[Path | None, typer.Option(help="Low-resolution logits: .npy")] = None,
-    axis: Annotated[int | None, typer.Option(help="Axis of a volume to slice along")] = None,
+    ] = None
+    overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None
+    save_logits: Annotated[
+        Path | None, typer.Option(help="Image: write the low-resolution logits: .npy")
+    ] = None
+    axis: Annotated[int | None, typer.Option(help="Axis of a volume to slice along")] = None
     slice_: Annotated[
-        int | None, typer.Option("--slice", help="One slice of a volume, as an image")
-    ] = None,
-    volume: Annotated[int | None, typer.Option(help="Which volume of a 4-D NIfTI")] = None,
+        int | None, typer.Option("--slice", help="Segment this slice of a volume as an image")
+    ] = None
+    volume: Annotated[int | None, typer.Option(help="Which volume of a 4-D NIfTI")] = None
     overlap: Annotated[
         int | None, typer.Option(help="Volume: slices that neighbouring chunks share")
-    ] = None,
+    ] = None
     propagate: Annotated[
         bool, typer.Option("--propagate", help="Volume: follow masks beyond the prompted slices")
-    ] = False,
+    ] = False
     margin: Annotated[
-        float | None, typer.Option(help="Volume: pixels around a mask that is followed; default 3")
-    ] = None,
-    intensity_window: IntensityWindow = None,
-    threshold: Threshold = None,
+        float | None,
+        typer.Option(help="Volume: pixels around a mask that --propagate follows; default 3"),
+    ] = None
+    intensity_window: IntensityWindow = None
+    threshold: Threshold = None
     multimask: Annotated[
-        bool, typer.Option("--multimask", help="SAM's three candidates; the best is written")
-    ] = False,
-    backend: Backend = "onnxruntime",
-    fallback: Fallback = None,
-    no_cuda_graphs: NoCudaGraphs = False,
-    precision: Precision = "fp32",
-    threads: Threads = None,
+        bool, typer.Option("--multimask", help="Image: try SAM's three candidates, write the best")
+    ] = False
+
+    backend: Backend = "onnxruntime"
+    fallback: Annotated[
+        list[BackendName] | None,
+        typer.Option(
+            parser=str,
+            metavar="NAME",
+            help="Backend to use if the one before cannot run; repeatable, tried in order",
+        ),
+    ] = None
+    no_cuda_graphs: NoCudaGraphs = False
+    precision: Precision = "fp32"
+    threads: Threads = None
+
+    def request(self) -> stages.RunRequest:
+        """What to segment, and where results go."""
+        return stages.RunRequest(
+            intensity_window=parse_window(self.intensity_window),
+            points=parse_rows(self.point, "--point"),
+            boxes=parse_rows(self.box, "--box"),
+            prompts=self.prompts,
+            mask_input=self.mask_input,
+            targets=stages.MaskTargets(
+                mask=self.output, overlay=self.overlay, logits=self.save_logits
+            ),
+            axis=self.axis,
+            slice_index=self.slice_,
+            volume_index=self.volume,
+            overlap=self.overlap,
+            propagate=self.propagate,
+            margin=self.margin,
+            threshold=self.threshold,
+            multimask=self.multimask,
+        )
+
+    def session(self) -> stages.SessionOptions:
+        """How to open the bundle."""
+        return stages.SessionOptions(
+            backend=self.backend,
+            fallback=tuple(self.fallback or ()),
+            cuda_graphs=not self.no_cuda_graphs,
+            precision=self.precision,
+            threads=self.threads,
+        )
+
+
+@with_options
+def run(
+    bundle: Bundle,
+    image: Annotated[Path, typer.Argument(help="An image, a folder of images, or a volume")],
+    options: RunOptions,
     json: Json = False,
 ) -> None:
     """Segment an image, every image of a folder, or a volume, from clicks and boxes.
+
+    A single plane is treated as an image unless you give 3D prompts or write a `.dcm`.
 
     medsa-deploy run ckpt.medsa image.dcm --point 120,88 -o mask.png --overlay overlay.png
 
@@ -111,85 +166,64 @@ def run(
     ]}
     ```
 
-    A point is x, y, z and its label, 1 (default) or 0; a box x0, y0, z0, x1, y1, z1, in the slices
-    z0 to z1 - 1. "class" instead of "name" takes one class of a network of several; without
-    either, a structure gives all of them.
+    A point is x, y, z and its label, 1 (default) or 0. A box is x0, y0, z0, x1, y1, z1, for slices
+    z0 to z1 - 1. For a network of several classes give "class" instead of "name", or neither.
     """
-    open_session = partial(
-        load,
-        bundle,
-        backend=backend,
-        fallback=fallback or (),
-        cuda_graphs=not no_cuda_graphs,
-        precision=precision,
-        threads=threads,
-    )
-    window = parse_window(intensity_window)
-    rows = [parse_numbers(text, float, "--point") for text in point or ()]
-    boxes = [parse_numbers(text, float, "--box") for text in box or ()]
-    asked = propagate or prompts is not None or volume is not None
-    if stages.takes_volume(image, slice_, points=rows, boxes=boxes, mask=output, asked=asked):
-        refuse("images", mask_input=mask_input, save_logits=save_logits, multimask=multimask)
-        structures = stages.structures_of(rows, boxes, prompts)
-        with (
-            open_session() as session,
-            console.progress(not json, "slices") as on_slice,
-        ):
-            segmented = stages.segment_volume_file(
-                session,
-                image,
-                structures,
-                stages.VolumeOptions(
-                    intensity_window=window,
-                    threshold=threshold,
-                    overlap=overlap or 0,
-                    propagate=propagate,
-                    margin=margin,
-                ),
-                mask=output,
-                overlay=overlay,
-                axis=axis,
-                number=volume,
-                on_slice=on_slice,
-            )
-        console.print_json(segmented) if json else print_volume(segmented)
-        return
-    refuse(
-        "volumes",
-        prompts=prompts,
-        volume=volume,
-        overlap=overlap,
-        propagate=propagate,
-        margin=margin,
-    )
-    clicks = [parse_click(row) for row in rows]
-    given = stages.Prompts(
-        points=tuple((x, y) for x, y, _ in clicks),
-        labels=tuple(label for _, _, label in clicks),
-        boxes=tuple(parse_box(row) for row in boxes),
-        mask=mask_input,
-    )
-    default = Path("masks") if image.is_dir() else Path(f"{image.name}.mask.png")
-    with (
-        open_session() as session,
-        console.progress(image.is_dir() and not json, "images") as on_image,
-    ):
-        results = stages.segment_images(
-            session,
-            image,
-            given,
-            stages.MaskTargets(mask=output or default, overlay=overlay, logits=save_logits),
-            axis=axis,
-            index=slice_,
-            intensity_window=window,
-            threshold=threshold,
-            multimask=multimask,
-            on_image=on_image,
+    request, session = options.request(), options.session()
+    with console.progress(shown=not json) as count:
+        on_image, on_slice = (partial(count, unit) for unit in ("images", "slices"))
+        result = stages.run_bundle(
+            bundle, image, request, session, on_image=on_image, on_slice=on_slice
         )
-    if json:
-        console.print_json(results if image.is_dir() else results[0])
-    else:
-        for result in results:
-            print_segmentation(result)
-    if any(result.error for result in results):
+    console.print_json(result) if json else _print_result(result)
+    if isinstance(result, list) and any(segmentation.error for segmentation in result):
         raise typer.Exit(2)
+
+
+def _print_result(result: stages.RunResult) -> None:
+    if isinstance(result, stages.VolumeSegmentation):
+        _print_volume(result)
+        return
+    for segmentation in result if isinstance(result, list) else [result]:
+        _print_image(segmentation)
+
+
+def _print_image(segmentation: stages.Segmentation) -> None:
+    if segmentation.error is not None:
+        console.print_error(segmentation.error)
+        return
+    assert segmentation.pixels is not None
+    assert segmentation.timings_ms is not None
+    image = escape(str(segmentation.image))
+    masks = ", ".join(f"{name} {count} px" for name, count in segmentation.pixels.items())
+    scores = ", ".join(f"{score:.3f}" for row in segmentation.scores for score in row)
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in segmentation.timings_ms.items())
+    out.print(f"[bold]{image}[/]  {escape(masks)}  predicted IoU {scores}")
+    out.print(f"  {times}", style="dim")
+    _print_paths(segmentation.mask, segmentation.overlay, segmentation.logits)
+
+
+def _print_volume(segmentation: stages.VolumeSegmentation) -> None:
+    shape = "×".join(map(str, segmentation.shape))
+    total = segmentation.shape[segmentation.axis]
+    out.print(
+        f"[bold]{escape(str(segmentation.volume))}[/]  {shape} voxels, "
+        f"{len(segmentation.slices)} of {total} slices along axis {segmentation.axis} segmented "
+        f"in {segmentation.seconds:.1f} s"
+    )
+    table = console.plain_table("label", "name", "voxels", "ml")
+    for label in segmentation.labels:
+        millilitres = "" if label.millilitres is None else f"{label.millilitres:.2f}"
+        table.add_row(str(label.label), escape(label.name), str(label.voxels), millilitres)
+    out.print(table)
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in segmentation.timings_ms.items())
+    window = segmentation.intensity_window
+    intensities = "" if window is None else f"; intensities {window[0]:g}…{window[1]:g}"
+    out.print(f"  {times} a slice (medians){intensities}", style="dim")
+    _print_paths(segmentation.mask, segmentation.overlay)
+
+
+def _print_paths(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None:
+            out.print(f"  → {escape(str(path))}")

@@ -1,4 +1,4 @@
-"""The text of an option → its value; UsageError for one that cannot be."""
+"""The text of an option → its value; UsageError for text that has no value."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.nvidia.engines import AxisRange
 
 T = TypeVar("T", int, float)
-
-
-def refuse(what: str, **options: object) -> None:
-    """UsageError for options that were given, and are for images or volumes only."""
-    for name, value in options.items():
-        if value not in (None, False):
-            raise UsageError(f"--{name.replace('_', '-')} is for {what}: leave it out here")
 
 
 def parse_depth_chunk(text: str | None) -> int | str | None:
@@ -31,22 +24,6 @@ def parse_depth_chunk(text: str | None) -> int | str | None:
 def parse_names(text: str | None) -> tuple[str, ...]:
     """A,B,…"""
     return () if text is None else tuple(name.strip() for name in text.split(","))
-
-
-def parse_click(values: tuple[float, ...]) -> tuple[float, float, int]:
-    """X,Y or X,Y,LABEL."""
-    if len(values) not in (2, 3) or values[2:] not in ((), (0,), (1,)):
-        text = ",".join(f"{value:g}" for value in values)
-        raise UsageError(f"--point {text}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image")
-    return values[0], values[1], int(values[2]) if len(values) == 3 else 1
-
-
-def parse_box(values: tuple[float, ...]) -> tuple[float, float, float, float]:
-    """X0,Y0,X1,Y1."""
-    if len(values) != 4:
-        text = ",".join(f"{value:g}" for value in values)
-        raise UsageError(f"--box {text}: expected X0,Y0,X1,Y1 in an image")
-    return values[0], values[1], values[2], values[3]
 
 
 def parse_window(text: str | None) -> tuple[float, float] | None:
@@ -69,6 +46,11 @@ def parse_range(text: str | None, option: str) -> AxisRange | None:
     return AxisRange(min=values[0], opt=values[1], max=values[2])
 
 
+def parse_rows(texts: list[str] | None, option: str) -> tuple[tuple[float, ...], ...]:
+    """The numbers of each use of an option that may be repeated."""
+    return tuple(parse_numbers(text, float, option) for text in texts or ())
+
+
 def parse_numbers(text: str, kind: type[T], option: str) -> tuple[T, ...]:
     """Finite numbers between commas."""
     try:
@@ -76,6 +58,6 @@ def parse_numbers(text: str, kind: type[T], option: str) -> tuple[T, ...]:
     except ValueError:
         values = ()
     if not values or not all(map(isfinite, values)):
-        what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{option} {text}: expected {what} between commas")
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"{option} {text}: expected {numbers} between commas")
     return values

@@ -1,4 +1,4 @@
-"""Seeds and a user's images → cases: an image with prompt sets, for two networks to run alike."""
+"""Seeds and a user's images → cases: images with prompt sets on which two networks are compared."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ from medsa_deploy.transforms import Prompt
 
 Array = NDArray[np.float32]
 
-
 SEEDS = (1, 2)
-"""Seeded images of every proof, besides the user's own."""
+"""Seeds of the images in every comparison, besides the user's own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """An image, or neighbouring slices of a volume, and prompt sets.
 
-    Set i is decoded on slice i, each starting again from the first when they run out.
+    Prompt set i is decoded on slice i. The shorter of the two starts again from its first.
     """
 
     name: str
     images: Sequence[Image]
-    """One for a network that sees single images, a chunk's slices for one that sees depth."""
+    """One image; for a network that sees depth, the slices of a chunk."""
     prompts: Sequence[Prompt]
     seeded: bool
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(slice, prompt set) of everything that is decoded."""
+        """The (slice, prompt set) pairs that are decoded."""
         slices, sets = len(self.images), len(self.prompts)
         return [(i % slices, i % sets) for i in range(max(slices, sets))]
 
 
 def parity_cases(network: Network, images: Path | None) -> list[Case]:
-    """Seeded cases, then one for each of the user's images: a file, or a folder of them.
+    """Seeded cases, then a case for each of the user's images.
 
-    For a network that sees depth these are volumes, each with a chunk from its middle.
+    `images`: a file or a folder. A network that sees depth takes volumes, and a chunk from the
+    middle of each.
     """
     side, chunk = network.mask_prompt_size, network.chunk
-    made = [seeded_case(network.image_size, side, seed, chunk) for seed in SEEDS]
-    return made + [image_case(name, found, side) for name, found in _users(images, chunk)]
+    seeded = [seeded_case(network.image_size, side, seed, chunk) for seed in SEEDS]
+    return seeded + [image_case(name, slices, side) for name, slices in _users(images, chunk)]
 
 
 def seeded_case(image_size: int, mask_size: int | None, seed: int, slices: int = 1) -> Case:
-    """A case made of nothing but a seed."""
-    pixels = [seeded_image(image_size, [seed, i] if i else seed) for i in range(slices)]
+    """A case whose images and prompts depend on a seed alone."""
+    slice_pixels = [seeded_image(image_size, [seed, i] if i else seed) for i in range(slices)]
     return Case(
         name=f"seed {seed}",
-        images=[Image(pixels=one, path=Path(f"seed-{seed}")) for one in pixels],
+        images=[Image(pixels=pixels, path=Path(f"seed-{seed}")) for pixels in slice_pixels],
         prompts=seeded_prompts(image_size, image_size, mask_size, seed),
         seeded=True,
     )
 
 
 def image_case(name: str, images: Sequence[Image], mask_size: int | None) -> Case:
-    """A case on a user's image or slices, with prompts of every kind."""
+    """A case on a user's image or neighbouring slices, with prompts of every kind."""
     height, width = images[0].pixels.shape[:2]
     return Case(
         name=name,
@@ -80,14 +80,14 @@ def middle_slices(path: Path, chunk: int) -> list[Image]:
     if len(volume) < chunk:
         raise ImageError(
             f"{path} has {len(volume)} slices; this network sees {chunk} at a time: give a volume "
-            "of as many"
+            f"of at least {chunk} slices"
         )
     start = (len(volume) - chunk) // 2
     return [volume.slice(start + i) for i in range(chunk)]
 
 
 def seeded_image(size: int, seed: int | list[int]) -> NDArray[np.uint8]:
-    """A smooth, detailed colour image of (size, size, 3) uint8: noise of several scales."""
+    """A colour image (size, size, 3) uint8, smooth and detailed: noise of several scales."""
     rng = np.random.default_rng(seed)
     total = np.zeros((size, size, 3), np.float32)
     for octave, weight in ((4, 1.0), (12, 0.6), (48, 0.3)):
@@ -115,25 +115,27 @@ def seeded_prompts(height: int, width: int, mask_size: int | None, seed: int) ->
 
     coarse = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32))
     none: Array = np.zeros((0, 2), np.float32)
-    one = np.ones(1, np.float32)
+    foreground = np.ones(1, np.float32)
     mixed = np.array([1, 0, 1], np.float32)
     sets = [
-        Prompt(points=clicks(1), labels=one, box=None, mask=None),
+        Prompt(points=clicks(1), labels=foreground, box=None, mask=None),
         Prompt(points=clicks(3), labels=mixed, box=None, mask=None),
         Prompt(points=none, labels=none[:, 0], box=box(), mask=None),
-        Prompt(points=clicks(1), labels=one, box=box(), mask=None),
+        Prompt(points=clicks(1), labels=foreground, box=box(), mask=None),
     ]
     if mask_size is not None:
         mask = coarse.resize((mask_size, mask_size), PillowImage.Resampling.BILINEAR)
-        masked = Prompt(points=clicks(1), labels=one, box=None, mask=np.asarray(mask, np.float32))
+        masked = Prompt(
+            points=clicks(1), labels=foreground, box=None, mask=np.asarray(mask, np.float32)
+        )
         sets.append(masked)
     return sets
 
 
 def _users(path: Path | None, chunk: int) -> Iterator[tuple[str, list[Image]]]:
-    """The user's images, or chunks of slices, each with its name."""
+    """Each of the user's images or chunks of slices, with its file's name."""
     if path is None:
         return
-    one = not path.is_dir() or (chunk > 1 and is_volume(path))
-    for file in [path] if one else find_images(path):
+    is_single = not path.is_dir() or (chunk > 1 and is_volume(path))
+    for file in [path] if is_single else find_images(path):
         yield file.name, [read_image(file)] if chunk == 1 else middle_slices(file, chunk)

@@ -1,4 +1,4 @@
-"""Samples of runs → distributions, layers by block and kind, warnings about noise, ratios."""
+"""Milliseconds of many runs → distributions, layers by block and kind, warnings, comparisons."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from medsa_deploy.bundle.node_names import REST, block_of, module_named
 SCHEMA_VERSION = 1
 PERCENTILES = (50, 90, 95, 99)
 FEW_SAMPLES = 10
-"""Below this a median is a guess."""
+"""With fewer samples than this, a median is a guess."""
 NOISY_CV = 0.025
-"""Coefficient of variation above which trtexec, too, calls a measurement unstable."""
+"""Coefficient of variation above which a measurement is unstable, as trtexec defines it."""
 CLICKS = ("first click", "next click")
-"""What somebody waits for, and so what a comparison fails on."""
+"""The stages that a user waits for; only these can make a comparison fail."""
 RESAMPLES = 2000
 
 KINDS = {
@@ -37,9 +37,9 @@ KINDS = {
     "Shape ShapeOf Range Flatten Scan",
     "fused subgraph": "Subgraph",
 }
-"""Kind → operators, in the words of every backend; the rest are `elementwise and others`. OpenVINO
-compiles whole attentions and runs of elementwise operators, and calls either a subgraph. What
-a `Scan`, a loop, takes beyond its kernels is cutting and joining."""
+"""Kind → operators, by every backend's names; the rest are `elementwise and others`. OpenVINO
+compiles whole attentions and runs of elementwise operators, and calls either a subgraph. The time
+of a `Scan` (a loop) beyond its kernels is spent on cutting and joining."""
 OTHERS = "elementwise and others"
 KIND_OF = {operator: kind for kind, names in KINDS.items() for operator in names.split()}
 
@@ -59,31 +59,31 @@ class Distribution:
     cv: float
     """Standard deviation over mean."""
     per_slice_ms: float | None
-    """p50 over the slices of a chunk, for what is done to all of them."""
+    """p50 over the number of slices, for stages that run on a whole chunk."""
     samples_ms: tuple[float, ...]
-    """In the order they were taken."""
+    """In the order they were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
-    """A layer in the words of trtexec's profiles, with what it belongs to."""
+    """A layer with the field names of trtexec's profiles, its block and its kind."""
 
     name: str
     operator: str
     block: str
-    """`blocks.3`, `neck`, …; `rest` between them."""
+    """`blocks.3`, `neck`, …; `rest` for layers between modules."""
     kind: str
     timeMs: float
-    """Of all runs together."""
+    """Sum over all runs."""
     averageMs: float
     medianMs: float
     percentage: float
-    """Of the graph's layers."""
+    """Share of the time of all layers of the graph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphLayers:
-    """Where a graph's time goes, by the backend's own profiler, which costs time itself."""
+    """Where a graph's time goes, by the backend's own profiler, which slows it down."""
 
     count: int
     """Runs."""
@@ -92,34 +92,34 @@ class GraphLayers:
     blocks: dict[str, float]
     """Sums of medians, ms, in the order their longest layers run."""
     kinds: dict[str, float]
-    """Likewise, largest first."""
+    """Sums of medians, ms, largest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How a stage compares: p50 here over p50 there."""
+    """p50 of a stage in this profile over p50 in the earlier one."""
 
     ratio: float
     low: float
-    """2.5th percentile of the ratio when both sets of samples are drawn again (bootstrap)."""
+    """2.5th percentile of the ratio over bootstrap samples of both."""
     high: float
-    """97.5th."""
+    """97.5th percentile."""
     regression: bool
-    """Above the limit, and by more than the spread: a click only."""
+    """Whether a click became slower than the limit, by more than the spread of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileComparison:
-    """A profile against an earlier one."""
+    """A latency profile against an earlier one."""
 
     other: str
     """The earlier profile's file."""
     max_slowdown: float
     differences: tuple[str, ...]
-    """What else differs between the two, which the ratios then measure as well."""
+    """Whatever else differs between the two profiles; the ratios measure that too."""
     ratios: dict[str, Ratio]
     once: dict[str, float]
-    """Ratios of what is measured once: `cold load`, `peak memory`."""
+    """Ratios of figures that are measured once: `cold load`, `peak memory`."""
 
     @property
     def regressions(self) -> list[str]:
@@ -129,20 +129,20 @@ class ProfileComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Everything that was measured; the JSON document has these fields."""
+    """A bundle's latency on this machine; the JSON document has these fields."""
 
     bundle: str
     encoder_sha256: str
     files_sha256: dict[str, str]
-    """Of every graph that may have run, by its path in the bundle."""
+    """Path in the bundle → SHA-256, for every graph that may have run."""
     backend: str
     precision: str
     threads: int | None
-    """As asked for; None for all cores."""
+    """Threads of one run; None for all cores."""
     facts: dict[str, Any]
-    """What the backend says about itself."""
+    """The backend's version and how it runs."""
     work: str
-    """What was segmented."""
+    """The image or volume that was segmented, in words."""
     slices: int
     """Slices encoded together; 1 for an image."""
     warm_up: int
@@ -152,12 +152,12 @@ class Profile:
     measured: str
     """Date and time, ISO 8601."""
     load_ms: float
-    """From a process that has imported nothing of the backend to a session, SHA-256 of every file
-    included; the files may be in the system's cache."""
+    """From a process that has imported nothing of the backend to an open session, including the
+    SHA-256 of every file. The files may be in the system's cache."""
     loaded_mb: float | None
-    """Memory of the measuring process, which holds nothing but the runtime; None off Linux."""
+    """MiB of the measuring process, which runs nothing but the runtime; None off Linux."""
     peak_mb: float | None
-    """The most it had while running, without the layers' profiler."""
+    """Peak MiB while running, without the layers' profiler."""
     stages: dict[str, Distribution]
     layers: dict[str, GraphLayers]
     warnings: tuple[str, ...]
@@ -167,12 +167,12 @@ class Profile:
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The smallest sample that at least `share` percent of all are not above (nearest rank)."""
+    """The smallest sample that is not below `share` percent of all samples (nearest rank)."""
     return sorted(samples)[max(0, math.ceil(share / 100 * len(samples)) - 1)]
 
 
 def distribution(samples: Sequence[float], *, slices: int = 1) -> Distribution:
-    """Samples in numbers; `slices`: how many share each of them."""
+    """Summarise samples in milliseconds; `slices`: the number of slices that each sample covers."""
     mean = fmean(samples)
     p50, p90, p95, p99 = (percentile(samples, share) for share in PERCENTILES)
     return Distribution(
@@ -189,39 +189,41 @@ def distribution(samples: Sequence[float], *, slices: int = 1) -> Distribution:
     )
 
 
-def graph_layers(found: Sequence[Mapping[str, Any]]) -> GraphLayers:
-    """Layers as `runtime.backend.Layer` has them → by block and kind.
+def graph_layers(timed_layers: Sequence[Mapping[str, Any]]) -> GraphLayers:
+    """A graph's `TimedLayer`s as JSON has them → the same by block and kind.
 
-    A layer that a backend made up (a reordering, a fused activation) has no module in its name and
-    goes to the block of the layer before it.
+    A layer that a backend adds (a reordering, a fused activation) has no module in its name. It
+    counts to the block of the layer before it.
     """
-    medians = [median(layer["samples_ms"]) for layer in found]
-    totals = [sum(layer["samples_ms"]) for layer in found]
-    modules = [module_named(layer["name"]) for layer in found]
-    before = next((block_of(m) for m in modules if m is not None), REST)
+    medians = [median(layer["samples_ms"]) for layer in timed_layers]
+    totals = [sum(layer["samples_ms"]) for layer in timed_layers]
+    modules = [module_named(layer["name"]) for layer in timed_layers]
+    block = next((block_of(m) for m in modules if m is not None), REST)
     blocks: dict[str, float] = {}
     kinds: dict[str, float] = {}
     layers = []
-    for layer, module, middle, total in zip(found, modules, medians, totals, strict=True):
-        before = before if module is None else block_of(module)
+    for layer, module, median_ms, total in zip(timed_layers, modules, medians, totals, strict=True):
+        block = block if module is None else block_of(module)
         kind = KIND_OF.get(layer["operator"], OTHERS)
-        blocks[before] = blocks.get(before, 0.0) + middle
-        kinds[kind] = kinds.get(kind, 0.0) + middle
+        blocks[block] = blocks.get(block, 0.0) + median_ms
+        kinds[kind] = kinds.get(kind, 0.0) + median_ms
         layers.append(
             LayerTime(
                 name=layer["name"],
                 operator=layer["operator"],
-                block=before,
+                block=block,
                 kind=kind,
                 timeMs=total,
                 averageMs=fmean(layer["samples_ms"]),
-                medianMs=middle,
+                medianMs=median_ms,
                 percentage=100 * total / max(sum(totals), 1e-12),
             )
         )
-    longest = {one.block: i for i, one in sorted(enumerate(layers), key=lambda p: p[1].medianMs)}
+    longest = {
+        layer.block: i for i, layer in sorted(enumerate(layers), key=lambda p: p[1].medianMs)
+    }
     return GraphLayers(
-        count=max((len(layer["samples_ms"]) for layer in found), default=0),
+        count=max((len(layer["samples_ms"]) for layer in timed_layers), default=0),
         layers=tuple(layers),
         blocks=dict(sorted(blocks.items(), key=lambda item: longest[item[0]])),
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
@@ -229,96 +231,97 @@ def graph_layers(found: Sequence[Mapping[str, Any]]) -> GraphLayers:
 
 
 def noise(stages: Mapping[str, Distribution], *, load: float | None, cores: int) -> list[str]:
-    """What makes these figures less than certain. `load`: the system's load average before."""
-    found = []
+    """Warnings about uncertain figures. `load`: the system's load average before the first run."""
+    warnings = []
     count = min(stage.count for stage in stages.values())
     if count < FEW_SAMPLES:
-        found.append(f"{count} samples are few: give --runs {FEW_SAMPLES} or more")
+        warnings.append(f"{count} samples are few: give --runs {FEW_SAMPLES} or more")
     noisy = [
         f"{name} {100 * stage.cv:.1f} %" for name, stage in stages.items() if stage.cv > NOISY_CV
     ]
     if noisy:
-        found.append(
+        warnings.append(
             f"samples vary by more than {100 * NOISY_CV:g} % (coefficient of variation): "
             + ", ".join(noisy)
         )
     if load is not None and load > cores:
-        found.append(
-            f"the load average was {load:.1f} on {cores} core(s) before it began: something else "
-            "was running, or had just been"
+        warnings.append(
+            f"the load average was {load:.1f} on {cores} core(s) before it began: other programs "
+            "were running, or had just ended"
         )
-    return found
+    return warnings
 
 
 def compare(
-    profile: Profile, other: Mapping[str, Any], name: str, max_slowdown: float
+    profile: Profile, earlier: Mapping[str, Any], name: str, max_slowdown: float
 ) -> ProfileComparison:
-    """A profile against an earlier one's JSON document, stage by stage."""
+    """Compare a profile with an earlier one's JSON document, stage by stage."""
     ratios = {
         stage: ratio_of(
-            here.samples_ms,
-            other["stages"][stage]["samples_ms"],
+            distribution.samples_ms,
+            earlier["stages"][stage]["samples_ms"],
             max_slowdown if stage in CLICKS else math.inf,
         )
-        for stage, here in profile.stages.items()
+        for stage, distribution in profile.stages.items()
     }
     measured_once = {
-        "cold load": (profile.load_ms, other.get("load_ms")),
-        "peak memory": (profile.peak_mb, other.get("peak_mb")),
+        "cold load": (profile.load_ms, earlier.get("load_ms")),
+        "peak memory": (profile.peak_mb, earlier.get("peak_mb")),
     }
     return ProfileComparison(
         other=name,
         max_slowdown=max_slowdown,
-        differences=tuple(_differences(profile, other)),
+        differences=tuple(_differences(profile, earlier)),
         ratios=ratios,
         once={
-            what: now / then
-            for what, (now, then) in measured_once.items()
+            figure: now / then
+            for figure, (now, then) in measured_once.items()
             if now is not None and isinstance(then, float) and then > 0
         },
     )
 
 
-def _differences(profile: Profile, other: Mapping[str, Any]) -> Iterator[str]:
-    """What is not the same in two profiles, then and now."""
-    named, files = other.get("bundle"), other.get("files_sha256")
-    same = other.get("encoder_sha256") == profile.encoder_sha256
-    if not same and named != profile.bundle:
-        yield f"another bundle: {named} then, {profile.bundle} now"
-    elif not same and other.get("precision") == profile.precision:
-        yield f"another bundle of the same name: {named}"
-    elif same and isinstance(files, Mapping):
-        ours = profile.files_sha256
-        if changed := [p for p in sorted({*files, *ours}) if files.get(p) != ours.get(p)]:
+def _differences(profile: Profile, earlier: Mapping[str, Any]) -> Iterator[str]:
+    """The differences between two profiles other than time, in words."""
+    bundle_then, files_then = earlier.get("bundle"), earlier.get("files_sha256")
+    same_encoder = earlier.get("encoder_sha256") == profile.encoder_sha256
+    if not same_encoder and bundle_then != profile.bundle:
+        yield f"another bundle: {bundle_then} then, {profile.bundle} now"
+    elif not same_encoder and earlier.get("precision") == profile.precision:
+        yield f"another bundle of the same name: {bundle_then}"
+    elif same_encoder and isinstance(files_then, Mapping):
+        files_now = profile.files_sha256
+        paths = sorted({*files_then, *files_now})
+        if changed := [path for path in paths if files_then.get(path) != files_now.get(path)]:
             yield f"other graphs: {', '.join(changed)}"
     words = {"backend": "backend", "precision": "precision", "threads": "number of threads"}
-    for key, what in (words | {"work": "image"}).items():
-        then, now = other.get(key), getattr(profile, key)
+    for key, word in (words | {"work": "image"}).items():
+        then, now = earlier.get(key), getattr(profile, key)
         if then != now:
-            yield f"another {what}: {then or 'all cores'} then, {now or 'all cores'} now"
-    theirs, now = other.get("facts"), profile.facts.get("cuda_graphs")
-    then = theirs.get("cuda_graphs") if isinstance(theirs, Mapping) else None
+            yield f"another {word}: {then or 'all cores'} then, {now or 'all cores'} now"
+    facts_then, now = earlier.get("facts"), profile.facts.get("cuda_graphs")
+    then = facts_then.get("cuda_graphs") if isinstance(facts_then, Mapping) else None
     if (then, now) in ((True, False), (False, True)):
         yield f"CUDA graphs: replayed {'then' if then else 'now'} only"
-    for key, what in {"machine": "machine", "versions": "version"}.items():
-        theirs = other.get(key)
+    for key, word in {"machine": "machine", "versions": "version"}.items():
+        values_then = earlier.get(key)
         for name, now in getattr(profile, key).items():
-            then = theirs.get(name, now) if isinstance(theirs, Mapping) else None
+            then = values_then.get(name, now) if isinstance(values_then, Mapping) else None
             if then != now:
-                yield f"another {what}: {name} {then} then, {now} now"
+                yield f"another {word}: {name} {then} then, {now} now"
 
 
-def ratio_of(here: Sequence[float], there: Sequence[float], max_slowdown: float) -> Ratio:
-    """Median over median with its 95 % bootstrap interval, by percentiles, the same every time."""
-    ratio = float(np.median(here) / np.median(there))
+def ratio_of(now_ms: Sequence[float], then_ms: Sequence[float], max_slowdown: float) -> Ratio:
+    """Median over median with its 95 % bootstrap interval, by percentiles; always the same."""
+    ratio = float(np.median(now_ms) / np.median(then_ms))
     rng = np.random.default_rng(0)
-    drawn = _medians(here, rng) / _medians(there, rng)
-    low, high = (float(bound) for bound in np.quantile(drawn, (0.025, 0.975)))
+    ratios = _medians(now_ms, rng) / _medians(then_ms, rng)
+    low, high = (float(bound) for bound in np.quantile(ratios, (0.025, 0.975)))
     slower = ratio > max_slowdown and low > min(1, max_slowdown)
     return Ratio(ratio=ratio, low=low, high=high, regression=bool(slower))
 
 
 def _medians(samples: Sequence[float], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Medians of samples drawn again; one drawing at a time, as there may be many samples."""
+    """Medians of bootstrap samples, drawn one at a time because there may be many samples."""
     values = np.asarray(samples, np.float64)
     return np.array([np.median(rng.choice(values, len(values))) for _ in range(RESAMPLES)])

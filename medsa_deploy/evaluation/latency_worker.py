@@ -1,7 +1,7 @@
-"""A bundle, run again and again in this process → milliseconds of every stage of every run.
+"""A bundle, run many times in this process → milliseconds of every stage of every run.
 
-`python -m medsa_deploy.timing OPTIONS` does so in a process of its own, whose loading and memory
-are those of a program that embeds the runtime and nothing else.
+`python -m medsa_deploy.evaluation.latency_worker OPTIONS` measures in a process of its own. Its
+load time and memory are therefore those of a program that embeds the runtime and nothing else.
 """
 
 from __future__ import annotations
@@ -22,29 +22,26 @@ import numpy as np
 from medsa_deploy.bundle.manifest import Network
 from medsa_deploy.errors import DeviceError, InputError, MedsaError, one_line
 from medsa_deploy.images import Image, is_volume, read_image
+from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.runtime import Session, load
 from medsa_deploy.runtime.backends.interface import TimesLayers
+from medsa_deploy.runtime.backends.registry import LoadOptions
 from medsa_deploy.transforms import Prompt
 
 from .cases import middle_slices, seeded_case
 
 STAGES = ("preprocess", "encode", "decode", "postprocess", "first click", "next click")
-"""`first click`: an image becomes a mask, all four stages. `next click`: another mask of the same
+"""`first click`: all four stages, from an image to a mask. `next click`: another mask of the same
 embedding, from two clicks."""
 WARM_UP = 2
 """Runs that are not counted."""
 LAYER_RUNS = 10
-"""Runs with the backend's own profiler, at most."""
-
-OnStep = Callable[[str], None]
-"""Told the name of each step as it begins."""
-OnCount = Callable[[int, int], None]
-"""Told, in the steps that count, how many runs of how many are done."""
+"""The most runs with the backend's own profiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyOptions:
-    """What to measure."""
+    """Which bundle is measured, and how."""
 
     bundle: str
     backend: str
@@ -52,7 +49,7 @@ class LatencyOptions:
     threads: int | None
     """None for all cores."""
     runs: int
-    """Those that count."""
+    """Runs that count, after those that warm up."""
     image: str | None
     """An image or a volume; None for a seeded one."""
     cuda_graphs: bool = True
@@ -65,15 +62,15 @@ class Work:
 
     name: str
     images: Sequence[Image]
-    """One, or the slices of a chunk."""
+    """One image, or the slices of a chunk."""
     first: Prompt
     """One click."""
     next: Prompt
-    """Two."""
+    """Two clicks."""
 
 
 def seeded_work(network: Network) -> Work:
-    """Images of the network's own size, made of nothing but a seed."""
+    """Images of the network's own size that depend on a seed alone."""
     case = seeded_case(network.image_size, None, 1, network.chunk)
     return _work("seeded", case.images)
 
@@ -81,13 +78,13 @@ def seeded_work(network: Network) -> Work:
 def image_work(network: Network, path: Path) -> Work:
     """A user's image, or a slice or chunk from the middle of a volume."""
     chunk = network.chunk
-    lone = chunk == 1 and not is_volume(path)
-    images = [read_image(path)] if lone else middle_slices(path, chunk)
+    is_single = chunk == 1 and not is_volume(path)
+    images = [read_image(path)] if is_single else middle_slices(path, chunk)
     return _work(path.name, images)
 
 
 def _work(source: str, images: Sequence[Image]) -> Work:
-    """Clicks in the middle of the images, on either side; the second is background."""
+    """One click left of the middle, or a second beside it on the right, which is background."""
     height, width = images[0].pixels.shape[:2]
     points = np.array([[0.4 * width, 0.5 * height], [0.6 * width, 0.5 * height]], np.float32)
     labels = np.array([1, 0], np.float32)
@@ -97,7 +94,7 @@ def _work(source: str, images: Sequence[Image]) -> Work:
 
 
 def run_once(session: Session, work: Work) -> dict[str, float]:
-    """Milliseconds of each stage, of all the work's images together."""
+    """Milliseconds of each stage, for all of the work's images together."""
     start = perf_counter()
     embeddings = session.encode_slices(work.images)
     first = session.segment_sets(embeddings[0], [work.first])
@@ -112,8 +109,8 @@ def run_once(session: Session, work: Work) -> dict[str, float]:
 def measure(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
     """Everything that one process can measure, as JSON has it.
 
-    Loading comes first, while nothing of the backend has been imported; layers come last, so that
-    the profiler's memory and time touch nothing else.
+    Loading comes first, before anything of the backend is imported. Layers come last, so that the
+    profiler's memory and time do not count elsewhere.
     """
     opening: dict[str, Any] = {
         "backend": options.backend,
@@ -124,27 +121,27 @@ def measure(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[s
     on_step("load the bundle")
     start = perf_counter()
     session = load(options.bundle, **opening)
-    found: dict[str, Any] = {"load_ms": 1e3 * (perf_counter() - start)}
+    result: dict[str, Any] = {"load_ms": 1e3 * (perf_counter() - start)}
     network = session.manifest.network
-    found["loaded_mb"] = _memory_mb("VmRSS")
+    result["loaded_mb"] = _memory_mb("VmRSS")
     with session:
-        found["facts"] = session.backend.facts()
+        result["facts"] = session.backend.facts()
         path = options.image
         work = seeded_work(network) if path is None else image_work(network, Path(path))
-        found |= {"work": work.name, "slices": len(work.images)}
+        result |= {"work": work.name, "slices": len(work.images)}
         on_step(f"warm up, {WARM_UP} runs")
         for _ in range(WARM_UP):
             run_once(session, work)
         on_step(f"measure {options.runs} runs")
-        found["samples_ms"] = _samples(session, work, options.runs, on_run)
-        timed = isinstance(session.backend, TimesLayers)
-    found |= {"peak_mb": _memory_mb("VmHWM"), "layers": {}}
-    if timed:
+        result["samples_ms"] = _samples(session, work, options.runs, on_run)
+        times_layers = isinstance(session.backend, TimesLayers)
+    result |= {"peak_mb": _memory_mb("VmHWM"), "layers": {}}
+    if times_layers:
         runs = min(options.runs, LAYER_RUNS)
         on_step(f"time the layers, {runs} runs")
-        with load(options.bundle, **opening, time_layers=True) as session:
-            found["layers"] = _layers(session, work, runs, on_run)
-    return found
+        with load(options.bundle, **opening, options=LoadOptions(time_layers=True)) as session:
+            result["layers"] = _layers(session, work, runs, on_run)
+    return result
 
 
 def _samples(session: Session, work: Work, runs: int, on_run: OnCount) -> dict[str, list[float]]:
@@ -160,7 +157,7 @@ def _samples(session: Session, work: Work, runs: int, on_run: OnCount) -> dict[s
 def _layers(
     session: Session, work: Work, runs: int, on_run: OnCount
 ) -> dict[str, list[dict[str, Any]]]:
-    """Layers of both graphs over `runs` runs, after one to warm up, of a first click each."""
+    """Layers of both graphs over `runs` first clicks, after one to warm up."""
     backend = session.backend
     assert isinstance(backend, TimesLayers)
     for run in range(1 + runs):
@@ -174,7 +171,7 @@ def _layers(
 
 
 def _memory_mb(name: str) -> float | None:
-    """`VmRSS`, what the process has in memory now, or `VmHWM`, the most it had; Linux only."""
+    """The process's memory in MiB: `VmRSS` is that of now, `VmHWM` the peak; None off Linux."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(f"{name}:"):
@@ -184,49 +181,49 @@ def _memory_mb(name: str) -> float | None:
     return None
 
 
-class _Said(logging.Handler):
-    """Warnings, as `say` says them."""
+class _WarningHandler(logging.Handler):
+    """Sends each distinct warning once."""
 
-    def __init__(self, say: Callable[..., None]) -> None:
+    def __init__(self, send: Callable[..., None]) -> None:
         super().__init__(logging.WARNING)
-        self._say = say
-        self._said: set[str] = set()
+        self._send = send
+        self._messages: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say one record, once."""
+        """Send a record's message."""
         message = record.getMessage()
-        if message not in self._said:
-            self._said.add(message)
-            self._say(warning=message)
+        if message not in self._messages:
+            self._messages.add(message)
+            self._send(warning=message)
 
 
 def main() -> int:
-    """Options as JSON in; a line of JSON for each step, run and warning, and for the result out.
+    """Read options as JSON; write a line of JSON for each step, run and warning, and the result.
 
-    In place of a result there is an `error` with the name of its class, its `kind`. What libraries
-    print goes to the error stream.
+    If the measurement fails, an `error` with its class's name (`kind`) stands in place of the
+    result. Whatever libraries print goes to the error stream.
     """
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def say(**what: Any) -> None:
-        print(json.dumps(what), file=lines, flush=True)
+    def send(**message: Any) -> None:
+        print(json.dumps(message), file=lines, flush=True)
 
-    logging.getLogger("medsa_deploy").addHandler(_Said(say))
+    logging.getLogger("medsa_deploy").addHandler(_WarningHandler(send))
     try:
         options = LatencyOptions(**json.loads(sys.argv[1]))
-        found = measure(
-            options, lambda step: say(step=step), lambda done, of: say(done=done, of=of)
+        result = measure(
+            options, lambda step: send(step=step), lambda done, of: send(done=done, of=of)
         )
-        say(result=found)
+        send(result=result)
     except MedsaError as e:
-        say(error=str(e), kind=type(e).__name__)
+        send(error=str(e), kind=type(e).__name__)
     except MemoryError:
-        say(error="out of memory: use a smaller network", kind=DeviceError.__name__)
+        send(error="out of memory: use a smaller network", kind=DeviceError.__name__)
     except OSError as e:
-        say(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
+        send(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
     except Exception as e:
-        say(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
+        send(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
     return 0
 
 

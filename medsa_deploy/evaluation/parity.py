@@ -17,8 +17,12 @@ from medsa_deploy import transforms
 from medsa_deploy.bundle.manifest import Manifest, Parity, TensorParity
 from medsa_deploy.errors import ParityError
 from medsa_deploy.runtime import Embedding, Session
-from medsa_deploy.runtime.backends.interface import Backend, ImagePart, as_split_decoder
-from medsa_deploy.runtime.decoding import decode
+from medsa_deploy.runtime.backends.interface import (
+    Backend,
+    HostOrDevice,
+    ImagePart,
+    as_split_decoder,
+)
 from medsa_deploy.transforms import Frame
 
 from .cases import Case
@@ -104,7 +108,7 @@ def decode_case(
     decoded = []
     for i, embedding in enumerate(embeddings):
         sets = [case.prompts[j] for slice_, j in case.pairs if slice_ == i]
-        decoded.append(decode(session.backend, session.manifest, embedding, sets))
+        decoded.append(session.decode_logits(embedding, sets))
     values = [embedding.values for embedding in embeddings]
     parts = (values, *zip(*decoded, strict=True))
     return NetworkOutputs(
@@ -175,7 +179,7 @@ class FiniteBackend:
         masks, iou = self.backend.decode(image_embeddings, point_coords, point_labels, mask)
         return self._finite(masks), self._finite(iou)
 
-    def decode_image(self, image_embeddings: Array) -> ImagePart:
+    def decode_image(self, image_embeddings: Any) -> ImagePart:
         """See `SplitsDecoder.decode_image`."""
         assert self._split is not None
         return self._split.decode_image(image_embeddings)
@@ -196,7 +200,8 @@ class FiniteBackend:
         """See `Backend.close`."""
         self.backend.close()
 
-    def _finite(self, values: Array) -> Array:
+    def _finite(self, outputs: HostOrDevice) -> Array:
+        values = np.asarray(outputs)
         not_finite = ~np.isfinite(values)
         self.count += int(not_finite.sum())
         return np.where(not_finite, np.float32(0), values)
@@ -314,7 +319,7 @@ def parity_failures(parity: Parity, limits: Limits | None = None) -> list[str]:
     """
     limits = limits or limits_of(parity.precision)
     failures = _failures(parity, limits)
-    for form, nested in {"split decoder": parity.split, **parity.encoders}.items():
+    for form, nested in {"decoder in two parts": parity.split, **parity.encoders}.items():
         if nested is not None:
             failures += [f"{form}: {failure}" for failure in parity_failures(nested, limits)]
     return failures

@@ -1,13 +1,18 @@
 """A bundle, running: encode an image once, decode a mask per prompt. No torch, no builder."""
 
+from .backends.registry import BackendName, LoadOptions, Precision
 from .decoding import Embedding
 from .loading import load
-from .session import Prediction, Session
+from .prediction import Prediction
+from .session import Session
 from .volumes.segment import VolumeOptions, VolumePrediction, segment_volume
 from .volumes.structures import Structure
 
 __all__ = [
+    "BackendName",
     "Embedding",
+    "LoadOptions",
+    "Precision",
     "Prediction",
     "Session",
     "Structure",

@@ -1,89 +1,55 @@
-"""A session on a bundle: an image becomes an embedding once, prompts become masks as they come."""
+"""A session on a bundle: it encodes an image once, then decodes a mask for every prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from medsa_deploy import transforms
 from medsa_deploy.bundle.manifest import Conventions, Manifest
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images.image import Image, as_image, check_image, check_pixels, check_values
-from medsa_deploy.kernels.postprocess import Region, region, regions, unpack
-from medsa_deploy.nvidia.cuda import DeviceArray
-from medsa_deploy.transforms import Frame, Prompt
+from medsa_deploy.images.volume import Volume
+from medsa_deploy.kernels.postprocess import regions
+from medsa_deploy.transforms import Prompt
 from medsa_deploy.transforms.intensities import check_not_flat, intensities
 
 from .backends.fallback import FallbackBackend
 from .backends.interface import (
     Array,
     Backend,
-    DeviceMasks,
     MaskRequest,
     as_split_decoder,
     check_finite,
     require_frame_encoder,
 )
 from .decoding import Embedding, decode_masks
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prediction:
-    """Masks of P prompt sets, K each: one per class, or SAM's candidates."""
-
-    masks: NDArray[np.bool_]
-    """(P, K, H, W) at the image's size; with `on_device` a `cuda.DeviceArray`, which belongs to its
-    session."""
-    scores: Array
-    """(P, K) predicted IoU of each mask."""
-    low_res_logits: Array
-    """(P, K, 4g, 4g) float32; one of them can be the mask prompt of a further call."""
-    threshold: float
-    """Probability above which a pixel belongs to a mask."""
-    classes: bool
-    """Whether K counts classes; otherwise the K masks of a set are candidates for one object."""
-    frame: Frame
-    timings_ms: dict[str, float]
-    """`decode`, `postprocess`; masks that a GPU makes count as `decode`, but for unpacking them."""
-    counted: list[list[Region]] | None = None
-    """What `regions` gives, where a GPU made the masks and counted it."""
-    degraded: str | None = None
-    """Why another backend than the one asked for made this, where a fallback did."""
-
-    @property
-    def best(self) -> NDArray[np.intp]:
-        """(P,) the candidate with the highest score."""
-        return np.asarray(self.scores.argmax(axis=1))
-
-    @property
-    def regions(self) -> list[list[Region]]:
-        """Area and bounding box of each mask, K for each of P sets."""
-        return self.counted or [[region(mask) for mask in of_set] for of_set in self.masks]
-
-    def label_map(self) -> NDArray[np.uint8]:
-        """(H, W): 0 where no mask is, else a number from 1; the highest logit wins an overlap.
-
-        Numbers count the classes, where K does (over all prompt sets), and else the prompt sets,
-        each with its best candidate.
-        """
-        if self.classes and self.masks.shape[1] > 1:
-            sets = (transforms.upsample(one, self.frame) for one in self.low_res_logits)
-            logits = reduce(np.maximum, sets)
-        else:
-            chosen = self.low_res_logits[np.arange(len(self.best)), self.best]
-            logits = transforms.upsample(chosen, self.frame)
-        return transforms.label_map(logits, transforms.probability_to_logit(self.threshold))
+from .prediction import Prediction, full_size_masks
+from .volumes.segment import VolumeOptions, VolumePrediction, segment_volume
+from .volumes.structures import Structure, class_names
 
 
 class Session:
-    """Runs one bundle on one backend. A context manager; `close` releases the backend."""
+    """Runs one bundle on one backend. A context manager; `close` releases the backend.
+
+    Threads: any number of threads may use a session on `onnxruntime`, `openvino` or
+    `onnxruntime-cuda` at the same time. A session with a `fallback` lets one call run at a time,
+    and the others wait. On `tensorrt` and `rtx` a call during another is a UsageError: load the
+    bundle once for each thread. Close a session when no thread uses it any more.
+
+    >>> from medsa_deploy import load, read_image
+    >>> with load("liver.medsa") as session:
+    ...     embedding = session.encode(read_image("slice.png"))
+    ...     click = session.segment(embedding, points=[(120, 88)])
+    ...     refined = session.segment(embedding, points=[(120, 88)], box=(40, 60, 200, 210))
+    >>> click.mask.shape, session.classes, session.image_size
+    ((240, 320), ('mask',), 256)
+    """
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
         self.manifest = manifest
@@ -98,25 +64,42 @@ class Session:
 
     @property
     def degraded(self) -> str | None:
-        """Why another backend than the one asked for is in use, where a fallback is."""
-        return _degraded(self.backend)
+        """Why a fallback backend is in use; None while the one that was asked for is."""
+        backend = self.backend
+        return backend.degraded if isinstance(backend, FallbackBackend) else None
 
     @property
     def conventions(self) -> Conventions:
         """How images and prompts are prepared for this network."""
         return self.manifest.conventions
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that masks are of, in order.
+
+        If the bundle names none, they are "class 1", "class 2"… of several classes, and "mask" of a
+        network that finds one object.
+        """
+        return class_names(self.manifest)
+
+    @property
+    def image_size(self) -> int:
+        """S: the side of the network's square frame, in pixels. Images may have any size."""
+        return self.manifest.network.image_size
+
     def encode(
         self, image: Image | ArrayLike, *, intensity_window: tuple[float, float] | None = None
     ) -> Embedding:
         """Encode an image; every prompt on it then costs a decoder run only.
 
-        `image`: what `read_image` gives, or an array (H, W) or (H, W, 3). uint8 is taken as display
-        values; other types are mapped to them by `intensity_window` (low, high), else the bundle's,
-        else the file's own, else from minimum to maximum, with a warning. ImageError for NaN,
-        constant or misshapen images. UsageError for a 3D network, which takes `encode_slices`.
-        On `tensorrt` and `rtx` also an array with `__cuda_array_interface__`, which is prepared
-        where it is: whether it is constant is not seen there, and nothing is stretched.
+        `image`: an `Image`, or an array (H, W) or (H, W, 3). uint8 is taken as display values.
+        Other types are mapped to them by `intensity_window` (low, high), else the bundle's, else
+        the file's own, else from minimum to maximum, with a warning. On `tensorrt` and `rtx` the
+        image may also be an array with `__cuda_array_interface__`. It is prepared on the GPU, where
+        it is not checked for being constant, and nothing is stretched.
+
+        ImageError for NaN, constant or misshapen images. UsageError for a 3D network, which takes
+        `encode_slices`.
         """
         if (chunk := self.manifest.network.chunk) > 1:
             raise UsageError(
@@ -138,8 +121,9 @@ class Session:
         """Encode neighbouring slices of a volume, all of one size, in their order.
 
         A 3D network attends over each chunk of `manifest.network.chunk` slices, so the number of
-        slices is a multiple of it: repeat the last slice to complete one. Unlike an image, a slice
-        may be constant. Give the window of the whole volume, or slices are stretched one by one.
+        slices must be a multiple of it: repeat the last slice to complete one. A slice may be
+        constant. Give the window of the whole volume, or slices are stretched one by one.
+        `segment_volume` does all of this.
         """
         chunk = self.manifest.network.chunk
         if not slices or len(slices) % chunk:
@@ -147,14 +131,14 @@ class Session:
                 f"{len(slices)} slices were given; this network takes a multiple of {chunk}: "
                 "repeat the last slice to complete a chunk"
             )
-        found = []
+        embeddings = []
         for start in range(0, len(slices), chunk):
-            sources = [as_image(one) for one in slices[start : start + chunk]]
+            sources = [as_image(image) for image in slices[start : start + chunk]]
             for source in sources:
                 check_pixels(source)
             checked = [check_values(source, str(source.path)) for source in sources]
-            found += self._encode(checked, intensity_window, flat=True)
-        return found
+            embeddings += self._encode(checked, intensity_window, flat=True)
+        return embeddings
 
     def _encode(
         self,
@@ -165,7 +149,7 @@ class Session:
     ) -> list[Embedding]:
         """Checked images that the network sees together → their embeddings.
 
-        `flat`: whether an image may be one flat grey, as slices in air are.
+        `flat`: whether an image may be one flat grey, such as a slice in air.
         """
         backend = self.backend
         start = perf_counter()
@@ -203,13 +187,15 @@ class Session:
         ]
 
     def _encode_frame(self, frame: object, window: tuple[float, float] | None) -> Embedding:
-        """A frame on the GPU → its embedding; none of it comes to the host."""
+        """A frame on the GPU → its embedding; no pixel comes to the host."""
         backend, start = require_frame_encoder(self.backend), perf_counter()
         uint8 = frame.__cuda_array_interface__["typestr"] == "|u1"  # type: ignore[attr-defined]
         window = window or (None if uint8 else self.conventions.intensity_window)
-        values, placed = backend.encode_frame(frame, self.conventions, window)
+        values, placement = backend.encode_frame(frame, self.conventions, window)
         timings = {"preprocess": 0.0, "encode": 1e3 * (perf_counter() - start)}
-        return Embedding(values=values, frame=placed, intensity_window=window, timings_ms=timings)
+        return Embedding(
+            values=values, frame=placement, intensity_window=window, timings_ms=timings
+        )
 
     def segment(
         self,
@@ -218,6 +204,7 @@ class Session:
         points: ArrayLike | None = None,
         labels: ArrayLike | None = None,
         box: ArrayLike | None = None,
+        boxes: ArrayLike | None = None,
         mask: ArrayLike | None = None,
         multimask: bool = False,
         threshold: float | None = None,
@@ -225,14 +212,17 @@ class Session:
     ) -> Prediction:
         """Masks for prompts, in pixels (x, y) of the image.
 
-        `points` (N, 2) or (P, N, 2) with `labels` (N,) or (P, N), 1 foreground (default), 0
-        background; `box` (4,) or (P, 4) as x0, y0, x1, y1; `mask` (4g, 4g) or (P, 4g, 4g) from an
-        earlier prediction's `low_res_logits`. P sets are decoded in one call. `multimask` gives
-        SAM's three candidates. `tensorrt` and `rtx` make the masks on the GPU, where `on_device`
-        leaves them. PromptError for prompts outside the image, empty boxes, or none. UsageError for
-        `on_device` where the masks are not made on a GPU.
+        `points` (N, 2) or (P, N, 2) with `labels` (N,) or (P, N): 1 foreground (default), 0
+        background. `box` (4,) as x0, y0, x1, y1, or `boxes` (P, 4) of P objects. `mask` (4g, 4g) or
+        (P, 4g, 4g) from an earlier prediction's `low_res_logits`. P sets are decoded in one call.
+        `multimask` gives SAM's three candidates. `threshold`: probability above which a pixel
+        belongs to a mask; None for the bundle's. On `tensorrt` and `rtx` the GPU makes the masks;
+        with `on_device` they stay there.
+
+        PromptError for prompts outside the image, empty boxes, or no prompt. UsageError for `box`
+        together with `boxes`, and for `on_device` if no GPU makes the masks.
         """
-        sets = transforms.prompts(points=points, labels=labels, box=box, mask=mask)
+        sets = transforms.prompts(points=points, labels=labels, box=box, boxes=boxes, mask=mask)
         return self.segment_sets(
             embedding, sets, multimask=multimask, threshold=threshold, on_device=on_device
         )
@@ -248,8 +238,8 @@ class Session:
     ) -> Prediction:
         """Masks for prompt sets that may differ in how many points they have.
 
-        Sets of equal length are decoded together. They are never padded to each other: a padding
-        point is a token, and moves the masks.
+        Sets of equal length are decoded together. A set is never padded to the length of another,
+        because a padding point is a token, and moves the masks.
         """
         backend, network = self.backend, self.manifest.network
         if multimask and network.outputs == "classes":
@@ -258,17 +248,21 @@ class Session:
         if network.outputs == "sam":
             chosen = chosen[1:] if multimask else chosen[:1]
         probability = self.conventions.threshold if threshold is None else threshold
-        wanted = MaskRequest(
+        request = MaskRequest(
             frame=embedding.frame,
-            cut=transforms.probability_to_logit(probability),
+            threshold_logit=transforms.probability_to_logit(probability),
             chosen=chosen,
             on_device=on_device,
         )
         start = perf_counter()
-        logits, scores, made = decode_masks(backend, self.manifest, embedding, prompts, wanted)
+        logits, scores, device_masks = decode_masks(
+            backend, self.manifest, embedding, prompts, request
+        )
+        if on_device and device_masks is None:
+            raise UsageError(f"{backend.name} makes no masks on a GPU: leave on_device out")
         logits, scores = (a[:, chosen.start : chosen.stop] for a in (logits, scores))
         decoded = perf_counter()
-        masks = _masks(logits, made, wanted, backend)
+        masks = full_size_masks(logits, device_masks, request)
         end = perf_counter()
         size = embedding.frame.image_size
         return Prediction(
@@ -279,9 +273,31 @@ class Session:
             classes=network.outputs == "classes",
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
-            counted=None if made is None else [regions(of_set, size) for of_set in made.tally],
-            degraded=_degraded(backend),
+            counted=None
+            if device_masks is None
+            else [regions(of_set, size) for of_set in device_masks.tally],
+            degraded=self.degraded,
         )
+
+    def decode_logits(self, embedding: Embedding, prompts: Sequence[Prompt]) -> tuple[Array, Array]:
+        """The decoder's outputs for P prompt sets, in their order, without masks.
+
+        low_res_masks (P, K, 4g, 4g) and iou_predictions (P, K), float32, with all K masks of the
+        decoder: of SAM's outputs mask 0 is the single mask, and 1 to 3 are the candidates.
+        PromptError and UsageError as for `segment`.
+        """
+        return decode_masks(self.backend, self.manifest, embedding, prompts, None)[:2]
+
+    def segment_volume(
+        self,
+        volume: Volume,
+        structures: Sequence[Structure],
+        options: VolumeOptions | None = None,
+        *,
+        on_slice: Callable[[int, int], None] = lambda done, total: None,
+    ) -> VolumePrediction:
+        """Segment a volume, encoding its slices as they are needed: see `segment_volume`."""
+        return segment_volume(self, volume, structures, options, on_slice=on_slice)
 
     def close(self) -> None:
         """Release the backend; the session cannot be used afterwards."""
@@ -299,20 +315,3 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _degraded(backend: Backend) -> str | None:
-    """Why another backend than the one asked for is in use, where a fallback is."""
-    return backend.degraded if isinstance(backend, FallbackBackend) else None
-
-
-def _masks(logits: Array, made: DeviceMasks | None, wanted: MaskRequest, backend: Backend) -> Any:
-    """The masks that a GPU made, or those of the logits."""
-    if made is None:
-        if wanted.on_device:
-            raise UsageError(f"{backend.name} makes no masks on a GPU: leave on_device out")
-        # set by set: the logits of an image's size take four times as much as their masks
-        return np.stack([transforms.upsample(one, wanted.frame) > wanted.cut for one in logits])
-    if isinstance(made.masks, DeviceArray):
-        return made.masks
-    return unpack(made.masks, wanted.frame.image_size[1])

@@ -1,6 +1,6 @@
 """The fastest backend and threads of a bundle on a machine ⇄ `tuning.json` in the user's folder.
 
-Only `backend="auto"` reads it; what runs by default never depends on a measurement.
+Only `backend="auto"` reads it. The default backend never depends on a measurement.
 """
 
 from __future__ import annotations
@@ -11,32 +11,33 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from medsa_deploy import machine
 from medsa_deploy.bundle import strict_json
 from medsa_deploy.bundle.atomic import write_text
 from medsa_deploy.errors import BundleError, UsageError
 
+from .backends.registry import BACKENDS, MOST_THREADS, BackendName
+
 logger = logging.getLogger(__name__)
 
-Tuned = Literal["onnxruntime", "openvino"]
-TUNED: tuple[Tuned, ...] = get_args(Tuned)
-"""Backends on a processor, among which a choice is made."""
-MOST_THREADS = 1024
+TUNABLE = tuple(spec.name for spec in BACKENDS.values() if spec.tunable)
+"""The backends that are measured; the default is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was fastest, by the median of a first click."""
+    """The fastest backend for a bundle, by the median of a first click."""
 
     encoder_sha256: str
-    """Of the encoder's file, which says which network and precision this is for."""
+    """SHA-256 of the encoder's file, which stands for its network and precision."""
     bundle: str
-    """The bundle's name then, for people."""
+    """The bundle's name when it was measured, for people."""
     machine: str
     """See `this_machine`."""
-    backend: Tuned
+    backend: BackendName
+    """One of `TUNABLE`."""
     threads: int | None
     """None for all cores, as the backend counts them."""
     first_click_ms: float
@@ -45,7 +46,7 @@ class Choice:
 
 
 def this_machine() -> str:
-    """Processor and cores: what a choice holds for."""
+    """Processor and cores; a choice is for one such machine."""
     return f"{machine.processor()}, {machine.cores()} cores"
 
 
@@ -56,22 +57,24 @@ def path() -> Path:
 
 
 def choices() -> list[Choice]:
-    """Everything that is stored; what cannot be read is left out, with a warning."""
-    found = []
+    """All stored choices; an entry that cannot be read is left out, with a warning."""
+    readable = []
     for i, entry in enumerate(_entries()):
         try:
             choice = strict_json.decode(Choice, entry, f"entry {i}")
+            if choice.backend not in TUNABLE:
+                raise BundleError(f"entry {i} has the backend {choice.backend}")
             if choice.threads is not None and not 1 <= choice.threads <= MOST_THREADS:
                 raise BundleError(f"entry {i} has {choice.threads} threads")
         except BundleError as e:
             logger.warning("%s: an entry is ignored: %s", path(), e)
         else:
-            found.append(choice)
-    return found
+            readable.append(choice)
+    return readable
 
 
 def _entries() -> list[Any]:
-    """What the file holds, unchecked; nothing, with a warning, where it cannot be read."""
+    """The file's entries, unchecked; empty, with a warning, if it cannot be read."""
     try:
         entries = json.loads(path().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -87,24 +90,24 @@ def _entries() -> list[Any]:
 
 def stored(encoder_sha256: str) -> Choice | None:
     """The choice for an encoder on this machine."""
-    here = this_machine()
-    for choice in choices():
-        if (choice.encoder_sha256, choice.machine) == (encoder_sha256, here):
-            return choice
-    return None
+    key = (encoder_sha256, this_machine())
+    return next((c for c in choices() if (c.encoder_sha256, c.machine) == key), None)
 
 
 def store(choice: Choice) -> Path:
-    """Add a choice, in place of an earlier one for the same encoder and machine; the file."""
+    """Add a choice, in place of an earlier one for the same encoder and machine; the file's path.
+
+    UsageError if the file cannot be written.
+    """
     target = path()
-    made = dataclasses.asdict(choice)
+    new = dataclasses.asdict(choice)
     key = ("encoder_sha256", "machine")
-    kept = [
+    others = [
         entry
         for entry in _entries()
-        if not (isinstance(entry, dict) and all(entry.get(name) == made[name] for name in key))
+        if not (isinstance(entry, dict) and all(entry.get(name) == new[name] for name in key))
     ]
-    text = json.dumps([*kept, made], indent=2) + "\n"
+    text = json.dumps([*others, new], indent=2) + "\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)

@@ -1,17 +1,20 @@
-"""One function per command: what combines the modules below it, and nothing about a terminal.
+"""One function for each command of the command line; none of them knows a terminal.
 
-checkpoints.py   inspect a checkpoint          segmentation.py  run a bundle on images
-export.py        checkpoint → bundle           verification.py  a bundle against its checkpoint
-proof.py         what export and verify share  doctor.py        what this machine has
-engine_plan.py   what a build would do         engines.py       bundle → engines
-volumes.py       run a bundle on a volume      prompt_file.py   prompts in a JSON file
-quantization.py  further precisions            float16.py       float16 graphs
-trials.py        candidates against float32    template.py      the demonstrations' image
-tuning.py        the fastest backend here      profile.py       how long everything takes
-kernels.py       compiled CUDA kernels
-accuracy.py      masks against label files     labelled.py      prompts drawn from labels
-pairs.py         labels matched with files     parity_report.py a page for a verification
-demo.py          the first five minutes        demo_litemedsam.py  the same with LiteMedSAM
+inspect.py       checkpoint → its network's facts
+export.py        checkpoint → bundle, its parity checked
+quantize/        bundle → float16 or INT8 graphs in it
+                 quantize.py the whole, float16.py, int8.py, calibration.py images → value ranges,
+                 candidates.py compares candidate graphs with float32
+build_engine/    bundle → engines in it: plan.py decides, build.py builds
+build_kernels.py bundle → compiled CUDA kernels in it
+run/             bundle, image or volume, prompts → masks
+                 run.py chooses; images.py, volumes.py, prompt_file.py prompts from JSON
+verify/          bundle → parity or accuracy
+                 verify.py parity, engine_check.py the same for engines, parity_report.py a page;
+                 accuracy.py masks against label files, matched_files.py, drawn_prompts.py
+profile.py       bundle → latencies
+doctor/          diagnose.py this machine → what is installed; tune.py bundle → its fastest backend
+demo/            medsa.py, litemedsam.py public weights and mni_template.py's volume → Dice, timings
 """
 
 from medsa_deploy.evaluation.latency_worker import LatencyOptions
@@ -28,8 +31,9 @@ from .export import Export, export_checkpoint
 from .inspect import Inspection, inspect_checkpoint
 from .profile import ProfileTargets, profile_bundle
 from .quantize.quantize import Quantization, quantize_bundle
-from .run.images import MaskTargets, Prompts, Segmentation, segment_images
-from .run.volumes import VolumeSegmentation, segment_volume_file, structures_of, takes_volume
+from .run.images import MaskTargets, Segmentation
+from .run.run import RunRequest, RunResult, SessionOptions, run_bundle
+from .run.volumes import VolumeSegmentation, segment_volume_file, structures_of
 from .verify.accuracy import Accuracy, measure_accuracy
 from .verify.drawn_prompts import PromptKind
 from .verify.engine_check import EngineState
@@ -51,9 +55,11 @@ __all__ = [
     "MaskTargets",
     "ProfileTargets",
     "PromptKind",
-    "Prompts",
     "Quantization",
+    "RunRequest",
+    "RunResult",
     "Segmentation",
+    "SessionOptions",
     "Tuning",
     "Verification",
     "VolumeOptions",
@@ -68,10 +74,9 @@ __all__ = [
     "measure_accuracy",
     "profile_bundle",
     "quantize_bundle",
-    "segment_images",
+    "run_bundle",
     "segment_volume_file",
     "structures_of",
-    "takes_volume",
     "tune",
     "verify_bundle",
 ]

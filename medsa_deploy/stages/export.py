@@ -1,9 +1,9 @@
-"""Checkpoint → bundle, with its proof."""
+"""A checkpoint → a bundle, proved equal to the checkpoint's own network."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from medsa_deploy import __version__
 from medsa_deploy.bundle.files import describe_file
 from medsa_deploy.bundle.folder import check_target, new_bundle
-from medsa_deploy.bundle.manifest import Manifest, Role, save_manifest
+from medsa_deploy.bundle.manifest import Manifest, Parity, Role, save_manifest
 from medsa_deploy.evaluation.cases import Case, parity_cases
-from medsa_deploy.evaluation.parity import compare_cases, reference_outputs, require_parity
+from medsa_deploy.evaluation.parity import Array, compare_cases, reference_outputs, require_parity
 from medsa_deploy.evaluation.reference_file import save_reference
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime import Session, load
 from medsa_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from medsa_deploy.runtime.backends.registry import LoadOptions
 
 from .inspect import export_extra, read_checkpoint
 
@@ -32,12 +33,14 @@ TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "segment-anything", "nump
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A bundle that was just made."""
+    """A bundle that was just written."""
 
     bundle: Path
     manifest: Manifest
     guesses: tuple[Guess, ...]
+    """Facts that the checkpoint does not determine."""
     notes: tuple[str, ...]
+    """Changes that were made while the checkpoint was read."""
     seconds: float
 
 
@@ -51,22 +54,24 @@ def export_checkpoint(
     force: bool,
     on_step: OnStep = lambda step: None,
 ) -> Export:
-    """Checkpoint → bundle, proved equal to the checkpoint's own network.
+    """Write a checkpoint's bundle, and prove it equal to the checkpoint's own network.
 
-    ParityError, and no bundle, when relative L2 or the share of differing mask pixels exceeds the
-    limits of `verify` on the seeded images or the user's.
+    `output`: by default the checkpoint's name with the suffix `.medsa`. `base`: the SAM checkpoint
+    that a file of adapters goes over. `images`: a file or folder, compared besides the seeded ones.
+
+    ParityError, and no bundle, if the graphs exceed the limits of `verify` on any of the images.
     """
     target = output or checkpoint.with_suffix(".medsa")
     check_target(target, force=force)
     start = perf_counter()
     on_step("read the checkpoint")
     loaded, architecture = read_checkpoint(checkpoint, base, overrides)
-    to_prove = parity_cases(architecture.network, images)
+    cases = parity_cases(architecture.network, images)
     with new_bundle(target) as folder:
-        made = _write_bundle(folder, loaded, architecture, to_prove, on_step)
+        manifest = _write_bundle(folder, loaded, architecture, cases, on_step)
     return Export(
         bundle=target,
-        manifest=made,
+        manifest=manifest,
         guesses=architecture.guesses,
         notes=loaded.notes,
         seconds=perf_counter() - start,
@@ -77,7 +82,7 @@ def _write_bundle(
     folder: Path,
     loaded: Checkpoint,
     architecture: Architecture,
-    to_prove: Sequence[Case],
+    cases: Sequence[Case],
     on_step: OnStep,
 ) -> Manifest:
     """Graphs, reference and manifest, in `folder`; ParityError unless the graphs are proved."""
@@ -86,7 +91,7 @@ def _write_bundle(
         from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
         from medsa_deploy.exporters.reference import ReferenceBackend, build_reference
         from medsa_deploy.graph.backend_encoders import write_backend_encoders
-    made = Manifest(
+    manifest = Manifest(
         source=loaded.source,
         network=architecture.network,
         conventions=architecture.conventions,
@@ -96,45 +101,61 @@ def _write_bundle(
     )
     reference = build_reference(architecture.network, loaded.tensors)
     on_step("run the checkpoint's own network")
-    expected = reference_outputs(ReferenceBackend(reference), made, to_prove)
+    expected = reference_outputs(ReferenceBackend(reference), manifest, cases)
     folded = fold(reference)
     del reference  # memory: the exporter makes copies of its own
-    parts = parts_contract(folded.image_part, made.graphs["decoder"])
-    made = replace(made, graphs=made.graphs | parts)
+    parts = parts_contract(folded.image_part, manifest.graphs["decoder"])
+    manifest = replace(manifest, graphs=manifest.graphs | parts)
     graphs = export_graphs(
         folded,
-        made.graphs,
+        manifest.graphs,
         folder,
-        chunk=made.network.chunk,
+        chunk=manifest.network.chunk,
         on_graph=lambda name: on_step(f"export the {name}"),
     )
     del folded
-    own = write_backend_encoders(graphs["encoder"])
-    graphs |= {role: [path] for role, path in own.items()}
+    backend_encoders = write_backend_encoders(graphs["encoder"])
+    graphs |= {role: [path] for role, path in backend_encoders.items()}
     files = [
         describe_file(path, folder, role=role, precision="fp32", opset=OPSET)
         for name, paths in graphs.items()
         for path, role in _roles(name, paths)
     ]
-    saved = folder / "reference.npz"
-    save_reference(saved, to_prove[0], expected[0])
-    files.append(describe_file(saved, folder, role="reference", precision="fp32"))
-    made = replace(made, files=tuple(files))
-    save_manifest(made, folder)
+    reference_path = folder / "reference.npz"
+    save_reference(reference_path, cases[0], expected[0])
+    files.append(describe_file(reference_path, folder, role="reference", precision="fp32"))
+    manifest = replace(manifest, files=tuple(files))
+    save_manifest(manifest, folder)
     on_step("prove the graphs equal to it")
-    wanted = [outputs.tensors for outputs in expected]
-    with load(folder, portable=True) as session:
-        compared = compare_cases(session, to_prove, wanted)
+    tensors = [outputs.tensors for outputs in expected]
+    manifest = replace(
+        manifest, parity=(_prove(folder, manifest, backend_encoders, cases, tensors),)
+    )
+    save_manifest(manifest, folder)
+    return manifest
+
+
+def _prove(
+    folder: Path,
+    manifest: Manifest,
+    backend_encoders: Mapping[Role, Path],
+    cases: Sequence[Case],
+    expected: Sequence[dict[str, Array]],
+) -> Parity:
+    """Compare the portable graphs, and each backend's own encoder, with the checkpoint's network.
+
+    ParityError if they exceed the limits.
+    """
+    with load(folder, options=LoadOptions(portable=True)) as session:
+        compared = compare_cases(session, cases, expected)
         backend = session.backend.name
-    decoder = graphs["decoder"][0]
-    for role, path in own.items():
-        with Session(made, OnnxRuntimeBackend(path, decoder, made.graphs)) as session:
-            compared.encoders[role] = compare_cases(session, to_prove, wanted)
-    proof = compared.summary(to_prove, precision="fp32", backend=backend)
-    require_parity(proof)
-    made = replace(made, parity=(proof,))
-    save_manifest(made, folder)
-    return made
+    decoder = folder / manifest.file("decoder").path
+    for role, path in backend_encoders.items():
+        with Session(manifest, OnnxRuntimeBackend(path, decoder, manifest.graphs)) as session:
+            compared.encoders[role] = compare_cases(session, cases, expected)
+    parity = compared.summary(cases, precision="fp32", backend=backend)
+    require_parity(parity)
+    return parity
 
 
 def _roles(name: Role, paths: Sequence[Path]) -> Iterator[tuple[Path, Role]]:
@@ -146,7 +167,7 @@ def _roles(name: Role, paths: Sequence[Path]) -> Iterator[tuple[Path, Role]]:
 
 
 def _tools() -> dict[str, str]:
-    """Versions of what makes a bundle."""
+    """Versions of the libraries that write a bundle."""
     return {
         "medsa-deploy": __version__,
         "python": platform.python_version(),

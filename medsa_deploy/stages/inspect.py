@@ -1,4 +1,4 @@
-"""A checkpoint file → what it is."""
+"""A checkpoint file → its network, conventions and where they came from."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ EXPORT_LIBRARIES = ("torch", "onnx", "onnxscript", "segment_anything", "safetens
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a checkpoint is."""
+    """The facts of a checkpoint."""
 
     source: Source
     network: Network
     conventions: Conventions
     guesses: tuple[Guess, ...]
-    """Facts the checkpoint does not settle."""
+    """Facts that the checkpoint does not determine."""
     notes: tuple[str, ...]
-    """What was changed on the way in."""
+    """Changes that were made while the checkpoint was read."""
     lora: tuple[LoRA, ...]
-    """The linear layers that carried a low-rank update, which is merged."""
+    """Linear layers with a low-rank update, which is merged into their weights."""
 
 
 def inspect_checkpoint(checkpoint: Path, *, base: Path | None, overrides: Overrides) -> Inspection:
-    """Read a checkpoint and say what it is; nothing is written."""
+    """Read a checkpoint's facts; nothing is written."""
     loaded, architecture = read_checkpoint(checkpoint, base, overrides)
     return Inspection(
         source=loaded.source,
@@ -51,7 +51,7 @@ def inspect_checkpoint(checkpoint: Path, *, base: Path | None, overrides: Overri
 def read_checkpoint(
     path: Path, base: Path | None, overrides: Overrides
 ) -> tuple[Checkpoint, Architecture]:
-    """A checkpoint's tensors and the facts inferred from them."""
+    """A checkpoint's tensors, and the architecture inferred from them."""
     with export_extra():
         from medsa_deploy.exporters.architecture import infer
         from medsa_deploy.exporters.checkpoint import load_checkpoint
@@ -61,9 +61,9 @@ def read_checkpoint(
 
 @contextmanager
 def export_extra() -> Iterator[None]:
-    """Around imports of the exporters: a missing library is named with the extra that brings it.
+    """Guard imports of the exporters: MissingDependencyError names the extra of a missing library.
 
-    All of them, before anything runs: torch asks for onnxscript only after minutes of work.
+    All libraries are checked first, because torch asks for onnxscript only after minutes of work.
     """
     for library in EXPORT_LIBRARIES:
         if find_spec(library) is None:

@@ -1,4 +1,4 @@
-"""A bundle → how long everything takes here, measured in a process of its own."""
+"""A bundle → its latency on this machine, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from medsa_deploy.evaluation.latency_worker import STAGES, WARM_UP, LatencyOptio
 from medsa_deploy.images.files import check_writable, output_file
 from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.reports.latency import profile_page
-from medsa_deploy.runtime.loading import RUN, check_options, files_precision
+from medsa_deploy.runtime.backends.registry import GRAPH_ROLES, check_options, files_precision
 
 logger = logging.getLogger(__name__)
 
 SHARED = ("preprocess", "encode")
-"""Stages that are of all slices of a chunk together."""
+"""Stages that run on all slices of a chunk together."""
 KILLED = -9
 LONGEST_MS = 1e9
-"""Samples beyond it (11 days) are no samples."""
+"""Longer samples (11 days) are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileTargets:
-    """What a profile is compared with, and where it goes."""
+    """The profile to compare with, and the files to write."""
 
     other: Path | None = None
     """The JSON of an earlier profile."""
     max_slowdown: float = 1.1
-    """How many times as long a click may take as there."""
+    """The most that a click may take, as a multiple of its time in the earlier profile."""
     json: Path | None = None
     html: Path | None = None
 
@@ -58,58 +58,59 @@ def profile_bundle(
     on_step: OnStep = lambda step: None,
     on_run: OnCount = lambda done, of: None,
 ) -> Profile:
-    """Measure a bundle, compare with an earlier profile, write JSON and a page.
+    """Measure a bundle, compare it with an earlier profile, write JSON and a page.
 
-    What cannot be used is refused before anything is measured.
+    Options and files are checked before anything is measured: UsageError, InputError or BundleError
+    if they cannot be used.
     """
-    made = _check(bundle, options, outputs)
+    manifest = _check(bundle, options, outputs)
     earlier = None if outputs.other is None else read_profile(outputs.other)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    found = measured(options, on_step, on_run)
-    profile = _profile(bundle, made, options, found, load)
+    measurement = measure_in_child(options, on_step, on_run)
+    profile = _profile(bundle, manifest, options, measurement, load)
     if earlier is not None and outputs.other is not None:
-        compared = latency.compare(profile, earlier, outputs.other.name, outputs.max_slowdown)
-        profile = replace(profile, comparison=compared)
+        comparison = latency.compare(profile, earlier, outputs.other.name, outputs.max_slowdown)
+        profile = replace(profile, comparison=comparison)
     for path, text in ((outputs.json, to_json(profile)), (outputs.html, profile_page(profile))):
         if path is not None:
             with output_file(path) as temporary:
-                # names of files need not be UTF-8; as an escape they are at least JSON
+                # file names need not be UTF-8: escapes keep the document valid JSON
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return profile
 
 
 def to_json(profile: Profile) -> str:
-    """The document that `read_profile` takes."""
+    """The document that `read_profile` reads."""
     return json.dumps(asdict(profile), indent=1, ensure_ascii=False) + "\n"
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """An earlier profile's JSON; InputError for a file that is none."""
+    """An earlier profile's JSON; InputError if the file is not one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not JSON ({e}): give a profile, made with -o") from e
-    if not isinstance(found, dict) or found.get("what") != "medsa-deploy profile":
+    if not isinstance(document, dict) or document.get("what") != "medsa-deploy profile":
         raise InputError(f"{path} is not a profile: make one with medsa-deploy profile … -o FILE")
-    if found.get("schema") != latency.SCHEMA_VERSION:
+    if document.get("schema") != latency.SCHEMA_VERSION:
         raise InputError(
-            f"{path} has schema {found.get('schema')!r}; this medsa-deploy reads "
+            f"{path} has schema {document.get('schema')!r}; this medsa-deploy reads "
             f"{latency.SCHEMA_VERSION}: measure again"
         )
-    stages = found.get("stages")
+    stages = document.get("stages")
     for stage in STAGES:
         if not (isinstance(stages, dict) and _has_samples(stages.get(stage))):
             raise InputError(f"{path} has no samples of the stage {stage!r}: measure again")
-    return found
+    return document
 
 
-def measured(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
-    """What `timing.measure` finds in a process of its own; its errors are raised here.
+def measure_in_child(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
+    """The result of `latency_worker.measure` in a process of its own; its errors are raised here.
 
-    The process is out of reach of the terminal's Ctrl-C, and is killed together with its temporary
-    files instead.
+    The terminal's Ctrl-C does not reach the process. If this call is interrupted, it kills the
+    process and removes its temporary files.
     """
     command = [
         sys.executable,
@@ -132,29 +133,29 @@ def measured(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                said = json.loads(line)
-                if "result" in said:
-                    result: dict[str, Any] = said["result"]
+                message = json.loads(line)
+                if "result" in message:
+                    result: dict[str, Any] = message["result"]
                     return result
-                _pass_on(said, on_step, on_run)
+                _pass_on(message, on_step, on_run)
         except BaseException:
             process.kill()
             raise
     raise DeviceError(_ended(process.returncode))
 
 
-def _pass_on(said: Mapping[str, Any], on_step: OnStep, on_run: OnCount) -> None:
-    """A line of the measuring process, to whom it is for; its errors are raised."""
-    match said:
-        case {"error": message, "kind": kind}:
+def _pass_on(message: Mapping[str, Any], on_step: OnStep, on_run: OnCount) -> None:
+    """Hand a message of the measuring process to its callback or the log; raise its errors."""
+    match message:
+        case {"error": text, "kind": kind}:
             cls = getattr(errors, kind)  # some have constructors of their own
-            raise cls.__new__(cls, message)
-        case {"fault": what, "traceback": lines}:
-            fault = RuntimeError(what)
+            raise cls.__new__(cls, text)
+        case {"fault": text, "traceback": lines}:
+            fault = RuntimeError(text)
             fault.add_note(lines)
             raise fault
-        case {"warning": message}:
-            logger.warning(message)
+        case {"warning": text}:
+            logger.warning(text)
         case {"done": done, "of": of}:
             on_run(done, of)
         case {"step": step}:
@@ -162,15 +163,15 @@ def _pass_on(said: Mapping[str, Any], on_step: OnStep, on_run: OnCount) -> None:
 
 
 def _ended(code: int) -> str:
-    """Why there is no result."""
+    """Why the measuring process gave no result."""
     if code == KILLED:
         return "the measuring process was killed, most often for lack of memory"
     return f"the measuring process ended early, with status {code}"
 
 
 def _check(bundle: Path, options: LatencyOptions, outputs: ProfileTargets) -> Manifest:
-    """The bundle's manifest; UsageError or BundleError for what cannot be measured."""
-    made = load_manifest(bundle)
+    """The bundle's manifest; UsageError or BundleError if it cannot be measured as asked."""
+    manifest = load_manifest(bundle)
     check_options(options.backend, options.threads, options.precision)
     if options.runs < 1:
         raise UsageError(f"--runs {options.runs}: expected 1 or more")
@@ -182,46 +183,50 @@ def _check(bundle: Path, options: LatencyOptions, outputs: ProfileTargets) -> Ma
     for path in written:
         check_writable(path)
         if path.exists() and bundle.resolve() in path.resolve().parents:
-            raise UsageError(f"{path} is in the bundle, and would be lost: name another output")
-    # a profile may take the place of the one it is compared with
+            raise UsageError(
+                f"{path} is a file in the bundle and would be replaced: name another output"
+            )
+    # a profile may replace the one it is compared with
     image = Path(options.image) if options.image else None
     for out, read in ((outputs.html, outputs.other), (outputs.html, image), (outputs.json, image)):
         if out is not None and read is not None and out.resolve() == read.resolve():
-            raise UsageError(f"{out} is read, and cannot be written too: name another output")
+            raise UsageError(
+                f"{out} is an input of this profile and would be replaced: name another output"
+            )
     if len(written) > len({path.resolve() for path in written}):
         raise UsageError(f"{written[0]} cannot be both the profile and its page")
-    made.file("encoder", files_precision(options.precision))
-    return made
+    manifest.file("encoder", files_precision(options.precision))
+    return manifest
 
 
 def _profile(
     bundle: Path,
-    made: Manifest,
+    manifest: Manifest,
     options: LatencyOptions,
-    found: Mapping[str, Any],
+    measurement: Mapping[str, Any],
     load: float | None,
 ) -> Profile:
-    """What was measured, in numbers. `load`: the load average before."""
-    slices, facts = found["slices"], found["facts"]
-    held = files_precision(options.precision)
-    untimed = () if found["layers"] else (f"{facts['backend']} does not time its layers",)
+    """Summarise a measurement. `load`: the load average before it."""
+    slices, facts = measurement["slices"], measurement["facts"]
+    precision = files_precision(options.precision)
+    untimed = () if measurement["layers"] else (f"{facts['backend']} does not time its layers",)
     stages = {
         name: latency.distribution(samples, slices=slices if name in SHARED else 1)
-        for name, samples in found["samples_ms"].items()
+        for name, samples in measurement["samples_ms"].items()
     }
     return Profile(
         bundle=bundle.resolve().name,
-        encoder_sha256=made.file("encoder", held).sha256,
+        encoder_sha256=manifest.file("encoder", precision).sha256,
         files_sha256={
             file.path: file.sha256
-            for file in made.files
-            if file.role in RUN and file.precision == held
+            for file in manifest.files
+            if file.role in GRAPH_ROLES and file.precision == precision
         },
         backend=facts["backend"],
         precision=options.precision,
         threads=threads if isinstance(threads := facts.get("threads"), int) else None,
         facts=facts,
-        work=found["work"],
+        work=measurement["work"],
         slices=slices,
         warm_up=WARM_UP,
         machine={
@@ -238,17 +243,19 @@ def _profile(
             facts["backend"]: facts["version"],
         },
         measured=datetime.now().astimezone().isoformat(timespec="seconds"),
-        load_ms=found["load_ms"],
-        loaded_mb=found["loaded_mb"],
-        peak_mb=found["peak_mb"],
+        load_ms=measurement["load_ms"],
+        loaded_mb=measurement["loaded_mb"],
+        peak_mb=measurement["peak_mb"],
         stages=stages,
-        layers={name: latency.graph_layers(layers) for name, layers in found["layers"].items()},
+        layers={
+            name: latency.graph_layers(layers) for name, layers in measurement["layers"].items()
+        },
         warnings=(*untimed, *latency.noise(stages, load=load, cores=machine.cores())),
     )
 
 
 def _has_samples(stage: object) -> bool:
-    """Whether a stage of a document has positive numbers for samples."""
+    """Whether a stage of a document has samples, all of them positive numbers."""
     samples = stage.get("samples_ms") if isinstance(stage, dict) else None
     return (
         isinstance(samples, list)

@@ -1,6 +1,6 @@
 """Image → network frame, prompts → network coordinates, logits → masks.
 
-What has to happen around the graphs for the masks to be right.
+These steps surround the graphs. They must be those of the network's training, or masks are wrong.
 """
 
 from .image import Frame, frame_of, preprocess

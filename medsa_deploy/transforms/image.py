@@ -1,4 +1,4 @@
-"""An image → what the network's image encoder receives, and where the image lies in that frame."""
+"""An image → the input of the network's image encoder, and the place of the image in that frame."""
 
 from __future__ import annotations
 
@@ -29,38 +29,44 @@ class Frame:
 
 
 def preprocess(
-    pixels: ArrayLike, profile: PreprocessingName, network_size: int
+    pixels: ArrayLike, preprocessing: PreprocessingName, network_size: int
 ) -> tuple[Floats, Frame]:
-    """An image → what the image encoder receives, (3, S, S) float32, and how it lies in it.
+    """An image → the image encoder's input, (3, S, S) float32, and how the image lies in it.
 
-    `pixels` (H, W) or (H, W, 3): uint8, or any other real type as float32. The profiles `medsa` and
-    `sam` take display values 0…255 (see `display_values`), the min–max profiles any range. One
+    `pixels` (H, W) or (H, W, 3): uint8, or any other real type as float32. `medsa` and `sam` take
+    display values 0…255 (see `display_values`); `medsam` and `litemedsam` take any range. One
     channel is repeated to three. ImageError for other shapes, an empty image, NaN or infinity, or
-    values outside 0…255 where display values are wanted.
+    values outside 0…255 for a preprocessing that takes display values.
+
+    >>> image, frame = preprocess(np.zeros((240, 320), np.uint8), "sam", 256)
+    >>> image.shape, frame.content_size
+    ((3, 256, 256), (192, 256))
     """
-    if profile not in PREPROCESSING:
+    if preprocessing not in PREPROCESSING:
         raise UsageError(
-            f"unknown preprocessing {profile!r}; there are: {', '.join(PREPROCESSING)}"
+            f"unknown preprocessing {preprocessing!r}; there are: {', '.join(PREPROCESSING)}"
         )
-    row = PREPROCESSING[profile]
+    spec = PREPROCESSING[preprocessing]
     planes = _planes(pixels)
-    if not (row.min_max or planes.dtype == np.uint8 or 0 <= planes.min() <= planes.max() <= 255):
+    if not (spec.min_max or planes.dtype == np.uint8 or 0 <= planes.min() <= planes.max() <= 255):
         raise ImageError(
-            f"the image has values {planes.min():g}…{planes.max():g}, but preprocessing {profile} "
-            "takes display values 0…255: give an intensity window"
+            f"the image has values {planes.min():g}…{planes.max():g}, but preprocessing "
+            f"{preprocessing} takes display values 0…255: give an intensity window"
         )
-    frame = frame_of((planes.shape[1], planes.shape[2]), profile, network_size)
-    content = resampling.resize(planes, frame.content_size, row.filter)
+    frame = frame_of((planes.shape[1], planes.shape[2]), preprocessing, network_size)
+    content = resampling.resize(planes, frame.content_size, spec.filter)
     h, w = frame.content_size
     image = np.zeros((3, network_size, network_size), np.float32)
-    image[:, :h, :w] = _scaled_intensities(content, row)
+    image[:, :h, :w] = _scaled_intensities(content, spec)
     return image, frame
 
 
-def frame_of(image_size: tuple[int, int], profile: PreprocessingName, network_size: int) -> Frame:
-    """Where an image of (H, W) lies in the frame under `profile`."""
+def frame_of(
+    image_size: tuple[int, int], preprocessing: PreprocessingName, network_size: int
+) -> Frame:
+    """The place of an image of (H, W) in the network's frame."""
     content = network_size, network_size
-    if PREPROCESSING[profile].fit == "longest_side":
+    if PREPROCESSING[preprocessing].fit == "longest_side":
         # the order of operations is SAM's ResizeLongestSide's, so that ties round alike
         scale = network_size / max(image_size)
         h, w = (max(1, int(side * scale + 0.5)) for side in image_size)
@@ -82,10 +88,10 @@ def _planes(pixels: ArrayLike) -> NDArray[Any]:
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
-def _scaled_intensities(content: NDArray[Any], profile: PreprocessingSpec) -> NDArray[Any]:
-    """(C, h, w) → (C or 3, h, w) with the profile's mean and std, or min–max over all channels."""
-    if profile.mean is None or profile.std is None:
+def _scaled_intensities(content: NDArray[Any], spec: PreprocessingSpec) -> NDArray[Any]:
+    """(C, h, w) → (C or 3, h, w) with the spec's mean and std, or min–max over all channels."""
+    if spec.mean is None or spec.std is None:
         low, high = float(content.min()), float(content.max())
         return np.asarray((content - low) / max(high - low, 1e-8))
-    mean, std = (np.array(v, np.float32)[:, None, None] for v in (profile.mean, profile.std))
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     return np.asarray((content.astype(np.float32) - mean) / std)

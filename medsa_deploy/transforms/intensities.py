@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = NDArray[np.float32]
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -29,8 +28,11 @@ def display_values(
     """Intensities → display values: `window` (low, high) becomes 0…255, clipped, float32.
 
     `pixels` (H, W) or (H, W, 3) of any real type; `inverted` makes low intensities bright
-    (MONOCHROME1). UsageError for a window that is not finite or not low < high, ImageError for NaN
-    or infinity.
+    (MONOCHROME1). UsageError unless the window is finite and low < high, ImageError for NaN or
+    infinity.
+
+    >>> display_values([[-1000, 0, 400]], (-160, 240))
+    array([[  0., 102., 255.]], dtype=float32)
     """
     low, high = window
     if not 0 < high - low < math.inf:
@@ -46,9 +48,9 @@ def display_values(
 def intensities(
     image: Image, conventions: Conventions, window: tuple[float, float] | None
 ) -> tuple[NDArray[np.generic], tuple[float, float] | None]:
-    """The values a profile takes, and the window they were mapped with (None: no window).
+    """The values that preprocessing takes, and the window they were mapped with (None: no window).
 
-    A window the caller gives goes before the bundle's, that before the file's own rendering.
+    The caller's window comes first, then the bundle's, then the file's own rendering.
     """
     if window is None and image.pixels.dtype != np.uint8:
         window = conventions.intensity_window
@@ -76,7 +78,7 @@ def intensities(
 def check_not_flat(
     image: Image, values: NDArray[np.generic], window: tuple[float, float] | None
 ) -> None:
-    """ImageError for an image that its window shows as one flat grey."""
+    """ImageError if the window shows the image as one flat grey."""
     if window is not None and np.ptp(values) == 0:
         raise ImageError(
             f"{image.path}: its values {image.pixels.min():g}…{image.pixels.max():g} lie outside "

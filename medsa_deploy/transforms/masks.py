@@ -17,8 +17,8 @@ from .intensities import Floats
 def upsample(logits: Floats, frame: Frame) -> Floats:
     """Low-resolution logits (…, 4g, 4g) float32 → logits of the image's pixels (…, H, W) float32.
 
-    Bilinear to the network's frame, cropped of padding, bilinear to the image, as SAM's
-    `postprocess_masks` does in two steps; both are linear, so they are applied as one.
+    Bilinear to the network's frame, cropped of padding, then bilinear to the image, as SAM's
+    `postprocess_masks`. Both steps are linear, so they are applied as one.
     """
     logits = np.asarray(logits, dtype=np.float32)
     rows, columns = (
@@ -31,7 +31,11 @@ def upsample(logits: Floats, frame: Frame) -> Floats:
 
 
 def probability_to_logit(threshold: float) -> float:
-    """The logit of a probability; UsageError unless 0 < threshold < 1."""
+    """The logit of a probability; UsageError unless 0 < threshold < 1.
+
+    >>> probability_to_logit(0.5)
+    0.0
+    """
     if not 0 < threshold < 1:
         raise UsageError(f"the threshold {threshold:g} is not a probability between 0 and 1")
     return math.log(threshold) - math.log1p(-threshold)

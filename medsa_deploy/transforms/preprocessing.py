@@ -1,4 +1,4 @@
-"""Preprocessing specs: one table of how images become network inputs."""
+"""The name of a preprocessing → its spec: how an image becomes the network's input."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .resampling import Filter
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingSpec:
-    """How an image is made into the network's input."""
+    """How an image becomes the network's input."""
 
     fit: Literal["stretch", "longest_side"]
-    """Stretched to the frame, or scaled to touch it with its longest side and padded right and
-    bottom with zeros, after the intensities are scaled."""
+    """`stretch`: to the whole frame. `longest_side`: scaled until its longest side is the frame's,
+    and padded right and bottom with zeros, after the intensities are scaled."""
     filter: Filter
-    """`bilinear`: Pillow's, antialiased. `cubic`: scikit-image's, antialiased. `area`: OpenCV's."""
+    """Pillow's `bilinear`, scikit-image's `cubic` (both antialiased) or OpenCV's `area`."""
     mean: tuple[float, float, float] | None = None
     """Subtracted from display values 0…255; None: the image's own minimum becomes 0, maximum 1."""
     std: tuple[float, float, float] | None = None
-    """What the differences from `mean` are divided by."""
+    """Divisor of the differences from `mean`."""
 
     @property
     def min_max(self) -> bool:

@@ -9,33 +9,28 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from medsa_deploy.bundle.manifest import Conventions
-from medsa_deploy.errors import PromptError
+from medsa_deploy.errors import PromptError, UsageError
 
 from .image import Frame
 from .intensities import Floats
 
 BOX_LABELS = (2, 3)
 """SAM's labels of a box's top-left and bottom-right corner."""
-
-
 PADDING_LABEL = -1
 """Label of padding points: SAM's, which stands in for an absent box, and EfficientSAM's."""
-
-
 NO_MASK_PROMPTS = "this network takes no mask prompt: give points or a box"
-
-
 PART_SHAPES = {
     "points": "(N, 2) or (P, N, 2)",
     "labels": "(N,) or (P, N)",
     "box": "(4,) or (P, 4)",
+    "boxes": "(P, 4)",
     "mask": "(4g, 4g), (P, 4g, 4g) or (P, 1, 4g, 4g)",
 }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """One prompt set, as a caller gives it: x, y in pixels of the image."""
+    """One prompt set: x, y in pixels of the image."""
 
     points: Floats
     """(N, 2) x, y; N may be 0."""
@@ -52,17 +47,34 @@ def prompts(
     points: ArrayLike | None = None,
     labels: ArrayLike | None = None,
     box: ArrayLike | None = None,
+    boxes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
 ) -> list[Prompt]:
-    """What a caller gives → P prompt sets, each decoded to its own masks.
+    """The arguments of a call → P prompt sets, each decoded to its own masks.
 
-    `points` (N, 2) or (P, N, 2) x, y in pixels; `labels` (N,) or (P, N), all foreground by default;
-    `box` (4,) or (P, 4); `mask` (4g, 4g), (P, 4g, 4g) or (P, 1, 4g, 4g). A part without the set
-    axis is for one set; parts for different numbers of sets, an unusable shape and nothing at all
-    are PromptErrors. Values are checked by `network_prompt`, which knows the image.
+    `points` (N, 2) or (P, N, 2) x, y in pixels. `labels` (N,) or (P, N), all foreground by default.
+    `box` (4,) or (P, 4), or `boxes` (P, 4). `mask` (4g, 4g), (P, 4g, 4g) or (P, 1, 4g, 4g). A part
+    without the set axis is for one set. `network_prompt` checks the values, because it knows the
+    image.
+
+    PromptError for parts that are for different numbers of sets, an unusable shape, or no part.
+    UsageError for `box` together with `boxes`.
+
+    >>> [prompt.box.tolist() for prompt in prompts(boxes=[(0, 0, 8, 6), (2, 1, 9, 9)])]
+    [[0.0, 0.0, 8.0, 6.0], [2.0, 1.0, 9.0, 9.0]]
     """
-    given = {"points": points, "labels": labels, "box": box, "mask": mask}
-    parts = {name: _part(name, value) for name, value in given.items() if value is not None}
+    if box is not None and boxes is not None:
+        raise UsageError(
+            "both box and boxes were given, expected one of them: box (4,) for one object, boxes "
+            "(P, 4) for several"
+        )
+    parts = {
+        name: _part(name, value)
+        for name, value in {"points": points, "labels": labels, "box": box, "mask": mask}.items()
+        if value is not None
+    }
+    if boxes is not None:
+        parts["box"] = _part("boxes", boxes)
     count = _set_count(parts)
     points_of = parts.get("points", np.zeros((count, 0, 2), np.float32))
     labels_of = parts.get("labels", np.ones(points_of.shape[:2], np.float32))
@@ -85,9 +97,9 @@ def network_prompt(
     Points first, then the box's two corners with labels 2 and 3, then padding of label −1: one
     point (0, 0), only when there is no box, or as many (−1, −1) as `pad_points` wants. Coordinates
     are pixels of the network's frame (`point_frame` "image": of the image), times `point_scale`,
-    x and y swapped for `point_order` "yx". SAM's +0.5 is in the graph. PromptError for what lies
-    outside the image, an empty box, labels other than 0 and 1, more points than `pad_points`, or a
-    mask whose side is not `mask_size` (4g; None: no mask at all).
+    x and y swapped for `point_order` "yx". SAM's +0.5 is in the graph. `mask_size`: 4g; None for a
+    network without mask prompts. PromptError for points and boxes outside the image, an empty box,
+    labels other than 0 and 1, more points than `pad_points`, or a mask of another size.
     """
     _check_points(prompt, frame.image_size)
     if prompt.box is not None:
@@ -129,9 +141,9 @@ def _part(name: str, value: ArrayLike) -> Floats:
         raise PromptError(f"{name} should be numbers of the shape {PART_SHAPES[name]}: {e}") from e
     if name == "mask" and part.ndim == 4 and part.shape[1] == 1:
         part = part[:, 0]
-    dimensions = {"points": 2, "labels": 1, "box": 1, "mask": 2}[name]
-    last = {"points": 2, "box": 4}.get(name)
-    if part.ndim == dimensions:
+    dimensions = {"points": 2, "labels": 1, "box": 1, "boxes": 1, "mask": 2}[name]
+    last = {"points": 2, "box": 4, "boxes": 4}.get(name)
+    if part.ndim == dimensions and name != "boxes":
         part = part[None]
     if part.ndim != dimensions + 1 or (last and part.shape[-1] != last):
         raise PromptError(
@@ -141,14 +153,14 @@ def _part(name: str, value: ArrayLike) -> Floats:
 
 
 def _set_count(parts: Mapping[str, Floats]) -> int:
-    """P, the number of prompt sets that every part is for; refuses parts that do not match."""
+    """P, the number of prompt sets that every part is for; PromptError if parts do not match."""
     counts = {name: len(part) for name, part in parts.items()}
     if len(set(counts.values())) > 1:
-        found = ", ".join(f"{name} for {count}" for name, count in counts.items())
-        wanted = ", ".join(f"{name} as {PART_SHAPES[name].split(' or ')[-1]}" for name in counts)
+        sets = ", ".join(f"{name} for {count}" for name, count in counts.items())
+        shapes = ", ".join(f"{name} as {PART_SHAPES[name].split(' or ')[-1]}" for name in counts)
         raise PromptError(
-            f"the prompt's parts are for different numbers of sets ({found}): for P sets, give "
-            f"{wanted}"
+            f"the prompt's parts are for different numbers of sets ({sets}): for P sets, give "
+            f"{shapes}"
         )
     number = parts["points"].shape[1] if "points" in parts else 0
     if "labels" in parts and parts["labels"].shape[1] != number:
@@ -162,7 +174,7 @@ def _set_count(parts: Mapping[str, Floats]) -> int:
 
 
 def _check_points(prompt: Prompt, image_size: tuple[int, int]) -> None:
-    """Refuse a point outside the image, naming it, and a label that is not 0 or 1."""
+    """PromptError for a point outside the image, and for a label other than 0 and 1."""
     height, width = image_size
     for number, ((x, y), label) in enumerate(zip(prompt.points, prompt.labels, strict=True), 1):
         if not (0 <= x < width and 0 <= y < height):
@@ -178,22 +190,22 @@ def _check_points(prompt: Prompt, image_size: tuple[int, int]) -> None:
 
 
 def _check_box(box: Floats, image_size: tuple[int, int]) -> None:
-    """Refuse a box that is inverted, empty or not within the image."""
+    """PromptError for a box that is inverted, empty or not within the image."""
     height, width = image_size
     x0, y0, x1, y1 = box
-    found = f"the box ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
+    box_text = f"the box ({x0:g}, {y0:g}, {x1:g}, {y1:g})"
     if not (x0 < x1 and y0 < y1):
         raise PromptError(
-            f"{found} is empty or inverted: give x0, y0, x1, y1 with x0 < x1, y0 < y1"
+            f"{box_text} is empty or inverted: give x0, y0, x1, y1 with x0 < x1, y0 < y1"
         )
     if not (x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height):
         raise PromptError(
-            f"{found} lies outside the {width}×{height} image (x 0…{width}, y 0…{height})"
+            f"{box_text} lies outside the {width}×{height} image (x 0…{width}, y 0…{height})"
         )
 
 
 def _check_mask(mask: Floats, mask_size: int | None) -> None:
-    """Refuse a mask prompt that is not (4g, 4g) or not finite, or any where `mask_size` is None."""
+    """PromptError for a mask of another size, with NaN, or for a network without mask prompts."""
     if mask_size is None:
         raise PromptError(NO_MASK_PROMPTS)
     if mask.shape != (mask_size, mask_size):

@@ -1,9 +1,9 @@
 """An image → the image at another size, as Pillow, scikit-image or OpenCV resizes it.
 
-The networks saw images resized by these libraries; the runtime needs Pillow alone. The other two
-libraries' filters are separable: each is written as *taps*, for every output sample of one axis the
-input samples it reads and their weights, which are laid out as a banded matrix and applied to each
-axis in turn: `rows @ image @ columns.T`. Taps compose, so two resizes in a row cost one.
+The networks saw images resized by these libraries, but the runtime depends on Pillow alone. The
+filters of the other two are separable. Each is written as *taps*: for every output sample of an
+axis, the input samples it reads and their weights. Taps are laid out as a banded matrix and applied
+to each axis in turn: `rows @ image @ columns.T`. Taps compose, so two resizes cost as much as one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CUBIC_REACH = 28
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Taps:
-    """What each of m output samples reads from the n input samples of an axis."""
+    """The input samples, of n on an axis, that each of m output samples reads."""
 
     indices: NDArray[np.intp]
     """(m, t), each 0…n−1; an index may occur more than once in a row."""
@@ -53,7 +53,7 @@ class Operator:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Floating-point type of the weights, and of what the operator gives."""
+        """Floating-point type of the weights and of the result."""
         return self.blocks[0][2].dtype
 
 
@@ -93,8 +93,8 @@ def bilinear_taps(n: int, m: int) -> Taps:
 def area_taps(n: int, m: int) -> Taps:
     """Mean over the extent of each output sample: OpenCV's `INTER_AREA` on one axis.
 
-    It holds for enlarging too: OpenCV then blends two neighbours where an output sample straddles
-    the border between them, in proportion to its parts on either side.
+    This is also right for enlarging. If an output sample straddles the border between two input
+    samples, OpenCV blends them in proportion to its parts on either side.
     """
     scale = n / m
     start = np.arange(m)[:, None] * scale

@@ -91,7 +91,7 @@ class MaskMaker:
         label maps of one class.
         """
         n, on_device = len(wanted.chosen), wanted.on_device
-        key = (wanted.frame, wanted.cut, n, on_device)
+        key = (wanted.frame, wanted.threshold_logit, n, on_device)
         if key in self._planned:
             self._planned.move_to_end(key)
             return self._planned[key]
@@ -99,7 +99,7 @@ class MaskMaker:
             (self._side, self._side),
             1 if on_device else n,
             wanted.frame,
-            wanted.cut,
+            wanted.threshold_logit,
             labels=on_device,
         )
         self._planned[key] = made = self._allocate(plan, n * self._most)

@@ -1,6 +1,6 @@
-"""Backends in the order they are wanted → one backend: the first that works, while it does.
+"""Several backends in order of preference → one backend: the first that opens and runs.
 
-Nothing falls back unless the caller names a chain, and what a later backend gives is marked.
+Nothing falls back unless the caller names a chain. Predictions of a later backend are marked.
 """
 
 from __future__ import annotations
@@ -35,24 +35,26 @@ from .interface import (
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 EMBEDDINGS = "image_embeddings"
-"""What an image part holds beside what the decoder's first part gives."""
+"""Key of the embeddings in an image part, beside the outputs of the decoder's first part."""
 
 
 class FallbackBackend:
-    """The first backend of a chain that opens and runs; a fault moves on to the next, for good.
+    """The first backend of a chain that opens and runs; after a fault the next one, for good.
 
-    Owns the backend in use. One call runs at a time. An embedding that a backend held on a GPU is
-    brought along if it can be read; else it is refused by name: encode the image again.
+    It owns the backend in use. One call runs at a time; the others wait. After a fault, an
+    embedding that a backend held on a GPU is copied to the next backend if it can be read. If not,
+    it is refused with a DeviceError: encode the image again.
     """
 
     def __init__(self, openers: Sequence[tuple[str, Callable[[], Backend]]]) -> None:
-        """`openers`: names of backends, and what opens them. Their last error where none does."""
+        """`openers`: names of backends, and functions that open them. If none opens, the error of
+        the last is raised."""
         self._openers = deque(openers)
         self._owners: WeakSet[object] = WeakSet()
-        """Of the embeddings that the backend in use holds on a GPU."""
+        """Owners of the embeddings that the backend in use holds on a GPU."""
         self._lock = threading.Lock()
         self.name = ""
-        """Of the backend in use."""
+        """Name of the backend in use."""
         self.degraded: str | None = None
         """Why the first backend of the chain is not in use; None while it is."""
         self._in_use: Backend | None = self._next(None)
@@ -68,13 +70,13 @@ class FallbackBackend:
 
     def encode(self, image: Array) -> Any:
         """See `Backend.encode`."""
-        return self._encoded(lambda backend: (backend.encode(image), None))[0]
+        return self._encode_on_first(lambda backend: (backend.encode(image), None))[0]
 
     def encode_frame(
         self, frame: Any, conventions: Conventions, window: tuple[float, float] | None
     ) -> tuple[Any, Frame]:
-        """See `TakesFrames.encode_frame`; UsageError where the backend in use takes none."""
-        return self._encoded(
+        """See `TakesFrames.encode_frame`; UsageError if the backend in use takes no frames."""
+        return self._encode_on_first(
             lambda backend: require_frame_encoder(backend).encode_frame(frame, conventions, window)
         )
 
@@ -90,9 +92,9 @@ class FallbackBackend:
         point_coords: Array,
         point_labels: Array,
         mask: Array | None,
-        wanted: MaskRequest | None,
+        request: MaskRequest | None,
     ) -> Decoded:
-        """See `MakesMasks.decode_masks`; no masks where the backend in use makes none."""
+        """See `MakesMasks.decode_masks`; None for masks if the backend in use makes none."""
         embeddings = image_embeddings
         prompts = point_coords, point_labels, mask
         with self._lock:
@@ -104,41 +106,41 @@ class FallbackBackend:
                     )
                 try:
                     backend = self._backend
-                    found: Decoded
-                    if wanted is not None and isinstance(backend, MakesMasks):
-                        found = backend.decode_masks(embeddings, *prompts, wanted)
+                    decoded: Decoded
+                    if request is not None and isinstance(backend, MakesMasks):
+                        decoded = backend.decode_masks(embeddings, *prompts, request)
                     else:
-                        found = (*backend.decode(embeddings, *prompts), None)
-                    check_finite(backend, "masks", *found[:2])
+                        decoded = (*backend.decode(embeddings, *prompts), None)
+                    check_finite(backend, "masks", *decoded[:2])
                 except DeviceError as e:
-                    with suppress(Exception):  # from what has just failed; refused below
+                    with suppress(Exception):  # the device has just failed; refused below
                         embeddings = np.asarray(embeddings)
                     self._step_down(e)
                 else:
-                    return found
+                    return decoded
 
     @property
     def splits(self) -> bool:
         """Whether the backend in use runs the decoder's two parts."""
         return as_split_decoder(self._backend) is not None
 
-    def decode_image(self, image_embeddings: Array) -> ImagePart:
-        """See `SplitsDecoder.decode_image`; embeddings go along, for a backend without parts."""
+    def decode_image(self, image_embeddings: Any) -> ImagePart:
+        """See `SplitsDecoder.decode_image`; embeddings are added, for backends without parts."""
 
         def part(backend: Backend) -> ImagePart:
             split = as_split_decoder(backend)
             if split is None or isinstance(image_embeddings, DeviceArray):
                 return {}
-            found = split.decode_image(image_embeddings)
-            check_finite(backend, "an embedding", *found.values())
-            return found
+            image_part = split.decode_image(image_embeddings)
+            check_finite(backend, "an embedding", *image_part.values())
+            return image_part
 
-        return {**self._tried(part), EMBEDDINGS: image_embeddings}
+        return {**self._on_first(part), EMBEDDINGS: image_embeddings}
 
     def decode_click(
         self, image_part: ImagePart, point_coords: Array, point_labels: Array
     ) -> tuple[Array, Array]:
-        """See `SplitsDecoder.decode_click`; by the whole decoder where the backend has no parts."""
+        """See `SplitsDecoder.decode_click`; a backend without parts runs the whole decoder."""
         part = dict(image_part)
         embeddings = part.pop(EMBEDDINGS)
 
@@ -146,14 +148,14 @@ class FallbackBackend:
             split = as_split_decoder(backend)
             if split is None or not part:
                 return None
-            found = split.decode_click(part, point_coords, point_labels)
-            check_finite(backend, "masks", *found)
-            return found
+            outputs = split.decode_click(part, point_coords, point_labels)
+            check_finite(backend, "masks", *outputs)
+            return outputs
 
-        return self._tried(click) or self.decode(embeddings, point_coords, point_labels, None)
+        return self._on_first(click) or self.decode(embeddings, point_coords, point_labels, None)
 
     def facts(self) -> dict[str, Any]:
-        """Of the backend in use, and why it is."""
+        """Facts of the backend in use, and why it is in use."""
         return {**self._backend.facts(), "degraded": self.degraded}
 
     def close(self) -> None:
@@ -162,20 +164,20 @@ class FallbackBackend:
             if self._in_use is not None:
                 self._in_use.close()
 
-    def _encoded(self, encode: Callable[[Backend], tuple[Any, T]]) -> tuple[Any, T]:
-        """What `encode` gives on the first backend that does not fail: embeddings first."""
+    def _encode_on_first(self, encode: Callable[[Backend], tuple[Any, T]]) -> tuple[Any, T]:
+        """The embeddings, and another result, of the first backend that does not fail."""
 
         def checked(backend: Backend) -> tuple[Any, T]:
-            embeddings, also = encode(backend)
+            embeddings, result = encode(backend)
             check_finite(backend, "an embedding", embeddings)
             if isinstance(embeddings, DeviceArray):
                 self._owners.add(embeddings.owner)
-            return embeddings, also
+            return embeddings, result
 
-        return self._tried(checked)
+        return self._on_first(checked)
 
-    def _tried(self, call: Callable[[Backend], T]) -> T:
-        """What `call` gives on the first backend that does not fail."""
+    def _on_first(self, call: Callable[[Backend], T]) -> T:
+        """The result of `call` on the first backend that does not fail."""
         with self._lock:
             while True:
                 try:
@@ -184,7 +186,7 @@ class FallbackBackend:
                     self._step_down(e)
 
     def _step_down(self, error: DeviceError) -> None:
-        """Give up the backend in use for the next one; `error` where there is none."""
+        """Give up the backend in use for the next one; raise `error` if there is none."""
         if not self._openers:
             raise error
         given_up, self._in_use = self._backend, None
@@ -194,7 +196,7 @@ class FallbackBackend:
         self._in_use = self._next(f"{given_up.name}: {error}")
 
     def _next(self, reason: str | None) -> Backend:
-        """Open the next backend that can be; `reason`: why the last was given up."""
+        """Open the next backend that can be opened; `reason`: why the last was given up."""
         while True:
             name, open_it = self._openers.popleft()
             if reason is not None:

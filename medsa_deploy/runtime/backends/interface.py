@@ -1,10 +1,10 @@
-"""What a backend does: the graphs of a bundle, on arrays."""
+"""The protocols of a backend: a bundle's graphs, run on arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,13 @@ from medsa_deploy.nvidia.cuda import DeviceArray
 from medsa_deploy.transforms import Frame
 
 Array = NDArray[np.float32]
+HostOrDevice: TypeAlias = NDArray[np.float32] | DeviceArray
+"""Values in the host's memory, or on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedLayer:
-    """A layer as a backend runs it: a node of the graph, or several made one."""
+    """A layer as a backend runs it: one node of the graph, or several fused into one."""
 
     name: str
     operator: str
@@ -31,49 +33,49 @@ class TimedLayer:
 class Backend(Protocol):
     """Runs encoder and decoder with the bundle's tensor contract; float32 in and out.
 
-    On a GPU, embeddings may be a `cuda.DeviceArray`, which only the backend that gave it decodes.
+    A backend on a GPU may give embeddings as a `DeviceArray`. Only that backend decodes them.
     """
 
     name: str
 
-    def encode(self, image: Array) -> Array:
+    def encode(self, image: Array) -> HostOrDevice:
         """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
         ...
 
     def decode(
-        self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
+        self, image_embeddings: Any, point_coords: Array, point_labels: Array, mask: Array | None
     ) -> tuple[Array, Array]:
         """(E, 256, g, g), (P, N, 2), (P, N), (P, 1, 4g, 4g) or None →
         low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K).
 
-        `mask` is None wherever the network takes no mask prompts.
+        `mask` is None for a network without mask prompts.
         """
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What it is and how it runs, for reports."""
+        """Its version and how it runs, for reports."""
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release its memory and files."""
         ...
 
 
 PARTS: tuple[Role, Role] = ("decoder-image", "decoder-click")
 """The graphs of a split decoder, in the order they run."""
 ImagePart = Mapping[str, Array]
-"""What `decoder-image` gives, by name: the decoder's work that depends on the image alone."""
+"""Outputs of `decoder-image` by name: the decoder's work that depends on the image alone."""
 
 
 @runtime_checkable
 class SplitsDecoder(Protocol):
-    """A backend that runs the decoder's two parts too, for prompts without a mask."""
+    """A backend that can also run the decoder's two parts, for prompts without a mask."""
 
     splits: bool
     """Whether it was opened with them."""
 
-    def decode_image(self, image_embeddings: Array) -> ImagePart:
-        """(E, 256, g, g) → what `decode_click` needs of it, E first in every array."""
+    def decode_image(self, image_embeddings: Any) -> ImagePart:
+        """(E, 256, g, g) → the inputs of `decode_click`, E first in every array."""
         ...
 
     def decode_click(
@@ -84,7 +86,7 @@ class SplitsDecoder(Protocol):
 
 
 def as_split_decoder(backend: Backend) -> SplitsDecoder | None:
-    """The backend, where it was opened with the decoder's two parts."""
+    """The backend, if it was opened with the decoder's two parts; else None."""
     return backend if isinstance(backend, SplitsDecoder) and backend.splits else None
 
 
@@ -109,21 +111,21 @@ def require_frame_encoder(backend: Backend) -> TakesFrames:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskRequest:
-    """What masks are made of a decoder's logits."""
+    """Which masks a backend makes from the decoder's logits, and how."""
 
     frame: Frame
     """How the image lies in the network's frame."""
-    cut: float
+    threshold_logit: float
     """The logit that a mask's pixels exceed."""
     chosen: range
-    """Which of a prompt set's K masks, n neighbours."""
+    """Which of a prompt set's K masks: n neighbours."""
     on_device: bool = False
-    """Whether they stay on the GPU."""
+    """Whether the masks stay on the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceMasks:
-    """Masks of P prompt sets that a GPU made, n each."""
+    """Masks that a GPU made of P prompt sets, n each."""
 
     masks: NDArray[np.uint32] | DeviceArray
     """(P, n, H, ceil(W / 32)), packed as `kernels.postprocess.unpack` takes them; or those that
@@ -133,28 +135,29 @@ class DeviceMasks:
 
 
 Decoded = tuple[Array, Array, DeviceMasks | None]
-"""low_res_masks, iou_predictions, and the masks of the image's size where a GPU made them."""
+"""low_res_masks, iou_predictions, and masks of the image's size if a GPU made them."""
 
 
 @runtime_checkable
 class MakesMasks(Protocol):
-    """A backend on a GPU that makes masks of the image's size where its logits are."""
+    """A backend that makes masks of the image's size on its GPU."""
 
     def decode_masks(
         self,
-        image_embeddings: Array,
+        image_embeddings: Any,
         point_coords: Array,
         point_labels: Array,
         mask: Array | None,
-        wanted: MaskRequest,
+        request: MaskRequest,
+        /,
     ) -> Decoded:
-        """As `Backend.decode`, with masks; None in their place where it cannot make them now."""
+        """As `Backend.decode`, with masks; None in their place if it cannot make them now."""
         ...
 
 
 @runtime_checkable
 class TimesLayers(Protocol):
-    """A backend that was opened to time its layers, which costs time itself."""
+    """A backend that was opened to time its layers, which makes it slower."""
 
     def layers(self) -> dict[str, list[TimedLayer]]:
         """Layers of each graph that ran, in the order they run, over all runs so far.
@@ -164,10 +167,10 @@ class TimesLayers(Protocol):
         ...
 
 
-def check_finite(backend: Backend, what: str, *values: Array) -> None:
-    """DeviceError where a backend gave NaN or Inf; what lies on a GPU is not looked at.
+def check_finite(backend: Backend, kind: str, *arrays: HostOrDevice) -> None:
+    """DeviceError if a backend gave NaN or Inf; arrays on a GPU are not checked.
 
     NaN or Inf in an embedding there becomes NaN in every mask, which comes to the host.
     """
-    if not all(np.isfinite(one).all() for one in values if isinstance(one, np.ndarray)):
-        raise DeviceError(f"{backend.name} gave {what} with NaN or Inf: nothing returned")
+    if not all(np.isfinite(array).all() for array in arrays if isinstance(array, np.ndarray)):
+        raise DeviceError(f"{backend.name} gave {kind} with NaN or Inf: nothing returned")

@@ -1,11 +1,11 @@
-"""ONNX Runtime on the CPU: the backend that every install has."""
+"""ONNX files → masks by ONNX Runtime on the CPU: the backend that every install has."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,26 @@ from medsa_deploy.errors import (
     EngineDeviceError,
 )
 
-from .interface import PARTS, Array, ImagePart, TimedLayer
-from .tensor_contract import check_contract, decoder_inputs, mask_shape
+from .interface import Array, TimedLayer
+from .onnx_files import OnnxFilesBackend
+from .tensor_contract import check_contract
 
 DTYPES = {"tensor(float)": "float32"}
 """ONNX Runtime's names of the contract's types."""
-FULL = ("out of memory", "failed to allocate memory", "bad_alloc", "bad allocation")
-"""What it says when memory is full."""
+MEMORY_IS_FULL = ("out of memory", "failed to allocate memory", "bad_alloc", "bad allocation")
+"""Words in the errors of a full memory."""
 LOOP = "Scan"
 NO_CUDA = (
-    "ONNX Runtime could not start its CUDA provider, for want of a GPU, a driver or CUDA's and "
-    "cuDNN's libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'); the bundle runs with --backend "
-    "onnxruntime"
+    "ONNX Runtime could not start its CUDA provider: a GPU, its driver or the libraries of CUDA "
+    "and cuDNN are missing (pip install 'onnxruntime-gpu[cuda,cudnn]'); the bundle also runs with "
+    "--backend onnxruntime"
 )
 KERNEL = "_kernel_time"
-"""What its profiler adds to the name of a node that ran."""
+"""Suffix that the profiler adds to the name of a node that ran."""
 
 
-class OnnxRuntimeBackend:
-    """The graphs of a bundle as ONNX Runtime sessions."""
+class OnnxRuntimeBackend(OnnxFilesBackend[ort.InferenceSession]):
+    """The graphs of a bundle as ONNX Runtime sessions. Any number of threads may use it."""
 
     name = "onnxruntime"
     providers: Sequence[Any] = ("CPUExecutionProvider",)
@@ -47,156 +48,123 @@ class OnnxRuntimeBackend:
         self,
         encoder: Path,
         decoder: Path,
-        graphs: dict[str, GraphContract],
+        graphs: Mapping[str, GraphContract],
         *,
         parts: Sequence[Path] = (),
         threads: int | None = None,
         time_layers: bool = False,
     ) -> None:
-        self.threads = threads
-        self._times = Path(tempfile.mkdtemp(prefix="medsa-")) if time_layers else None
-        """Folder ONNX Runtime writes layer times into."""
-        self._mask_shape = mask_shape(graphs["decoder"])
-        self._encoder = self._open(encoder, graphs["encoder"])
-        self._decoder = self._open(decoder, graphs["decoder"])
-        roles = PARTS if parts else ()
-        self._parts = [self._open(p, graphs[r]) for r, p in zip(roles, parts, strict=True)]
-        self.splits = bool(parts)
-
-    def encode(self, image: Array) -> Array:
-        """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
-        (embeddings,) = self._run(self._encoder, {"image": image})
-        return embeddings.copy()  # or, kept, they hold up the memory of the encoder's next runs
-
-    def decode(
-        self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
-    ) -> tuple[Array, Array]:
-        """See `Backend.decode`."""
-        inputs = decoder_inputs(
-            image_embeddings, point_coords, point_labels, mask, self._mask_shape
+        """See `OnnxFilesBackend`."""
+        self._profiles = Path(tempfile.mkdtemp(prefix="medsa-")) if time_layers else None
+        """Folder into which ONNX Runtime writes layer times."""
+        super().__init__(
+            encoder, decoder, graphs, parts=parts, threads=threads, time_layers=time_layers
         )
-        masks, iou = self._run(self._decoder, inputs)
-        return masks, iou
 
-    def decode_image(self, image_embeddings: Array) -> ImagePart:
-        """See `SplitsDecoder.decode_image`."""
-        image, _ = self._parts
-        found = self._run(image, {"image_embeddings": image_embeddings})
-        return dict(zip([o.name for o in image.get_outputs()], found, strict=True))
-
-    def decode_click(
-        self, image_part: ImagePart, point_coords: Array, point_labels: Array
-    ) -> tuple[Array, Array]:
-        """See `SplitsDecoder.decode_click`."""
-        _, click = self._parts
-        prompts = {"point_coords": point_coords, "point_labels": point_labels}
-        masks, iou = self._run(click, {**image_part, **prompts})
-        return masks, iou
+    def encode(self, image: Array) -> Any:
+        """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
+        # A copy: the output itself would keep the memory of the encoder's next runs.
+        return super().encode(image).copy()
 
     def facts(self) -> dict[str, Any]:
         """Version, provider and threads."""
         return {
             "backend": self.name,
             "version": ort.__version__,
-            "providers": self._encoder.get_providers(),
+            "providers": self._graphs["encoder"].get_providers(),
             "threads": self.threads or "all",
         }
 
-    def layers(self) -> dict[str, list[TimedLayer]]:
-        """See `TimesLayers.layers`; empty if not opened for it."""
-        if self._times is None:
-            return {}
-        sessions = {"encoder": self._encoder, "decoder": self._decoder}
-        if self.splits:
-            sessions |= dict(zip(PARTS, self._parts, strict=True))
-        found = {name: read_layers(Path(s.end_profiling())) for name, s in sessions.items()}
-        return {name: layers for name, layers in found.items() if layers}
-
     def close(self) -> None:
         """Release the sessions."""
-        del self._encoder, self._decoder, self._parts
-        if self._times is not None:
-            shutil.rmtree(self._times, ignore_errors=True)
+        super().close()
+        if self._profiles is not None:
+            shutil.rmtree(self._profiles, ignore_errors=True)
 
-    def _open(self, path: Path, graph: GraphContract) -> ort.InferenceSession:
-        """A session whose tensors are the contract's."""
+    def _open(self, role: str, path: Path, contract: GraphContract) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # failures are raised; the log would say them twice
-        # A plan of the first run's memory, made for the second, is memory once more: without it a
+        options.log_severity_level = 4  # failures are raised; the log would repeat them
+        # A memory plan of the first run, kept for the second, is memory once more: without it a
         # chunk of 4 slices at 1024 takes 1.4 GB instead of 2.8, in the same time.
         options.enable_mem_pattern = False
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        if self._times is not None:
+        if self._profiles is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(self._times / path.stem)
+            options.profile_file_prefix = str(self._profiles / path.stem)
         try:
             session = ort.InferenceSession(
                 path, options, providers=list(self.providers), enable_fallback=0
             )
         except Exception as e:  # onnxruntime raises classes of its own that share no base
-            if _memory_is_full(e):
+            if _is_full_memory(e):
                 raise DeviceMemoryError(f"{path} does not fit the memory: {_line(e)}") from e
             if "CUDA" in str(e):
                 raise EngineDeviceError(f"{NO_CUDA}: {_line(e)}") from e
             raise BundleError(f"{path} is not a graph ONNX Runtime can load: {_line(e)}") from e
         tensors = (*session.get_inputs(), *session.get_outputs())
         opened = [(t.name, DTYPES.get(t.type, t.type), t.shape) for t in tensors]
-        check_contract(path, opened, graph)
+        check_contract(path, opened, contract)
         return session
 
-    def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
+    def _run(self, graph: ort.InferenceSession, inputs: dict[str, Array]) -> dict[str, Array]:
         try:
-            outputs: list[Array] = session.run(None, inputs)
-        except Exception as e:  # as above
+            outputs: list[Array] = graph.run(None, inputs)
+        except Exception as e:  # onnxruntime raises classes of its own that share no base
             raise failure(e) from e
-        return outputs
+        return {node.name: array for node, array in zip(graph.get_outputs(), outputs, strict=True)}
+
+    def _timed_layers(self, graph: ort.InferenceSession) -> list[TimedLayer]:
+        return read_layers(Path(graph.end_profiling()))
 
 
 def read_layers(path: Path) -> list[TimedLayer]:
     """Layers in a file of ONNX Runtime's profiler: events of one kernel each, in microseconds.
 
-    A kernel in a loop has one sample, of all turns together; the loop itself what they leave of it.
+    A kernel in a loop has one sample per run of the loop: the sum over its turns. The loop's own
+    sample is the time that its kernels leave.
     """
     samples: dict[tuple[str, str], list[float]] = {}
     events = json.loads(path.read_text(encoding="utf-8"))
     kernels = [e for e in events if e["cat"] == "Node" and e["name"].endswith(KERNEL)]
-    end, around, turned = 0, [0.0], set()  # of the outermost loop: end, samples, layers seen in it
+    # of the outermost loop: its end, its samples, and the layers that ran in it so far
+    loop_end, loop_samples, in_loop = 0, [0.0], set()
     for event in sorted(kernels, key=lambda e: (e["ts"], -e["dur"])):
         operator, ms = event["args"]["op_name"], event["dur"] / 1e3
-        key = (event["name"].removesuffix(KERNEL), operator)
-        inside = event["ts"] + event["dur"] <= end
+        layer = (event["name"].removesuffix(KERNEL), operator)
+        inside = event["ts"] + event["dur"] <= loop_end
         if inside and operator == LOOP:
             continue
-        found = samples.setdefault(key, [])
-        if key in turned and inside:
-            found[-1] += ms
+        layer_samples = samples.setdefault(layer, [])
+        if layer in in_loop and inside:
+            layer_samples[-1] += ms
         else:
-            found.append(ms)
+            layer_samples.append(ms)
         if inside:
-            around[-1] -= ms
-            turned.add(key)
+            loop_samples[-1] -= ms
+            in_loop.add(layer)
         elif operator == LOOP:
-            end, around, turned = event["ts"] + event["dur"], found, set()
+            loop_end, loop_samples, in_loop = event["ts"] + event["dur"], layer_samples, set()
     return [
-        TimedLayer(name=n, operator=op, samples_ms=tuple(ms)) for (n, op), ms in samples.items()
+        TimedLayer(name=name, operator=operator, samples_ms=tuple(ms))
+        for (name, operator), ms in samples.items()
     ]
 
 
 def failure(error: BaseException) -> DeviceError:
-    """What ONNX Runtime said during a run, by name."""
-    if _memory_is_full(error):
+    """ONNX Runtime's error during a run, as the class of `errors` that fits."""
+    if _is_full_memory(error):
         return DeviceMemoryError(f"ONNX Runtime's memory is full: {_line(error)}")
     if "CUDA failure" in str(error):
         return DeviceLostError(f"the GPU failed, start the program again: {_line(error)}")
     return DeviceError(f"ONNX Runtime failed: {_line(error)}")
 
 
-def _memory_is_full(error: BaseException) -> bool:
-    """Whether it was an allocation that failed, on the host or on a GPU."""
-    return any(words in str(error).lower() for words in FULL)
+def _is_full_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a GPU."""
+    return any(words in str(error).lower() for words in MEMORY_IS_FULL)
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what ONNX Runtime said; its type where it said nothing."""
+    """The first line of ONNX Runtime's message; the error's type if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -1,9 +1,10 @@
-"""ONNX Runtime on a GPU: its CUDA provider, with embeddings that stay there."""
+"""ONNX files → masks by ONNX Runtime's CUDA provider, with embeddings that stay on the GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .tensor_contract import decoder_inputs
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
-    """The two graphs of a bundle in ONNX Runtime's CUDA provider, on the first GPU.
+    """Encoder and decoder in ONNX Runtime's CUDA provider, on the first GPU.
 
     Float32 products are not computed in TF32. An embedding owns its memory there.
     """
@@ -33,10 +34,10 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     providers = (("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"}),)
 
     def __init__(
-        self, encoder: Path, decoder: Path, graphs: dict[str, GraphContract], **options: Any
+        self, encoder: Path, decoder: Path, graphs: Mapping[str, GraphContract], **options: Any
     ) -> None:
         """See `OnnxRuntimeBackend`. MissingDependencyError for a build of ONNX Runtime without
-        CUDA, EngineDeviceError where its CUDA finds no GPU or libraries."""
+        CUDA, EngineDeviceError if its CUDA finds no GPU or libraries."""
         if self.provider not in ort.get_available_providers():
             raise MissingDependencyError(
                 "onnxruntime-gpu", extra="gpu", purpose=f"the backend {self.name}"
@@ -46,15 +47,15 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 ort.preload_dlls()
         untimed = options | {"time_layers": False}
         super().__init__(encoder, decoder, graphs, **untimed)
-        for session in (self._encoder, self._decoder):
-            session.disable_fallback()  # else a fault would quietly move it to the CPU
-        if any(self.provider not in s.get_providers() for s in (self._encoder, self._decoder)):
+        for session in self._graphs.values():
+            session.disable_fallback()  # a fault would quietly move it to the CPU
+        if any(self.provider not in s.get_providers() for s in self._graphs.values()):
             self.close()
             raise EngineDeviceError(NO_CUDA)
 
     def encode(self, image: Array) -> Any:
         """image (B, 3, S, S) on the host → image_embeddings (B, 256, g, g) on the GPU."""
-        (value,) = self._bound(self._encoder, {"image": image}, self.device)
+        (value,) = self._bound(self._graphs["encoder"], {"image": image}, self.device)
 
         def read(address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             start = (address - value.data_ptr()) // FLOAT32
@@ -70,17 +71,17 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         inputs = decoder_inputs(
             image_embeddings, point_coords, point_labels, mask, self._mask_shape
         )
-        masks, iou = self._bound(self._decoder, inputs, "cpu")
+        masks, iou = self._bound(self._graphs["decoder"], inputs, "cpu")
         return masks.numpy(), iou.numpy()
 
     def layers(self) -> dict[str, list[TimedLayer]]:
-        """None: ONNX Runtime times what launches a layer's kernels, not the kernels."""
+        """Empty: ONNX Runtime times the launches of a layer's kernels, not the kernels."""
         return {}
 
     def facts(self) -> dict[str, Any]:
         """Version, providers, threads and GPU."""
-        found = cuda.device()
-        return {**super().facts(), "device": found.name if found else None}
+        gpu = cuda.device()
+        return {**super().facts(), "device": gpu.name if gpu else None}
 
     def _bound(self, session: ort.InferenceSession, inputs: dict[str, Any], device: str) -> Any:
         """Run a graph; its outputs as ONNX Runtime's own values, on `device`."""

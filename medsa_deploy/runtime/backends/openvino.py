@@ -1,14 +1,14 @@
-"""OpenVINO on the CPU: an alternative to ONNX Runtime, measured machine by machine.
+"""ONNX files → masks by OpenVINO on the CPU, faster or slower than ONNX Runtime by the machine.
 
-Float32 unless asked for bfloat16: OpenVINO's own default is whatever is fastest on the processor.
-In bfloat16 only the encoder is; the decoder turns coordinates into phases, which 8 bits cannot
-hold, and takes little of the time.
+It computes in float32 unless asked for bfloat16, because OpenVINO's own default is the fastest type
+of the processor. Only the encoder computes in bfloat16. The decoder takes little of the time, and
+turns coordinates into phases, which bfloat16's 8 bits cannot hold.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +19,19 @@ import numpy as np
 from medsa_deploy.bundle.manifest import GraphContract
 from medsa_deploy.errors import BundleError, DeviceError, UsageError
 
-from .interface import PARTS, Array, ImagePart, TimedLayer
-from .tensor_contract import check_contract, decoder_inputs, mask_shape
+from .interface import Array, TimedLayer
+from .onnx_files import OnnxFilesBackend
+from .tensor_contract import check_contract
 
 TELEMETRY = "openvino_telemetry"
 
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Have OpenVINO take its telemetry for not installed.
+    """Hide OpenVINO's telemetry from it.
 
-    Importing it would report that to its vendor, and leave an identifier in the home folder.
+    With telemetry, importing OpenVINO reports to its vendor and leaves an identifier in the home
+    folder.
     """
     before = sys.modules.get(TELEMETRY)
     sys.modules[TELEMETRY] = None  # type: ignore[assignment]
@@ -58,8 +60,8 @@ class _Compiled:
     """Layer's name and operator → milliseconds of each run, where layers are timed."""
 
 
-class OpenVINOBackend:
-    """The graphs of a bundle, compiled for this processor."""
+class OpenVINOBackend(OnnxFilesBackend[_Compiled]):
+    """The graphs of a bundle, compiled for this processor. Any number of threads may use it."""
 
     name = "openvino"
 
@@ -67,7 +69,7 @@ class OpenVINOBackend:
         self,
         encoder: Path,
         decoder: Path,
-        graphs: dict[str, GraphContract],
+        graphs: Mapping[str, GraphContract],
         *,
         parts: Sequence[Path] = (),
         chunk: int = 1,
@@ -75,54 +77,33 @@ class OpenVINOBackend:
         bf16: bool = False,
         time_layers: bool = False,
     ) -> None:
-        """UsageError for bfloat16 on a processor without it. `chunk`: slices encoded together, for
-        which the encoder is compiled: OpenVINO fuses more where shapes are fixed."""
-        self.threads, self._time_layers = threads, time_layers
-        self._chunk = chunk
+        """See `OnnxFilesBackend`. UsageError for bfloat16 on a processor without it.
+
+        `chunk`: number of slices that the encoder is compiled for, because OpenVINO fuses more
+        nodes if shapes are fixed.
+        """
+        self._chunk, self._bf16 = chunk, bf16
         self._core = openvino.Core()
         if bf16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             name = self._core.get_property("CPU", "FULL_DEVICE_NAME")
             raise UsageError(
                 f"this processor ({name}) does not compute in bf16: use fp32, or int8-cpu"
             )
-        self._mask_shape = mask_shape(graphs["decoder"])
-        self._encoder = self._open(encoder, graphs["encoder"], batch=chunk, bf16=bf16)
-        self._decoder = self._open(decoder, graphs["decoder"])
-        roles = PARTS if parts else ()
-        self._parts = [self._open(p, graphs[r]) for r, p in zip(roles, parts, strict=True)]
-        self.splits = bool(parts)
-
-    def encode(self, image: Array) -> Array:
-        """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
-        chunks = [image[i : i + self._chunk] for i in range(0, len(image), self._chunk)]
-        found = [self._run(self._encoder, {"image": one})["image_embeddings"] for one in chunks]
-        return found[0] if len(found) == 1 else np.concatenate(found)
-
-    def decode(
-        self, image_embeddings: Array, point_coords: Array, point_labels: Array, mask: Array | None
-    ) -> tuple[Array, Array]:
-        """See `Backend.decode`."""
-        inputs = decoder_inputs(
-            image_embeddings, point_coords, point_labels, mask, self._mask_shape
+        super().__init__(
+            encoder, decoder, graphs, parts=parts, threads=threads, time_layers=time_layers
         )
-        found = self._run(self._decoder, inputs)
-        return found["low_res_masks"], found["iou_predictions"]
 
-    def decode_image(self, image_embeddings: Array) -> ImagePart:
-        """See `SplitsDecoder.decode_image`."""
-        return self._run(self._parts[0], {"image_embeddings": image_embeddings})
-
-    def decode_click(
-        self, image_part: ImagePart, point_coords: Array, point_labels: Array
-    ) -> tuple[Array, Array]:
-        """See `SplitsDecoder.decode_click`."""
-        prompts = {"point_coords": point_coords, "point_labels": point_labels}
-        found = self._run(self._parts[1], {**image_part, **prompts})
-        return found["low_res_masks"], found["iou_predictions"]
+    def encode(self, image: Array) -> Any:
+        """image (B, 3, S, S) → image_embeddings (B, 256, g, g)."""
+        starts = range(0, len(image), self._chunk)
+        embeddings = [
+            super(OpenVINOBackend, self).encode(image[i : i + self._chunk]) for i in starts
+        ]
+        return embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
 
     def facts(self) -> dict[str, Any]:
         """Version, arithmetic and threads."""
-        model = self._encoder.model
+        model = self._graphs["encoder"].model
         return {
             "backend": self.name,
             "version": openvino.get_version(),
@@ -130,28 +111,13 @@ class OpenVINOBackend:
             "threads": self.threads or "all",
         }
 
-    def layers(self) -> dict[str, list[TimedLayer]]:
-        """See `TimesLayers.layers`; empty if not opened for it."""
-        graphs = {"encoder": self._encoder, "decoder": self._decoder}
-        if self.splits:
-            graphs |= dict(zip(PARTS, self._parts, strict=True))
-        return {
-            name: [
-                TimedLayer(name=layer, operator=operator, samples_ms=tuple(ms))
-                for (layer, operator), ms in graph.times.items()
-            ]
-            for name, graph in graphs.items()
-            if graph.times
-        }
-
     def close(self) -> None:
-        """Release the graphs."""
-        del self._encoder, self._decoder, self._parts, self._core
+        """Release the graphs and the library's core."""
+        super().close()
+        del self._core
 
-    def _open(
-        self, path: Path, graph: GraphContract, *, batch: int | None = None, bf16: bool = False
-    ) -> _Compiled:
-        """A compiled graph whose tensors are the contract's. `batch`: of its one input, fixed."""
+    def _open(self, role: str, path: Path, contract: GraphContract) -> _Compiled:
+        bf16 = self._bf16 and role == "encoder"
         options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -164,9 +130,9 @@ class OpenVINOBackend:
         try:
             model = self._core.read_model(path)
             tensors = [_described(tensor) for tensor in (*model.inputs, *model.outputs)]
-            check_contract(path, tensors, graph)
-            if batch is not None:
-                model.reshape([batch, *graph.inputs[0].shape[1:]])
+            check_contract(path, tensors, contract)
+            if role == "encoder":
+                model.reshape([self._chunk, *contract.inputs[0].shape[1:]])
             return _Compiled(self._core.compile_model(model, "CPU", options))
         except BundleError:
             raise
@@ -174,24 +140,29 @@ class OpenVINOBackend:
             raise BundleError(f"{path} is not a graph OpenVINO can load: {_line(e)}") from e
 
     def _run(self, graph: _Compiled, inputs: dict[str, Array]) -> dict[str, Array]:
-        """Outputs by name."""
         try:
             request = graph.idle.pop()
         except IndexError:
             request = graph.model.create_infer_request()
         try:
-            found = request.infer(inputs)
+            outputs = request.infer(inputs)
             if self._time_layers:
-                _note(request.get_profiling_info(), graph.times)
-        except Exception as e:  # as above
+                _add_times(graph.times, request.get_profiling_info())
+        except Exception as e:  # RuntimeError and its own classes, from many layers
             raise DeviceError(f"OpenVINO failed: {_line(e)}") from e
         graph.idle.append(request)
-        return {output.get_any_name(): value for output, value in found.items()}
+        return {output.get_any_name(): array for output, array in outputs.items()}
+
+    def _timed_layers(self, graph: _Compiled) -> list[TimedLayer]:
+        return [
+            TimedLayer(name=name, operator=operator, samples_ms=tuple(ms))
+            for (name, operator), ms in graph.times.items()
+        ]
 
 
-def _note(found: Any, times: dict[tuple[str, str], list[float]]) -> None:
-    """Add the times of one run's layers."""
-    for layer in found:
+def _add_times(times: dict[tuple[str, str], list[float]], layers: Any) -> None:
+    """Add one run's times, as OpenVINO gives them."""
+    for layer in layers:
         if layer.status == openvino.ProfilingInfo.Status.EXECUTED:
             key = (layer.node_name, layer.node_type)
             times.setdefault(key, []).append(layer.real_time.total_seconds() * 1e3)
@@ -205,6 +176,6 @@ def _described(tensor: Any) -> tuple[str, str, list[int | None]]:
 
 
 def _line(error: BaseException) -> str:
-    """What OpenVINO said: the last line, after those that say where in its sources."""
+    """The last line of OpenVINO's message; those before it name places in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[-1][:300]

@@ -1,4 +1,4 @@
-"""The manifest's tensor contract → what a backend checks of its files, and feeds the decoder."""
+"""The manifest's tensor contract → the check of a graph's tensors, and the decoder's inputs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from medsa_deploy.errors import BundleError
 from .interface import Array
 
 Opened = tuple[str, str, Sequence[int | str | None]]
-"""Name, dtype and shape of a tensor of a file; a dynamic axis is not a number."""
+"""Name, dtype and shape of a file's tensor; the length of a dynamic axis is not a number."""
 
 
 def check_contract(path: Path, opened: Iterable[Opened], graph: GraphContract) -> None:
     """BundleError unless the file's tensors have the manifest's names, types and fixed axes."""
     described = (*graph.inputs, *graph.outputs)
     found = {name: f"{dtype} {_axes(shape)}" for name, dtype, shape in opened}
-    wanted = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
+    expected = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
     differing = [
-        f"{name} is {found.get(name, 'absent')}, the manifest says {wanted.get(name, 'absent')}"
-        for name in wanted | found
-        if found.get(name) != wanted.get(name)
+        f"{name} is {found.get(name, 'absent')}, the manifest says {expected.get(name, 'absent')}"
+        for name in expected | found
+        if found.get(name) != expected.get(name)
     ]
     if differing:
         raise BundleError(
@@ -34,7 +34,7 @@ def check_contract(path: Path, opened: Iterable[Opened], graph: GraphContract) -
 
 
 def mask_shape(decoder: GraphContract) -> tuple[int, ...] | None:
-    """Of one mask prompt, (1, 4g, 4g); None for a decoder without mask prompts."""
+    """Shape of one mask prompt, (1, 4g, 4g); None for a decoder without mask prompts."""
     shapes = (t.shape for t in decoder.inputs if t.name == "mask_input")
     return next((tuple(axis for axis in s if isinstance(axis, int)) for s in shapes), None)
 
@@ -46,15 +46,15 @@ def decoder_inputs(
     mask: Array | None,
     mask_shape: tuple[int, ...] | None,
 ) -> dict[str, Array]:
-    """What the decoder's graph takes for the arguments of `Backend.decode`."""
+    """The arguments of `Backend.decode` as the decoder's inputs, by name."""
     inputs = {
         "image_embeddings": image_embeddings,
         "point_coords": point_coords,
         "point_labels": point_labels,
     }
     if mask_shape is not None:
-        nothing = np.zeros((len(point_coords), *mask_shape), np.float32)
-        inputs["mask_input"] = nothing if mask is None else mask
+        no_mask = np.zeros((len(point_coords), *mask_shape), np.float32)
+        inputs["mask_input"] = no_mask if mask is None else mask
         inputs["has_mask_input"] = np.array([mask is not None], np.float32)
     return inputs
 

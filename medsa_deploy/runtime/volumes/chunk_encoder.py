@@ -1,4 +1,4 @@
-"""A volume's slices, encoded chunk by chunk as they are asked for."""
+"""A volume → the embeddings of its slices, encoded chunk by chunk as they are needed."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from statistics import median
+from typing import TYPE_CHECKING
 
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.decoding import Embedding
-from medsa_deploy.runtime.session import Session
 from medsa_deploy.transforms import PREPROCESSING
+
+if TYPE_CHECKING:
+    from medsa_deploy.runtime.session import Session
 
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 512 * 2**20
-"""Of embeddings, kept for when they are asked for again: 128 slices at an image size of 1024."""
+"""Memory for embeddings that may be needed again: 128 slices at an image size of 1024."""
 
 
 class ChunkEncoder:
-    """Encodes chunks of neighbouring slices, and keeps those of late; `len` counts slices.
+    """Encodes chunks of neighbouring slices, and keeps the latest; `len` is the number of slices.
 
-    Chunk s holds the slices s … s + D − 1. The last one is completed by repeating the last slice,
+    Chunk s holds the slices s … s + D − 1. The last chunk is completed by repeating the last slice,
     so that every slice is in a chunk. With an overlap, neighbouring chunks share slices.
     """
 
@@ -37,15 +40,14 @@ class ChunkEncoder:
         intensity_window: tuple[float, float] | None = None,
         on_slice: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """`on_slice` is told how many slices have been encoded.
-
-        ImageError for a volume of fewer slices than a chunk.
+        """`overlap`: slices that neighbouring chunks share. `on_slice` is called with the number of
+        slices encoded so far. ImageError for a volume of fewer slices than a chunk.
         """
         self.size = session.manifest.network.chunk
         if len(volume) < self.size:
             raise ImageError(
                 f"{volume.path} has {len(volume)} slices along axis {volume.axis}; this network "
-                f"sees {self.size} at a time: give a volume of as many"
+                f"sees {self.size} at a time: give a volume of {self.size} slices or more"
             )
         if not 0 <= overlap < self.size:
             raise UsageError(
@@ -58,7 +60,7 @@ class ChunkEncoder:
         step = self.size - overlap
         self.starts = tuple(range(0, len(volume) - overlap, step))
         """First slices of all chunks."""
-        self._given_window = intensity_window
+        self._chosen_window = intensity_window
         self._session = session
         self._volume = volume
         self._on_slice = on_slice
@@ -71,27 +73,24 @@ class ChunkEncoder:
 
     @cached_property
     def window(self) -> tuple[float, float] | None:
-        """Intensities of black and white in every slice; None: what the slices themselves say.
-
-        Reads the volume. ImageError where it shows nothing but one grey, as `volume_window` does.
-        """
-        return volume_window(self._session, self._volume, self._given_window)
+        """Intensities of black and white in every slice; see `volume_window`. Reads the volume."""
+        return volume_window(self._session, self._volume, self._chosen_window)
 
     def chunk(self, start: int) -> list[Embedding]:
-        """The embeddings of a chunk's slices, without what completes the last one."""
+        """The embeddings of a chunk's slices, without the repeated slices of the last chunk."""
         if start in self._kept:
             self._kept.move_to_end(start)
             return self._kept[start]
         last = len(self) - 1
         slices = [self._volume.slice(min(start + i, last)) for i in range(self.size)]
-        found = self._session.encode_slices(slices, intensity_window=self.window)
-        self._times += [sum(one.timings_ms.values()) for one in found]
-        # image parts are larger than embeddings and soon made: only those of the last chunk stay
-        for earlier, embeddings in self._kept.items():
-            self._kept[earlier] = [replace(one, image_part=None) for one in embeddings]
-        self._kept[start] = found[: len(self) - start]
-        bytes_each = self.size * found[0].values.nbytes
-        while len(self._kept) > max(1, KEPT_BYTES // bytes_each):
+        embeddings = self._session.encode_slices(slices, intensity_window=self.window)
+        self._times += [sum(embedding.timings_ms.values()) for embedding in embeddings]
+        # image parts are larger than embeddings and quick to compute: only the last chunk's stay
+        for earlier, kept in self._kept.items():
+            self._kept[earlier] = [replace(embedding, image_part=None) for embedding in kept]
+        self._kept[start] = embeddings[: len(self) - start]
+        chunk_bytes = self.size * embeddings[0].values.nbytes
+        while len(self._kept) > max(1, KEPT_BYTES // chunk_bytes):
             self._kept.popitem(last=False)
         self._seen |= self.slices(start)
         self._on_slice(len(self._seen))
@@ -106,26 +105,27 @@ class ChunkEncoder:
         return (start for start in self.starts if start <= index < start + self.size)
 
     def weight(self, start: int, index: int) -> float:
-        """A chunk's share in a slice, before division by all chunks' shares: most at its middle."""
+        """A chunk's weight in the blend of a slice: largest for the slice in its middle."""
         return min(index - start, self.size - 1 - (index - start)) + 1
 
     @property
     def encode_ms(self) -> float:
-        """Median over slices, preprocessing included; 0 before any."""
+        """Median over slices, preprocessing included; 0 before the first."""
         return median(self._times) if self._times else 0.0
 
 
 def volume_window(
-    session: Session, volume: Volume, given: tuple[float, float] | None
+    session: Session, volume: Volume, chosen: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    """The window that all slices share; None where they have display values or are stretched.
+    """The window that all slices share, so that equal tissue looks equal.
 
-    One window for all, so that equal tissue looks equal: `given`, else the bundle's, else the
-    file's own rendering, else from the volume's minimum to its maximum, with a warning. ImageError
-    if it shows the volume as one flat grey, or a voxel is NaN or infinite.
+    `chosen` by the caller, else the bundle's, else the file's own rendering, else from the volume's
+    minimum to its maximum, with a warning. None for slices with display values or a rendering, and
+    for preprocessing that stretches every slice. ImageError if the window shows the volume as one
+    flat grey, or a voxel is NaN or infinite.
     """
     conventions, display = session.conventions, volume.dtype == "uint8"
-    window = given or (None if display else conventions.intensity_window)
+    window = chosen or (None if display else conventions.intensity_window)
     if window is None and (display or volume.rendered):
         return None
     low, high = volume.intensity_range()

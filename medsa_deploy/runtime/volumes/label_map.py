@@ -1,4 +1,4 @@
-"""Logits of structures, slice by slice and in any order → one label map of a volume."""
+"""Logits of structures, slice by slice in any order → the label map of a volume."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from medsa_deploy.runtime.backends.interface import Array
 class LabelMap:
     """Every voxel has the label of the highest logit so far that is above a threshold.
 
-    Of equal logits the lower label wins, so the order in which they come does not matter.
+    Of equal logits the lower label wins, so the order in which they are added does not matter.
     """
 
-    def __init__(self, volume: Volume, cut: float, *, revisited: bool) -> None:
-        """`cut`: the logit that must be exceeded. `revisited`: slices are added to more than once,
-        for which the highest logits are kept: 4 bytes a voxel of the slices that have any."""
-        axes = (volume.axis, *volume.plane_axes)  # a slice's voxels beside each other in memory
+    def __init__(self, volume: Volume, threshold_logit: float, *, revisited: bool) -> None:
+        """`threshold_logit`: the logit that must be exceeded. `revisited`: slices are added to more
+        than once. The highest logits are kept for that, 4 bytes per voxel of the added slices."""
+        axes = (volume.axis, *volume.plane_axes)  # a slice's voxels are neighbours in memory
         slices = np.zeros([volume.shape[axis] for axis in axes], np.uint8)
         self.labels: NDArray[np.uint8] = slices.transpose(np.argsort(axes))
         """(X, Y, Z) in the volume's stored order; 0 is background."""
         self._volume = volume
-        self._cut = cut
+        self._threshold_logit = threshold_logit
         self._highest: dict[int, Array] | None = {} if revisited else None
 
     def add(self, index: int, logits: Array, labels: Sequence[int]) -> None:
-        """Logits (n, H, W) of a slice, and the label that each of the n stands for."""
+        """Add the logits (n, H, W) of a slice, and the label of each of the n."""
         plane = self._volume.plane(self.labels, index)
         highest = None if self._highest is None else self._highest.get(index)
         if highest is None:
-            highest = np.full(plane.shape, self._cut, np.float32)
+            highest = np.full(plane.shape, self._threshold_logit, np.float32)
         for candidate, label in zip(logits, labels, strict=True):
             wins = candidate > highest
             wins |= (candidate == highest) & (label < plane)

@@ -1,8 +1,8 @@
 """A volume and prompts in its voxels → a label map, slice by slice.
 
-Only chunks that a prompt asks for, or a mask is followed into, are encoded. A slice's logits go
-into the label map as soon as all chunks that hold it are decoded; only where masks may meet from
-two prompts are they kept longer, at low resolution.
+Chunks are encoded only if they have a prompt, or a mask is followed into them. A slice's logits go
+into the label map as soon as all chunks that hold it are decoded. If a mask may reach a slice from
+two prompts, its logits are kept until then, at low resolution.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import inf
 from statistics import median
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,7 @@ from medsa_deploy import transforms
 from medsa_deploy.errors import UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.backends.interface import Array
-from medsa_deploy.runtime.decoding import SETS_AT_ONCE, decode
-from medsa_deploy.runtime.session import Session
+from medsa_deploy.runtime.decoding import SETS_AT_ONCE
 from medsa_deploy.transforms import Frame, Prompt
 
 from .chunk_encoder import ChunkEncoder
@@ -38,10 +38,13 @@ from .structures import (
     slice_prompts,
 )
 
+if TYPE_CHECKING:
+    from medsa_deploy.runtime.session import Session
+
 MARGIN = 3.0
 """Pixels by which the box of a mask is enlarged to prompt the next slice."""
 KEPT_BYTES = 256 * 2**20
-"""Of logits between the prompts of structures that are followed together."""
+"""Memory for logits between the prompts of structures that are followed together."""
 
 Work = dict[int, dict[int, dict[int, Prompt]]]
 """Chunk → slice → structure → its prompt set."""
@@ -51,35 +54,48 @@ Boxes = dict[int, Array | None]
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeOptions:
-    """How a volume is segmented."""
+    """How a volume is segmented.
+
+    >>> from medsa_deploy import VolumeOptions
+    >>> followed = VolumeOptions(intensity_window=(-175, 250), propagate=True, margin=5)
+    """
 
     intensity_window: tuple[float, float] | None = None
-    """Intensities of black and white; None: the bundle's, or the file's."""
+    """Intensities of black and white; None for the bundle's, or the file's."""
     threshold: float | None = None
-    """Probability above which a voxel belongs to a mask; None: the bundle's."""
+    """Probability above which a voxel belongs to a mask; None for the bundle's."""
     overlap: int = 0
     """Slices that neighbouring chunks of a 3D network share; their logits are blended."""
     propagate: bool = False
     """Follow each mask into the slices beyond the prompts, until it is empty."""
     margin: float | None = None
-    """Pixels by which the box of a mask that is followed is enlarged on every side; None: 3."""
+    """Pixels added on every side of a followed mask's box; None for 3. Only with `propagate`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VolumePrediction:
-    """What came of a volume."""
+    """The label map of a volume.
+
+    >>> from medsa_deploy import Structure, load, read_volume
+    >>> volume = read_volume("ct.nii.gz")
+    >>> with load("liver.medsa") as session:
+    ...     prediction = session.segment_volume(volume, [Structure(points=((20, 15, 2),))])
+    >>> prediction.labels.shape, prediction.labels.dtype.name, prediction.slices
+    ((40, 30, 5), 'uint8', (2,))
+    """
 
     labels: NDArray[np.uint8]
-    """(X, Y, Z) in the volume's stored order: 0 background, else a number from 1."""
+    """(X, Y, Z) in the volume's stored order: 0 for background, else a number from 1."""
     names: tuple[str, ...]
-    """What label k is called: `names[k − 1]`."""
+    """The name of label k is `names[k − 1]`."""
     slices: tuple[int, ...]
     """Slices that were segmented, in order; all others are background."""
     intensity_window: tuple[float, float] | None
+    """Intensities that were mapped to black and white in every slice; see `volume_window`."""
     timings_ms: dict[str, float]
-    """Medians of a slice: `encode`, preprocessing included, and `decode`, all its structures."""
+    """Medians over slices: `encode` includes preprocessing, `decode` all structures of a slice."""
     degraded: str | None = None
-    """Why another backend than the one asked for made some of it, where a fallback did."""
+    """Why a fallback backend made some of it; None if the backend that was asked for made all."""
 
 
 def segment_volume(
@@ -90,18 +106,29 @@ def segment_volume(
     *,
     on_slice: Callable[[int, int], None] = lambda done, total: None,
 ) -> VolumePrediction:
-    """Segment the slices that prompts are for and, with `propagate`, those their masks reach.
+    """Segment the slices that have prompts and, with `propagate`, those that the masks reach.
 
-    Where labels overlap, a voxel belongs to the one with the highest logit. `on_slice` is told how
-    many slices are encoded, and how many will be at most. PromptError for prompts that cannot be
-    used, ImageError for a volume that cannot be.
+    If labels overlap, a voxel belongs to the one with the highest logit. `on_slice` is called with
+    the number of slices encoded so far, and the most that will be. PromptError for prompts that
+    cannot be used, ImageError for a volume that cannot be used.
+
+    >>> from medsa_deploy import Structure, VolumeOptions, load, read_volume, segment_volume
+    >>> volume = read_volume("ct.nii.gz")
+    >>> liver = Structure(boxes=((5, 5, 1, 30, 25, 4),), name="liver")
+    >>> window = VolumeOptions(intensity_window=(-175, 250))
+    >>> with load("liver.medsa") as session:
+    ...     prediction = segment_volume(session, volume, [liver], window)
+    >>> prediction.names, prediction.slices
+    (('liver',), (1, 2, 3))
     """
     options = options or VolumeOptions()
     margin = _margin(options)
-    given = options.threshold
-    cut = transforms.probability_to_logit(session.conventions.threshold if given is None else given)
+    threshold = options.threshold
+    if threshold is None:
+        threshold = session.conventions.threshold
+    threshold_logit = transforms.probability_to_logit(threshold)
     labels_of = labelling(structures, session.manifest)
-    prompts = [slice_prompts(one, volume) for one in structures]
+    prompts = [slice_prompts(structure, volume) for structure in structures]
     total = len(volume)
     encoder = ChunkEncoder(
         session,
@@ -111,8 +138,8 @@ def segment_volume(
         on_slice=lambda done: on_slice(done, total),
     )
     work = _prompted(prompts, encoder, session)
-    label_map = LabelMap(volume, cut, revisited=len(structures) > 1)
-    run = _Run(session, encoder, labels_of, label_map, cut)
+    label_map = LabelMap(volume, threshold_logit, revisited=len(structures) > 1)
+    run = _Run(session, encoder, labels_of, label_map, threshold_logit)
     if options.propagate:
         run.propagate(work, margin)
     else:
@@ -129,7 +156,7 @@ def segment_volume(
 
 
 def _margin(options: VolumeOptions) -> float:
-    """The margin that is meant; UsageError for one that cannot be used."""
+    """The margin in pixels; UsageError for one that cannot be used."""
     if options.margin is None:
         return MARGIN
     if not options.propagate:
@@ -140,32 +167,32 @@ def _margin(options: VolumeOptions) -> float:
 
 
 def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: Session) -> Work:
-    """What the prompts ask for, chunk by chunk.
+    """The prompt sets, chunk by chunk.
 
-    A set for the whole chunk segments all of its slices; where a structure has boxes, no slice
-    beyond them. Where chunks overlap, background clicks alone are left to the chunk that has the
-    foreground, too.
+    If prompts are for a whole chunk, they segment all of its slices, or if a structure has boxes,
+    only the slices of the boxes. If chunks overlap, background clicks without foreground are left
+    to a chunk that has both.
     """
     whole = encoder.size > 1 and session.conventions.prompt_scope == "chunk"
     work: Work = defaultdict(lambda: defaultdict(dict))
-    wanted = [
+    with_foreground = [
         {start for i in of_slices if has_foreground(of_slices[i]) for start in encoder.holding(i)}
         for of_slices in prompts
     ]
     for start in encoder.starts:
         slices = sorted(encoder.slices(start))
         for structure, of_slices in enumerate(prompts):
-            here = {index: of_slices[index] for index in slices if index in of_slices}
-            if whole and here:
-                if start not in wanted[structure] and all(
-                    wanted[structure] & set(encoder.holding(index)) for index in here
+            in_chunk = {index: of_slices[index] for index in slices if index in of_slices}
+            if whole and in_chunk:
+                if start not in with_foreground[structure] and all(
+                    with_foreground[structure] & set(encoder.holding(index)) for index in in_chunk
                 ):
                     continue
                 boxed = any(prompt.box is not None for prompt in of_slices.values())
-                shared = shared_prompt(here.values())
+                shared = shared_prompt(in_chunk.values())
                 check_foreground(shared, f"the chunk of slices {slices[0]}…{slices[-1]}")
-                here = dict.fromkeys(here if boxed else slices, shared)
-            for index, prompt in here.items():
+                in_chunk = dict.fromkeys(in_chunk if boxed else slices, shared)
+            for index, prompt in in_chunk.items():
                 check_foreground(prompt, f"slice {index}")
                 work[start][index][structure] = prompt
     return work
@@ -180,72 +207,72 @@ class _Run:
         encoder: ChunkEncoder,
         labelling: Labelling,
         label_map: LabelMap,
-        cut: float,
+        threshold_logit: float,
     ) -> None:
         self.session = session
         self.encoder = encoder
         self.label_map = label_map
         self.masks = [[mask for mask, _ in channels] for channels in labelling.channels]
-        """For each structure, the decoder's masks that are wanted of it."""
+        """For each structure, the decoder's masks that it needs."""
         self.labels = [[label for _, label in channels] for channels in labelling.channels]
-        """And the labels they become."""
-        self.cut = cut
+        """For each structure, the labels that these masks become."""
+        self.threshold_logit = threshold_logit
         """The logit above which a pixel belongs to a mask."""
         self.decode_ms: dict[int, float] = defaultdict(float)
-        """Of every slice that was segmented."""
+        """Slice → milliseconds, for every slice that was segmented."""
         self.frame: Frame | None = None
 
     def segment(self, work: Work) -> None:
-        """Segment what the prompts ask for."""
+        """Segment the slices that have prompts."""
         for index, structure, logits in self._decoded(work):
             self._label(index, structure, self._pixels(logits))
 
     def propagate(self, work: Work, margin: float) -> None:
-        """Segment what the prompts ask for, and follow structures upwards and downwards from it.
+        """Segment the slices that have prompts, and follow structures up and down from there.
 
-        The next slice is prompted by the box of the mask before it. A slice that is reached from
-        both sides gets the mean of the two.
+        The box of a mask prompts the next slice. A slice that is reached from both sides gets the
+        mean of the two.
         """
         prompted: list[Boxes] = [{} for _ in self.masks]
         for index, structure, logits in self._decoded(work):
             pixels = self._pixels(logits)
-            prompted[structure][index] = _box(pixels > self.cut, margin)
+            prompted[structure][index] = _box(pixels > self.threshold_logit, margin)
             self._label(index, structure, pixels)
-        for some in self._few(prompted):
-            self._follow(some, margin)
+        for batch in self._batches_within_memory(prompted):
+            self._follow(batch, margin)
 
-    def _few(self, prompted: Sequence[Boxes]) -> Iterator[Sequence[Boxes]]:
-        """The structures' boxes, those of a few structures at a time.
+    def _batches_within_memory(self, prompted: Sequence[Boxes]) -> Iterator[Sequence[Boxes]]:
+        """The structures' boxes, as many structures at a time as fit into `KEPT_BYTES`.
 
-        Between two prompts a structure's logits are kept until the slices are reached from above:
-        of so many structures at a time as fit into `KEPT_BYTES`.
+        Between two prompts a structure's logits are kept until the slices are reached from above.
+        The boxes of structures that are not in a batch are empty.
         """
-        some: list[Boxes] = [{} for _ in prompted]
+        batch: list[Boxes] = [{} for _ in prompted]
         kept = 0
         for structure, boxes in enumerate(prompted):
             between = max(boxes) - min(boxes) + 1 - len(boxes) if boxes else 0
             logits = 16 * self.session.manifest.network.embedding_size**2
             needed = 4 * logits * between * len(self.masks[structure])
             if kept and kept + needed > KEPT_BYTES:
-                yield some
-                some, kept = [{} for _ in prompted], 0
-            some[structure] = boxes
+                yield batch
+                batch, kept = [{} for _ in prompted], 0
+            batch[structure] = boxes
             kept += needed
-        yield some
+        yield batch
 
     def _follow(self, prompted: Sequence[Boxes], margin: float) -> None:
         """Follow structures from the boxes around their masks."""
         from_below: dict[tuple[int, int], Array] = {}
         upwards = range(len(self.encoder))
         for index, structure, logits, pixels in self._followed(prompted, upwards, margin):
-            if index < max(prompted[structure]):  # it may be reached from above, too
+            if index < max(prompted[structure]):  # it may also be reached from above
                 from_below[index, structure] = logits
             else:
                 self._label(index, structure, pixels)
         for index, structure, logits, pixels in self._followed(prompted, upwards[::-1], margin):
-            other = from_below.pop((index, structure), None)
-            if other is not None:
-                pixels = self._pixels(np.mean([logits, other], axis=0, dtype=np.float32))
+            below = from_below.pop((index, structure), None)
+            if below is not None:
+                pixels = self._pixels(np.mean([logits, below], axis=0, dtype=np.float32))
             self._label(index, structure, pixels)
         for (index, structure), logits in from_below.items():
             self._label(index, structure, self._pixels(logits))
@@ -253,7 +280,7 @@ class _Run:
     def _followed(
         self, prompted: Sequence[Boxes], order: Sequence[int], margin: float
     ) -> Iterator[tuple[int, int, Array, Array]]:
-        """(slice, structure, logits, their pixels) of slices that are followed into, one way."""
+        """(slice, structure, logits, their pixels) of slices that masks reach, one way."""
         boxes: Boxes = dict.fromkeys(range(len(prompted)))
         for index in order:
             boxes |= {i: known[index] for i, known in enumerate(prompted) if index in known}
@@ -266,7 +293,7 @@ class _Run:
                 work = {start: {index: sets} for start in self.encoder.holding(index)}
                 for _, structure, logits in self._decoded(work):
                     pixels = self._pixels(logits)
-                    boxes[structure] = _box(pixels > self.cut, margin)
+                    boxes[structure] = _box(pixels > self.threshold_logit, margin)
                     yield index, structure, logits, pixels
 
     def _decoded(self, work: Work) -> Iterator[tuple[int, int, Array]]:
@@ -292,14 +319,14 @@ class _Run:
         """(structure, logits of its masks) of one chunk's slice, for every structure's set."""
         embedding = self.encoder.chunk(start)[index - start]
         self.frame = embedding.frame
-        backend, manifest = self.session.backend, self.session.manifest
         structures = list(sets)
         for first in range(0, len(structures), SETS_AT_ONCE):
-            some = structures[first : first + SETS_AT_ONCE]  # all logits at once would be too many
-            begun = perf_counter()
-            logits, _ = decode(backend, manifest, embedding, [sets[one] for one in some])
-            self.decode_ms[index] += 1e3 * (perf_counter() - begun)
-            for structure, of_set in zip(some, logits, strict=True):
+            # all logits at once would be too many
+            batch = structures[first : first + SETS_AT_ONCE]
+            start_time = perf_counter()
+            logits, _ = self.session.decode_logits(embedding, [sets[i] for i in batch])
+            self.decode_ms[index] += 1e3 * (perf_counter() - start_time)
+            for structure, of_set in zip(batch, logits, strict=True):
                 yield structure, of_set[self.masks[structure]]
 
     def _pixels(self, logits: Array) -> Array:
@@ -328,6 +355,6 @@ def _box(inside: NDArray[np.bool_], margin: float) -> Array | None:
 
 
 def _box_prompt(box: Array) -> Prompt:
-    """A prompt set of nothing but a box."""
-    none = np.zeros((0, 2), np.float32)
-    return Prompt(points=none, labels=none[:, 0], box=box, mask=None)
+    """A prompt set with a box only."""
+    no_points = np.zeros((0, 2), np.float32)
+    return Prompt(points=no_points, labels=no_points[:, 0], box=box, mask=None)

@@ -13,25 +13,30 @@ from medsa_deploy.images.volume import Volume, VolumeBox
 from medsa_deploy.transforms import Prompt
 
 MOST_LABELS = 255
-"""In a label map of uint8, beside the background."""
+"""Labels that a label map of uint8 can hold, beside the background."""
 
 SlicePrompts = dict[int, Prompt]
-"""Slice → what is prompted there, in pixels of the slice."""
+"""Slice → its prompt set, in pixels of the slice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What is to be segmented as one, and where it was pointed at: x, y, z in voxels."""
+    """An object to segment in a volume, with its prompts: x, y, z in voxels.
+
+    >>> from medsa_deploy import Structure
+    >>> liver = Structure(boxes=((5, 5, 1, 30, 25, 4),), name="liver")
+    >>> vessel = Structure(points=((12, 20, 2), (30, 4, 2)), labels=(1, 0), name="vessel")
+    """
 
     points: tuple[tuple[float, float, float], ...] = ()
     labels: tuple[int, ...] = ()
-    """1 foreground, 0 background, for each point."""
+    """One for each point: 1 foreground, 0 background."""
     boxes: tuple[VolumeBox, ...] = ()
-    """x0, y0, z0, x1, y1, z1; corners are edges. On a slice there may be one."""
+    """x0, y0, z0, x1, y1, z1; voxel i reaches from i to i + 1. At most one box on each slice."""
     name: str | None = None
-    """What its label is called; structures of one name share a label."""
+    """The name of its label; structures of one name share a label."""
     class_name: str | None = None
-    """For a network of several classes: the only class wanted of these prompts."""
+    """For a network of several classes: the only class to segment with these prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,64 +44,71 @@ class Labelling:
     """Which label each structure's masks become."""
 
     names: tuple[str, ...]
-    """What label k is called: `names[k − 1]`."""
+    """The name of label k is `names[k − 1]`."""
     channels: tuple[tuple[tuple[int, int], ...], ...]
-    """For each structure, (mask of the decoder, label) of the masks that are wanted."""
+    """For each structure, (mask of the decoder, label) of the masks that it needs."""
+
+
+def class_names(manifest: Manifest) -> tuple[str, ...]:
+    """Names of a network's classes: the bundle's, else "class 1"…, or "mask" for a lone one."""
+    classes = manifest.network.classes if manifest.network.outputs == "classes" else 1
+    names = manifest.conventions.class_names
+    if classes > 1:
+        return names or tuple(f"class {i + 1}" for i in range(classes))
+    return names[:1] or ("mask",)
 
 
 def labelling(structures: Sequence[Structure], manifest: Manifest) -> Labelling:
-    """Labels count the classes of a network that has several, and else the structures' names.
+    """Labels are the classes of a network that has several, and otherwise the structures' names.
 
     PromptError for a class that the network does not have, no structures, or too many labels.
     """
     if not structures:
         raise PromptError("there is no structure to segment: give one with points or a box")
-    classes = manifest.network.classes if manifest.network.outputs == "classes" else 1
-    given = manifest.conventions.class_names
-    if classes > MOST_LABELS:
-        raise PromptError(f"this network has {classes} classes; a label map holds {MOST_LABELS}")
-    if classes > 1:
-        names = given or tuple(f"class {i + 1}" for i in range(classes))
-        every = tuple((i, i + 1) for i in range(classes))
-        return Labelling(
-            names=names, channels=tuple(_channels(one, names, every) for one in structures)
+    classes = class_names(manifest)
+    if len(classes) > MOST_LABELS:
+        raise PromptError(
+            f"this network has {len(classes)} classes; a label map holds {MOST_LABELS}"
         )
-    lone = given[0] if given else "mask"
-    for one in structures:
-        if one.class_name not in (None, *given):
+    if len(classes) > 1:
+        channels = tuple(_channels(structure, classes) for structure in structures)
+        return Labelling(names=classes, channels=channels)
+    for structure in structures:
+        if structure.class_name not in (None, *manifest.conventions.class_names):
             raise PromptError(
-                f"the class {one.class_name!r} was asked for, but this network has one class: "
-                "give the structure a name instead"
+                f"the class {structure.class_name!r} was asked for, but this network has one "
+                "class: give the structure a name instead"
             )
-    called = [
-        one.name or one.class_name or (lone if len(structures) == 1 else f"structure {i}")
-        for i, one in enumerate(structures, 1)
+    lone = classes[0] if len(structures) == 1 else None
+    label_names = [
+        structure.name or structure.class_name or lone or f"structure {i}"
+        for i, structure in enumerate(structures, 1)
     ]
-    names = tuple(dict.fromkeys(called))
+    names = tuple(dict.fromkeys(label_names))
     if len(names) > MOST_LABELS:
         raise PromptError(
             f"{len(names)} structures of different names were given; a label map holds "
             f"{MOST_LABELS}: segment them in several runs"
         )
-    return Labelling(names=names, channels=tuple(((0, names.index(c) + 1),) for c in called))
+    channels = tuple(((0, names.index(name) + 1),) for name in label_names)
+    return Labelling(names=names, channels=channels)
 
 
-def _channels(
-    one: Structure, names: tuple[str, ...], every: tuple[tuple[int, int], ...]
-) -> tuple[tuple[int, int], ...]:
-    """The masks wanted of one structure by a network of several classes."""
-    if one.name is not None:
+def _channels(structure: Structure, classes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """The (mask, label) pairs of one structure in a network of several classes."""
+    if structure.name is not None:
         raise PromptError(
-            f"the structure is called {one.name!r}, but this network's masks are its classes: "
-            "give a class instead of a name, or neither for all"
+            f"the structure is called {structure.name!r}, but this network's masks are its "
+            "classes: give a class instead of a name, or neither for all"
         )
-    if one.class_name is None:
-        return every
-    if one.class_name not in names:
+    if structure.class_name is None:
+        return tuple((i, i + 1) for i in range(len(classes)))
+    if structure.class_name not in classes:
         raise PromptError(
-            f"this network has no class {one.class_name!r}; it has: {', '.join(names)}"
+            f"this network has no class {structure.class_name!r}; it has: {', '.join(classes)}"
         )
-    return (every[names.index(one.class_name)],)
+    index = classes.index(structure.class_name)
+    return ((index, index + 1),)
 
 
 def slice_prompts(structure: Structure, volume: Volume) -> SlicePrompts:
@@ -106,8 +118,8 @@ def slice_prompts(structure: Structure, volume: Volume) -> SlicePrompts:
         index, x, y = volume.locate(point)
         points.setdefault(index, []).append((x, y, label))
     boxes: dict[int, np.ndarray] = {}
-    for given in structure.boxes:
-        slices, box = volume.locate_box(given)
+    for volume_box in structure.boxes:
+        slices, box = volume.locate_box(volume_box)
         for index in slices:
             if index in boxes:
                 raise PromptError(
@@ -125,27 +137,27 @@ def slice_prompts(structure: Structure, volume: Volume) -> SlicePrompts:
 
 def shared_prompt(prompts: Iterable[Prompt]) -> Prompt:
     """The prompts of several slices as one set, with the smallest box around all their boxes."""
-    found = list(prompts)
-    boxes = [prompt.box for prompt in found if prompt.box is not None]
+    prompts = list(prompts)
+    boxes = [prompt.box for prompt in prompts if prompt.box is not None]
     around = None
     if boxes:
         corners = np.stack(boxes)
         around = np.concatenate([corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)])
     return Prompt(
-        points=np.concatenate([prompt.points for prompt in found]),
-        labels=np.concatenate([prompt.labels for prompt in found]),
+        points=np.concatenate([prompt.points for prompt in prompts]),
+        labels=np.concatenate([prompt.labels for prompt in prompts]),
         box=around,
         mask=None,
     )
 
 
 def has_foreground(prompt: Prompt) -> bool:
-    """Whether a set says where a structure is, and not only where it is not."""
+    """Whether a set has a box or a foreground click, and not background clicks only."""
     return prompt.box is not None or bool((prompt.labels == 1).any())
 
 
 def check_foreground(prompt: Prompt, where: str) -> None:
-    """PromptError for a set that says only what a structure is not."""
+    """PromptError for a set of background clicks only."""
     if not has_foreground(prompt):
         raise PromptError(
             f"{where} has background clicks only: add a foreground click or a box there, "

@@ -101,7 +101,7 @@ def _segment_slices(session: Session) -> tuple[list[PromptResult], float]:
             box, click = box_around(label), inner_point(label)
             for prompt, points in (("box", None), ("box + click", [click])):
                 prediction = session.segment(embedding, box=box, points=points)
-                found = dice(prediction.masks[0, 0], label)
+                found = dice(prediction.mask, label)
                 results.append(PromptResult(slice=index, structure=name, prompt=prompt, dice=found))
     return results, median(encode_ms)
 
@@ -114,5 +114,5 @@ def _overlay_and_clicks(session: Session, path: Path) -> float:
     box = box_around(label)
     predictions = [session.segment(embedding, box=box) for _ in range(NEXT_CLICKS)]
     background = image.pixels.astype(np.float32) / image.pixels.max() * 255
-    write_overlay(path, background, predictions[0].masks[0, 0], boxes=[box])
+    write_overlay(path, background, predictions[0].mask, boxes=[box])
     return median(sum(prediction.timings_ms.values()) for prediction in predictions)

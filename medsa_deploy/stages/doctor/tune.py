@@ -14,8 +14,8 @@ from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation.latency_worker import Work, run_once, seeded_work
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime import load, tuning
-from medsa_deploy.runtime.loading import DEFAULT
-from medsa_deploy.runtime.tuning import TUNED, Choice, Tuned
+from medsa_deploy.runtime.backends.registry import BackendName
+from medsa_deploy.runtime.tuning import TUNABLE, Choice
 
 ROUNDS = 3
 """How often every candidate has its turn, so that a busy moment falls on more than one."""
@@ -24,7 +24,7 @@ SECONDS = 1.0
 MARGIN = 0.95
 """A candidate replaces the default only if it takes less than this share of the default's time."""
 
-Setting = tuple[Tuned, int | None]
+Setting = tuple[BackendName, int | None]
 """A backend and its number of threads."""
 
 
@@ -32,7 +32,7 @@ Setting = tuple[Tuned, int | None]
 class Candidate:
     """A backend with a number of threads, measured."""
 
-    backend: Tuned
+    backend: BackendName
     threads: int | None
     """None for all cores, as the backend counts them."""
     first_click_ms: float
@@ -89,14 +89,13 @@ def fastest(candidates: tuple[Candidate, ...]) -> Candidate:
 
 def _settings() -> list[Setting]:
     """Backends and threads to try; the default first."""
-    installed = [backend for backend in TUNED if find_spec(backend) is not None]
-    default_first = sorted(installed, key=lambda backend: backend != DEFAULT)
+    installed = [backend for backend in TUNABLE if find_spec(backend) is not None]
     fewer = dict.fromkeys(machine.cores() // part for part in (2, 4))
     threads = [None, *(count for count in fewer if count)]
-    return [(backend, count) for backend in default_first for count in threads]
+    return [(backend, count) for backend in installed for count in threads]
 
 
-def _turn(bundle: Path, work: Work, backend: str, threads: int | None) -> list[float]:
+def _turn(bundle: Path, work: Work, backend: BackendName, threads: int | None) -> list[float]:
     """Milliseconds of first clicks."""
     samples_ms: list[float] = []
     with load(bundle, backend=backend, threads=threads) as session:

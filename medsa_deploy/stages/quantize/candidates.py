@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from medsa_deploy.bundle.manifest import Manifest, Parity
+from medsa_deploy.bundle.manifest import GraphContract, Manifest, Parity
 from medsa_deploy.errors import DeviceError
 from medsa_deploy.evaluation.cases import Case
 from medsa_deploy.evaluation.parity import compare_cases, parity_failures, run_case, summarise
@@ -90,7 +89,7 @@ class RecordingBackend(OnnxRuntimeBackend):
         self._watchers = on_value
         super().__init__(encoder, decoder, made.graphs, threads=threads)
 
-    def _open(self, path: Path, graph: Any) -> ort.InferenceSession:
+    def _open(self, role: str, path: Path, contract: GraphContract) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         # in the graph's own order: by default every value that is watched is kept until the end
@@ -99,13 +98,12 @@ class RecordingBackend(OnnxRuntimeBackend):
             options.intra_op_num_threads = self.threads
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def _run(self, session: ort.InferenceSession, inputs: dict[str, Array]) -> list[Array]:
-        graph = "encoder" if session is self._encoder else "decoder"
-        names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(names, inputs), strict=True))
-        contract = [np.asarray(found.pop(name)) for name in self._named[graph]]
-        if not all(np.isfinite(value).all() for value in contract):
-            raise DeviceError(f"the float32 {graph} gives NaN or Inf: export the checkpoint again")
-        for name, value in found.items():
-            self._watchers[graph](name, value)
+    def _run(self, graph: ort.InferenceSession, inputs: dict[str, Array]) -> dict[str, Array]:
+        role = "encoder" if graph is self._graphs["encoder"] else "decoder"
+        outputs = super()._run(graph, inputs)
+        contract = {name: np.asarray(outputs.pop(name)) for name in self._named[role]}
+        if not all(np.isfinite(value).all() for value in contract.values()):
+            raise DeviceError(f"the float32 {role} gives NaN or Inf: export the checkpoint again")
+        for name, value in outputs.items():
+            self._watchers[role](name, value)
         return contract

@@ -21,7 +21,7 @@ from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime.backends.interface import PARTS
-from medsa_deploy.runtime.loading import OWN_ENCODERS, check_options
+from medsa_deploy.runtime.backends.registry import GRAPH_ROLES, OWN_ENCODERS, check_options
 
 from .calibration import find_sources, hold_out, image_cases
 from .candidates import CandidateRunner
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp16", "int8", "int8-cpu")
 """What is made here; files of these names that no manifest lists are leftovers."""
-GRAPH_ROLES = ("encoder", *OWN_ENCODERS.values(), "decoder", *PARTS, "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +162,7 @@ def _entries(made: Manifest, added: Made) -> list[File]:
     """The manifest's entries for new files, each still in the folder it was made in."""
     entries = []
     for role, paths in added.graphs.items():
-        opset = made.file("encoder" if role in OWN_ENCODERS.values() else role).opset
+        opset = made.file("encoder" if role in OWN_ENCODERS else role).opset
         for i, path in enumerate(paths):
             entries.append(
                 describe_file(

@@ -1,8 +1,8 @@
-"""A bundle, images and prompts → masks, overlays and scores."""
+"""A session, an image or a folder of images, and prompts → mask files, overlays and scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +29,25 @@ from medsa_deploy.images import (
     write_overlay,
 )
 from medsa_deploy.images.files import check_writable, output_file, suffix
+from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.transforms import NO_MASK_PROMPTS
 from medsa_deploy.transforms.intensities import intensities
+
+from .prompt_file import row_text
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """The prompts of one call, the same on every image: x, y in pixels."""
+    """The prompts for an image, or for every image of a folder: x, y in pixels."""
 
     points: tuple[tuple[float, float], ...] = ()
     labels: tuple[int, ...] = ()
+    """For each point: 1 foreground, 0 background."""
     boxes: tuple[tuple[float, float, float, float], ...] = ()
+    """x0, y0, x1, y1; several boxes are several objects."""
     mask: Path | None = None
     """`.npy` with (4g, 4g) logits of an earlier prediction."""
 
@@ -62,17 +67,37 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTargets:
-    """Where results go: files for one image, folders for a folder of images."""
+    """Where results are written: files for an image or a volume, folders for a folder of images."""
 
     mask: Path | None = None
     overlay: Path | None = None
     logits: Path | None = None
-    """`.npy` (P, K, 4g, 4g), for a further call's mask prompt."""
+    """`.npy` (P, K, 4g, 4g), for the mask prompt of a later call."""
+
+    def paths(self) -> list[Path]:
+        """The paths that are set."""
+        return [path for path in (self.mask, self.overlay, self.logits) if path is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How an image is read and segmented."""
+
+    axis: int | None = None
+    """Axis along which a volume is sliced."""
+    index: int | None = None
+    """The slice of a volume to segment as an image."""
+    intensity_window: tuple[float, float] | None = None
+    """Intensities of black and white; None: the bundle's, or the file's."""
+    threshold: float | None = None
+    """Probability above which a pixel belongs to a mask; None: the bundle's."""
+    multimask: bool = False
+    """Decode SAM's three candidates, and write the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """What came of one image."""
+    """The result for one image."""
 
     image: Path
     mask: Path | None = None
@@ -87,69 +112,105 @@ class Segmentation:
     intensity_window: tuple[float, float] | None = None
     timings_ms: dict[str, float] | None = None
     degraded: str | None = None
-    """Why another backend than the one asked for made it, where a fallback did."""
+    """Why a fallback segmented the image instead of the backend that was asked for."""
     error: str | None = None
-    """Why this image of a folder has no mask; the others were segmented."""
+    """Why this image of a folder has no mask; the other images were segmented."""
 
 
-def segment_images(
-    session: Session,
-    image: Path,
-    prompts: Prompts,
-    outputs: MaskTargets,
-    *,
-    axis: int | None = None,
-    index: int | None = None,
-    intensity_window: tuple[float, float] | None = None,
-    threshold: float | None = None,
-    multimask: bool = False,
-    on_image: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Segmentation]:
-    """Segment one image, or every image of a folder with the same prompts.
-
-    In a folder an image that cannot be segmented is reported in its place. `on_image` is told how
-    many images are done, and of how many.
-    """
-    if prompts.mask is not None and session.manifest.network.mask_prompt_size is None:
-        raise PromptError(NO_MASK_PROMPTS)
-    options: dict[str, Any] = {
-        "points": prompts.points or None,
-        "labels": prompts.labels or None,
-        "box": prompts.boxes or None,
-        "mask": None if prompts.mask is None else _read_logits(prompts.mask),
-        "threshold": threshold,
-        "multimask": multimask,
-    }
-
-    chunk = session.manifest.network.chunk
-
-    def segment(file: Path, targets: MaskTargets) -> Segmentation:
-        found = read_image(file, axis=axis, index=index)
-        if chunk > 1:
+def prompts_of(
+    points: Sequence[tuple[float, ...]], boxes: Sequence[tuple[float, ...]], mask: Path | None
+) -> Prompts:
+    """Prompts from rows of numbers: points of 2, or 3 with a label, and boxes of 4."""
+    for row in points:
+        if len(row) not in (2, 3) or row[2:] not in ((), (0,), (1,)):
             raise UsageError(
-                f"this network sees {chunk} neighbouring slices at a time: give it a volume, and "
-                "prompts in voxels (without --slice)"
+                f"--point {row_text(row)}: expected X,Y or X,Y,LABEL with label 1 or 0 in an image"
             )
-        embedding = session.encode(found, intensity_window=intensity_window)
-        prediction = session.segment(embedding, **options)
-        return _write(session, found, embedding, prediction, prompts, targets)
+    for row in boxes:
+        if len(row) != 4:
+            raise UsageError(f"--box {row_text(row)}: expected X0,Y0,X1,Y1 in an image")
+    return Prompts(
+        points=tuple((row[0], row[1]) for row in points),
+        labels=tuple(int(row[2]) if len(row) == 3 else 1 for row in points),
+        boxes=tuple((row[0], row[1], row[2], row[3]) for row in boxes),
+        mask=mask,
+    )
 
-    if not image.is_dir():
-        _check_file_targets(image, prompts.mask, outputs)
-        return [segment(image, outputs)]
-    files = [file for file in find_images(image) if not is_derived(file)]
-    if not files:
-        raise ImageError(f"{image} holds what was made from images, and no image")
-    _check_folder_targets(image, outputs)
+
+def segment_image(
+    session: Session,
+    path: Path,
+    prompts: Prompts,
+    targets: MaskTargets,
+    options: ImageOptions = ImageOptions(),
+) -> Segmentation:
+    """Segment one image and write the results; if one cannot be written, none are."""
+    logits = _mask_logits(session, prompts)
+    _check_file_targets(path, prompts.mask, targets)
+    return _segment(session, path, prompts, logits, targets, options)
+
+
+def segment_folder(
+    session: Session,
+    folder: Path,
+    prompts: Prompts,
+    targets: MaskTargets,
+    options: ImageOptions = ImageOptions(),
+    *,
+    on_image: OnCount = lambda done, total: None,
+) -> list[Segmentation]:
+    """Segment every image of a folder with the same prompts.
+
+    An image that cannot be segmented has an `error` in its result. `on_image` gets the number of
+    images that are done, and of all images. Masks, overlays and label maps in the folder are
+    skipped.
+    """
+    logits = _mask_logits(session, prompts)
+    images = [path for path in find_images(folder) if not is_derived(path)]
+    if not images:
+        raise ImageError(
+            f"{folder} holds only files derived from images, such as masks: give a folder of images"
+        )
+    _check_folder_targets(folder, targets)
     results = []
-    for done, file in enumerate(files):
-        on_image(done, len(files))
+    for done, path in enumerate(images):
+        on_image(done, len(images))
         try:
-            results.append(segment(file, _folder_targets(file, outputs)))
+            file_targets = _folder_targets(path, targets)
+            results.append(_segment(session, path, prompts, logits, file_targets, options))
         except (InputError, MissingDependencyError) as e:
-            results.append(Segmentation(image=file, error=str(e)))
-    on_image(len(files), len(files))
+            results.append(Segmentation(image=path, error=str(e)))
+    on_image(len(images), len(images))
     return results
+
+
+def _segment(
+    session: Session,
+    path: Path,
+    prompts: Prompts,
+    logits: Array | None,
+    targets: MaskTargets,
+    options: ImageOptions,
+) -> Segmentation:
+    """Segment one image; `logits`: the mask prompt, read from its file."""
+    image = read_image(path, axis=options.axis, index=options.index)
+    chunk = session.manifest.network.chunk
+    if chunk > 1:
+        raise UsageError(
+            f"this network sees {chunk} neighbouring slices at a time: give it a volume, and "
+            "prompts in voxels (without --slice)"
+        )
+    embedding = session.encode(image, intensity_window=options.intensity_window)
+    prediction = session.segment(
+        embedding,
+        points=prompts.points or None,
+        labels=prompts.labels or None,
+        box=prompts.boxes or None,
+        mask=logits,
+        threshold=options.threshold,
+        multimask=options.multimask,
+    )
+    return _write(session, image, embedding, prediction, prompts, targets)
 
 
 def _write(
@@ -160,11 +221,14 @@ def _write(
     prompts: Prompts,
     targets: MaskTargets,
 ) -> Segmentation:
-    """Write what came of one image, and report it. Folders are made when there is a mask."""
+    """Write the results of one image, all or none, and report them.
+
+    Output folders are made here, so that there are none if no image could be segmented.
+    """
     labels = _labels(prediction)
-    for path in _named(targets):
+    for path in targets.paths():
         path.parent.mkdir(exist_ok=True)
-    with ExitStack() as written:  # so that there are all, or none
+    with ExitStack() as written:  # renames the temporary files once every result is written
         if targets.overlay is not None:
             overlay = written.enter_context(output_file(targets.overlay))
             _write_overlay(overlay, session, image, embedding, labels, prompts)
@@ -177,10 +241,10 @@ def _write(
 
 
 def _labels(prediction: Prediction) -> NDArray[Any]:
-    """What is written as the mask: (H, W) bool for one mask, uint8 labels for several."""
+    """The mask to write: (H, W) bool for one mask, uint8 labels for several."""
     sets, count = prediction.masks.shape[:2]
     if sets == 1 and (count == 1 or not prediction.classes):
-        mask: NDArray[np.bool_] = prediction.masks[0, prediction.best[0]]
+        mask: NDArray[np.bool_] = np.asarray(prediction.masks)[0, prediction.best[0]]
         return mask
     return prediction.label_map()
 
@@ -198,13 +262,11 @@ def _report(
         pixels = {(names or ("mask",))[0]: int(labels.sum())}
     else:
         sets, count = prediction.masks.shape[:2]
-        several_classes = prediction.classes and count > 1
-        total, word = (count, "class") if several_classes else (sets, "box")
-        named = names if several_classes else ()
-        pixels = {
-            named[i] if named else f"{word} {i + 1}": int((labels == i + 1).sum())
-            for i in range(total)
-        }
+        if prediction.classes and count > 1:
+            label_names = names or [f"class {label}" for label in range(1, count + 1)]
+        else:
+            label_names = [f"box {label}" for label in range(1, sets + 1)]
+        pixels = {name: int((labels == i).sum()) for i, name in enumerate(label_names, 1)}
     return Segmentation(
         image=image.path,
         mask=targets.mask,
@@ -234,8 +296,17 @@ def _write_overlay(
     )
 
 
+def _mask_logits(session: Session, prompts: Prompts) -> Array | None:
+    """The mask prompt, (4g, 4g) float32; PromptError if it is not usable."""
+    if prompts.mask is None:
+        return None
+    if session.manifest.network.mask_prompt_size is None:
+        raise PromptError(NO_MASK_PROMPTS)
+    return _read_logits(prompts.mask)
+
+
 def _read_logits(path: Path) -> Array:
-    """(4g, 4g) logits of one mask, saved by `--save-logits` or by hand."""
+    """(4g, 4g) logits of one mask, from `--save-logits` or another program."""
     if not path.is_file():
         raise PromptError(f"{path} does not exist: --mask-input takes a .npy file of logits")
     try:
@@ -253,32 +324,28 @@ def _read_logits(path: Path) -> Array:
     return np.asarray(logits, np.float32)
 
 
-def _named(outputs: MaskTargets) -> list[Path]:
-    """The outputs that are wanted."""
-    return [path for path in (outputs.mask, outputs.overlay, outputs.logits) if path is not None]
-
-
-def _check_file_targets(image: Path, given: Path | None, outputs: MaskTargets) -> None:
-    """Refuse outputs that one image cannot be written to, before anything is computed."""
-    for path in _named(outputs):
+def _check_file_targets(image: Path, mask_prompt: Path | None, targets: MaskTargets) -> None:
+    """UsageError for outputs that one image cannot be written to, before anything is computed."""
+    paths = targets.paths()
+    for path in paths:
         check_writable(path)
         if path.resolve() == image.resolve():
             raise UsageError(f"{path} is the input image: name another output")
-        if given is not None and path.resolve() == given.resolve():
+        if mask_prompt is not None and path.resolve() == mask_prompt.resolve():
             raise UsageError(f"{path} is the mask prompt: name another output")
-    if len({path.resolve() for path in _named(outputs)}) < len(_named(outputs)):
+    if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("two outputs have the same name: give each its own")
-    if outputs.mask is not None:
-        check_mask_suffix(outputs.mask)
-    if outputs.overlay is not None:
-        check_overlay_suffix(outputs.overlay)
-    if outputs.logits is not None and suffix(outputs.logits) != ".npy":
-        raise UsageError(f"{outputs.logits}: logits are written as .npy")
+    if targets.mask is not None:
+        check_mask_suffix(targets.mask)
+    if targets.overlay is not None:
+        check_overlay_suffix(targets.overlay)
+    if targets.logits is not None and suffix(targets.logits) != ".npy":
+        raise UsageError(f"{targets.logits}: logits are written as .npy")
 
 
-def _check_folder_targets(image: Path, outputs: MaskTargets) -> None:
-    """Refuse outputs that a folder of images cannot be written to."""
-    for path in _named(outputs):
+def _check_folder_targets(folder: Path, targets: MaskTargets) -> None:
+    """UsageError for outputs that a folder of images cannot be written to."""
+    for path in targets.paths():
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; for a folder of images, name a folder")
         if not path.exists() and path.suffix:
@@ -288,18 +355,18 @@ def _check_folder_targets(image: Path, outputs: MaskTargets) -> None:
             )
         if not path.parent.is_dir():
             raise UsageError(f"{path.parent} is not a folder: make it first")
-        if path.resolve() == image.resolve():
+        if path.resolve() == folder.resolve():
             raise UsageError(f"{path} is the input folder: name another for the outputs")
 
 
-def _folder_targets(file: Path, outputs: MaskTargets) -> MaskTargets:
-    """One image's outputs in the output folders, named after the whole file name."""
+def _folder_targets(image: Path, targets: MaskTargets) -> MaskTargets:
+    """One image's files in the output folders, named after the image's whole file name."""
 
-    def named(folder: Path | None, ending: str) -> Path | None:
-        return None if folder is None else folder / f"{file.name}{ending}"
+    def file(folder: Path | None, ending: str) -> Path | None:
+        return None if folder is None else folder / f"{image.name}{ending}"
 
     return MaskTargets(
-        mask=named(outputs.mask, ".mask.png"),
-        overlay=named(outputs.overlay, ".overlay.png"),
-        logits=named(outputs.logits, ".logits.npy"),
+        mask=file(targets.mask, ".mask.png"),
+        overlay=file(targets.overlay, ".overlay.png"),
+        logits=file(targets.logits, ".logits.npy"),
     )

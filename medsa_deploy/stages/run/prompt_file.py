@@ -5,15 +5,16 @@
   {"name": "spleen", "boxes": [[30, 40, 38, 90, 110, 52]]}
 ]}
 
-Coordinates are voxels x, y, z; a fourth number of a point is its label, 1 foreground (default) or 0
-background. A box is x0, y0, z0, x1, y1, z1; for one slice z1 is z0 + 1. `class` instead of `name`
-takes one class of a network of several; without either, a structure gives all of them.
+Coordinates are voxels x, y, z. A point's fourth number is its label: 1 foreground (default) or 0
+background. A box is x0, y0, z0, x1, y1, z1; for one slice z1 is z0 + 1. If the network has several
+classes, `class` instead of `name` selects one; without either, the structure gets all of them.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ KEYS = ("name", "class", "points", "boxes")
 POINT = "a point in a volume should be x, y, z or x, y, z, label with label 1 or 0"
 BOX = "a box in a volume should be x0, y0, z0, x1, y1, z1"
 MOST = 1e9
-"""No coordinate is larger; NaN is not within it either."""
+"""The largest coordinate; comparing with it also excludes NaN and infinity."""
 ROWS = {"points": POINT, "boxes": BOX}
 
 
 def read_prompts(path: Path) -> list[Structure]:
-    """The structures of a prompt file; PromptError says which entry is wrong, and how."""
+    """The structures of a prompt file; PromptError names the entry that is wrong, and why."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
@@ -43,8 +44,8 @@ def read_prompts(path: Path) -> list[Structure]:
 
 
 def structure_of(
-    points: list[tuple[float, ...]],
-    boxes: list[tuple[float, ...]],
+    points: Sequence[tuple[float, ...]],
+    boxes: Sequence[tuple[float, ...]],
     *,
     name: str | None = None,
     class_name: str | None = None,
@@ -52,10 +53,10 @@ def structure_of(
     """A structure from rows of numbers: points of 3, or 4 with a label, and boxes of 6."""
     for row in points:
         if len(row) not in (3, 4) or row[3:] not in ((), (0,), (1,)):
-            raise PromptError(f"{_shown(row)}: {POINT}")
+            raise PromptError(f"{row_text(row)}: {POINT}")
     for row in boxes:
         if len(row) != 6:
-            raise PromptError(f"{_shown(row)}: {BOX}")
+            raise PromptError(f"{row_text(row)}: {BOX}")
     return Structure(
         points=tuple((row[0], row[1], row[2]) for row in points),
         labels=tuple(int(row[3]) if len(row) == 4 else 1 for row in points),
@@ -66,7 +67,7 @@ def structure_of(
 
 
 def _structure(entry: Any, where: str) -> Structure:
-    """One entry of the file, checked."""
+    """One entry of the file as a structure; `where` it is, for errors."""
     if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
         raise PromptError(f"{where} should be an object with some of the keys {', '.join(KEYS)}")
     for key in ("name", "class"):
@@ -82,15 +83,16 @@ def _structure(entry: Any, where: str) -> Structure:
         raise PromptError(f"{where}: {e}") from e
 
 
-def _rows(value: Any, wanted: str) -> list[tuple[float, ...]]:
-    """A list of lists of finite numbers."""
+def _rows(value: Any, expected: str) -> list[tuple[float, ...]]:
+    """A list of lists of finite numbers; else PromptError with what was `expected`."""
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
-        raise PromptError(wanted)
+        raise PromptError(expected)
     for row in value:
         if not all(type(number) in (int, float) and abs(number) <= MOST for number in row):
-            raise PromptError(f"{wanted}, found {reprlib.repr(row)}")
+            raise PromptError(f"{expected}, found {reprlib.repr(row)}")
     return [tuple(row) for row in value]
 
 
-def _shown(row: tuple[float, ...]) -> str:
+def row_text(row: tuple[float, ...]) -> str:
+    """Numbers as an option has them: (5, 6) → `5,6`."""
     return ",".join(f"{number:g}" for number in row)

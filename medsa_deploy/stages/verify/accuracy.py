@@ -23,7 +23,7 @@ from medsa_deploy.evaluation.metrics import Mask
 from medsa_deploy.images import is_volume, read_image, read_labels, read_volume
 from medsa_deploy.images.labels import on_one_grid, on_picture, on_volume, without_thin_axes
 from medsa_deploy.images.read import format_of
-from medsa_deploy.runtime import Session, load
+from medsa_deploy.runtime import BackendName, Precision, Session, load
 
 from .drawn_prompts import PromptKind, Window, segment_labelled, segment_picture
 from .matched_files import pair_files
@@ -123,8 +123,8 @@ def measure_accuracy(
     class_names: tuple[str, ...] = (),
     min_dice: float | None = None,
     intensity_window: Window = None,
-    backend: str = "onnxruntime",
-    precision: str | None = None,
+    backend: BackendName = "onnxruntime",
+    precision: Precision | None = None,
     threads: int | None = None,
     axis: int | None = None,
     number: int | None = None,

@@ -115,7 +115,9 @@ def _segment(
     """The masks for one label; each further click goes where the masks before are most wrong."""
 
     def masks(**prompts: Any) -> Mask:
-        return np.stack([session.segment(e, **prompts).masks[0, number] for e in embeddings])
+        return np.stack(
+            [np.asarray(session.segment(e, **prompts).masks)[0, number] for e in embeddings]
+        )
 
     if prompt == "box":  # as in `run`, slices beyond the box stay empty
         found = masks(box=box_around(np.logical_or.reduce(label)))

@@ -1,53 +1,35 @@
-"""What inspect and export found, in words."""
+"""A network's facts and conventions → a table; inspect and export print the same one."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from medsa_deploy.bundle.manifest import Conventions, Network
-from medsa_deploy.stages import Export, Inspection
 
-from .console import out, plain_table, print_facts, print_files
-from .parity_table import print_parity
+from .console import out, plain_table, print_facts
 
 if TYPE_CHECKING:
-    from medsa_deploy.exporters.lora import LoRA
+    from medsa_deploy.exporters.architecture import Guess
 
-FAMILIES = {
-    "medsa": "Med-SA",
-    "sam": "SAM",
-    "litemedsam": "LiteMedSAM",
-    "mobile_sam": "mobile_sam",
-    "efficient_sam": "efficient_sam",
-}
-ENCODERS = {"vit": "ViT", "tiny_vit": "TinyViT"}
+FAMILY_TITLES = {"medsa": "Med-SA", "sam": "SAM", "litemedsam": "LiteMedSAM"}
+ENCODER_TITLES = {"vit": "ViT", "tiny_vit": "TinyViT"}
 
 
-def print_inspection(found: Inspection) -> None:
-    """What a checkpoint is."""
-    source = found.source
-    over = f" over {source.base}" if source.base else ""
-    out.print(f"[bold]{escape(source.checkpoint)}[/]  {source.container}{over}, {source.dtype}")
-    print_facts(_facts(found.network, found.conventions))
-    if found.lora:
-        out.print("\nLow-rank updates, merged into:")
-        table = plain_table()
-        for (linear, kind, rank), count in Counter(map(_alike, found.lora)).items():
-            table.add_row(f"{count}×", escape(linear), kind, f"rank {rank}")
-        out.print(table)
-    print_guesses(found.guesses)
+def print_network(network: Network, conventions: Conventions) -> None:
+    """A network's architecture, then how images and prompts reach it."""
+    scope = {"prompts": f"for their {conventions.prompt_scope}"} if network.chunk > 1 else {}
+    facts = _encoder_facts(network) | _depth_facts(network) | _convention_facts(conventions)
+    print_facts(facts | scope)
 
 
-def print_guesses(guesses: Sequence[Any]) -> None:
-    """Facts the checkpoint does not settle, and the options that overrule them."""
+def print_guesses(guesses: Sequence[Guess]) -> None:
+    """The facts that the checkpoint does not determine, with the options that set them."""
     if not guesses:
         return
-    out.print("\nNot settled by the checkpoint; an option overrules each:")
+    out.print("\nThe checkpoint does not determine these; an option sets each:")
     table = plain_table()
     for guess in guesses:
         table.add_row(
@@ -56,28 +38,9 @@ def print_guesses(guesses: Sequence[Any]) -> None:
     out.print(table)
 
 
-def print_export(made: Export) -> None:
-    """A bundle that was just made."""
-    network = made.manifest.network
-    out.print(f"[bold green]{escape(str(made.bundle))}[/]  in {made.seconds:.0f} s")
-    print_facts(_facts(network, made.manifest.conventions))
-    print_guesses(made.guesses)
-    print_files([(f.path, f.bytes) for f in made.manifest.files])
-    for parity in made.manifest.parity:
-        print_parity(parity, "the checkpoint's own network")
-
-
-def _alike(lora: LoRA) -> tuple[str, str, int]:
-    """Linear layers that differ only by their block's number count as one kind."""
-    return re.sub(r"\.\d+\.", ".*.", lora.linear), lora.kind, lora.rank
-
-
-def _facts(network: Network, conventions: Conventions) -> dict[str, str]:
-    scope = {"prompts": f"for their {conventions.prompt_scope}"} if network.chunk > 1 else {}
-    return _network_facts(network) | _convention_facts(conventions) | scope
-
-
-def _network_facts(network: Network) -> dict[str, str]:
+def _encoder_facts(network: Network) -> dict[str, str]:
+    family = FAMILY_TITLES.get(network.family, network.family)
+    encoder = ENCODER_TITLES.get(network.encoder, network.encoder)
     share = 100 * network.adapter_parameters / network.parameters
     vit = network.encoder == "vit"
     windows = f", windows of {network.windows[0]}" if vit and network.windows[0] else ""
@@ -86,7 +49,7 @@ def _network_facts(network: Network) -> dict[str, str]:
         "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
     }[network.outputs]
     facts = {
-        "network": f"{FAMILIES[network.family]}, {ENCODERS[network.encoder]}",
+        "network": f"{family}, {encoder}",
         "encoder": f"width {_list(network.widths)}, {_list(network.depths)} blocks, "
         f"{_list(network.heads)} heads{windows}",
         "image": f"{network.image_size}×{network.image_size} → embedding "
@@ -105,6 +68,11 @@ def _network_facts(network: Network) -> dict[str, str]:
             "real": "real tables",
             "none": "no tables",
         }[network.rel_pos]
+    return facts
+
+
+def _depth_facts(network: Network) -> dict[str, str]:
+    facts = {}
     if network.sd_trans is not None:
         chunk = f"chunks of {network.depth_chunk} slices" if network.depth_chunk else "no chunks"
         exactly = f", exactly {network.slices} slices" if network.slices else ""

@@ -1,0 +1,107 @@
+"""Decoder outputs of prompt sets → `Prediction`: masks, scores, regions and a label map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medsa_deploy import transforms
+from medsa_deploy.errors import UsageError
+from medsa_deploy.kernels.postprocess import Region, region, unpack
+from medsa_deploy.nvidia.cuda import DeviceArray
+from medsa_deploy.transforms import Frame
+
+from .backends.interface import Array, DeviceMasks, MaskRequest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """Masks of P prompt sets, K each: one per class, or SAM's candidates.
+
+    >>> from medsa_deploy import load, read_image
+    >>> with load("liver.medsa") as session:
+    ...     embedding = session.encode(read_image("slice.png"))
+    ...     prediction = session.segment(embedding, boxes=[(40, 60, 200, 210), (10, 10, 90, 80)])
+    >>> prediction.masks.shape, prediction.scores.shape
+    ((2, 1, 240, 320), (2, 1))
+    >>> prediction.label_map().shape
+    (240, 320)
+    """
+
+    masks: NDArray[np.bool_] | DeviceArray
+    """(P, K, H, W) bool at the image's size; with `on_device` a `DeviceArray`, which belongs to its
+    session."""
+    scores: Array
+    """(P, K) predicted IoU of each mask."""
+    low_res_logits: Array
+    """(P, K, 4g, 4g) float32; one of them can be the mask prompt of a further call."""
+    threshold: float
+    """Probability above which a pixel belongs to a mask."""
+    classes: bool
+    """Whether K counts classes; otherwise the K masks of a set are candidates for one object."""
+    frame: Frame
+    """How the image lies in the network's frame."""
+    timings_ms: dict[str, float]
+    """`decode` and `postprocess`. Masks that a GPU makes count as `decode`; unpacking them counts
+    as `postprocess`."""
+    counted: list[list[Region]] | None = None
+    """The regions, if a GPU made the masks and counted them."""
+    degraded: str | None = None
+    """Why a fallback backend made this; None if the backend that was asked for did."""
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W) bool: the mask of a prediction that has one, on the host.
+
+        UsageError for several prompt sets, or several masks of one.
+        """
+        sets, count = self.masks.shape[:2]
+        if (sets, count) != (1, 1):
+            raise UsageError(
+                f"the prediction has {count} mask(s) for each of {sets} prompt set(s), expected "
+                "one mask in all: use .masks"
+            )
+        mask: NDArray[np.bool_] = np.asarray(self.masks)[0, 0]
+        return mask
+
+    @property
+    def best(self) -> NDArray[np.intp]:
+        """(P,) the candidate with the highest score."""
+        return np.asarray(self.scores.argmax(axis=1))
+
+    @property
+    def regions(self) -> list[list[Region]]:
+        """Area and bounding box of each mask, K for each of P sets."""
+        return self.counted or [
+            [region(mask) for mask in of_set] for of_set in np.asarray(self.masks)
+        ]
+
+    def label_map(self) -> NDArray[np.uint8]:
+        """(H, W): 0 for background, else a number from 1; the highest logit wins an overlap.
+
+        If K counts several classes, numbers are classes, over all prompt sets. Otherwise numbers
+        are prompt sets, each with its best candidate.
+        """
+        if self.classes and self.masks.shape[1] > 1:
+            sets = (transforms.upsample(of_set, self.frame) for of_set in self.low_res_logits)
+            logits = reduce(np.maximum, sets)
+        else:
+            best_logits = self.low_res_logits[np.arange(len(self.best)), self.best]
+            logits = transforms.upsample(best_logits, self.frame)
+        return transforms.label_map(logits, transforms.probability_to_logit(self.threshold))
+
+
+def full_size_masks(
+    logits: Array, device_masks: DeviceMasks | None, request: MaskRequest
+) -> NDArray[np.bool_] | DeviceArray:
+    """(P, n, H, W) bool: the masks that a GPU made, or else those of the logits (P, n, 4g, 4g)."""
+    if device_masks is None:
+        # set by set: the logits of an image's size take four times as much as their masks
+        full_size = (transforms.upsample(of_set, request.frame) for of_set in logits)
+        return np.stack([of_set > request.threshold_logit for of_set in full_size])
+    if isinstance(device_masks.masks, DeviceArray):
+        return device_masks.masks
+    return unpack(device_masks.masks, request.frame.image_size[1])

@@ -1,0 +1,198 @@
+"""A bundle, one image, folder or volume, and prompts → mask files: `run`, whatever the input is.
+
+An input is segmented as images or as a volume. Each way has options of its own; an option of the
+other way is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from medsa_deploy.errors import UsageError
+from medsa_deploy.images import holds_volume
+from medsa_deploy.images.files import suffix
+from medsa_deploy.progress import OnCount
+from medsa_deploy.runtime import BackendName, Precision, Session, VolumeOptions, load
+
+from .images import (
+    ImageOptions,
+    MaskTargets,
+    Segmentation,
+    prompts_of,
+    segment_folder,
+    segment_image,
+)
+from .volumes import VolumeSegmentation, segment_volume_file, structures_of
+
+RunResult = VolumeSegmentation | Segmentation | list[Segmentation]
+"""For a volume, an image, or a folder of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How the bundle is opened; see `medsa_deploy.load`."""
+
+    backend: BackendName = "onnxruntime"
+    fallback: tuple[BackendName, ...] = ()
+    cuda_graphs: bool = True
+    precision: Precision = "fp32"
+    threads: int | None = None
+
+    def open(self, bundle: Path) -> Session:
+        """A session on the bundle."""
+        return load(
+            bundle,
+            backend=self.backend,
+            fallback=self.fallback,
+            cuda_graphs=self.cuda_graphs,
+            precision=self.precision,
+            threads=self.threads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What to segment in an input, and where to write the results."""
+
+    points: tuple[tuple[float, ...], ...] = ()
+    """Image: (x, y) or (x, y, label). Volume: (x, y, z) or (x, y, z, label)."""
+    boxes: tuple[tuple[float, ...], ...] = ()
+    """Image: (x0, y0, x1, y1). Volume: (x0, y0, z0, x1, y1, z1)."""
+    prompts: Path | None = None
+    """Volume only: a JSON file with the prompts of several structures."""
+    mask_input: Path | None = None
+    """Image only: `.npy` with (4g, 4g) logits of an earlier prediction."""
+    targets: MaskTargets = field(default_factory=MaskTargets)
+    """Without a mask path, the mask is named after the input. Logits are for images only."""
+    axis: int | None = None
+    """Axis along which a volume is sliced."""
+    slice_index: int | None = None
+    """The slice of a volume to segment as an image."""
+    volume_index: int | None = None
+    """Volume only: which volume of a 4-D NIfTI."""
+    overlap: int | None = None
+    """Volume only; see `VolumeOptions`, as for `propagate` and `margin`."""
+    propagate: bool = False
+    margin: float | None = None
+    intensity_window: tuple[float, float] | None = None
+    threshold: float | None = None
+    multimask: bool = False
+    """Image only: write the best of SAM's three candidates."""
+
+
+def run_bundle(
+    bundle: Path,
+    image: Path,
+    request: RunRequest,
+    session: SessionOptions,
+    *,
+    on_image: OnCount = lambda done, total: None,
+    on_slice: OnCount = lambda done, total: None,
+) -> RunResult:
+    """Segment one image, each image of a folder, or a volume, and write the masks.
+
+    The input and the options are checked before the bundle is opened. UsageError for options that
+    do not fit the input, ImageError for an input that cannot be read, PromptError for prompts that
+    cannot be used. An image of a folder that cannot be segmented is reported in its result instead.
+    """
+    if takes_volume(image, request):
+        return _run_volume(bundle, image, request, session, on_slice)
+    return _run_images(bundle, image, request, session, on_image)
+
+
+def takes_volume(path: Path, request: RunRequest) -> bool:
+    """Whether `path` is segmented as a volume: it holds one, and no single slice is asked for.
+
+    A single plane is treated as an image, unless prompts, options or the output are a volume's.
+    ImageError for a path that cannot be read, UsageError for a slice of a DICOM series.
+    """
+    mask = request.targets.mask
+    as_volume = (
+        request.propagate
+        or request.prompts is not None
+        or request.volume_index is not None
+        or any(len(row) == 4 for row in request.points)
+        or any(len(row) == 6 for row in request.boxes)
+        or (mask is not None and suffix(mask) == ".dcm")
+    )
+    index = request.slice_index
+    if not holds_volume(path, lone=as_volume):
+        return False
+    if index is not None and path.is_dir():
+        raise UsageError(
+            f"--slice {index} is for a NIfTI or .npy volume; {path} is a DICOM series: leave it "
+            "out, or give the file of one slice"
+        )
+    return index is None
+
+
+def _run_volume(
+    bundle: Path, path: Path, request: RunRequest, session: SessionOptions, on_slice: OnCount
+) -> VolumeSegmentation:
+    _refuse(
+        "images",
+        {
+            "--mask-input": request.mask_input,
+            "--save-logits": request.targets.logits,
+            "--multimask": request.multimask,
+        },
+    )
+    structures = structures_of(request.points, request.boxes, request.prompts)
+    options = VolumeOptions(
+        intensity_window=request.intensity_window,
+        threshold=request.threshold,
+        overlap=request.overlap or 0,
+        propagate=request.propagate,
+        margin=request.margin,
+    )
+    with session.open(bundle) as opened:
+        return segment_volume_file(
+            opened,
+            path,
+            structures,
+            options,
+            mask=request.targets.mask,
+            overlay=request.targets.overlay,
+            axis=request.axis,
+            number=request.volume_index,
+            on_slice=on_slice,
+        )
+
+
+def _run_images(
+    bundle: Path, path: Path, request: RunRequest, session: SessionOptions, on_image: OnCount
+) -> Segmentation | list[Segmentation]:
+    _refuse(
+        "volumes",
+        {
+            "--prompts": request.prompts,
+            "--volume": request.volume_index,
+            "--overlap": request.overlap,
+            "--propagate": request.propagate,
+            "--margin": request.margin,
+        },
+    )
+    prompts = prompts_of(request.points, request.boxes, request.mask_input)
+    options = ImageOptions(
+        axis=request.axis,
+        index=request.slice_index,
+        intensity_window=request.intensity_window,
+        threshold=request.threshold,
+        multimask=request.multimask,
+    )
+    folder = path.is_dir()
+    targets = request.targets
+    if targets.mask is None:
+        targets = replace(targets, mask=Path("masks" if folder else f"{path.name}.mask.png"))
+    with session.open(bundle) as opened:
+        if folder:
+            return segment_folder(opened, path, prompts, targets, options, on_image=on_image)
+        return segment_image(opened, path, prompts, targets, options)
+
+
+def _refuse(kind: str, options: dict[str, object]) -> None:
+    """UsageError for the first option that has a value: it is for another kind of input."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise UsageError(f"{name} is for {kind}: leave it out here")
