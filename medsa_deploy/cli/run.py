@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.markup import escape
@@ -89,9 +89,8 @@ class RunOptions:
 
     backend: Backend = "onnxruntime"
     fallback: Annotated[
-        list[BackendName] | None,
+        list[str] | None,
         typer.Option(
-            parser=str,
             metavar="NAME",
             help="Backend to use if the one before cannot run; repeatable, tried in order",
         ),
@@ -125,7 +124,7 @@ class RunOptions:
         """How to open the bundle."""
         return stages.SessionOptions(
             backend=self.backend,
-            fallback=tuple(self.fallback or ()),
+            fallback=cast(tuple[BackendName, ...], tuple(self.fallback or ())),
             cuda_graphs=not self.no_cuda_graphs,
             precision=self.precision,
             threads=self.threads,
