@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,10 @@ Maker = Callable[[str], Path]
 # The first example pays for caches and imports, and the machines are shared.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
+
+# A script's background jobs ignore Ctrl-C, and so would the commands that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
     torch.set_num_threads(1)

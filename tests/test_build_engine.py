@@ -256,7 +256,7 @@ def test_an_interrupted_build_leaves_nothing(bundle: Path, tmp_path: Path, numbe
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     done = ended(process, number)
     assert done.code == 130, done.err
-    assert done.err.endswith("error: interrupted: nothing half-written was left\n")
+    assert done.err.endswith("error: interrupted; no partial output was left behind\n")
     assert contents(tmp_path) == before
     until = time.monotonic() + 30
     while any(map(running, children)):

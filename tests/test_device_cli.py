@@ -108,7 +108,7 @@ def test_ctrl_c_in_a_stream(bundle: Path, machine: Machine, monkeypatch, stop: i
     machine.on_wait = on_wait
     done = call("run", bundle, "b", "--point", "20,30", "-o", "m", *CHAIN)
     assert done.code == 130
-    assert done.error == "interrupted: nothing half-written was left"
+    assert done.error == "interrupted; no partial output was left behind"
     assert machine.used == machine.pinned == machine.graphs == 0
     masks = sorted(bundle.parent.glob("m/*"))
     assert [path.name for path in masks] == [f"{i}.png.mask.png" for i in range(len(masks))]

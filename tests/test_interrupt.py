@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill: exit code 130, and nothing half-written stays."""
+"""Ctrl-C and a polite kill: exit code 130, and no partial output is left behind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ended(process: subprocess.Popen[str], number: int, *, times: int = 1) -> Don
 
 def assert_interrupted(done: Done) -> None:
     assert done.code == 130, done.err
-    assert done.error == "interrupted: nothing half-written was left"
+    assert done.error == "interrupted; no partial output was left behind"
 
 
 def wait_for(step: str, process: subprocess.Popen[str]) -> None:

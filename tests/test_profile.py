@@ -380,7 +380,7 @@ def test_an_interrupt_leaves_nothing(bundle: Path, tmp_path: Path, number: int) 
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.endswith("error: interrupted: nothing half-written was left\n")
+    assert said.endswith("error: interrupted; no partial output was left behind\n")
     assert "Traceback" not in said
     assert gone(child)
     assert left(tmp_path) == ["temporary"]

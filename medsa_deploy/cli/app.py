@@ -78,7 +78,7 @@ def main() -> None:
             traceback.print_exc()
         code = None if interrupts else console.print_failure(_usage_error(e))
     if interrupts:  # even if a library turned the KeyboardInterrupt into another error
-        console.print_error("Interrupted; no partial output was left behind.")
+        console.print_error("interrupted; no partial output was left behind")
         sys.stdout.flush()
         os._exit(130)  # a plain exit may end by a signal, if C code has seen the interrupt
     raise SystemExit(code if isinstance(code, int) else 0)
