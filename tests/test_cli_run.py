@@ -334,7 +334,7 @@ def bad(arguments: str, message: str):
         bad("truncated.png --point 5,5", "truncated.png cannot be read as an image"),
         bad("text.png --point 5,5", "text.png is damaged, or a variant of PNG"),
         bad("empty.png --point 5,5", "empty.png is an empty file"),
-        bad("notes.txt --point 5,5", "notes.txt is not an image"),
+        bad("notes.txt --point 5,5", "notes.txt is not a known image"),
         bad("constant.png --point 5,5", "constant.png: every pixel is 7: nothing to segment"),
         bad("nan.npy --point 5,5", "NaN or infinite values"),
         bad("four.npy --point 5,5,1", "four.npy has shape (4, 5, 6, 7); expected"),
@@ -517,7 +517,7 @@ def test_what_was_made_from_images_is_no_image_of_a_folder(bundle: Path, files: 
     Path("one/a.dcm").unlink()
     done = call("run", bundle, "one", "--point", "5,5", "-o", "masks")
     assert done.code == 2
-    assert "one holds what was made from images, and no image" in done.error
+    assert "one holds only files derived from images" in done.error
 
 
 def test_a_slice_for_a_3d_network_is_one_line(bundle_3d: Path, files: Path) -> None:
