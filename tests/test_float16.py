@@ -238,7 +238,7 @@ def test_operators_that_need_care(model: Any) -> None:
 def test_why_a_graph_was_not_changed() -> None:
     softmax = graph([node("Softmax", "x", "y")])
     change = to_float16(softmax, float32_nodes(softmax))
-    assert (change.changed, change.what) == (False, "every node is a float32 island")
+    assert (change.changed, change.description) == (False, "every node is a float32 island")
     branch = helper.make_graph(
         [helper.make_node("Identity", ["x"], ["z"])],
         "branch",
@@ -252,7 +252,7 @@ def test_why_a_graph_was_not_changed() -> None:
     before = control.SerializeToString()
     change = to_float16(control, {})
     assert not change.changed
-    assert "control flow" in change.what
+    assert "control flow" in change.description
     assert control.SerializeToString() == before
 
 

@@ -173,7 +173,7 @@ def test_a_quantized_layer(operator: str, options: dict[str, int], unsigned: boo
 def test_no_layer_no_change() -> None:
     model, _ = linear()
     change = quantize_layers(model, [], {}, unsigned=False)
-    assert (change.changed, change.what) == (False, "no linear layer is left to quantize")
+    assert (change.changed, change.description) == (False, "no linear layer is left to quantize")
 
 
 def test_an_encoder_keeps_all_but_its_linear_layers(bundle: Path) -> None:

@@ -1,4 +1,4 @@
-"""The name of a graph's node ⇄ the module of the network that the node belongs to.
+"""The name of a graph's node ⇄ the network's module that the node belongs to.
 
 Exported nodes and their values are named `MODULE/NODE`, such as
 `blocks.3.attention.query/node_MatMul_165`, so that every profiler and viewer shows the module.
@@ -17,18 +17,18 @@ ADDED = re.compile(
     r"^(\{ForeignNode\[|fused |cast_|InsertedPrecisionFreeCast_|.*_[a-f]{3,6}_[a-f]{3,6}_)+"
 )
 """Prefixes that TensorRT, ONNX Runtime, this package and OpenVINO add to a name."""
-REST = "rest"
+BETWEEN_MODULES = "rest"
 """The block of nodes between modules."""
 
 
-def innermost(scopes: str) -> str:
+def innermost(modules: str) -> str:
     """The innermost module in a value of `METADATA`; empty if the value names none.
 
     >>> innermost("['', 'blocks', 'blocks.3', 'blocks.3.attention', 'softmax_3']")
     'blocks.3.attention'
     """
     try:
-        names = ast.literal_eval(scopes)
+        names = ast.literal_eval(modules)
     except (ValueError, SyntaxError):
         return ""
     module = str(names[-2]) if len(names) > 1 else ""
@@ -60,7 +60,7 @@ def block_of(module: str) -> str:
     for i, part in enumerate(parts):
         if part.isdecimal():
             return ".".join(parts[: i + 1])
-    return parts[0] or REST
+    return parts[0] or BETWEEN_MODULES
 
 
 def kind_of(module: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.bundle.node_names import REST, block_of, module_named
+from medsa_deploy.bundle.node_names import BETWEEN_MODULES, block_of, module_named
 
 SCHEMA_VERSION = 1
 PERCENTILES = (50, 90, 95, 99)
@@ -40,7 +40,7 @@ KINDS = {
 """Kind → operators, by every backend's names; the rest are `elementwise and others`. OpenVINO
 compiles whole attentions and runs of elementwise operators, and calls either a subgraph. The time
 of a `Scan` (a loop) beyond its kernels is spent on cutting and joining."""
-OTHERS = "elementwise and others"
+ELEMENTWISE = "elementwise and others"
 KIND_OF = {operator: kind for kind, names in KINDS.items() for operator in names.split()}
 
 
@@ -198,13 +198,13 @@ def graph_layers(timed_layers: Sequence[Mapping[str, Any]]) -> GraphLayers:
     medians = [median(layer["samples_ms"]) for layer in timed_layers]
     totals = [sum(layer["samples_ms"]) for layer in timed_layers]
     modules = [module_named(layer["name"]) for layer in timed_layers]
-    block = next((block_of(m) for m in modules if m is not None), REST)
+    block = next((block_of(m) for m in modules if m is not None), BETWEEN_MODULES)
     blocks: dict[str, float] = {}
     kinds: dict[str, float] = {}
     layers = []
     for layer, module, median_ms, total in zip(timed_layers, modules, medians, totals, strict=True):
         block = block if module is None else block_of(module)
-        kind = KIND_OF.get(layer["operator"], OTHERS)
+        kind = KIND_OF.get(layer["operator"], ELEMENTWISE)
         blocks[block] = blocks.get(block, 0.0) + median_ms
         kinds[kind] = kinds.get(kind, 0.0) + median_ms
         layers.append(

@@ -1,13 +1,13 @@
-"""An encoder's graph → the same with attention over many tokens as one backend runs it best.
+"""An encoder's graph → the same graph with attention in the form that one backend runs fastest.
 
-ONNX Runtime's `MultiHeadAttention` computes softmax(QKᵀ)V block by block, as FlashAttention does
-(Dao and others, 2022), and never stores the scores: over the 64×64 tokens of an image of 1024×1024
-they are 67 MB a head. Relative positions it takes only as a stored bias, so attention with them
-goes query by query (Rabe and Staats, 2021): some of the grid's rows at a time.
+ONNX Runtime's `MultiHeadAttention` computes softmax(QKᵀ)V block by block, like FlashAttention (Dao
+and others, 2022), and never stores the scores: 67 MB a head for the 64×64 tokens of an image of
+1024×1024. It takes relative positions only as a stored bias. Attention with relative positions
+therefore computes a few of the grid's rows at a time (Rabe and Staats, 2021).
 
-OpenVINO fuses the products around a softmax by itself, and a bias [rh, rw] that is broadcast over
-the keys' rows and columns with them. So relative positions are added there, where portable graphs
-multiply wider queries and keys (folding 6), which takes three times the work at 64×64 tokens.
+OpenVINO fuses the products around a softmax, together with a bias [rh, rw] that is broadcast over
+the keys' rows and columns. For OpenVINO the relative positions are therefore added. Portable graphs
+multiply wider queries and keys instead (folding 6), three times the work at 64×64 tokens.
 """
 
 from __future__ import annotations
@@ -20,31 +20,36 @@ from .rewrite import Loop, Rewrite
 
 DOMAIN = "com.microsoft"
 LEAST_TOKENS = 1024
-"""Over fewer, scores are small, and the portable graph is as fast."""
+"""With fewer tokens, scores are small, and the portable graph is as fast."""
 MOST_QUERIES = 256
-"""Of one step where there are relative positions. Fewer take longer, more take no less time."""
+"""Queries of one step with relative positions. Fewer are slower; more are no faster."""
 SWAP = (0, 2, 1, 3)
 """(M, heads, n, d) ⇄ (M, n, heads, d)."""
 
 
 def fuse_attention(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
-    """Make softmax(QKᵀ)V of at least so many tokens one operator, in place; how many there were."""
+    """Fuse each softmax(QKᵀ)V over at least `least_tokens` tokens, in place; the number fused.
+
+    1. An attention over fewer tokens stays as it is.
+    2. Attention without relative positions becomes one `MultiHeadAttention`.
+    3. Attention with relative positions becomes a loop over images and rows of the grid.
+    """
     rewrite = Rewrite(model)
     for node in list(model.graph.node):
-        found = _attention(rewrite, node)
-        if found is None or rewrite.shapes[found[0].output[0]][-2] < least_tokens:
-            rewrite.nodes.append(node)
+        attention = _attention(rewrite, node)
+        if attention is None or rewrite.shapes[attention[0].output[0]][-2] < least_tokens:
+            rewrite.nodes.append(node)  # Case 1
             continue
-        scores, softmax = found
+        scores, softmax = attention
         heads, width = rewrite.shapes[softmax.output[0]][1], rewrite.shapes[node.output[0]][3]
         options = {"domain": DOMAIN, "num_heads": heads, "scale": 1.0}
         positions = _wide_scores(rewrite, scores)
-        if positions is None:
+        if positions is None:  # Case 2
             q = _flat(rewrite, scores.input[0], SWAP, f"{node.name}/query")
             k = _flat(rewrite, scores.input[1], (0, 3, 1, 2), f"{node.name}/key")
             v = _flat(rewrite, node.input[1], SWAP, f"{node.name}/value")
             joined = rewrite.node("MultiHeadAttention", [q, k, v], f"{node.name}/fused", **options)
-        else:
+        else:  # Case 3
             joined = _by_rows(rewrite, node, *positions, options)
         shape = rewrite.shape((0, -1, heads, width))
         apart = rewrite.node("Reshape", [joined, shape], f"{node.name}/heads")
@@ -58,9 +63,9 @@ def fuse_attention(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
 def _by_rows(
     rewrite: Rewrite, node: Any, wide: Sequence[str], key: str, options: dict[str, Any]
 ) -> str:
-    """softmax([q, rh, rw]·[k, …]ᵀ)V image by image, and some of the grid's rows a step.
+    """softmax([q, rh, rw]·[k, …]ᵀ)V image by image, with some of the grid's rows a step.
 
-    → (M, steps, 1, queries, heads·d). All that is stored is the positions of a step's queries,
+    → (M, steps, 1, queries, heads·d). Only the positions of a step's queries are stored:
     (1, heads, queries, n).
     """
     rows, columns = _grid(rewrite, wide)
@@ -69,57 +74,60 @@ def _by_rows(
     together = max(fitting, default=1)
     queries, tokens = together * columns, rows * columns
     step = Loop(rewrite, f"{name}/step")
-    query, by_rows, by_columns = (step.takes(what) for what in ("query", "rows", "columns"))
+    query, by_rows, by_columns = (step.takes(part) for part in ("query", "rows", "columns"))
     by_rows = step.reshape(by_rows, (1, heads, queries, rows, 1))
     by_columns = step.reshape(by_columns, (1, heads, queries, 1, columns))
     positions = step.node("Add", [by_rows, by_columns], "positions")
     query = step.node("Transpose", [query], "query_swapped", perm=(1, 0, 2))
     image = Loop(rewrite, f"{name}/image")
-    given = [image.takes(what) for what in ("query", "rows", "columns", "key", "value")]
-    cut = [image.reshape(one, (heads, rows // together, queries, -1)) for one in given[:3]]
-    taken = [
+    wide_parts = [image.takes(part) for part in ("query", "rows", "columns")]
+    keys_and_values = [image.takes(part) for part in ("key", "value")]
+    by_step = (heads, rows // together, queries, -1)
+    pieces = [image.reshape(tensor, by_step) for tensor in wide_parts]
+    operands = [
         step.reshape(query, (1, queries, -1)),
-        *(image.reshape(one, (1, heads, tokens, -1)) for one in given[3:]),
+        *(image.reshape(tensor, (1, heads, tokens, -1)) for tensor in keys_and_values),
         *("", "", step.reshape(positions, (1, heads, queries, tokens))),
     ]
-    made = step.node("MultiHeadAttention", taken, "fused", **options)
-    made = image.node("Scan", cut, "steps", **step.body(made, axis=1))
-    every = [*wide, key, node.input[1]]
-    return rewrite.node("Scan", every, f"{name}/images", **image.body(made, axis=0))
+    fused = step.node("MultiHeadAttention", operands, "fused", **options)
+    steps = image.node("Scan", pieces, "steps", **step.body(fused, axis=1))
+    inputs = [*wide, key, node.input[1]]
+    return rewrite.node("Scan", inputs, f"{name}/images", **image.body(steps, axis=0))
 
 
 def bias_scores(model: Any, *, least_tokens: int = LEAST_TOKENS) -> int:
-    """Add relative positions to scores of at least so many tokens, in place; how many there were.
+    """Turn relative positions into additions, in place; the number of scores that were changed.
 
-    [q, rh, rw]·[k, onehot(row), onehot(column)] becomes q·k + rh[row] + rw[column].
+    [q, rh, rw]·[k, onehot(row), onehot(column)] becomes q·k + rh[row] + rw[column]. Scores over
+    fewer than `least_tokens` tokens stay as they are.
     """
     rewrite = Rewrite(model)
     for node in list(model.graph.node):
-        found = _wide_scores(rewrite, node)
-        if found is None or rewrite.shapes[node.output[0]][-1] < least_tokens:
+        wide_and_key = _wide_scores(rewrite, node)
+        if wide_and_key is None or rewrite.shapes[node.output[0]][-1] < least_tokens:
             rewrite.nodes.append(node)
             continue
-        _add_positions(rewrite, node, *found)
+        _add_positions(rewrite, node, *wide_and_key)
         rewrite.count += 1
     rewrite.finish()
     return rewrite.count
 
 
 def _add_positions(rewrite: Rewrite, node: Any, wide: Sequence[str], key: str) -> None:
-    """The nodes that take the place of `node`: scores of [q, rh, rw] = `wide` and k."""
+    """Add the nodes that replace `node`: scores of [q, rh, rw] = `wide` and k."""
     query, rows, columns = wide
     grid = _grid(rewrite, wide)
 
-    def reshaped(value: str, axes: tuple[int, ...], what: str) -> str:
+    def reshaped(value: str, axes: tuple[int, ...], part: str) -> str:
         shape = rewrite.shape((0, 0, 0, *axes))
-        return rewrite.node("Reshape", [value, shape], f"{node.name}/{what}")
+        return rewrite.node("Reshape", [value, shape], f"{node.name}/{part}")
 
     across = rewrite.node("Transpose", [key], f"{node.name}/key", perm=(0, 1, 3, 2))
     scores = rewrite.node("MatMul", [query, across], f"{node.name}/scores")
     total = reshaped(scores, grid, "grid")
-    for bias, axes, what in ((rows, (grid[0], 1), "rows"), (columns, (1, grid[1]), "columns")):
-        added = [total, reshaped(bias, axes, what)]
-        total = rewrite.node("Add", added, f"{node.name}/with_{what}")
+    for bias, axes, part in ((rows, (grid[0], 1), "rows"), (columns, (1, grid[1]), "columns")):
+        added = [total, reshaped(bias, axes, part)]
+        total = rewrite.node("Add", added, f"{node.name}/with_{part}")
     shape = rewrite.shape((0, 0, 0, grid[0] * grid[1]))
     rewrite.node("Reshape", [total, shape], node.output[0])
 
@@ -137,7 +145,7 @@ def _flat(rewrite: Rewrite, value: str, order: Sequence[int], name: str) -> str:
 
 
 def _attention(rewrite: Rewrite, node: Any) -> tuple[Any, Any] | None:
-    """Scores and softmax that a product of (M, heads, n, d) ends, where it is attention."""
+    """The scores and the softmax of an attention that ends in `node`; None for another node."""
     if node.op_type != "MatMul" or len(rewrite.shapes.get(node.output[0], ())) != 4:
         return None
     softmax = rewrite.source(node.input[0], "Softmax")
@@ -146,7 +154,7 @@ def _attention(rewrite: Rewrite, node: Any) -> tuple[Any, Any] | None:
 
 
 def _wide_scores(rewrite: Rewrite, node: Any) -> tuple[Sequence[str], str] | None:
-    """[q, rh, rw] and k, where a product is of them and of k's positions."""
+    """[q, rh, rw] and k of a product with relative positions; None for another node."""
     if node.op_type != "MatMul":
         return None
     query = rewrite.source(node.input[0], "Concat")

@@ -1,4 +1,4 @@
-"""An encoder's portable graph → those that one backend each runs better, beside it."""
+"""A portable encoder → faster encoders for single backends, which share its weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .token_loops import loop_tokens
 
 
 def write_backend_encoders(encoder: Sequence[Path]) -> dict[Role, Path]:
-    """Write a backend's own encoder beside a portable one, for each that runs another form better.
+    """Write an encoder for each backend that runs another form faster; role → new file.
 
-    `encoder`: its files, the last of which holds the weights; they are shared, not copied. The new
-    files have the backend's name before the suffix: `encoder.openvino.onnx`.
+    `encoder`: the portable encoder's files. The last holds the weights, which the new encoders
+    share. New files have the backend's name before the suffix: `encoder.openvino.onnx`.
     """
     written: dict[Role, Path] = {}
     rewrites: dict[Role, Callable[[Any], bool]] = {
@@ -27,15 +27,15 @@ def write_backend_encoders(encoder: Sequence[Path]) -> dict[Role, Path]:
     for role, rewrite in rewrites.items():
         model = load_graph(encoder[0])
         if rewrite(model):
-            stem, rest = encoder[0].name.split(".", 1)
+            stem, suffix = encoder[0].name.split(".", 1)
             backend = role.removeprefix("encoder-")
-            written[role] = encoder[0].with_name(f"{stem}.{backend}.{rest}")
+            written[role] = encoder[0].with_name(f"{stem}.{backend}.{suffix}")
             save_beside(model, written[role], encoder[-1])
     return written
 
 
 def _for_onnxruntime(model: Any) -> bool:
-    """Rewrite a graph in place, where attention over many tokens is in it; whether it was."""
+    """Rewrite a graph in place; False for a graph without attention over many tokens."""
     fused = fuse_attention(model) > 0
     if fused:
         loop_tokens(model)

@@ -1,4 +1,4 @@
-"""Graphs ⇄ files, with the weights of large ones in a file of their own."""
+"""Graph ⇄ file; the weights of a large graph are in a second file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from medsa_deploy.bundle.node_names import METADATA
 from medsa_deploy.errors import BundleError, MissingDependencyError
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
-"""Graphs beyond this keep their weights beside them: a protobuf message ends at 2 GiB."""
+"""A larger graph has its weights in a second file: a protobuf message is at most 2 GiB."""
 SHARED_BYTES = 4096
-"""Tensors below this are written again."""
+"""Smaller tensors are not shared between files: each file has a copy."""
 
 
 def load_graph(path: Path) -> Any:
@@ -25,12 +25,12 @@ def load_graph(path: Path) -> Any:
 
 
 def save_graph(model: Any, path: Path) -> list[Path]:
-    """Write a graph → its files, the graph first. A large `model` is left without its weights."""
+    """Write a graph; its files, the graph first. A large `model` loses its weights."""
     onnx = import_onnx()
     for node in model.graph.node:
-        kept = [entry for entry in node.metadata_props if entry.key == METADATA]
+        entries = [entry for entry in node.metadata_props if entry.key == METADATA]
         del node.metadata_props[:]
-        node.metadata_props.extend(kept)
+        node.metadata_props.extend(entries)
     if model.ByteSize() <= EXTERNAL_DATA_BYTES:
         onnx.save(model, path)
         return [path]
@@ -40,20 +40,19 @@ def save_graph(model: Any, path: Path) -> list[Path]:
 
 
 def save_beside(model: Any, path: Path, weights: Path) -> None:
-    """Write a graph whose large tensors are read out of another file, where they lie already.
+    """Write a graph whose large tensors are read from a file that already holds them.
 
-    `weights`: a file in the same folder that holds their bytes, as an ONNX file does. A graph that
-    differs from another in a few nodes takes no second copy of its weights that way. `model` is
-    left without them.
+    `weights`: a file in the same folder that holds the tensors' bytes, such as an ONNX file. So
+    graphs that differ in a few nodes share one copy of the weights. `model` loses its weights.
     """
     onnx = import_onnx()
-    with weights.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as held:
+    with weights.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as stored:
         end = 0
         for tensor in model.graph.initializer:
             if len(tensor.raw_data) < SHARED_BYTES:
                 continue
-            start = held.find(tensor.raw_data, end)  # in the same order, as a rule
-            start = held.find(tensor.raw_data) if start < 0 else start
+            start = stored.find(tensor.raw_data, end)  # usually in the same order
+            start = stored.find(tensor.raw_data) if start < 0 else start
             if start < 0:
                 continue
             end = start + len(tensor.raw_data)

@@ -1,8 +1,8 @@
-"""A float32 graph → a float16 graph with float32 islands, inputs and outputs.
+"""A float32 graph → a float16 graph with some float32 nodes, float32 inputs and outputs.
 
-Each node computes in one type, and casts stand where types meet; one cast serves all who read the
-same value. The pass is typed by the operators' own definitions: an input that may only be float32,
-such as the scales of Resize, stays float32.
+Each node computes in one type, with casts between types; all readers of a value share one cast. The
+operators' definitions decide the types: an input that can only be float32, such as the scales of
+Resize, stays float32.
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ ROUNDED = "_exact"
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a pass did to a graph."""
+    """The outcome of a pass over a graph."""
 
     changed: bool
-    what: str
-    """What was changed, or why nothing was."""
+    description: str
+    """The changes, or the reason for none."""
 
 
-def to_float16(model: Any, islands: Mapping[int, str]) -> Change:
-    """Convert `model` in place; nodes whose index is in `islands` stay float32.
+def to_float16(model: Any, float32: Mapping[int, str]) -> Change:
+    """Convert `model` in place; nodes whose index is in `float32` stay float32.
 
-    Weights that float16 nodes read become float16, rounded to nearest; those that nodes of both
-    types read are kept in both. Inputs and outputs of the graph keep type and name.
+    Weights that float16 nodes read are rounded to float16. Weights that nodes of both types read
+    are stored in both types. Inputs and outputs of the graph keep their types and names.
     """
     conversion = _Conversion(model)
     if not any(set(node.output) & conversion.floats for node in model.graph.node):
-        return Change(changed=False, what="no node of this graph gives float32")
+        return Change(changed=False, description="no node of this graph gives float32")
     if any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute):
-        return Change(changed=False, what="this graph has control flow, which is not converted")
-    count = len(model.graph.node) - len(islands)
+        return Change(
+            changed=False, description="this graph has control flow, which is not converted"
+        )
+    count = len(model.graph.node) - len(float32)
     if count == 0:
-        return Change(changed=False, what="every node is a float32 island")
+        return Change(changed=False, description="every node is a float32 island")
     for i, node in enumerate(list(model.graph.node)):
-        conversion.convert(node, half=i not in islands)
+        conversion.convert(node, half=i not in float32)
     conversion.finish()
-    return Change(changed=True, what=f"{count} nodes to float16, {len(islands)} stay float32")
+    description = f"{count} nodes to float16, {len(float32)} stay float32"
+    return Change(changed=True, description=description)
 
 
-def round_like_float16(model: Any, islands: Mapping[int, str]) -> Change:
-    """Make float32 `model` round, in place, as its float16 form does where nothing is fused.
+def round_like_float16(model: Any, float32: Mapping[int, str]) -> Change:
+    """Make float32 `model` round in place like its float16 form, without fusion.
 
-    Outputs of nodes that would be float16 go through float16 and back, and so do the weights they
-    read. ONNX Runtime on a CPU computes a float16 graph in float32 between operators, and would
-    show no overflow: this shows it.
+    Outputs of nodes that would be float16, and the weights they read, go through float16 and back.
+    ONNX Runtime on a CPU computes a float16 graph in float32 between operators and hides overflow;
+    this form shows it.
     """
     onnx = import_onnx()
     floats = _floats(model)
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    halves = [i not in islands for i in range(len(model.graph.node))]
+    halves = [i not in float32 for i in range(len(model.graph.node))]
     exact = {name for i, n in enumerate(model.graph.node) if not halves[i] for name in n.input}
     nodes = []
     for half, node in zip(halves, model.graph.node, strict=True):
@@ -78,16 +81,16 @@ def round_like_float16(model: Any, islands: Mapping[int, str]) -> Change:
                 nodes.append(_cast(name + SUFFIX, name, onnx.TensorProto.FLOAT))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return Change(changed=any(halves), what=f"{sum(halves)} nodes round to float16")
+    return Change(changed=any(halves), description=f"{sum(halves)} nodes round to float16")
 
 
 def as_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Float16 nearest to `values`; the caller has made sure that finite ones stay finite."""
+    """Float16 nearest to `values`; the caller ensures that finite values stay finite."""
     return values.astype(np.float16)
 
 
 class _Conversion:
-    """A graph on its way to float16: which type each value has by now, and the casts made."""
+    """A graph during its conversion to float16: the type of each value, and the casts."""
 
     def __init__(self, model: Any) -> None:
         self.onnx = import_onnx()
@@ -99,28 +102,28 @@ class _Conversion:
         self.outputs = {value.name for value in self.graph.output}
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
         self.read: set[str] = set()
-        """Float32 weights that are still read."""
+        """Float32 weights that float32 nodes read."""
         self.halves: dict[str, Any] = {}
         """Weights in float16, by their float32 name."""
         self.types: dict[str, int] = {value.name: self.float32 for value in self.graph.input}
         self.aliases: dict[tuple[str, int], str] = {}
-        """A value and a type → the name it has in that type."""
+        """A value and a type → the value's name in that type."""
         self.nodes: list[Any] = []
 
     def convert(self, node: Any, *, half: bool) -> None:
-        """Append a node, its inputs in the type it computes in, after the casts that needs."""
-        wanted = self.float16 if half else self.float32
+        """Append a node after the casts of its inputs to the type it computes in."""
+        kind = self.float16 if half else self.float32
         for k, name in enumerate(node.input):
             if name in self.floats:
                 only_float32 = half and not self._may_be_float16(node, k)
-                node.input[k] = self._named(name, self.float32 if only_float32 else wanted)
+                node.input[k] = self._in_type(name, self.float32 if only_float32 else kind)
         if half:
             self._convert_attributes(node)
         self.nodes.append(node)
         for k, name in enumerate(node.output):
             if name not in self.floats:
                 continue
-            self.types[name] = wanted
+            self.types[name] = kind
             if half and name in self.outputs:
                 node.output[k] = name + SUFFIX
                 self.aliases[name, self.float16] = name + SUFFIX
@@ -132,16 +135,16 @@ class _Conversion:
         graph = self.graph
         del graph.node[:]
         graph.node.extend(self.nodes)
-        kept = [t for t in graph.initializer if t.name not in self.halves or t.name in self.read]
-        kept += self.halves.values()
+        tensors = [t for t in graph.initializer if t.name not in self.halves or t.name in self.read]
+        tensors += self.halves.values()
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(tensors)
         for value in graph.value_info:
             if value.name in self.floats:
                 value.type.tensor_type.elem_type = self.types.get(value.name, self.float32)
 
-    def _named(self, name: str, kind: int) -> str:
-        """The name of a value in a type; a cast or a converted weight where there is none yet."""
+    def _in_type(self, name: str, kind: int) -> str:
+        """The name of a value in a type; adds a cast or a converted weight if it is missing."""
         if name in self.weights:
             if kind == self.float32:
                 self.read.add(name)
@@ -154,9 +157,9 @@ class _Conversion:
         if self.types[name] == kind:
             return name
         if (name, kind) not in self.aliases:
-            made = name + (SUFFIX if kind == self.float16 else "_float32")
-            self.nodes.append(_cast(name, made, kind))
-            self.aliases[name, kind] = made
+            alias = name + (SUFFIX if kind == self.float16 else "_float32")
+            self.nodes.append(_cast(name, alias, kind))
+            self.aliases[name, kind] = alias
         return self.aliases[name, kind]
 
     def _may_be_float16(self, node: Any, k: int) -> bool:
@@ -165,7 +168,7 @@ class _Conversion:
         return HALF in schema.inputs[min(k, len(schema.inputs) - 1)].types
 
     def _convert_attributes(self, node: Any) -> None:
-        """Types that a node names itself: the target of a Cast, the value of a Constant."""
+        """Convert types in attributes: the target of a Cast, the value of a Constant."""
         if node.op_type == "ConstantOfShape" and not node.attribute:
             zero = self.onnx.numpy_helper.from_array(np.zeros(1, np.float32))
             node.attribute.append(self.onnx.helper.make_attribute("value", zero))
@@ -183,6 +186,6 @@ def _floats(model: Any) -> set[str]:
     return {name for name, kind in value_types(model).items() if kind == float32}
 
 
-def _cast(name: str, made: str, kind: int) -> Any:
-    """A Cast of the value `name` to a type, as the value `made`."""
-    return import_onnx().helper.make_node("Cast", [name], [made], name=f"cast_{made}", to=kind)
+def _cast(name: str, result: str, kind: int) -> Any:
+    """A Cast of the value `name` to a type; its output is `result`."""
+    return import_onnx().helper.make_node("Cast", [name], [result], name=f"cast_{result}", to=kind)

@@ -1,4 +1,4 @@
-"""A float32 graph → the nodes that stay float32 when the rest becomes float16, with reasons."""
+"""A float32 graph → the nodes that stay float32 in its float16 form, with reasons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .files import import_onnx
 
 FLOAT16_MAX = 65504.0
 HEADROOM = 4.0
-"""Values are measured on a few images; others may be this much larger before they overflow."""
+"""Values are measured on a few images; on other images they may be this many times larger."""
 
 OPERATORS = {
     "LayerNormalization": "norms",
@@ -25,14 +25,14 @@ OPERATORS = {
     "Softmax": "softmax",
     "LogSoftmax": "softmax",
 }
-"""Operators that always stay float32: SAM's encoders overflow in norms, softmax loses its tail."""
+"""Operators that always stay float32: norms overflow in SAM's encoders; softmax loses its tail."""
 COORDINATES = "point_coords"
 PERIODIC = ("Sin", "Cos")
-"""Coordinates of 1024 pixels have half a pixel in float16, and a phase of 2π·k none at all."""
+"""In float16, coordinates up to 1024 are exact to half a pixel, and large phases are noise."""
 MAKERS = ("Cast", "Constant", "ConstantOfShape")
-"""Operators that say themselves which type they make."""
+"""Operators with an attribute for the type of their output."""
 HALF = "tensor(float16)"
-"""Float16 in the words of operators' definitions."""
+"""Float16 in the operators' definitions."""
 MOVES = (
     "Concat",
     "Expand",
@@ -53,35 +53,39 @@ MOVES = (
 def float32_nodes(
     model: Any, *, blocks: Collection[str] = (), ranges: Mapping[str, float] | None = None
 ) -> dict[int, str]:
-    """Index of each node that stays float32 → why.
+    """Index of each node that stays float32 → the reason.
 
-    `blocks`: blocks that stay float32 whole. `ranges`: largest magnitude of values, as measured.
+    `blocks`: blocks with all of their nodes in float32. `ranges`: measured magnitudes of values.
+
+    1. Norms and softmax. 2. Nodes of `blocks`. 3. Readers of constants beyond float16.
+    4. Readers and writers of values that come near float16's limit. 5. Operators without a float16
+    form. 6. The way from coordinates to the positional encoding. 7. Moves between float32 nodes.
     """
     nodes = list(model.graph.node)
     types = value_types(model)
     floats = {name for name, kind in types.items() if kind == import_onnx().TensorProto.FLOAT}
     constants = _too_large(model)
     hot = {name for name, top in (ranges or {}).items() if not top * HEADROOM <= FLOAT16_MAX}
-    kept: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for i, node in enumerate(nodes):
         touched = set(node.input) | set(node.output)
         if not touched & floats:
             continue
-        if reason := OPERATORS.get(node.op_type):
-            kept[i] = reason
-        elif block_of(module_of(node)) in blocks:
-            kept[i] = "blocks"
-        elif touched & constants:
-            kept[i] = "constants beyond float16"
-        elif touched & hot:
-            kept[i] = "values beyond float16"
-        elif not _has_float16_form(model, node, floats):
-            kept[i] = "operators without float16"
-    for i in _positional(nodes):
-        kept.setdefault(i, "coordinates")
-    for i in _between(model, nodes, set(kept)):
-        kept[i] = "moves between islands"
-    return kept
+        if reason := OPERATORS.get(node.op_type):  # Case 1
+            reasons[i] = reason
+        elif block_of(module_of(node)) in blocks:  # Case 2
+            reasons[i] = "blocks"
+        elif touched & constants:  # Case 3
+            reasons[i] = "constants beyond float16"
+        elif touched & hot:  # Case 4
+            reasons[i] = "values beyond float16"
+        elif not _has_float16_form(model, node, floats):  # Case 5
+            reasons[i] = "operators without float16"
+    for i in _positional(nodes):  # Case 6
+        reasons.setdefault(i, "coordinates")
+    for i in _between(model, nodes, set(reasons)):  # Case 7
+        reasons[i] = "moves between islands"
+    return reasons
 
 
 def value_types(model: Any) -> dict[str, int]:
@@ -108,62 +112,62 @@ def value_types(model: Any) -> dict[str, int]:
 
 
 def _too_large(model: Any) -> set[str]:
-    """Names of finite constants that float16 cannot hold. Infinities stay what they are."""
+    """Names of constants with finite values that float16 cannot hold. It can hold infinities."""
     onnx = import_onnx()
     tensors = [(tensor.name, tensor) for tensor in model.graph.initializer]
     for node in model.graph.node:
         tensors += [(node.output[0], a.t) for a in node.attribute if a.HasField("t")]
-    found = set()
+    names = set()
     for name, tensor in tensors:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             values = onnx.numpy_helper.to_array(tensor)
             if (np.isfinite(values) & (np.abs(values) > FLOAT16_MAX)).any():
-                found.add(name)
-    return found
+                names.add(name)
+    return names
 
 
 def _has_float16_form(model: Any, node: Any, floats: set[str]) -> bool:
-    """Whether an operator's definition allows float16 where a node has floats; Range's does not."""
+    """Whether an operator's definition allows float16 for a node's floats; Range's does not."""
     onnx = import_onnx()
     versions = {entry.domain: entry.version for entry in model.opset_import}
     try:
         schema = onnx.defs.get_schema(node.op_type, versions[node.domain], node.domain)
     except Exception:  # an operator that onnx does not define stays as it is
         return False
-    given = set(node.output) & floats
-    if given and not set(node.input) & floats and node.op_type not in MAKERS:
-        return False  # its output has a type of its own
-    parameters = schema.outputs if given else schema.inputs[:1]
+    outputs = set(node.output) & floats
+    if outputs and not set(node.input) & floats and node.op_type not in MAKERS:
+        return False  # the definition fixes the type of its output
+    parameters = schema.outputs if outputs else schema.inputs[:1]
     return all(HALF in parameter.types for parameter in parameters[:1])
 
 
 def _positional(nodes: list[Any]) -> set[int]:
-    """Nodes on a way from the coordinates to the positional encoding's sines, which end it."""
+    """Nodes between the coordinates and the positional encoding's sines, sines included."""
     reached, after = {COORDINATES}, set()
     for i, node in enumerate(nodes):
         if set(node.input) & reached:
             after.add(i)
             if node.op_type not in PERIODIC:
                 reached |= set(node.output)
-    needed: set[str] = set()
-    found = set()
+    values: set[str] = set()
+    positional = set()
     for i in sorted(after, reverse=True):
         node = nodes[i]
-        if node.op_type in PERIODIC or set(node.output) & needed:
-            found.add(i)
-            needed |= set(node.input)
-    return found
+        if node.op_type in PERIODIC or set(node.output) & values:
+            positional.add(i)
+            values |= set(node.input)
+    return positional
 
 
-def _between(model: Any, nodes: list[Any], kept: set[int]) -> Iterable[int]:
-    """Moves whose values come from float32 and go to float32: as float16 they would only round."""
+def _between(model: Any, nodes: list[Any], float32: set[int]) -> Iterable[int]:
+    """Moves from float32 nodes to float32 nodes: float16 there would only round."""
     consumers: dict[str, set[int]] = {}
     for i, node in enumerate(nodes):
         for name in node.input:
             consumers.setdefault(name, set()).add(i)
     outputs = {value.name for value in model.graph.output}
     makers = {name: i for i, node in enumerate(nodes) for name in node.output}
-    given = {value.name for value in model.graph.input}
+    inputs = {value.name for value in model.graph.input}
 
     def ends_in_float32(i: int, ends: set[int]) -> bool:
         return all(
@@ -171,13 +175,13 @@ def _between(model: Any, nodes: list[Any], kept: set[int]) -> Iterable[int]:
             for name in nodes[i].output
         )
 
-    ends = set(kept)
+    ends = set(float32)
     for i in reversed(range(len(nodes))):
         if nodes[i].op_type in MOVES and ends_in_float32(i, ends):
             ends.add(i)
-    starts = set(kept)
+    starts = set(float32)
     for i, node in enumerate(nodes):
         data = node.input[0] if node.input else ""
-        if i in ends and (data in given or makers.get(data, -1) in starts):
+        if i in ends and (data in inputs or makers.get(data, -1) in starts):
             starts.add(i)
-    return sorted(starts - kept)
+    return sorted(starts - float32)

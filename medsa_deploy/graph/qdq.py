@@ -1,8 +1,8 @@
 """A graph and the ranges of its activations → the same graph with INT8 linear layers.
 
-A layer is a MatMul or Gemm with a constant matrix. QuantizeLinear and DequantizeLinear stand on its
-input and on its weights, which are stored as INT8 with one scale for each output channel; its bias
-is left alone, since TensorRT's parser refuses a dequantized one. Everything else is unchanged.
+A layer is a MatMul or Gemm with a constant matrix. Its input gets QuantizeLinear and
+DequantizeLinear. Its weights are stored as INT8, with one scale for each output channel, and get
+DequantizeLinear. Its bias stays float32: TensorRT's parser refuses a dequantized bias.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LinearLayer:
     node: int
     """Its index in the graph."""
     name: str
-    """The module it came from, `blocks.3.attention.query`; the node's name where none is known."""
+    """Its module, such as `blocks.3.attention.query`; the node's name if the module is unknown."""
     input: str
     weight: str
     channel_axis: int
@@ -57,7 +57,7 @@ def linear_layers(model: Any) -> list[LinearLayer]:
         for tensor in model.graph.initializer
         if len(tensor.dims) == 2 and tensor.data_type == float32
     }
-    found: dict[str, LinearLayer] = {}
+    layers: dict[str, LinearLayer] = {}
     for i, node in enumerate(model.graph.node):
         if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in matrices:
             continue
@@ -65,16 +65,16 @@ def linear_layers(model: Any) -> list[LinearLayer]:
         if options.get("transA"):
             continue
         name = module_of(node) or node.name
-        if name in found:
+        if name in layers:
             name = f"{name} {node.name}"
-        found[name] = LinearLayer(
+        layers[name] = LinearLayer(
             node=i,
             name=name,
             input=node.input[0],
             weight=node.input[1],
             channel_axis=0 if options.get("transB") else 1,
         )
-    return list(found.values())
+    return list(layers.values())
 
 
 def quantize_layers(
@@ -84,14 +84,14 @@ def quantize_layers(
     *,
     unsigned: bool,
 ) -> Change:
-    """Make `layers` INT8, in place. `ranges`: activation → what its codes span; beyond saturates.
+    """Make `layers` INT8, in place. `ranges`: activation → the range of its codes; then saturation.
 
-    `unsigned`: activations are uint8 with a zero point, which processors multiply fastest; else
-    int8 and symmetric, which TensorRT wants. Symmetric scales are float16 numbers, so that a graph
-    that becomes float16 afterwards keeps them exactly.
+    `unsigned`: activations are uint8 with a zero point, the form that processors multiply fastest;
+    otherwise symmetric int8, the form that TensorRT takes. Symmetric scales are float16 numbers:
+    they stay exact when the graph becomes float16 afterwards.
     """
     if not layers:
-        return Change(changed=False, what="no linear layer is left to quantize")
+        return Change(changed=False, description="no linear layer is left to quantize")
     insertion = _Insertion(model)
     chosen = {layer.node: layer for layer in layers}
     nodes = list(model.graph.node)
@@ -104,13 +104,13 @@ def quantize_layers(
             node.input[1] = insertion.weight(layer, rounded=not unsigned)
         insertion.nodes.append(node)
     insertion.finish()
-    return Change(changed=True, what=f"{len(layers)} linear layers to INT8")
+    return Change(changed=True, description=f"{len(layers)} linear layers to INT8")
 
 
 def activation_codes(
     low: float, high: float, *, unsigned: bool
 ) -> tuple[np.float32, NDArray[np.generic]]:
-    """Scale and zero point of a range. Zero always has a code of its own: windows are padded."""
+    """Scale and zero point of a range. Zero has an exact code, because windows are padded."""
     if not unsigned:
         step = _float16_up(np.array(max(-low, high) / LEVELS))
         return np.float32(step), np.array(0, np.int8)
@@ -131,41 +131,41 @@ def weight_codes(
 
 
 def _float16_up(values: NDArray[Any]) -> NDArray[np.float32]:
-    """The least positive float16 numbers that are not below `values`, as float32."""
-    wanted = np.maximum(values, SMALLEST_SCALE)
-    near = wanted.astype(np.float16)
-    up = np.where(near.astype(np.float64) < wanted, np.nextafter(near, np.float16(np.inf)), near)
+    """The least positive float16 numbers that are at least `values`, as float32."""
+    least = np.maximum(values, SMALLEST_SCALE)
+    near = least.astype(np.float16)
+    up = np.where(near.astype(np.float64) < least, np.nextafter(near, np.float16(np.inf)), near)
     return np.asarray(up, np.float32)
 
 
 class _Insertion:
-    """The nodes and tensors of a graph while Q/DQ is put in; one pair serves all who share it."""
+    """A graph while Q/DQ is inserted; all readers of a value share one pair."""
 
     def __init__(self, model: Any) -> None:
         self.onnx = import_onnx()
         self.graph = model.graph
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.made: dict[str, str] = {}
+        self.dequantized: dict[str, str] = {}
         """A value or weight → its dequantized form."""
         self.tensors: list[Any] = []
         self.scope: list[Any] = []
-        """What the exporter says of the layer at hand: its Q/DQ belong to the same block."""
+        """The exporter's metadata of the current layer: its Q/DQ belong to the same block."""
         self.nodes: list[Any] = []
 
     def activation(self, name: str, scale: np.float32, zero: NDArray[np.generic]) -> str:
         """The dequantized form of a value."""
-        if name not in self.made:
+        if name not in self.dequantized:
             inputs = [self._tensor(f"{name}_scale", scale), self._tensor(f"{name}_zero", zero)]
             self._node("QuantizeLinear", [name, *inputs], f"{name}_codes")
-            self.made[name] = self._node(
+            self.dequantized[name] = self._node(
                 "DequantizeLinear", [f"{name}_codes", *inputs], f"{name}_dequantized"
             )
-        return self.made[name]
+        return self.dequantized[name]
 
     def weight(self, layer: LinearLayer, *, rounded: bool) -> str:
         """The dequantized form of a layer's weights."""
         name = layer.weight
-        if name not in self.made:
+        if name not in self.dequantized:
             values = self.onnx.numpy_helper.to_array(self.weights[name])
             codes, scales = weight_codes(values, layer.channel_axis, rounded=rounded)
             inputs = [
@@ -173,19 +173,19 @@ class _Insertion:
                 self._tensor(f"{name}_scale", scales),
                 self._tensor(f"{name}_zero", np.zeros(scales.shape, np.int8)),
             ]
-            self.made[name] = self._node(
+            self.dequantized[name] = self._node(
                 "DequantizeLinear", inputs, f"{name}_dequantized", axis=layer.channel_axis
             )
-        return self.made[name]
+        return self.dequantized[name]
 
     def finish(self) -> None:
-        """Put nodes and tensors into the graph, without weights that nothing reads any more."""
+        """Put nodes and tensors into the graph, without weights that are no longer read."""
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
         read = {name for node in self.nodes for name in node.input}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
+        weights = [tensor for tensor in self.graph.initializer if tensor.name in read]
         del self.graph.initializer[:]
-        self.graph.initializer.extend([*kept, *self.tensors])
+        self.graph.initializer.extend([*weights, *self.tensors])
 
     def _tensor(self, name: str, values: Any) -> str:
         self.tensors.append(self.onnx.numpy_helper.from_array(np.asarray(values), name))

@@ -1,9 +1,8 @@
 """A graph → the same graph that also gives the ranges of values inside it.
 
-Reductions are made in the graph, so that the values themselves are never kept: of each, its least
-and greatest element, and on request a sample. Each reduction stands right behind what computes its
-value: run in that order, which ONNX Runtime does only when asked to, memory stays that of one
-ordinary run.
+The graph itself reduces each value to its least and greatest element, and on request a sample: the
+values are not stored. Each reduction follows the node that computes its value. Run in that order,
+which is an option of ONNX Runtime, the graph takes no more memory than an ordinary run.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from .float32_nodes import MOVES, value_types
 
 LOW, HIGH, SAMPLE = "_low", "_high", "_sample"
 SAMPLE_STRIDE = 13
-"""Of a sampled value every 13th element is given: prime, so that no axis is favoured."""
+"""A sample is every 13th element: a prime number, so that no axis is favoured."""
 
 
 def computed_values(model: Any) -> list[str]:
-    """Names of the float32 values that operators compute, and not only move."""
+    """Names of the float32 values that operators compute; moved values are left out."""
     types, float32 = value_types(model), import_onnx().TensorProto.FLOAT
     return [
         name
@@ -34,9 +33,9 @@ def computed_values(model: Any) -> list[str]:
 
 
 def watch(model: Any, names: Collection[str], *, sampled: Collection[str] = ()) -> None:
-    """Make `model`, in place, also give the range of each value, and samples of some.
+    """Add outputs with the range of each value, and samples of some, in place.
 
-    Further outputs: NAME_low and NAME_high, scalars; NAME_sample, one axis.
+    NAME_low and NAME_high are scalars; NAME_sample has one axis.
     """
     onnx = import_onnx()
     helper, graph = onnx.helper, model.graph
@@ -57,14 +56,13 @@ def watch(model: Any, names: Collection[str], *, sampled: Collection[str] = ()) 
         behind[name].append(helper.make_node("Slice", slices, [name + SAMPLE]))
         kind = onnx.TensorProto.FLOAT
         graph.output.append(helper.make_tensor_value_info(name + SAMPLE, kind, ["sample"]))
-    given = [node for tensor in graph.input for node in behind.get(tensor.name, ())]
-    computed = [
-        each
-        for node in graph.node
-        for each in (node, *(one for name in node.output for one in behind.get(name, ())))
-    ]
+    nodes = [node for tensor in graph.input for node in behind.get(tensor.name, ())]
+    for node in graph.node:
+        nodes.append(node)
+        for name in node.output:
+            nodes += behind.get(name, ())
     del graph.node[:]
-    graph.node.extend([*given, *computed])
+    graph.node.extend(nodes)
 
 
 def _scalar(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The nodes of a graph while some are replaced, and loops in their place."""
+"""A graph's nodes → nodes that compute the same: some replaced, some in loops."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from .files import import_onnx
 
 FLOAT = 1
-"""Of ONNX's types."""
+"""float32 in ONNX's numbering of types."""
 
 
 class Rewrite:
-    """A graph's nodes: those that stay, and what takes the place of the others."""
+    """The new nodes of a graph: those that stay, and the replacements of the others."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -21,16 +21,16 @@ class Rewrite:
             value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
             for value in model.graph.value_info
         }
-        """Name → sizes of a value that is no weight; 0 is any."""
+        """Sizes of each value that is not a weight; 0 stands for any size."""
         self.made_by = {name: node for node in model.graph.node for name in node.output}
         self.nodes: list[Any] = []
-        """Of the new graph, in any order."""
+        """The new graph's nodes, in any order."""
         self.count = 0
-        """How many patterns were replaced."""
+        """Number of patterns that were replaced."""
         self._tensors: dict[str, Any] = {}
 
     def source(self, value: str, operator: str) -> Any:
-        """The node that makes a value, where it is such an operator."""
+        """The node that computes a value, if it is the given operator; otherwise None."""
         node = self.made_by.get(value)
         return node if node is not None and node.op_type == operator else None
 
@@ -43,84 +43,83 @@ class Rewrite:
         into: list[Any] | None = None,
         **options: Any,
     ) -> str:
-        """Add a node, to the graph or a loop's nodes; the name of what it makes first."""
-        made = [outputs] if isinstance(outputs, str) else outputs
-        node = import_onnx().helper.make_node(operator, inputs, made, name=made[0], **options)
+        """Add a node to the graph, or to a loop's nodes; the name of its first output."""
+        values = [outputs] if isinstance(outputs, str) else outputs
+        node = import_onnx().helper.make_node(operator, inputs, values, name=values[0], **options)
         (self.nodes if into is None else into).append(node)
-        return made[0]
+        return values[0]
 
     def shape(self, sizes: Sequence[int]) -> str:
-        """The name of a shape; 0 keeps an axis, −1 takes what is left."""
+        """The name of a tensor that holds a shape; 0 keeps an axis, −1 takes the remaining size."""
         name = "shape_" + "_".join(map(str, sizes))
         self._tensors[name] = import_onnx().helper.make_tensor(name, 7, [len(sizes)], sizes)
         return name
 
     def finish(self) -> bool:
-        """Put the nodes back, without those and tensors nothing reads; False if none is new."""
+        """Put the nodes that are read into the graph; False if no pattern was replaced."""
         if not self.count:
             return False
         graph = self.model.graph
         nodes = _in_order(self.nodes)
-        needed = {output.name for output in graph.output}
-        kept = []
+        read = {output.name for output in graph.output}
+        backwards = []
         for node in reversed(nodes):
-            if needed.intersection(node.output):
-                needed.update(_reads(node))
-                kept.append(node)
-        made = {name for node in kept for name in node.output}
-        values = [value for value in graph.value_info if value.name in made]
-        every = [*graph.initializer, *self._tensors.values()]
-        tensors = {tensor.name: tensor for tensor in every if tensor.name in needed}
+            if read.intersection(node.output):
+                read.update(_reads(node))
+                backwards.append(node)
+        computed = {name for node in backwards for name in node.output}
+        values = [value for value in graph.value_info if value.name in computed]
+        tensors = {tensor.name: tensor for tensor in (*graph.initializer, *self._tensors.values())}
         del graph.node[:], graph.value_info[:], graph.initializer[:]
-        graph.node.extend(reversed(kept))
+        graph.node.extend(reversed(backwards))
         graph.value_info.extend(values)
-        graph.initializer.extend(tensors.values())
+        graph.initializer.extend(tensor for name, tensor in tensors.items() if name in read)
         return True
 
 
 class Loop:
-    """The nodes of a loop's body, which may read what is outside."""
+    """The nodes of a loop's body, which may also read values outside of the loop."""
 
     def __init__(self, rewrite: Rewrite, name: str) -> None:
         self._rewrite, self._name = rewrite, name
         self._nodes: list[Any] = []
-        self._taken: list[str] = []
+        self._inputs: list[str] = []
 
-    def takes(self, what: str) -> str:
-        """The name of one more value that the body takes a part of in each turn."""
-        self._taken.append(f"{self._name}/{what}")
-        return self._taken[-1]
+    def takes(self, part: str) -> str:
+        """Add an input, of which each turn takes a part; its name."""
+        self._inputs.append(f"{self._name}/{part}")
+        return self._inputs[-1]
 
-    def node(self, operator: str, inputs: Sequence[str], what: str, **options: Any) -> str:
-        """Add a node; the name of what it makes."""
-        name = f"{self._name}/{what}"
+    def node(self, operator: str, inputs: Sequence[str], part: str, **options: Any) -> str:
+        """Add a node; the name of its output."""
+        name = f"{self._name}/{part}"
         return self._rewrite.node(operator, inputs, name, into=self._nodes, **options)
 
     def copy(self, node: Any, names: Mapping[str, str]) -> Any:
-        """Add a copy of a node, with `names` for those of values that are not outside."""
-        made = type(node)()
-        made.CopyFrom(node)
-        for values in (made.input, made.output):
+        """Add a copy of a node; `names` renames values that are inside the loop."""
+        copied = type(node)()
+        copied.CopyFrom(node)
+        for values in (copied.input, copied.output):
             values[:] = [names.get(value, value) for value in values]
-        self._nodes.append(made)
-        return made
+        self._nodes.append(copied)
+        return copied
 
     def reshape(self, value: str, sizes: Sequence[int]) -> str:
         """A value with other axes."""
-        what = value.removeprefix(f"{self._name}/")
-        return self.node("Reshape", [value, self._rewrite.shape(sizes)], f"{what}_reshaped")
+        part = value.removeprefix(f"{self._name}/")
+        return self.node("Reshape", [value, self._rewrite.shape(sizes)], f"{part}_reshaped")
 
-    def body(self, *made: str, axis: int) -> dict[str, Any]:
-        """Attributes of the `Scan` whose turns give `made`. `axis`: which it goes along."""
+    def body(self, *outputs: str, axis: int) -> dict[str, Any]:
+        """Attributes of the `Scan` whose turns give `outputs`; `axis`: the axis of its inputs."""
         helper = import_onnx().helper
-        given, found = (
+        signature = (
             [helper.make_tensor_value_info(name, FLOAT, None) for name in names]
-            for names in (self._taken, made)
+            for names in (self._inputs, outputs)
         )
         return {
-            "body": helper.make_graph(self._nodes, self._name, given, found),
-            "num_scan_inputs": len(given),
-            "scan_input_axes": [axis] * len(given),
+            "body": helper.make_graph(self._nodes, self._name, *signature),
+            "num_scan_inputs": len(self._inputs),
+            "scan_input_axes": [axis] * len(self._inputs),
         }
 
 
@@ -135,6 +134,6 @@ def _in_order(nodes: Sequence[Any]) -> list[Any]:
 
 
 def _reads(node: Any) -> set[str]:
-    """What a node takes, in the bodies of loops too."""
-    inner = [_reads(one) for attribute in node.attribute for one in attribute.g.node]
+    """Names that a node reads, also inside of loop bodies."""
+    inner = [_reads(inside) for attribute in node.attribute for inside in attribute.g.node]
     return {*node.input}.union(*inner)

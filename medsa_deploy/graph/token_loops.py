@@ -1,10 +1,10 @@
-"""An encoder's graph → the same with what it does token by token in loops over some at a time.
+"""An encoder's graph → the same graph with loops over a few hundred tokens at a time.
 
-From one attention to the next, linear layers, norms and adapters take every token by itself. A few
-hundred tokens go through all of them before the next few hundred do, so what lies between two
-layers is small and stays in the processor's cache: the hidden layer of a block takes 7 MB instead
-of 53 for an image of 1024×1024, of 428 for a chunk of 8 slices. Products of fewer rows are no
-slower, and faster where a chunk would be taken at once.
+Between two attentions, linear layers, norms and adapters treat each token independently. A loop
+takes a few hundred tokens through all of these layers before the next few hundred. Values between
+the layers then fit into the processor's cache: a block's hidden layer takes 7 MB, instead of 53 MB
+for an image of 1024×1024 or 428 MB for a chunk of 8 slices. Products of fewer rows are no slower,
+and faster than those of a whole chunk.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from typing import Any
 from .rewrite import Loop, Rewrite
 
 MOST_TOKENS = 512
-"""Of one turn."""
+"""The most tokens of one turn."""
 LEAST_TOKENS = 128
-"""Of one turn, or its products are slow. Grids that cannot be divided like that are left alone."""
+"""The least tokens of one turn: products of fewer are slow. Other grids stay as they are."""
 OPERATORS = frozenset({"Add", "Gelu", "LayerNormalization", "MatMul", "Split"})
 
 
 def loop_tokens(model: Any, *, most_tokens: int = MOST_TOKENS) -> int:
-    """Put stretches between attentions in loops, in place; how many there were."""
+    """Put each stretch between attentions into a loop, in place; the number of loops.
+
+    A stretch stays as it is without a product, or if no turn of a suitable size divides its tokens.
+    """
     rewrite = Rewrite(model)
     left = {node.output[0]: node for node in model.graph.node}
     for nodes in _Tokens(rewrite).stretches():
         tokens = prod(rewrite.shapes[nodes[0].output[0]][1:-1])
         turn = max(n for n in range(1, most_tokens + 1) if tokens % n == 0)
-        found = _read_outside(nodes, model.graph)
-        if not found or not any(node.op_type == "MatMul" for node in nodes):
+        outputs = _read_outside(nodes, model.graph)
+        if not outputs or not any(node.op_type == "MatMul" for node in nodes):
             continue
         if min(LEAST_TOKENS, most_tokens) <= turn < tokens:
-            _loop(rewrite, nodes, found, turn)
+            _loop(rewrite, nodes, outputs, turn)
             rewrite.count += 1
             for node in nodes:
                 del left[node.output[0]]
@@ -43,39 +46,39 @@ def loop_tokens(model: Any, *, most_tokens: int = MOST_TOKENS) -> int:
 
 
 def _read_outside(nodes: Iterable[Any], graph: Any) -> list[str]:
-    """Values of a stretch that other nodes read, or whoever runs the graph."""
+    """Values of a stretch that other nodes read, or that the graph gives."""
     inside = {node.output[0] for node in nodes}
     read = {name for node in graph.node if node.output[0] not in inside for name in node.input}
     read.update(output.name for output in graph.output)
     return [name for node in nodes for name in node.output if name in read]
 
 
-def _loop(rewrite: Rewrite, nodes: Sequence[Any], found: Sequence[str], turn: int) -> None:
-    """The nodes of a stretch, on so many tokens in each turn of a loop that gives `found`."""
+def _loop(rewrite: Rewrite, nodes: Sequence[Any], outputs: Sequence[str], turn: int) -> None:
+    """Add the loop that runs a stretch on `turn` tokens at a time and gives `outputs`."""
     weights = {tensor.name for tensor in rewrite.model.graph.initializer}
     inside = [name for node in nodes for name in node.output]
     read = dict.fromkeys(name for node in nodes for name in node.input if name)
-    given = [name for name in read if name not in weights and name not in inside]
+    inputs = [name for name in read if name not in weights and name not in inside]
     name = f"{inside[0]}/tokens"
     loop = Loop(rewrite, name)
-    names = {value: loop.takes(value) for value in given}
+    names = {value: loop.takes(value) for value in inputs}
     names |= {value: f"{name}/{value}" for value in inside}
     for node in nodes:
         for attribute in loop.copy(node, names).attribute:
             if attribute.name == "axis":
                 attribute.i = -1
-    cut = [
+    parts = [
         rewrite.node("Reshape", [value, rewrite.shape((-1, turn, rewrite.shapes[value][-1]))], to)
-        for value, to in ((value, f"{names[value]}_cut") for value in given)
+        for value, to in ((value, f"{names[value]}_cut") for value in inputs)
     ]
-    made = [f"{names[value]}_made" for value in found]
-    rewrite.node("Scan", cut, made, **loop.body(*(names[value] for value in found), axis=0))
-    for value, one in zip(found, made, strict=True):
-        rewrite.node("Reshape", [one, rewrite.shape((-1, *rewrite.shapes[value][1:]))], value)
+    stacked = [f"{names[value]}_made" for value in outputs]
+    rewrite.node("Scan", parts, stacked, **loop.body(*(names[value] for value in outputs), axis=0))
+    for value, tensor in zip(outputs, stacked, strict=True):
+        rewrite.node("Reshape", [tensor, rewrite.shape((-1, *rewrite.shapes[value][1:]))], value)
 
 
 class _Tokens:
-    """Which nodes take every token by itself, and which of them lie between the same attentions."""
+    """The nodes that treat each token independently, grouped by the attentions around them."""
 
     def __init__(self, rewrite: Rewrite) -> None:
         self._shapes = rewrite.shapes
@@ -83,10 +86,10 @@ class _Tokens:
         self._axes = {tensor.name: len(tensor.dims) for tensor in self._graph.initializer}
 
     def stretches(self) -> list[list[Any]]:
-        """Nodes on single tokens, in their order, by what they can be run together with.
+        """Groups of nodes on single tokens that can run in one loop, in the graph's order.
 
-        Two lie in one stretch if one reads the other's values and as many operators across tokens
-        come before both. So no way out of a stretch leads back into it.
+        Two nodes are in one stretch if one reads the other's values and the same number of
+        operators across tokens comes before both. So no way out of a stretch leads back into it.
         """
         before = self._operators_before()
         stretch_of: dict[str, list[Any]] = {}
@@ -101,13 +104,13 @@ class _Tokens:
                 if before[other[0].output[0]] == before[node.output[0]]:
                     other += joined
                     joined = other
-            stretch_of |= {name: joined for one in joined for name in one.output}
+            stretch_of |= {name: joined for member in joined for name in member.output}
         return list({id(nodes): nodes for nodes in stretch_of.values()}.values())
 
     def _operators_before(self) -> dict[str, int]:
-        """First output of a node on single tokens → how many others come before it, at the most.
+        """First output of a node on single tokens → operators across tokens on its longest way.
 
-        A node that is read by such nodes only counts as late as the earliest of them.
+        A node that only nodes on single tokens read counts as late as the earliest reader.
         """
         after: dict[str, int] = {}
         before: dict[str, int] = {}
@@ -123,15 +126,15 @@ class _Tokens:
             for name in node.input:
                 readers.setdefault(name, []).append(node.output[0])
         for node in reversed(self._graph.node):
-            reading = [one for name in node.output for one in readers.get(name, [])]
-            if node.output[0] in before and reading and all(one in before for one in reading):
-                before[node.output[0]] = min(before[one] for one in reading)
+            reading = [reader for name in node.output for reader in readers.get(name, [])]
+            if node.output[0] in before and reading and all(reader in before for reader in reading):
+                before[node.output[0]] = min(before[reader] for reader in reading)
         return before
 
     def _takes_single_tokens(self, node: Any) -> bool:
-        """Whether all its values are (images, …, channels) of one grid, and its weights vectors.
+        """Whether a node's values are all (images, …, channels) of one grid.
 
-        Of a product, they are a matrix.
+        Its weights must be vectors, or a matrix if it is a product.
         """
         axes = [self._axes[name] for name in node.input if name in self._axes]
         values = [name for name in (*node.input, *node.output) if name and name not in self._axes]
@@ -140,7 +143,7 @@ class _Tokens:
         if node.op_type not in OPERATORS or len(grids) != 1 or not prod(*grids) > 1:
             return False
         last = len(shapes[0]) - 1
-        along = [one.i for one in node.attribute if one.name == "axis"]
+        along = [attribute.i for attribute in node.attribute if attribute.name == "axis"]
         if not all(axis in (-1, last) for axis in along):
             return False
         return axes == [2] if node.op_type == "MatMul" else all(n < 2 for n in axes)

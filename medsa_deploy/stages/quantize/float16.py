@@ -121,7 +121,7 @@ def counted(reasons: Iterable[str]) -> tuple[Island, ...]:
 def require_changed(name: str, change: Change) -> None:
     """ParityError where nothing could be converted."""
     if not change.changed:
-        raise ParityError(f"the {name} cannot be converted ({change.what}): use fp32")
+        raise ParityError(f"the {name} cannot be converted ({change.description}): use fp32")
 
 
 def _measure(
