@@ -449,6 +449,46 @@ def enhanced(folder: Path, datasets: list[Dataset]) -> Path:
     return folder / "enhanced.dcm"
 
 
+def test_positions_place_slices_whatever_the_headers_declare(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SliceThickness is no spacing: slices overlap or leave gaps."""
+    datasets = slices(spacing=2.5, SliceThickness=5, SpacingBetweenSlices=2.51)
+    assert read_volume(save(datasets, tmp_path / "near")).spacing_mm[2] == pytest.approx(2.5)
+    assert "SpacingBetweenSlices" not in caplog.text
+    datasets = slices(spacing=2.5, SliceThickness=5, SpacingBetweenSlices=-4)
+    assert read_volume(save(datasets, tmp_path / "far")).spacing_mm[2] == pytest.approx(2.5)
+    assert (
+        "is 2.5 mm by its positions, which is used, and 4 mm by its SpacingBetweenS" in caplog.text
+    )
+
+
+def test_one_slice_has_the_declared_distance(tmp_path: Path) -> None:
+    (dataset,) = slices(1, SliceThickness=5, SpacingBetweenSlices=3)
+    assert read_volume(save([dataset], tmp_path / "s")).spacing_mm == (0.6, 0.8, 3)
+
+
+def test_the_innermost_pixel_spacing_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = enhanced(tmp_path, slices())
+    dataset = pydicom.dcmread(path)
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    dataset.PixelSpacing = [2, 2]
+    dataset.save_as(path)
+    assert read_volume(path).spacing_mm[:2] == pytest.approx((0.6, 0.8))
+    assert "and 2 × 2 mm by its outer PixelSpacing" in caplog.text
+    # a frame's own group that holds the thickness alone leaves the shared spacing as it is
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        measures = Dataset()
+        measures.SliceThickness = "1"
+        frame.PixelMeasuresSequence = [measures]
+    del dataset.PixelSpacing
+    assert shared.PixelMeasuresSequence[0].PixelSpacing == [0.8, 0.6]
+    dataset.save_as(path)
+    assert read_volume(path).spacing_mm == pytest.approx((0.6, 0.8, 2.5), abs=1e-5)
+
+
 def test_an_enhanced_multiframe_is_the_series_it_was_made_from(tmp_path: Path) -> None:
     datasets = slices(orientation=OBLIQUE)
     for k, dataset in enumerate(datasets):

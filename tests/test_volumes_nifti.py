@@ -110,10 +110,57 @@ def test_spacing_is_in_millimetres(folder: Path, unit: str, mm: float) -> None:
 
 def test_without_usable_spacing_it_is_one(folder: Path) -> None:
     path = save(VOXELS, folder / "zero.nii", zooms=(2, 3, 4))
+    set_spacing(path, (0.0, float("nan"), -4.0))
     data = bytearray(path.read_bytes())
-    struct.pack_into("<fff", data, 80, 0.0, float("nan"), -4.0)
+    struct.pack_into("<hh", data, 252, 0, 0)  # neither qform nor sform
     path.write_bytes(data)
     assert read_volume(path).spacing_mm == (1, 1, 4)
+
+
+def set_spacing(path: Path, zooms: tuple[float, float, float]) -> None:
+    """Write pixdim, and leave qform and sform as they are."""
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<fff", data, 80, *zooms)
+    path.write_bytes(data)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, path: Path) -> list[str]:
+    return [r.getMessage() for r in caplog.records if str(path) in r.getMessage()]
+
+
+@pytest.mark.parametrize("form", ["sform", "qform"])
+def test_the_affine_is_the_only_source_of_spacing(
+    folder: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(VOXELS, folder / f"{form}.nii", zooms=(1, 1, 2.5))
+    if form == "qform":
+        source = nibabel.load(path)
+        source.set_qform(source.affine, code=1)
+        source.set_sform(None, code=0)
+        path = folder / "qform-alone.nii"
+        nibabel.save(source, path)
+    set_spacing(path, (4, 1, 1))
+    volume = read_volume(path)
+    if form == "qform":  # whose columns are pixdim's lengths
+        assert (volume.axis, volume.spacing_mm) == (0, (4, 1, 1))
+        assert not warnings_of(caplog, path)
+        return
+    assert (volume.axis, volume.spacing_mm) == (2, (1, 1, 2.5))
+    (warning,) = warnings_of(caplog, path)
+    assert "1 × 1 × 2.5 mm by its affine, which is used, and 4 × 1 × 1 mm by its pixdim" in warning
+    assert read_image(path, index=0).plane == Plane(axis=2, index=0, shape=VOXELS.shape)
+
+
+@pytest.mark.parametrize(
+    ("zooms", "count"), [((1, 1, 2.52), 0), ((1, 1, 2.53), 1), ((0, 1, 2.5), 0)]
+)
+def test_one_percent_is_rounding(
+    folder: Path, zooms: tuple[float, ...], count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(VOXELS, folder / f"rounded{zooms[2]}.nii", zooms=(1, 1, 2.5))
+    set_spacing(path, (zooms[0], zooms[1], zooms[2]))
+    assert read_volume(path).spacing_mm == (1, 1, 2.5)
+    assert len(warnings_of(caplog, path)) == count
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

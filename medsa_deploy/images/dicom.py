@@ -270,16 +270,21 @@ def _look_up(values: np.ndarray, descriptor: Any, data: Any, dataset: Any) -> np
 
 
 def functional_group(dataset: Any, name: str, frame: int) -> Any:
-    """The dataset with a group's attributes: a nested one, per frame or shared, or `dataset`.
+    """The innermost dataset with a group's attributes; see `functional_groups`."""
+    return functional_groups(dataset, name, frame)[0]
+
+
+def functional_groups(dataset: Any, name: str, frame: int) -> list[Any]:
+    """The datasets that may hold a group's attributes: the frame's own, the shared one, `dataset`.
 
     Enhanced (multi-frame) objects nest their groups, others keep the attributes at the top.
     """
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or ()
     shared = dataset.get("SharedFunctionalGroupsSequence") or ()
-    for item in (*per_frame[frame : frame + 1], *shared[:1]):
-        if item.get(name):
-            return item[name][0]
-    return dataset
+    nested = [
+        item[name][0] for item in (*per_frame[frame : frame + 1], *shared[:1]) if item.get(name)
+    ]
+    return [*nested, dataset]
 
 
 def number(dataset: Any, name: str) -> float | None:

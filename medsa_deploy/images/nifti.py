@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.volumeutils import apply_read_scaling
 
@@ -20,7 +21,7 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading, suffix
 from .image import Image, Plane, choose_slice
-from .volume import Volume
+from .volume import Volume, warn_of_spacing
 
 GEOMETRY = (
     "pixdim", "xyzt_units", "dim_info", "slice_start", "slice_end", "slice_code", "slice_duration",
@@ -45,7 +46,7 @@ def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:
     source = _load_numbers(path)
     shape = _volume_shape(path, source.shape)
     if axis is None:
-        axis = _default_axis(shape, source.header.get_zooms())
+        axis = _default_axis(shape, _spacing_mm(path, source))
     plane = choose_slice(path, shape, axis, index)
     subscript: list[int | slice] = [slice(None)] * 3 + [0] * (len(source.shape) - 3)
     subscript[plane.axis] = plane.index
@@ -88,12 +89,13 @@ def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Vo
     source = _load_numbers(path)
     number = _choose_volume(path, source.shape, volume)
     shape = _volume_shape(path, source.shape[:3])
+    spacing_mm = _spacing_mm(path, source)
     if axis is None:
-        axis = _default_axis(shape, source.header.get_zooms())
+        axis = _default_axis(shape, spacing_mm)
     choose_slice(path, shape, axis, 0)
     stored = _stored_voxels(path, source, number).reshape(shape)
     slope, inter = _scaling(source)
-    unit = UNITS_MM.get(int(source.header["xyzt_units"]) & 7, 1.0)
+    unit = _unit_mm(source)
     rows, columns = (k for k in range(3) if k != axis)
     return Volume(
         path=path,
@@ -102,7 +104,7 @@ def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Vo
         shape=shape,
         axis=axis,
         plane_axes=(rows, columns),
-        spacing_mm=_spacing(source.header.get_zooms(), unit),
+        spacing_mm=spacing_mm,
         affine=np.diag([unit, unit, unit, 1.0]) @ source.affine,
         dtype=np.dtype(np.float32)
         if (slope, inter) != (1, 0) or stored.dtype.kind == "f"
@@ -196,19 +198,19 @@ def _scaling(source: Any) -> tuple[float, float]:
 def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
     """The stored, unscaled voxels of volume `number`; mapped if it is alone and uncompressed."""
     proxy = source.dataobj
-    needed = proxy.offset + math.prod(source.shape) * proxy.dtype.itemsize
+    announced = proxy.offset + math.prod(source.shape) * proxy.dtype.itemsize
     most = path.stat().st_size * (MOST_GZIP if suffix(path) == ".nii.gz" else 1)
-    if needed > most:  # nibabel would allocate whatever size a damaged header announces
+    if announced > most:  # nibabel would allocate whatever size a damaged header announces
         raise ImageError(
-            f"{path} cannot be read as NIfTI: its header announces {needed} bytes, more than the "
+            f"{path} cannot be read as NIfTI: its header announces {announced} bytes, more than the "
             "file can hold; it is damaged or cut off, copy or export it again"
         )
     with reading(path, "NIfTI"):
         unscaled = ArrayProxy(proxy.file_like, (source.shape, proxy.dtype, proxy.offset))
         if math.prod(source.shape[3:]) == 1:
             return np.asanyarray(unscaled)
-        rest = (0,) * (len(source.shape) - 4)
-        return np.asarray(unscaled[(slice(None), slice(None), slice(None), number, *rest)])
+        zeros = (0,) * (len(source.shape) - 4)
+        return np.asarray(unscaled[(slice(None), slice(None), slice(None), number, *zeros)])
 
 
 def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> int:
@@ -230,10 +232,21 @@ def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> i
     return volume
 
 
-def _spacing(zooms: tuple[float, ...], unit: float) -> tuple[float, float, float]:
-    """mm along the three axes; 1.0 for an axis without a usable number in the header."""
-    mm = [abs(float(zoom)) * unit for zoom in (*zooms[:3], 0.0, 0.0, 0.0)]
-    x, y, z = (value if 0 < value < math.inf else 1.0 for value in mm[:3])
+def _unit_mm(source: Any) -> float:
+    """mm in the unit of the header's lengths; 1.0 for an unknown unit."""
+    return UNITS_MM.get(int(source.header["xyzt_units"]) & 7, 1.0)
+
+
+def _spacing_mm(path: Path, source: Any) -> tuple[float, float, float]:
+    """mm along the three axes, from the affine that places the voxels (sform, else qform).
+
+    1.0 for an axis without a usable length. A header whose pixdim says something else is reported.
+    """
+    unit = _unit_mm(source)
+    lengths = [float(length) * unit for length in voxel_sizes(source.affine)]
+    x, y, z = (length if 0 < length < math.inf else 1.0 for length in lengths)
+    declared = tuple(abs(float(zoom)) * unit for zoom in source.header.get_zooms()[:3])
+    warn_of_spacing(path, "pixdim", declared, "affine", (x, y, z))
     return x, y, z
 
 
@@ -250,10 +263,10 @@ def _volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
     return int(x), int(y), int(z)
 
 
-def _default_axis(shape: tuple[int, int, int], zooms: tuple[float, ...]) -> int:
+def _default_axis(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> int:
     """The axis of size 1, else the axis of largest spacing; among equals, the last."""
     if 1 in shape:
         return max(k for k in range(3) if shape[k] == 1)
-    spacing = np.nan_to_num(np.asarray(zooms[:3], float))
+    spacing = np.asarray(spacing_mm)
     # Equal spacings computed from an affine differ in the last digits.
     return int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])

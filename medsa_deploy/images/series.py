@@ -22,6 +22,7 @@ from .dicom import (
     frame_count,
     frame_image,
     functional_group,
+    functional_groups,
     load,
     load_header,
     number,
@@ -31,13 +32,14 @@ from .dicom import (
 from .files import reading
 from .image import Image
 from .stacking import SliceHeader, Stack, stack
-from .volume import Volume
+from .volume import Volume, warn_of_spacing
 
 logger = logging.getLogger(__name__)
 
 HEADER = [
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality",
-    "SeriesDescription", "SliceThickness", "SeriesInstanceUID", "SeriesNumber",
+    "SeriesDescription", "SliceThickness", "SpacingBetweenSlices", "SeriesInstanceUID",
+    "SeriesNumber",
     "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "PixelSpacing",
     "BitsAllocated", "PixelRepresentation", "RescaleIntercept", "RescaleSlope",
@@ -92,17 +94,17 @@ def is_series(files: Iterable[Path]) -> bool:
 
     Stills without a position (ultrasound, X-ray) are not slices. Unreadable files are ignored.
     """
-    seen = set()
+    uids = set()
     for path in files:
         with contextlib.suppress(ImageError), reading(path, "DICOM"):
             header = load_header(path, HEADER)
             if not _is_image(header):
                 continue
             uid = str(header.get("SeriesInstanceUID", ""))
-            if frame_count(header) > 1 or uid in seen:
+            if frame_count(header) > 1 or uid in uids:
                 return True
             if header.get("ImagePositionPatient"):
-                seen.add(uid)
+                uids.add(uid)
     return False
 
 
@@ -235,9 +237,12 @@ def slice_header(path: Path, dataset: Any, frame: int | None = None) -> SliceHea
     plane_position = group("PlanePositionSequence")
     # A position for the whole multi-frame file says nothing about its frames.
     has_position = frame is None or plane_position is not dataset
-    measures = group("PixelMeasuresSequence")
-    spacing = _numbers(measures, "PixelSpacing", 2)
-    thickness = number(measures, "SliceThickness")
+    spacing = _pixel_spacing(path, dataset, frame or 0)
+    measures = functional_groups(dataset, "PixelMeasuresSequence", frame or 0)
+    thickness, between_slices = (
+        next((length for each in measures if (length := abs(number(each, name) or 0.0))), 0.0)
+        for name in ("SliceThickness", "SpacingBetweenSlices")  # the latter is negative in NM
+    )
     return SliceHeader(
         path=path,
         number=frame,
@@ -248,9 +253,27 @@ def slice_header(path: Path, dataset: Any, frame: int | None = None) -> SliceHea
         reference=str(dataset.get("FrameOfReferenceUID") or ""),
         position=_numbers(plane_position, "ImagePositionPatient", 3) if has_position else None,
         orientation=_numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
-        spacing=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
-        thickness=thickness if thickness and thickness > 0 else None,
+        spacing=spacing,
+        thickness=thickness if 0 < thickness < np.inf else None,
+        between_slices=between_slices if 0 < between_slices < np.inf else None,
     )
+
+
+def _pixel_spacing(path: Path, dataset: Any, frame: int) -> tuple[float, float] | None:
+    """mm between rows, and between columns, from the innermost group that gives both.
+
+    That is the frame's own, else the one all frames share, else the file's. A file whose first
+    frame has another spacing further out is reported.
+    """
+    declared = [
+        (spacing[0], spacing[1])
+        for group in functional_groups(dataset, "PixelMeasuresSequence", frame)
+        if (spacing := _numbers(group, "PixelSpacing", 2)) and min(spacing) > 0
+    ]
+    if frame == 0:
+        for outer in declared[1:]:
+            warn_of_spacing(path, "outer PixelSpacing", outer, "innermost group", declared[0])
+    return declared[0] if declared else None
 
 
 def _scaling(dataset: Any, group: Any) -> tuple[object, ...]:

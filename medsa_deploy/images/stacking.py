@@ -18,6 +18,8 @@ import numpy as np
 
 from medsa_deploy.errors import ImageError
 
+from .volume import warn_of_spacing
+
 logger = logging.getLogger(__name__)
 
 SAME_ORIENTATION = 1e-4
@@ -52,7 +54,9 @@ class SliceHeader:
     spacing: tuple[float, float] | None = None
     """mm between rows, and between columns."""
     thickness: float | None = None
-    """mm"""
+    """mm; slices may overlap or leave gaps, so it places no slice that has a position."""
+    between_slices: float | None = None
+    """mm from the centre of a slice to the next, as the header declares it."""
 
     @property
     def name(self) -> str:
@@ -102,7 +106,10 @@ def _place_stack(path: Path, ordered: list[SliceHeader], normal: np.ndarray) -> 
     step = normal * spacing[2]
     if len(ordered) > 1:
         step = (positions[-1] - positions[0]) / (len(ordered) - 1)
-        spacing = _spacing(ordered[0], float(np.linalg.norm(step)))
+        distance = float(np.linalg.norm(step))
+        spacing = _spacing(ordered[0], distance)
+        declared = ordered[0].between_slices or 0.0
+        warn_of_spacing(path, "SpacingBetweenSlices", [declared], "positions", [distance])
     columns, rows = _directions(ordered[0])
     if ordered[0].spacing is None:
         logger.warning(
@@ -120,7 +127,7 @@ def _place_stack(path: Path, ordered: list[SliceHeader], normal: np.ndarray) -> 
 def _spacing(header: SliceHeader, between_slices: float | None) -> tuple[float, float, float]:
     """mm along columns, rows and slices; 1.0 for a spacing that is unknown."""
     rows, columns = header.spacing or (1.0, 1.0)
-    return columns, rows, between_slices or header.thickness or 1.0
+    return columns, rows, between_slices or header.between_slices or header.thickness or 1.0
 
 
 def _directions(header: SliceHeader) -> np.ndarray:
@@ -148,13 +155,13 @@ def _check_places(path: Path, ordered: list[SliceHeader], normal: np.ndarray) ->
         return
     steps = np.diff(np.array([h.position for h in ordered]), axis=0)
     gaps = steps @ normal
-    same = np.flatnonzero(gaps < SAME_PLACE_MM)
-    if same.size:
-        first, second = ordered[same[0]], ordered[same[0] + 1]
+    pairs = np.flatnonzero(gaps < SAME_PLACE_MM)
+    if pairs.size:
+        first, second = ordered[pairs[0]], ordered[pairs[0] + 1]
         copies = first.uid == second.uid and first.number is None
         why = "are copies of one image" if copies else "lie at the same place"
         raise ImageError(
-            f"{path}: {first.name} and {second.name} {why} (pairs of this kind: {len(same)}); "
+            f"{path}: {first.name} and {second.name} {why} (pairs of this kind: {len(pairs)}); "
             "keep one image for each place (one phase, one echo)"
         )
     _check_even(path, ordered, steps, normal)

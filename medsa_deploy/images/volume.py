@@ -8,6 +8,7 @@ has the shape (columns, rows, slices), and slices are counted along the normal o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ import numpy as np
 from medsa_deploy.errors import ImageError, PromptError
 
 from .image import Image, check_values
+
+logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["nifti", "npy", "dicom"]
 Box: TypeAlias = tuple[float, float, float, float]
@@ -196,6 +199,26 @@ class Volume:
         return ", ".join(f"{name} 0…{size + end}" for name, size in sizes)
 
 
+def warn_of_spacing(
+    path: Path, field: str, declared: Sequence[float], source: str, spacing_mm: Sequence[float]
+) -> None:
+    """Warn if a header field declares another spacing than the one that is used.
+
+    `declared` and `spacing_mm` in mm, axis by axis. A declared value that is no length (0, NaN)
+    declares nothing. Up to 1 % is rounding.
+    """
+    pairs = list(zip(declared, spacing_mm, strict=False))
+    if any(0 < a < math.inf and abs(a - b) > 0.01 * b for a, b in pairs):
+        logger.warning(
+            "%s: the spacing is %s mm by its %s, which is used, and %s mm by its %s",
+            path,
+            _lengths(spacing_mm),
+            source,
+            _lengths(declared),
+            field,
+        )
+
+
 def check_volume(volume: Volume) -> Volume:
     """`volume` itself; ImageError if all voxels are equal. Reads slices until two voxels differ."""
     first = None
@@ -206,6 +229,11 @@ def check_volume(volume: Volume) -> Volume:
             return volume
     value = None if first is None else first.tolist()
     raise ImageError(f"{volume.path}: every voxel is {value}: nothing to segment")
+
+
+def _lengths(values: Sequence[float]) -> str:
+    """`0.8 × 0.8 × 2.5`"""
+    return " × ".join(f"{value:.4g}" for value in values)
 
 
 def _numbers(values: Sequence[float]) -> str:
