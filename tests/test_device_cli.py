@@ -125,7 +125,7 @@ def test_verify_on_engines(bundle: Path, machine: Machine) -> None:
 
 def test_profile_on_engines(bundle: Path, machine: Machine, monkeypatch) -> None:
     """Every stage lasts until the GPU is done; layers are timed without CUDA graphs."""
-    monkeypatch.setattr(profile, "measured", latency_worker.measure)  # in this process
+    monkeypatch.setattr(profile, "measure_in_child", latency_worker.measure)  # in this process
     machine.on_wait = lambda: time.sleep(0.01)
     done = call("profile", bundle, "--backend", "tensorrt", "--runs", "3", "-o", "p.json")
     assert done.code == 0, done.err

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from fake_network import SIDE, BrightPixels
 
 from medsa_deploy import stages
 from medsa_deploy.bundle.manifest import load_manifest, save_manifest
+from medsa_deploy.child import ChildError, Job
 from medsa_deploy.evaluation.cases import seeded_case
 from medsa_deploy.evaluation.parity import LIMITS, run_case
 from medsa_deploy.nvidia.engines import AxisRange, load_engines
@@ -35,15 +34,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Stand-ins in this process, which is the one that runs the engines."""
     machine = fake_gpu.install(monkeypatch)
 
-    def run(command: list[str], **_) -> subprocess.CompletedProcess[str]:
-        assert command[1:4] == ["-P", "-m", engine_check.__name__]
-        said: list[str] = []
-        monkeypatch.setattr(sys, "argv", [command[3], command[4]])
-        monkeypatch.setattr(engine_check, "print", said.append, raising=False)
-        engine_check.main()
-        return subprocess.CompletedProcess(command, 0, "\n".join(["noise", *said]), "")
+    def run(function: Job, job: object) -> object:
+        answer = function(json.loads(json.dumps(job)), lambda note: None)
+        return json.loads(json.dumps(answer))
 
-    monkeypatch.setattr(engine_check.subprocess, "run", run)
+    monkeypatch.setattr(engine_check, "run_in_child", run)
     return machine
 
 
@@ -106,9 +101,12 @@ def test_an_engine_of_another_version_is_not_run(made: Path, plain: Session, mon
 
 
 def test_a_process_that_ends_early_is_a_failure(made: Path, plain: Session, monkeypatch) -> None:
-    died = subprocess.CompletedProcess([], -11, "", "first\nSegmentation fault\n")
-    monkeypatch.setattr(engine_check.subprocess, "run", lambda *_, **__: died)
-    assert checked(made, plain).failures == ("its process ended with -11: Segmentation fault",)
+    def die(function: Job, job: object) -> object:
+        raise ChildError("signal 11: Segmentation fault", code=-11)
+
+    monkeypatch.setattr(engine_check, "run_in_child", die)
+    expected = "its process ended with signal 11: Segmentation fault"
+    assert checked(made, plain).failures == (expected,)
 
 
 def test_tf32_is_judged_like_float16() -> None:
@@ -123,18 +121,11 @@ def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     bundle = tmp_path / "a.medsa"
     folder = write(bundle / "engines" / "x", plain.manifest, describe("rtx", batch=ONE))
     save_manifest(plain.manifest, bundle)
-    job = json.dumps({"bundle": str(bundle), "folder": str(folder), "cases": str(tmp_path / "no")})
-    (tmp_path / "no").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", engine_check.__name__, job],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    answer = json.loads(done.stdout)
-    assert set(answer) == {"cannot"}, done.stderr
-    assert str(folder) in answer["cannot"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    case, outputs = seeded_case(SIDE, None, 1), run_case(plain, CASE).tensors
+    reason = engine_check.check_engine(bundle, folder, [case], [outputs])
+    assert isinstance(reason, str)
+    assert str(folder) in reason
 
 
 ONE = AxisRange(min=1, opt=1, max=1)

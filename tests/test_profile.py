@@ -18,14 +18,13 @@ import PIL.Image
 import pytest
 from command_line import WITHOUT, call, command, contents, copied
 
-from medsa_deploy import errors
 from medsa_deploy.bundle.manifest import load_manifest
-from medsa_deploy.errors import DeviceError, MissingDependencyError
+from medsa_deploy.errors import DeviceError
+from medsa_deploy.evaluation import latency_worker
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.evaluation.latency_worker import STAGES
 from medsa_deploy.reports.latency import milliseconds
 from medsa_deploy.stages import LatencyOptions
-from medsa_deploy.stages import profile as stage
 
 RUNS = 3
 BLOCKS = {
@@ -286,20 +285,6 @@ def test_a_warning_of_the_measuring_process_is_a_warning_here(
     assert "warning: nothing is stored for this bundle on this machine" in done.err
 
 
-def test_what_libraries_print_goes_to_the_error_stream(bundle: Path) -> None:
-    code = (
-        "import os\nfrom medsa_deploy.evaluation import latency_worker\n"
-        "real = latency_worker.measure\n"
-        "def noisy(*given):\n    os.write(1, b'a library speaks\\n')\n    print('and again')\n"
-        "    return real(*given)\nlatency_worker.measure = noisy\nlatency_worker.main()"
-    )
-    given = json.dumps(vars(options(bundle)))
-    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
-    said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert "result" in said[-1]
-    assert "a library speaks" in done.stderr
-
-
 def test_outputs_that_are_read_are_refused_first(
     bundle: Path, earlier: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -323,22 +308,29 @@ def options(bundle: Path, **changes: Any) -> LatencyOptions:
 
 
 def test_a_missing_library_is_named_with_its_extra(bundle: Path) -> None:
-    """In the measuring process, which is where it is needed."""
-    code = (
-        WITHOUT.format(names=("openvino",))
-        + "from medsa_deploy.evaluation.latency_worker import main\nmain()"
-    )
-    given = json.dumps(vars(options(bundle, backend="openvino")))
-    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
-    said = json.loads(done.stdout.splitlines()[-1])
-    with pytest.raises(MissingDependencyError, match=r"medsa-deploy\[openvino\]") as caught:
-        stage._pass_on(said, print, print)
-    assert type(caught.value) is errors.MissingDependencyError
+    """In the measuring process, which needs it."""
+    answer = measured_without(("openvino",), options(bundle, backend="openvino"))
+    assert answer["error"] == "MissingDependencyError"
+    assert "medsa-deploy[openvino]" in answer["text"]
+
+
+def measured_without(names: tuple[str, ...], options: LatencyOptions) -> dict[str, Any]:
+    """The last message of a measuring process that lacks some libraries."""
+    code = WITHOUT.format(names=names) + "from medsa_deploy.child import main\nmain()"
+    job = [f"{latency_worker.__name__}:measure_job", json.dumps(vars(options))]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *job], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        *_, answer = map(json.loads, process.stdout)
+    return answer
 
 
 def test_a_fault_of_the_measuring_process_shows_where(bundle: Path) -> None:
     with pytest.raises(RuntimeError, match="TypeError") as caught:
-        stage.measured(options(bundle, runs="many"), lambda step: None, lambda n, of: None)
+        latency_worker.measure_in_child(
+            options(bundle, runs="many"), lambda step: None, lambda n, of: None
+        )
     assert "Traceback" in "".join(caught.value.__notes__)
 
 
@@ -401,10 +393,4 @@ def test_measuring_needs_no_terminal_and_no_builder(bundle: Path) -> None:
     """Its memory and loading are those of a program that embeds the runtime."""
     names = ("torch", "onnx", "typer", "rich", "openvino")
     assert all(importlib.util.find_spec(name) for name in names)
-    code = (
-        WITHOUT.format(names=names)
-        + "from medsa_deploy.evaluation.latency_worker import main\nmain()"
-    )
-    given = json.dumps(vars(options(bundle)))
-    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
-    assert "result" in json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+    assert "result" in measured_without(names, options(bundle))

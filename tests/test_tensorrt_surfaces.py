@@ -169,5 +169,5 @@ def test_a_builder_without_polygraphy_names_the_extra(
         ),
         profile={},
     )
-    with pytest.raises(errors.UsageError, match=r"pip install 'medsa-deploy\[tensorrt\]'"):
+    with pytest.raises(errors.MissingDependencyError, match=r"'medsa-deploy\[tensorrt\]'"):
         engine_builder.build(job)

@@ -1,17 +1,12 @@
-"""A bundle, run many times in this process → milliseconds of every stage of every run.
+"""A bundle, run many times in a process of its own → milliseconds of every stage of every run.
 
-`python -m medsa_deploy.evaluation.latency_worker OPTIONS` measures in a process of its own. Its
-load time and memory are therefore those of a program that embeds the runtime and nothing else.
+Load time and memory are therefore those of a program that embeds the runtime and nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from medsa_deploy.bundle.manifest import Network
-from medsa_deploy.errors import DeviceError, InputError, MedsaError, one_line
+from medsa_deploy.child import ChildError, OnNote, run_in_child
+from medsa_deploy.errors import DeviceError, InputError, one_line
 from medsa_deploy.images import Image, is_volume, read_image
 from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.runtime import Session, load
@@ -29,6 +25,8 @@ from medsa_deploy.runtime.backends.registry import LoadOptions
 from medsa_deploy.transforms import Prompt
 
 from .cases import middle_slices, seeded_case
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("preprocess", "encode", "decode", "postprocess", "first click", "next click")
 """`first click`: all four stages, from an image to a mask. `next click`: another mask of the same
@@ -181,12 +179,57 @@ def _memory_mb(name: str) -> float | None:
     return None
 
 
+def measure_in_child(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
+    """The result of `measure` in a child process; its warnings are logged here.
+
+    InputError for files that cannot be read. DeviceError if the process ends early, or its memory
+    is full.
+    """
+
+    def pass_on(note: Any) -> None:
+        match note:
+            case {"warning": text}:
+                logger.warning(text)
+            case {"done": done, "of": of}:
+                on_run(done, of)
+            case {"step": step}:
+                on_step(step)
+
+    try:
+        result: dict[str, Any] = run_in_child(
+            measure_job, asdict(options), on_note=pass_on, show_stderr=True
+        )
+    except OSError as e:
+        raise InputError(f"{e.strerror or one_line(e)}: {e.filename}") from e
+    except ChildError as e:
+        if e.code is None:
+            raise
+        reason = f"ended early, with {e}"
+        if e.killed:
+            reason = "was killed, most often for lack of memory"
+        raise DeviceError(f"the measuring process {reason}") from e
+    return result
+
+
+def measure_job(options: dict[str, Any], note: OnNote) -> dict[str, Any]:
+    """The child's part of `measure_in_child`."""
+    logging.getLogger("medsa_deploy").addHandler(_WarningHandler(note))
+    try:
+        return measure(
+            LatencyOptions(**options),
+            lambda step: note({"step": step}),
+            lambda done, of: note({"done": done, "of": of}),
+        )
+    except MemoryError as e:
+        raise DeviceError("out of memory: use a smaller network") from e
+
+
 class _WarningHandler(logging.Handler):
     """Sends each distinct warning once."""
 
-    def __init__(self, send: Callable[..., None]) -> None:
+    def __init__(self, note: OnNote) -> None:
         super().__init__(logging.WARNING)
-        self._send = send
+        self._note = note
         self._messages: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -194,38 +237,4 @@ class _WarningHandler(logging.Handler):
         message = record.getMessage()
         if message not in self._messages:
             self._messages.add(message)
-            self._send(warning=message)
-
-
-def main() -> int:
-    """Read options as JSON; write a line of JSON for each step, run and warning, and the result.
-
-    If the measurement fails, an `error` with its class's name (`kind`) stands in place of the
-    result. Whatever libraries print goes to the error stream.
-    """
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(**message: Any) -> None:
-        print(json.dumps(message), file=lines, flush=True)
-
-    logging.getLogger("medsa_deploy").addHandler(_WarningHandler(send))
-    try:
-        options = LatencyOptions(**json.loads(sys.argv[1]))
-        result = measure(
-            options, lambda step: send(step=step), lambda done, of: send(done=done, of=of)
-        )
-        send(result=result)
-    except MedsaError as e:
-        send(error=str(e), kind=type(e).__name__)
-    except MemoryError:
-        send(error="out of memory: use a smaller network", kind=DeviceError.__name__)
-    except OSError as e:
-        send(error=f"{e.strerror or one_line(e)}: {e.filename}", kind=InputError.__name__)
-    except Exception as e:
-        send(fault=f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+            self._note({"warning": message})

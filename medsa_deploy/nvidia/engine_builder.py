@@ -1,37 +1,24 @@
 """An ONNX file → a serialized engine: TensorRT's or TensorRT-RTX's, on one path through Polygraphy.
 
-`build` runs in a process of its own (`python -m medsa_deploy.builder JOB`), so that the two never
-meet, and so that an interrupt ends a builder that does not listen. Networks are strongly typed:
-the ONNX file's types are the engine's, and TF32 is the one precision flag there is.
+`build` runs in a child process, so that the two never meet, and so that an interrupt ends a builder
+that does not listen. Networks are strongly typed: the ONNX file's types are the engine's, and TF32
+is the one precision flag there is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import json
 import logging
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from medsa_deploy import errors
 from medsa_deploy.bundle.strict_json import decode
-from medsa_deploy.errors import (
-    BuildError,
-    BundleError,
-    MedsaError,
-    MissingDependencyError,
-    UsageError,
-)
+from medsa_deploy.child import ChildError, OnNote, run_in_child
+from medsa_deploy.errors import BuildError, BundleError, MissingDependencyError
 
 from . import tensorrt_api
 from .engines import EngineOptions, Shape
@@ -66,83 +53,27 @@ class Outcome:
 
 
 def build(job: Job, *, on_progress: OnProgress = lambda percent: None) -> Outcome:
-    """Build one engine in a process of its own; `on_progress` is called with the percent done.
+    """Build one engine in a child process; `on_progress` is called with the percent done.
 
-    BundleError where the ONNX file cannot be parsed, BuildError where it cannot be compiled,
-    OSError where the engine cannot be written; `job.output` is then incomplete or absent.
+    BundleError if the ONNX file cannot be parsed, BuildError if it cannot be compiled,
+    MissingDependencyError without a library, OSError if the engine cannot be written; `job.output`
+    is then incomplete or absent.
     """
-    text = json.dumps(dataclasses.asdict(job))
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, text],
-            stdin=subprocess.PIPE,  # closes when this process ends, however it does
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,  # Ctrl-C comes to this process, which ends the other
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                message = json.loads(line)
-                if "progress" in message:
-                    on_progress(message["progress"])
-                else:
-                    return _outcome(message)
-            code = process.wait()
-            log.seek(0)
-            raise BuildError(
-                f"the builder ended before its engine: {_last_words(code, log.read())}"
-            )
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-            assert process.stdin is not None
-            process.stdin.close()
-
-
-def _outcome(message: dict[str, Any]) -> Outcome:
-    """The builder's last message: what it made, or the error it ended with."""
-    if "errno" in message:
-        raise OSError(message["errno"], os.strerror(message["errno"]), message["file"])
-    if "error" in message:
-        raise getattr(errors, message["error"])(message["message"])
-    return Outcome(**message)
-
-
-def _last_words(code: int, log: str) -> str:
-    """How the builder's process ended, and the last line it wrote."""
-    if code == -signal.SIGKILL:
-        return "it was killed, most likely for want of memory: give --workspace GB, or close others"
-    ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return ": ".join([ended, *(log.strip().splitlines()[-1:])])
-
-
-def main() -> None:
-    """Build the job on the command line; messages for `build`, one JSON document a line."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not stand between the messages
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def send(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=channel, flush=True)
-
     try:
-        job = decode(Job, json.loads(sys.argv[1]), "job")
-        send(dataclasses.asdict(_build(job, lambda percent: send({"progress": percent}))))
-    except MedsaError as e:
-        kind = UsageError if isinstance(e, MissingDependencyError) else type(e)
-        send({"error": kind.__name__, "message": str(e)})
-    except OSError as e:
-        send({"errno": e.errno or errno.EIO, "file": str(e.filename or job.output)})
+        return Outcome(**run_in_child(build_job, dataclasses.asdict(job), on_note=on_progress))
+    except ChildError as e:
+        reason = str(e)
+        if e.killed:
+            reason = (
+                "it was killed, most likely for want of memory: give --workspace GB, or close "
+                "other programs"
+            )
+        raise BuildError(f"the builder ended before its engine: {reason}") from e
 
 
-def _end_with_parent() -> None:
-    """End this process when the one that asked for the engine is gone."""
-    os.read(0, 1)
-    os._exit(1)
+def build_job(job: dict[str, Any], note: OnNote) -> dict[str, Any]:
+    """The child's part of `build`."""
+    return dataclasses.asdict(_build(decode(Job, job, "job"), note))
 
 
 def _build(job: Job, on_progress: OnProgress) -> Outcome:
@@ -170,7 +101,10 @@ def _build(job: Job, on_progress: OnProgress) -> Outcome:
             f"{_said(complaints, e)}"
         ) from e
     attention = _attention(options, plan)
-    Path(job.output).write_bytes(plan)
+    try:
+        Path(job.output).write_bytes(plan)
+    except OSError as e:  # a failed write names no file
+        raise OSError(e.errno, e.strerror, job.output) from e
     return Outcome(attention=attention, seconds=round(perf_counter() - start, 3))
 
 
@@ -293,7 +227,3 @@ def _attention(options: EngineOptions, plan: Any) -> Attention:
             "TensorRT-RTX fused attention in spite of --no-fused-attention: no engine was written"
         )
     return "fused"
-
-
-if __name__ == "__main__":
-    main()

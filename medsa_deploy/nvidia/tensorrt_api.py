@@ -1,22 +1,25 @@
 """TensorRT and TensorRT-RTX: which is installed, its version, its targets.
 
 The only module that imports them, and the only one that knows what their versions can do. Both
-bring libraries that must not meet in one process, so what is asked of one that may not be the one
-in use is asked in a process of its own: `python -m medsa_deploy.trt FLAVOR`.
+bring libraries that must not meet in one process: `query_library` imports one in a child process.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from medsa_deploy.errors import EngineFlavorError, MissingDependencyError, UsageError
+from medsa_deploy.child import ChildError, OnNote, run_in_child
+from medsa_deploy.errors import (
+    EngineFlavorError,
+    MedsaError,
+    MissingDependencyError,
+    UsageError,
+)
 
 Flavor = Literal["tensorrt", "rtx"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
@@ -83,14 +86,16 @@ def describe(library: Any, flavor: Flavor) -> Library:
 def query_library(flavor: Flavor) -> Library:
     """`describe` an installed library without importing it here."""
     _require(flavor)
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", __name__, flavor], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UsageError(f"{NAMES[flavor]} cannot be used: {said}")
-    answer = json.loads(done.stdout)
-    return Library(**answer | {"targets": tuple(answer["targets"])})
+    try:
+        facts = run_in_child(describe_installed, flavor)
+    except (ChildError, MedsaError, OSError) as e:
+        raise UsageError(f"{NAMES[flavor]} cannot be used: {e}") from e
+    return Library(**facts | {"targets": tuple(facts["targets"])})
+
+
+def describe_installed(flavor: Flavor, note: OnNote) -> dict[str, Any]:
+    """The child's part of `query_library`."""
+    return asdict(describe(load(flavor), flavor))
 
 
 def error_logger(library: Any) -> Any:
@@ -145,16 +150,3 @@ def _require(flavor: Flavor) -> None:
         raise MissingDependencyError(
             NAMES[flavor], extra=flavor, purpose=f"a {NAMES[flavor]} engine"
         )
-
-
-def main() -> None:
-    """Print what `ask` reads, or why there is nothing."""
-    (flavor,) = (name for name in FLAVORS if name == sys.argv[1])
-    try:
-        print(json.dumps(asdict(describe(load(flavor), flavor))))
-    except Exception as e:  # a broken install raises anything, and its reader wants one line
-        raise SystemExit(" ".join(str(e).split())) from None
-
-
-if __name__ == "__main__":
-    main()

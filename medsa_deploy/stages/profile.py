@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -18,22 +14,24 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy import __version__, errors, machine
+from medsa_deploy import __version__, machine
 from medsa_deploy.bundle.manifest import Manifest, load_manifest
-from medsa_deploy.errors import DeviceError, InputError, UsageError
+from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.evaluation import latency
 from medsa_deploy.evaluation.latency import Profile
-from medsa_deploy.evaluation.latency_worker import STAGES, WARM_UP, LatencyOptions
+from medsa_deploy.evaluation.latency_worker import (
+    STAGES,
+    WARM_UP,
+    LatencyOptions,
+    measure_in_child,
+)
 from medsa_deploy.images.files import check_writable, output_file
 from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.reports.latency import profile_page
 from medsa_deploy.runtime.backends.registry import GRAPH_ROLES, check_options, files_precision
 
-logger = logging.getLogger(__name__)
-
 SHARED = ("preprocess", "encode")
 """Stages that run on all slices of a chunk together."""
-KILLED = -9
 LONGEST_MS = 1e9
 """Longer samples (11 days) are refused."""
 
@@ -104,69 +102,6 @@ def read_profile(path: Path) -> dict[str, Any]:
         if not (isinstance(stages, dict) and _has_samples(stages.get(stage))):
             raise InputError(f"{path} has no samples of the stage {stage!r}: measure again")
     return document
-
-
-def measure_in_child(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[str, Any]:
-    """The result of `latency_worker.measure` in a process of its own; its errors are raised here.
-
-    The terminal's Ctrl-C does not reach the process. If this call is interrupted, it kills the
-    process and removes its temporary files.
-    """
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "medsa_deploy.evaluation.latency_worker",
-        json.dumps(asdict(options)),
-    ]
-    with (
-        tempfile.TemporaryDirectory(prefix="medsa-") as scratch,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "TMPDIR": scratch},
-            start_new_session=True,
-        ) as process,  # waits, and closes the pipe
-    ):
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                message = json.loads(line)
-                if "result" in message:
-                    result: dict[str, Any] = message["result"]
-                    return result
-                _pass_on(message, on_step, on_run)
-        except BaseException:
-            process.kill()
-            raise
-    raise DeviceError(_ended(process.returncode))
-
-
-def _pass_on(message: Mapping[str, Any], on_step: OnStep, on_run: OnCount) -> None:
-    """Hand a message of the measuring process to its callback or the log; raise its errors."""
-    match message:
-        case {"error": text, "kind": kind}:
-            cls = getattr(errors, kind)  # some have constructors of their own
-            raise cls.__new__(cls, text)
-        case {"fault": text, "traceback": lines}:
-            fault = RuntimeError(text)
-            fault.add_note(lines)
-            raise fault
-        case {"warning": text}:
-            logger.warning(text)
-        case {"done": done, "of": of}:
-            on_run(done, of)
-        case {"step": step}:
-            on_step(step)
-
-
-def _ended(code: int) -> str:
-    """Why the measuring process gave no result."""
-    if code == KILLED:
-        return "the measuring process was killed, most often for lack of memory"
-    return f"the measuring process ended early, with status {code}"
 
 
 def _check(bundle: Path, options: LatencyOptions, outputs: ProfileTargets) -> Manifest:

@@ -1,14 +1,11 @@
 """Engines of a bundle → how they compare with the checkpoint's network, on this machine's GPU.
 
-Each is run in a process of its own (`python -m medsa_deploy.stages.engine_check JOB`): TensorRT and
-TensorRT-RTX cannot meet in one, and an engine that ends its process ends no other's.
+Each is run in a child process: TensorRT and TensorRT-RTX cannot meet in one process, and an engine
+that ends its process ends no other's.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +14,8 @@ from typing import Any, Literal
 
 from medsa_deploy.bundle.manifest import Manifest, Parity, load_manifest
 from medsa_deploy.bundle.strict_json import decode
-from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError
+from medsa_deploy.child import ChildError, OnNote, run_in_child
+from medsa_deploy.errors import EngineError, MedsaError, MissingDependencyError, one_line
 from medsa_deploy.evaluation.cases import Case
 from medsa_deploy.evaluation.parity import (
     Array,
@@ -84,22 +82,22 @@ def check_engine(
             outputs = NetworkOutputs(tensors=tensors, frame=None)  # type: ignore[arg-type]
             save_reference(Path(work) / f"{i}.npz", case, outputs)
         job = {"bundle": str(bundle), "folder": str(folder), "cases": work}
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__, json.dumps(job)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        words = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        raise EngineError(f"its process ended with {done.returncode}: {words}") from None
+        try:
+            answer = run_in_child(check_job, job)
+        except (ChildError, OSError) as e:
+            raise EngineError(f"its process ended with {one_line(e)}") from e
     if "cannot" in answer:
         return str(answer["cannot"])
-    if "error" in answer:
-        raise EngineError(answer["error"])
     return decode(Parity, answer["parity"], "parity")
+
+
+def check_job(job: dict[str, str], note: OnNote) -> dict[str, Any]:
+    """The child's part of `check_engine`: the parity, or why the engines cannot be run here."""
+    references = sorted(Path(job["cases"]).iterdir(), key=lambda path: int(path.stem))
+    try:
+        return {"parity": asdict(_run(Path(job["bundle"]), Path(job["folder"]), references))}
+    except (EngineError, MissingDependencyError) as e:
+        return {"cannot": str(e)}
 
 
 def state_of(
@@ -150,22 +148,3 @@ def _run(bundle: Path, folder: Path, references: Sequence[Path]) -> Parity:
     with Session(made, backend) as session:
         compared = compare_cases(session, cases, [tensors for _, tensors in loaded])
     return compared.summary(cases, precision=described.options.precision, backend=backend.name)
-
-
-def main() -> None:
-    """Run the job on the command line; one JSON document, on the last line of stdout."""
-    job = json.loads(sys.argv[1])
-    bundle, folder = Path(job["bundle"]), Path(job["folder"])
-    references = sorted(Path(job["cases"]).iterdir(), key=lambda path: int(path.stem))
-    answer: dict[str, Any]
-    try:
-        answer = {"parity": asdict(_run(bundle, folder, references))}
-    except (EngineError, MissingDependencyError) as e:
-        answer = {"cannot": str(e)}
-    except MedsaError as e:
-        answer = {"error": str(e)}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
