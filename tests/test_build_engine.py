@@ -246,6 +246,28 @@ def test_blocks_kept_in_float32_leave_turing_out(bundle: Path, tmp_path: Path) -
     assert plan._has_float32(made, "fp32")
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_one_plan_is_made_after_the_graphs(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    order: list[str] = []
+
+    def note(name: str, result=lambda *given, **options: None):
+        def call(*given, **options):
+            order.append(name)
+            return result(*given, **options)
+
+        return call
+
+    monkeypatch.setattr(build, "quantize_bundle", note("graphs"))
+    monkeypatch.setattr(build, "plan_engines", note("plan", build.plan_engines))
+    monkeypatch.setattr(build, "_build", note("build"))
+    request = plan.EngineRequest(precision="fp16", flavor="rtx")
+    result = build.build_engines(bundle, request, dry_run=dry_run)
+    assert order == (["plan"] if dry_run else ["graphs", "plan", "build"])
+    assert result.built != dry_run
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_leaves_nothing(bundle: Path, tmp_path: Path, number: int) -> None:
     copy = copied(bundle, tmp_path)

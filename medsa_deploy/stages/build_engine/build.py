@@ -1,4 +1,4 @@
-"""A bundle → TensorRT or TensorRT-RTX engines inside it: planned first, then built where needed."""
+"""A bundle → TensorRT or TensorRT-RTX engines in it: graphs that are missing, one plan, builds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from time import perf_counter
 
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.folder import new_bundle
-from medsa_deploy.bundle.manifest import MANIFEST_FILENAME
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, load_manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.nvidia import cuda, engine_builder
 from medsa_deploy.nvidia.engines import Engine, EngineFile, load_engines, save_engines
 from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.stages.quantize.quantize import quantize_bundle
 
-from .plan import EnginePlan, EngineRequest, PlannedEngine, plan_engines
+from .plan import (
+    EnginePlan,
+    EngineRequest,
+    PlannedEngine,
+    check_request,
+    find_library,
+    lacks_graphs,
+    plan_engines,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,52 +48,57 @@ def build_engines(
     on_step: OnStep = lambda step: None,
     on_progress: OnCount = lambda done, total: None,
 ) -> EngineBuild:
-    """Build the engines of a bundle, where they are missing or something they depend on changed.
+    """Build the engines of a bundle if they are missing or something they depend on changed.
 
-    Without a bundle, those of the newest in the working folder. Graphs of a precision that is
-    missing are made first. `dry_run` plans and writes nothing.
+    Without a bundle, those of the newest in the working folder. Missing graphs of the precision are
+    made first, so that one plan sees all graphs. `dry_run` plans and writes nothing.
     """
     start = perf_counter()
     if bundle is None:
         bundle = newest_bundle(Path())
         on_note(f"no bundle named: {bundle}, the newest here")
-    plan = plan_engines(bundle, request, force=force, on_note=on_note)
-    found = None
+    manifest = load_manifest(bundle)
+    library = find_library(request, on_note)
+    check_request(bundle, manifest, request, library)
+    if not dry_run and lacks_graphs(manifest, request.precision):
+        _make_graphs(bundle, request, on_step, on_progress)
+    plan = plan_engines(bundle, request, library, force=force, on_note=on_note)
+    engine: Engine | None = None
     if not dry_run and plan.reasons:
-        if plan.makes_graphs:
-            _make_graphs(plan, request, on_step, on_progress)
-            plan = plan_engines(bundle, request, force=force)
-        found = _build(plan, request.timing_cache, on_step, on_progress)
+        engine = _build(plan, request.timing_cache, on_step, on_progress)
     elif not dry_run:
-        found = load_engines(plan.folder)
+        engine = load_engines(plan.folder)
     return EngineBuild(
         plan=plan,
         built=not dry_run and bool(plan.reasons),
-        engine=found,
+        engine=engine,
         seconds=perf_counter() - start,
     )
 
 
 def newest_bundle(folder: Path) -> Path:
     """The bundle in `folder` whose manifest is newest."""
-    found = [path.parent for path in folder.glob(f"*/{MANIFEST_FILENAME}")]
-    bundles_here = [path for path in found if not path.name.startswith(".")]
-    if not bundles_here:
+    manifests = [
+        path
+        for path in folder.glob(f"*/{MANIFEST_FILENAME}")
+        if not path.parent.name.startswith(".")
+    ]
+    if not manifests:
         raise UsageError(
             f"there is no bundle in {folder.resolve()}: name one, or make one with "
             "medsa-deploy export CHECKPOINT"
         )
-    return max(bundles_here, key=lambda path: (path / MANIFEST_FILENAME).stat().st_mtime_ns)
+    return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def _make_graphs(
-    plan: EnginePlan, request: EngineRequest, on_step: OnStep, on_progress: OnCount
+    bundle: Path, request: EngineRequest, on_step: OnStep, on_progress: OnCount
 ) -> None:
-    """Add graphs of the plan's precision to the bundle."""
+    """Add graphs of the request's precision to the bundle."""
     quantize_bundle(
-        plan.bundle,
-        precision="fp16" if plan.options.precision == "fp16" else "int8",
-        calibration=request.calibration if plan.options.precision == "int8" else (),
+        bundle,
+        precision="fp16" if request.precision == "fp16" else "int8",
+        calibration=request.calibration if request.precision == "int8" else (),
         on_step=on_step,
         on_image=on_progress,
     )
@@ -104,18 +117,18 @@ def _build(
                 on_step(f"build the {planned.role}")
                 files.append(_build_one(plan, planned, folder, timing_cache, on_progress))
             device = cuda.device() if plan.library.flavor == "tensorrt" else None
-            made = Engine(
+            engine = Engine(
                 options=plan.options,
                 version=plan.library.version,
                 device=device.name if device else None,
                 state="built",
                 files=tuple(files),
             )
-            save_engines(made, folder)
+            save_engines(engine, folder)
     finally:
         if not any(parent.iterdir()):
             parent.rmdir()
-    return made
+    return engine
 
 
 def _build_one(
@@ -128,7 +141,7 @@ def _build_one(
     """Build one engine into `folder`."""
     onnx = plan.bundle / next(iter(planned.sources))
     path = folder / f"{planned.role}.engine"
-    done = engine_builder.build(
+    outcome = engine_builder.build(
         engine_builder.Job(
             onnx=str(onnx),
             output=str(path),
@@ -145,6 +158,6 @@ def _build_one(
         sha256=sha256(path),
         sources=planned.sources,
         profile=planned.profile,
-        attention=done.attention,
-        seconds=done.seconds,
+        attention=outcome.attention,
+        seconds=outcome.seconds,
     )

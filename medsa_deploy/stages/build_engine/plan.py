@@ -1,4 +1,4 @@
-"""What is asked of a build → its plan: library, targets, profiles, and why anything is built."""
+"""A bundle and a request for engines → the plan of a build: library, targets, profiles, reasons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RTX_IGNORES = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """What is asked for; None leaves the choice to `plan_engines`."""
+    """What a user asks for; None leaves the choice to `plan_engines`."""
 
     precision: str = "fp16"
     flavor: Flavor | None = None
@@ -45,7 +45,7 @@ class EngineRequest:
     prompts: AxisRange | None = None
     embeddings: AxisRange | None = None
     calibration: tuple[Path, ...] = ()
-    """Images that INT8 graphs are fitted to, where the bundle has none yet."""
+    """Images that INT8 graphs are fitted to, if the bundle has no INT8 graphs yet."""
     workspace_gb: float | None = None
     optimization_level: int | None = None
     timing_cache: Path | None = None
@@ -59,7 +59,7 @@ class PlannedEngine:
 
     role: Role
     sources: dict[str, str]
-    """ONNX file and its weights' file → SHA-256; empty where the graph has to be made first."""
+    """ONNX file and its weights' file → SHA-256; empty if the graph has to be made first."""
     profile: dict[str, tuple[Shape, Shape, Shape]]
     """Input → its smallest, optimal and largest shape."""
 
@@ -79,67 +79,15 @@ class EnginePlan:
     """Why the engines have to be built; empty when they are up to date."""
 
 
-def plan_engines(
-    bundle: Path,
-    request: EngineRequest,
-    *,
-    force: bool = False,
-    on_note: OnStep = lambda note: None,
-) -> EnginePlan:
-    """What a build of `request` would do, and why. The graphs' files are compared with SHA-256.
-
-    UsageError for what cannot be built: a library that is not here, an unknown target, options that
-    do not go together.
-    """
-    made = load_manifest(bundle)
-    library = _library(request, on_note)
-    options = _options(made, request, library, on_note)
-    there = {f.role for f in made.files if f.precision == options.precision}
-    makes_graphs = not set(ROLES) <= there
-    if makes_graphs and options.precision == "int8" and not request.calibration:
-        raise UsageError(
-            f"{bundle} has no int8 graphs: add --calibration with a folder of your images, or make "
-            f"them with medsa-deploy quantize {bundle} --int8 --calibration IMAGES"
-        )
-    for entry in made.files:
-        if entry.precision == options.precision:
-            check_file(entry, bundle)
-    folder = bundle / ENGINES_FOLDER / folder_name(options)
-    reasons = [f"{options.precision} graphs are made first"] if makes_graphs else []
-    return EnginePlan(
-        bundle=bundle,
-        folder=folder,
-        library=library,
-        options=options,
-        engines=tuple(
-            PlannedEngine(
-                role=role,
-                sources={} if makes_graphs else _sources(made, role, options.precision),
-                profile=optimization_profile(made.graphs[role].inputs, options),
-            )
-            for role in ROLES
-        ),
-        makes_graphs=makes_graphs,
-        reasons=(*reasons, *_reasons(folder, options, library, made, force)),
-    )
-
-
-def _sources(made: Manifest, role: Role, precision: str) -> dict[str, str]:
-    """The ONNX file of a role, and its weights' file where there is one → SHA-256."""
-    graph = made.file(role, precision)
-    weights = [f for f in made.files if f.role == "weights" and f.path == f"{graph.path}.data"]
-    return {file.path: file.sha256 for file in (graph, *weights)}
-
-
-def _library(request: EngineRequest, on_note: OnStep) -> Library:
-    """The library to build with; UsageError where it is not here or has no GPU to build on."""
+def find_library(request: EngineRequest, on_note: OnStep) -> Library:
+    """The library to build with; UsageError if it is not installed or has no GPU to build on."""
     flavor = request.flavor
     if flavor is None:
-        here = tensorrt_api.installed("tensorrt") and cuda.device() is not None
-        flavor = "tensorrt" if here else "rtx"
+        has_tensorrt = tensorrt_api.installed("tensorrt") and cuda.device() is not None
+        flavor = "tensorrt" if has_tensorrt else "rtx"
         on_note(
             "no --flavor given: TensorRT and a GPU are here, so TensorRT engines for this GPU"
-            if here
+            if has_tensorrt
             else "no --flavor given: no TensorRT with a GPU here, so TensorRT-RTX engines"
         )
     if flavor == "tensorrt":
@@ -157,20 +105,86 @@ def _library(request: EngineRequest, on_note: OnStep) -> Library:
     return tensorrt_api.query_library(flavor)
 
 
+def check_request(
+    bundle: Path, manifest: Manifest, request: EngineRequest, library: Library
+) -> None:
+    """UsageError for a request that fails whatever the graphs hold, before minutes of making them.
+
+    That is an unknown target, options that exclude each other, or INT8 without images.
+    """
+    _options(manifest, request, library, on_note=lambda note: None)
+    if request.precision == "int8" and not request.calibration and lacks_graphs(manifest, "int8"):
+        raise UsageError(
+            f"{bundle} has no int8 graphs: add --calibration with a folder of your images, or make "
+            f"them with medsa-deploy quantize {bundle} --int8 --calibration IMAGES"
+        )
+
+
+def lacks_graphs(manifest: Manifest, precision: str) -> bool:
+    """Whether a bundle has no graphs of a precision, so that they are made before engines."""
+    return not set(ROLES) <= {file.role for file in manifest.files if file.precision == precision}
+
+
+def plan_engines(
+    bundle: Path,
+    request: EngineRequest,
+    library: Library,
+    *,
+    force: bool = False,
+    on_note: OnStep = lambda note: None,
+) -> EnginePlan:
+    """What a build of a checked request would do with the bundle's graphs, and why.
+
+    The graphs' files are compared with their SHA-256. UsageError for a target that the graphs'
+    float32 blocks exclude.
+    """
+    manifest = load_manifest(bundle)
+    options = _options(manifest, request, library, on_note)
+    for file in manifest.files:
+        if file.precision == options.precision:
+            check_file(file, bundle)
+    makes_graphs = lacks_graphs(manifest, options.precision)
+    folder = bundle / ENGINES_FOLDER / folder_name(options)
+    reasons = [f"{options.precision} graphs are made first"] if makes_graphs else []
+    return EnginePlan(
+        bundle=bundle,
+        folder=folder,
+        library=library,
+        options=options,
+        engines=tuple(
+            PlannedEngine(
+                role=role,
+                sources={} if makes_graphs else _sources(manifest, role, options.precision),
+                profile=optimization_profile(manifest.graphs[role].inputs, options),
+            )
+            for role in ROLES
+        ),
+        makes_graphs=makes_graphs,
+        reasons=(*reasons, *_reasons(folder, options, library, manifest, force)),
+    )
+
+
+def _sources(manifest: Manifest, role: Role, precision: str) -> dict[str, str]:
+    """The ONNX file of a role, and its weights' file if it has one → SHA-256."""
+    graph = manifest.file(role, precision)
+    weights = [f for f in manifest.files if f.role == "weights" and f.path == f"{graph.path}.data"]
+    return {file.path: file.sha256 for file in (graph, *weights)}
+
+
 def _options(
-    made: Manifest, request: EngineRequest, library: Library, on_note: OnStep
+    manifest: Manifest, request: EngineRequest, library: Library, on_note: OnStep
 ) -> EngineOptions:
-    """The request with every choice made."""
+    """The request with every choice manifest."""
     for name, option in RTX_IGNORES.items():
         if library.flavor == "rtx" and getattr(request, name) is not None:
             raise UsageError(f"{option} has no effect on TensorRT-RTX: leave it out")
     if request.workspace_gb is not None and not 0 < request.workspace_gb < inf:
         raise UsageError(f"--workspace {request.workspace_gb:g}: expected more than 0 GB")
-    ranges = _ranges(made, request)
+    ranges = _ranges(manifest, request)
     return EngineOptions(
         flavor=library.flavor,
         precision=request.precision,
-        targets=_targets(request, library, _has_float32(made, request.precision), on_note),
+        targets=_targets(request, library, _has_float32(manifest, request.precision), on_note),
         **ranges,
         tf32=request.tf32,
         fused_attention=request.fused_attention,
@@ -179,10 +193,10 @@ def _options(
     )
 
 
-def _has_float32(made: Manifest, precision: str) -> bool:
+def _has_float32(manifest: Manifest, precision: str) -> bool:
     """Whether graphs of a precision hold float32 products: all do, or blocks that masks needed."""
     return precision == "fp32" or any(
-        recipe.float32_blocks for recipe in made.recipes if recipe.precision == precision
+        recipe.float32_blocks for recipe in manifest.recipes if recipe.precision == precision
     )
 
 
@@ -207,22 +221,22 @@ def _targets(
         )
     able = tensorrt_api.float32_targets(library.targets) if float32 else library.targets
     if unable := [target for target in request.targets or library.targets if target not in able]:
-        what = f"{name} compiles no float32 products for {', '.join(unable)}"
+        limit = f"{name} compiles no float32 products for {', '.join(unable)}"
         if request.targets:
             hint = "build them with --fp16, or" if request.precision == "fp32" else "build"
-            raise UsageError(f"{what}: {hint} for: {', '.join(able)}")
-        on_note(f"{what}: left out")
+            raise UsageError(f"{limit}: {hint} for: {', '.join(able)}")
+        on_note(f"{limit}: left out")
     return tuple(target for target in able if target in (request.targets or able))
 
 
-def _ranges(made: Manifest, request: EngineRequest) -> dict[str, AxisRange]:
+def _ranges(manifest: Manifest, request: EngineRequest) -> dict[str, AxisRange]:
     """Sizes of the dynamic axes: those asked for, else the defaults.
 
     A session encodes one chunk of a 3D network at a time, and gathers the clicks of its slices;
     efficient_sam's prompts all have the same number of points.
     """
-    network = made.network
-    chunk, padded = network.chunk, made.conventions.pad_points
+    network = manifest.network
+    chunk, padded = network.chunk, manifest.conventions.pad_points
     batch = request.batch or (
         AxisRange(min=1, opt=1, max=4) if chunk == 1 else AxisRange(min=chunk, opt=chunk, max=chunk)
     )
@@ -248,24 +262,24 @@ def _ranges(made: Manifest, request: EngineRequest) -> dict[str, AxisRange]:
 
 
 def _reasons(
-    folder: Path, options: EngineOptions, library: Library, made: Manifest, force: bool
+    folder: Path, options: EngineOptions, library: Library, manifest: Manifest, force: bool
 ) -> list[str]:
-    """Why the engines in `folder` are not what is asked for; empty when they are."""
+    """Why the engines in `folder` have to be built; empty if they are up to date."""
     if not folder.is_dir():
         return ["not built yet"]
     try:
-        found = load_engines(folder)
-        check_engine_files(found, folder, "they are built again")
+        engine = load_engines(folder)
+        check_engine_files(engine, folder, "they are built again")
     except EngineError as e:
         return [str(e)]
     reasons = ["--force"] if force else []
-    if found.version != library.version:
+    if engine.version != library.version:
         name = tensorrt_api.NAMES[library.flavor]
-        reasons.append(f"built by {name} {found.version}; {library.version} is installed")
-    if role := stale_role(found, made):
+        reasons.append(f"built by {name} {engine.version}; {library.version} is installed")
+    if role := stale_role(engine, manifest):
         reasons.append(f"the {role}'s ONNX file changed since it was built")
     for field in fields(EngineOptions):
-        before, now = getattr(found.options, field.name), getattr(options, field.name)
+        before, now = getattr(engine.options, field.name), getattr(options, field.name)
         if before != now:
             reasons.append(f"{field.name} changed from {_text(before)} to {_text(now)}")
     return reasons
