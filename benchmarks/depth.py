@@ -141,10 +141,10 @@ def measure(row: tuple[str, int, float, bool], runs: int, folder: Path) -> dict[
         "ratio": round(statistics.median(ratios), 3),
         "ratios": ratios,
         "seconds": {
-            kind: round(statistics.median(one["seconds"] for one in found), 3)
-            for kind, found in samples.items()
+            kind: round(statistics.median(run["seconds"] for run in of_kind), 3)
+            for kind, of_kind in samples.items()
         },
-        "peak_mb": {kind: round(found[-1]["peak_mb"]) for kind, found in samples.items()},
+        "peak_mb": {kind: round(of_kind[-1]["peak_mb"]) for kind, of_kind in samples.items()},
         "samples": samples,
     }
 
@@ -163,7 +163,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             measured[name, side] = measure(row, args.runs, Path(folder))
-        write([measured[one[:2]] for one in ROWS if one[:2] in measured])
+        write([measured[row[:2]] for row in ROWS if row[:2] in measured])
 
 
 def write(rows: list[dict[str, object]]) -> None:

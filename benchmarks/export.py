@@ -90,10 +90,10 @@ def main() -> None:
                 "versions": {n: version(n) for n in ("torch", "onnxruntime", "onnx", "numpy")},
                 "median": {
                     name: {
-                        key: round(statistics.median(run[key] for run in found), 1)
+                        key: round(statistics.median(run[key] for run in of_case), 1)
                         for key in ("seconds", "peak_mb")
                     }
-                    for name, found in samples.items()
+                    for name, of_case in samples.items()
                 },
                 "samples": samples,
             },

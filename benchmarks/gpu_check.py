@@ -41,10 +41,10 @@ RESULTS = Path(__file__).parent / "results"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PROVIDER = "CUDAExecutionProvider"
 SIDE = 8192
-"""Of the matrices whose product is the peak."""
+"""Side of the matrices whose product is the peak."""
 RUNS = 30
 Part = Callable[[Path], dict[str, Any]]
-"""Gives what it found, in a folder of its own; NotRun, or another error, otherwise."""
+"""Takes an empty folder and gives results; NotRun if something is missing, or another error."""
 
 FOR_CURRENT = """
 import os, sys
@@ -67,7 +67,7 @@ print("ready", flush=True)
 
 
 class NotRun(Exception):
-    """Something is missing; the message says what, and what to install."""
+    """Something is missing; the message names it and what to install."""
 
 
 def main() -> int:
@@ -89,8 +89,8 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, part in PARTS.items():
         record[name] = outcome(part)
-        said = record[name].get("said")
-        print(f"{name}: {record[name]['outcome']}{f': {said}' if said else ''}", flush=True)
+        message = record[name].get("said")
+        print(f"{name}: {record[name]['outcome']}{f': {message}' if message else ''}", flush=True)
         path.write_text(json.dumps(record, indent=2) + "\n")  # what is there stays, if one hangs
     print(path)
     return int(any(record[name]["outcome"] == "failed" for name in PARTS))
@@ -122,12 +122,12 @@ def sanitizer(folder: Path) -> dict[str, Any]:
     program = shutil.which(name) or shutil.which(name, path=places)
     if program is None:
         raise NotRun(f"{name} was not found: it comes with the CUDA toolkit")
-    found = {}
+    results = {}
     for tool in SANITIZERS:
         watched = (program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-        found[tool] = pytest_of("tests/test_gpu_kernels.py", "-k", "random", watched=watched)
-    worst = "failed" if any(one["outcome"] == "failed" for one in found.values()) else "ok"
-    return {"outcome": worst, **found}
+        results[tool] = pytest_of("tests/test_gpu_kernels.py", "-k", "random", watched=watched)
+    worst = "failed" if any(result["outcome"] == "failed" for result in results.values()) else "ok"
+    return {"outcome": worst, **results}
 
 
 def kernel_times(folder: Path) -> dict[str, Any]:
@@ -144,17 +144,17 @@ def engines(folder: Path) -> dict[str, Any]:
         raise NotRun("neither TensorRT nor TensorRT-RTX is installed: pip install '.[tensorrt]'")
     bundle = export(folder)
     usable = [flavor for flavor in flavors if knows_this_gpu(flavor)]
-    found: dict[str, Any] = {"built": [build(bundle, *case) for case in cases(usable)]}
+    results: dict[str, Any] = {"built": [build(bundle, *case) for case in cases(usable)]}
     if "rtx" in flavors:
-        found["rtx_for_current_device"] = for_current(bundle)
-    failed = not all(one["built"] for one in found["built"])
-    return {"outcome": "failed" if failed else "ok", **found}
+        results["rtx_for_current_device"] = for_current(bundle)
+    failed = not all(engine["built"] for engine in results["built"])
+    return {"outcome": "failed" if failed else "ok", **results}
 
 
 def sessions(folder: Path) -> dict[str, Any]:
     """Every test of a session on a GPU, with the engines of each library; and ONNX Runtime's."""
     need("pycuda", "pip install '.[cuda]'")
-    found = {
+    results = {
         flavor: pytest_of(
             "tests/test_gpu.py", "-k", "not onnxruntime", env={"MEDSA_TEST_FLAVOR": flavor}
         )
@@ -162,18 +162,18 @@ def sessions(folder: Path) -> dict[str, Any]:
         if knows_this_gpu(flavor)
     }
     if onnxruntime_has_cuda():
-        found["onnxruntime"] = pytest_of("tests/test_gpu.py", "-k", "onnxruntime")
-    if not found:
+        results["onnxruntime"] = pytest_of("tests/test_gpu.py", "-k", "onnxruntime")
+    if not results:
         raise NotRun("no backend of a GPU: pip install '.[cuda,tensorrt]', or '.[gpu]'")
-    failed = any(one["outcome"] == "failed" for one in found.values())
-    return {"outcome": "failed" if failed else "ok", **found}
+    failed = any(result["outcome"] == "failed" for result in results.values())
+    return {"outcome": "failed" if failed else "ok", **results}
 
 
 def models(folder: Path) -> dict[str, Any]:
     """A ViT-B by every backend of a GPU: latencies of every stage, and the encoder's share."""
     from export import vit_b_checkpoint
 
-    flavors = [one for one in installed_flavors() if knows_this_gpu(one) and find_spec("pycuda")]
+    flavors = [f for f in installed_flavors() if knows_this_gpu(f) and find_spec("pycuda")]
     backends = [*flavors, *(["onnxruntime-cuda"] if onnxruntime_has_cuda() else [])]
     if not backends:
         raise NotRun("no backend of a GPU: pip install '.[cuda,tensorrt]', or '.[gpu]'")
@@ -183,17 +183,17 @@ def models(folder: Path) -> dict[str, Any]:
     run_medsa("quantize", bundle, "--fp16", check=True)
     gflop = encoder_gflop(folder / "b.pth", bundle)
     peak = matrix_peak(folder) if "onnxruntime-cuda" in backends else None
-    found = [
+    runs = [
         profiled(bundle, backend, precision, gflop, peak)
         for backend in backends
         for precision in ("fp32", "fp16")
     ]
-    failed = not all("profile" in one for one in found)
+    failed = not all("profile" in run for run in runs)
     return {
         "outcome": "failed" if failed else "ok",
         "encoder_gflop": gflop,
         "float16_peak_tflop_per_s": peak,
-        "runs": found,
+        "runs": runs,
     }
 
 
@@ -201,21 +201,21 @@ def profiled(
     bundle: Path, backend: str, precision: str, gflop: float, peak: float | None
 ) -> dict[str, Any]:
     """A backend's profile, with what it says where it cannot run; engines are built first."""
-    found: dict[str, Any] = {"backend": backend, "precision": precision}
+    result: dict[str, Any] = {"backend": backend, "precision": precision}
     if backend in tensorrt_api.FLAVORS:
-        found["engine"] = build(bundle, backend, precision)  # type: ignore[arg-type]
-        if not found["engine"]["built"]:
-            return found
+        result["engine"] = build(bundle, backend, precision)  # type: ignore[arg-type]
+        if not result["engine"]["built"]:
+            return result
     options = ("--backend", backend, "--precision", precision, "--runs", RUNS, "--json")
     done = run_medsa("profile", bundle, *options)
     if done.returncode:
-        return found | {"said": last_lines(done)}
-    found["profile"] = json.loads(done.stdout)
-    encode = found["profile"]["stages"]["encode"]["p50_ms"]
-    found["encoder_tflop_per_s"] = gflop / encode
+        return result | {"said": last_lines(done)}
+    result["profile"] = json.loads(done.stdout)
+    encode = result["profile"]["stages"]["encode"]["p50_ms"]
+    result["encoder_tflop_per_s"] = gflop / encode
     if peak is not None:
-        found["encoder_share_of_float16_peak"] = gflop / encode / peak
-    return found
+        result["encoder_share_of_float16_peak"] = gflop / encode / peak
+    return result
 
 
 def encoder_gflop(checkpoint: Path, bundle: Path) -> float:
@@ -289,11 +289,12 @@ def build(bundle: Path, flavor: tensorrt_api.Flavor, precision: str) -> dict[str
     done = run_medsa(
         "build-engine", bundle, f"--{precision}", "--flavor", flavor, *target, "--json"
     )
-    found: dict[str, Any] = {"flavor": flavor, "precision": precision, "built": not done.returncode}
-    if done.returncode:
-        return found | {"said": done.stderr.strip().splitlines()[-1:]}
-    made = json.loads(done.stdout)
-    return found | {"engine": made["engine"], "seconds": made["seconds"]}
+    built = not done.returncode
+    result: dict[str, Any] = {"flavor": flavor, "precision": precision, "built": built}
+    if not built:
+        return result | {"said": done.stderr.strip().splitlines()[-1:]}
+    written = json.loads(done.stdout)
+    return result | {"engine": written["engine"], "seconds": written["seconds"]}
 
 
 def for_current(bundle: Path) -> dict[str, Any]:
@@ -319,13 +320,9 @@ def pytest_of(
 ) -> dict[str, Any]:
     """Tests marked gpu, in a process of their own that another may watch."""
     command = [*watched, sys.executable, "-m", "pytest", "-m", "gpu", "-q", *arguments]
+    environment = os.environ | (env or {})
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | (env or {}),
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     state = "failed" if done.returncode else "ok"
     return {"outcome": state, "said": last_lines(done) if done.returncode else tail(done.stdout)}

@@ -104,10 +104,10 @@ class TimedGpu(Gpu):
 
     def buffers(self, size: int) -> list[int]:
         """Addresses of `size` zeroed bytes each, that together are larger than caches."""
-        found = [self.allocate(size) for _ in range(min(64, max(2, ROTATED // size)))]
-        for address in found:
+        addresses = [self.allocate(size) for _ in range(min(64, max(2, ROTATED // size)))]
+        for address in addresses:
             self.clear(address, size)
-        return found
+        return addresses
 
     def copied_bytes_per_ms(self) -> float:
         """Read and written by a copy of `ROTATED` bytes from the GPU to itself."""
@@ -128,10 +128,10 @@ def main() -> None:
     if device is None:
         raise SystemExit("gpu_kernels: no NVIDIA driver or GPU was found on this machine")
     try:
-        found = measure(device)
+        results = measure(device)
     except MedsaError as e:
         raise SystemExit(f"gpu_kernels: {e}") from None
-    print(json.dumps(found, indent=2))
+    print(json.dumps(results, indent=2))
 
 
 def measure(device: cuda.Device) -> dict[str, Any]:
@@ -142,17 +142,17 @@ def measure(device: cuda.Device) -> dict[str, Any]:
         rate = gpu.copied_bytes_per_ms()
         modules = {s: gpu.module(cubins.cubin(s, device.capability)) for s in cubins.SOURCES}
 
-        def launch(one: Launch) -> None:
-            parameters = bytes(one.parameters)
-            gpu.launch(modules[one.source], one.entry, one.grid, BLOCK, parameters)
+        def launch(kernel: Launch) -> None:
+            parameters = bytes(kernel.parameters)
+            gpu.launch(modules[kernel.source], kernel.entry, kernel.grid, BLOCK, parameters)
 
         cases = [
             *(frame_on_gpu(gpu, launch, case) for case in FRAMES),
             *(masks_on_gpu(gpu, launch, case) for case in MASKS),
         ]
     gpu.close()
-    for given, case in zip((*FRAMES, *MASKS), cases, strict=True):
-        case |= {f"{name}_ms": wall(run) for name, run in tools(given, torch_on).items()}
+    for tool_case, case in zip((*FRAMES, *MASKS), cases, strict=True):
+        case |= {f"{name}_ms": wall(run) for name, run in tools(tool_case, torch_on).items()}
         case["floor_ms"] = case["bytes"] / rate
         case["share_of_floor"] = case["floor_ms"] / median(case["ms"])
     return {
@@ -185,13 +185,13 @@ def frame_on_gpu(
     def queue(i: int) -> None:
         if plan.scratch_bytes:
             gpu.clear(scratch, EXTREMES_BYTES)
-        for one in plan.launches(
+        for kernel in plan.launches(
             frame=frames[i % len(frames)],
             output=outputs[i % len(outputs)],
             tables=tables,
             scratch=scratch,
         ):
-            launch(one)
+            launch(kernel)
 
     samples = gpu.milliseconds(queue)
     for address in (*frames, *outputs, tables, scratch):
@@ -204,8 +204,8 @@ def masks_on_gpu(gpu: TimedGpu, launch: Callable[[Launch], None], case: MaskCase
     """Milliseconds of a postprocessing kernel, and the bytes it cannot do without."""
     logits = logits_of(case)
     plan = postprocessing((S // 4, S // 4), case.count, placed(case), 0.0, labels=case.labels)
-    made = int(np.prod(plan.shape)) * (1 if case.labels else 4)
-    inputs, outputs = gpu.buffers(logits.nbytes), gpu.buffers(made)
+    output_bytes = int(np.prod(plan.shape)) * (1 if case.labels else 4)
+    inputs, outputs = gpu.buffers(logits.nbytes), gpu.buffers(output_bytes)
     for address in inputs:
         gpu.write(address, logits.tobytes())
     figures = 4 * int(np.prod(plan.tally_shape))
@@ -223,7 +223,7 @@ def masks_on_gpu(gpu: TimedGpu, launch: Callable[[Launch], None], case: MaskCase
     return {
         "case": asdict(case),
         "entries": [plan.entry],
-        "bytes": logits.nbytes + made,
+        "bytes": logits.nbytes + output_bytes,
         "ms": samples,
     }
 
@@ -233,7 +233,7 @@ def tools(case: FrameCase | MaskCase, torch_on: str) -> dict[str, Callable[[], A
 
     torch begins with what lies where it works, and its results stay there.
     """
-    found = (
+    runs = (
         frame_tools(case, torch_on) if isinstance(case, FrameCase) else mask_tools(case, torch_on)
     )
 
@@ -243,9 +243,9 @@ def tools(case: FrameCase | MaskCase, torch_on: str) -> dict[str, Callable[[], A
             torch.cuda.synchronize()
         return result
 
-    if run_torch := found.get("torch"):
-        found["torch"] = waited
-    return found
+    if run_torch := runs.get("torch"):
+        runs["torch"] = waited
+    return runs
 
 
 def frame_tools(case: FrameCase, torch_on: str) -> dict[str, Callable[[], Any]]:
@@ -254,14 +254,14 @@ def frame_tools(case: FrameCase, torch_on: str) -> dict[str, Callable[[], Any]]:
     torch is antialiased as the kernel is; OpenCV averages areas to reduce, and else interpolates.
     """
     pixels, row = frame_of(case), PREPROCESSING[case.profile]  # type: ignore[index]
-    given = Intensities(window=case.window)
-    found = {"numpy": lambda: reference(pixels, case.profile, S, given)}  # type: ignore[arg-type]
+    intensities = Intensities(window=case.window)
+    runs = {"numpy": lambda: reference(pixels, case.profile, S, intensities)}  # type: ignore[arg-type]
     if row.mean is None or row.std is None:
-        return found
+        return runs
     low, high = case.window or (0, 255)
     scale = 255 / (high - low)
     h, w = transforms.frame_of(case.shape[:2], case.profile, S).content_size  # type: ignore[arg-type]
-    mean, std = (np.array(one, np.float32) for one in (row.mean, row.std))
+    mean, std = (np.array(values, np.float32) for values in (row.mean, row.std))
 
     def opencv() -> Array:
         values = (np.clip(pixels.astype(np.float32), low, high) - low) * scale
@@ -274,9 +274,11 @@ def frame_tools(case: FrameCase, torch_on: str) -> dict[str, Callable[[], Any]]:
         return image
 
     # torch has no arithmetic on uint16
-    whole = torch.from_numpy(pixels.astype(np.int32) if case.element == "uint16" else pixels)
-    frame = whole.to(torch_on)
-    centre, spread = (torch.from_numpy(one)[:, None, None].to(torch_on) for one in (mean, std))
+    torch_pixels = torch.from_numpy(pixels.astype(np.int32) if case.element == "uint16" else pixels)
+    frame = torch_pixels.to(torch_on)
+    centre, spread = (
+        torch.from_numpy(values)[:, None, None].to(torch_on) for values in (mean, std)
+    )
 
     def in_torch() -> Any:
         values = (frame.float().clamp(low, high) - low) * scale
@@ -284,7 +286,7 @@ def frame_tools(case: FrameCase, torch_on: str) -> dict[str, Callable[[], Any]]:
         planes = functional.interpolate(planes, (h, w), mode="bilinear", antialias=True)[0]
         return functional.pad((planes.expand(3, h, w) - centre) / spread, (0, S - w, 0, S - h))
 
-    return found | {"opencv": opencv, "torch": in_torch}
+    return runs | {"opencv": opencv, "torch": in_torch}
 
 
 def mask_tools(case: MaskCase, torch_on: str) -> dict[str, Callable[[], Any]]:
@@ -297,12 +299,12 @@ def mask_tools(case: MaskCase, torch_on: str) -> dict[str, Callable[[], Any]]:
         return transforms.label_map(pixels, 0.0) if case.labels else pixels > 0
 
     def opencv() -> Array:
-        whole = [cv2.resize(one, (S, S))[:h, :w] for one in logits]
-        return chosen(np.stack([cv2.resize(one, (width, height)) for one in whole]))
+        network_sized = [cv2.resize(mask, (S, S))[:h, :w] for mask in logits]
+        return chosen(np.stack([cv2.resize(mask, (width, height)) for mask in network_sized]))
 
     def in_torch() -> Any:
-        whole = functional.interpolate(on_device, (S, S), mode="bilinear")[..., :h, :w]
-        pixels = functional.interpolate(whole, (height, width), mode="bilinear")[0]
+        network_sized = functional.interpolate(on_device, (S, S), mode="bilinear")[..., :h, :w]
+        pixels = functional.interpolate(network_sized, (height, width), mode="bilinear")[0]
         if not case.labels:
             return pixels > 0
         highest, best = pixels.max(dim=0)

@@ -95,54 +95,58 @@ def bundle_of(name: str, folder: Path) -> Path:
 
 def calibration(folder: Path) -> list[Path]:
     """Parts of the template without the slices that are measured, as files."""
-    whole, paths = nibabel.load(template()), []
+    image, paths = nibabel.load(template()), []
     for part in CALIBRATION:
         paths.append(folder / f"t1_{part.start}_{part.stop}.nii.gz")
         if not paths[-1].exists():
-            nibabel.save(whole.slicer[:, :, part.start : part.stop], paths[-1])
+            nibabel.save(image.slicer[:, :, part.start : part.stop], paths[-1])
     return paths
 
 
 def measure(model: Model, bundle: Path) -> dict[str, dict[str, list[Any]]]:
     """Precision → masks, Dice to labels and times of a slice; precisions take turns."""
-    found: dict[str, dict[str, list[Any]]] = {}
+    results: dict[str, dict[str, list[Any]]] = {}
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(load(bundle, precision=name)) for name in PRECISIONS}
         for group in model.groups:
             images, labels = [axial_slice(i) for i in group], structures(group)
             for name, session in sessions.items():
-                row = found.setdefault(name, {k: [] for k in ("masks", "dice", "encode", "decode")})
+                row = results.setdefault(
+                    name, {k: [] for k in ("masks", "dice", "encode", "decode")}
+                )
                 rounds = [session.encode_slices(images) for _ in range(ROUNDS)]
                 row["encode"] += [embeddings[0].timings_ms["encode"] for embeddings in rounds[1:]]
                 for structure, number in model.masks.items():
                     box = box_around(labels[structure].any(axis=0))
-                    made = [session.segment(e, box=box) for e in rounds[0]]
+                    predictions = [session.segment(e, box=box) for e in rounds[0]]
                     again = [session.segment(rounds[0][0], box=box) for _ in range(ROUNDS)]
-                    row["decode"] += [one.timings_ms["decode"] for one in again[1:]]
-                    row["masks"].append(np.stack([one.masks[0, number] for one in made]))
+                    row["decode"] += [prediction.timings_ms["decode"] for prediction in again[1:]]
+                    row["masks"].append(
+                        np.stack([prediction.masks[0, number] for prediction in predictions])
+                    )
                     row["dice"].append(metrics.dice(labels[structure], row["masks"][-1]))
-    return found
+    return results
 
 
 def model_results(name: str, folder: Path) -> dict[str, Any]:
     """Every precision of one model."""
     bundle = bundle_of(name, folder)
-    made = load_manifest(bundle)
+    manifest = load_manifest(bundle)
     print(f"{name}: measure", file=sys.stderr)
     measured = measure(MODELS[name], bundle)
     results = {}
-    for precision, found in measured.items():
-        pairs = zip(measured["fp32"]["masks"], found["masks"], strict=True)
+    for precision, row in measured.items():
+        pairs = zip(measured["fp32"]["masks"], row["masks"], strict=True)
         agreement = [metrics.dice(a, b) for a, b in pairs]
-        recipe = made.recipe(precision)
+        recipe = manifest.recipe(precision)
         results[precision] = {
-            "dice_to_labels_mean": statistics.mean(found["dice"]),
+            "dice_to_labels_mean": statistics.mean(row["dice"]),
             "dice_to_float32_mean": statistics.mean(agreement),
             "dice_to_float32_worst": min(agreement),
-            "encode_ms": {"median": statistics.median(found["encode"]), "samples": found["encode"]},
-            "decode_ms": {"median": statistics.median(found["decode"]), "samples": found["decode"]},
-            "encoder_mb": made.file("encoder", precision).bytes / 1e6,
-            "decoder_mb": made.file("decoder", precision).bytes / 1e6,
+            "encode_ms": {"median": statistics.median(row["encode"]), "samples": row["encode"]},
+            "decode_ms": {"median": statistics.median(row["decode"]), "samples": row["decode"]},
+            "encoder_mb": manifest.file("encoder", precision).bytes / 1e6,
+            "decoder_mb": manifest.file("decoder", precision).bytes / 1e6,
             "recipe": None if recipe is None else asdict(recipe),
         }
     return results
@@ -152,9 +156,9 @@ def main() -> None:
     """Every model, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path)
-    given = parser.parse_args().folder
+    requested = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given or Path(temporary)
+        folder = requested or Path(temporary)
         models = {name: model_results(name, folder) for name in MODELS}
     machine = stages.diagnose()
     RESULT.write_text(

@@ -39,7 +39,7 @@ FIRST_SLICE = 60
 ROUNDS = 5
 BLOCKS = ("blocks.0.", "blocks.1.", "blocks.2.")
 """A quarter of ViT-B: two windowed blocks and a global one of its eight and four."""
-WHAT = {
+DESCRIPTIONS = {
     "image size": "encoder, a quarter of Med-SA ViT-B (three blocks, one global), seeded weights, "
     "real tables",
     "depth chunk": "encoder, the demonstration checkpoint with chunks of so many slices",
@@ -117,8 +117,8 @@ def points() -> Iterator[Point]:
         network = in_chunks(chunk)
         yield Point(curve="depth chunk", line="a slice", x=chunk, network=network, slices=chunk)
     for count in PROMPTS:
-        given: dict[str, Any] = {"network": LITE, "op": "click", "prompts": count}
-        yield Point(curve="prompts", line="one call", x=count, **given)
+        common: dict[str, Any] = {"network": LITE, "op": "click", "prompts": count}
+        yield Point(curve="prompts", line="one call", x=count, **common)
     for threads in range(1, machine.cores() + 1):
         for line, network in (("LiteMedSAM", LITE), ("quarter of ViT-B at 512", quarter(512))):
             yield Point(curve="threads", line=line, x=threads, network=network, threads=threads)
@@ -126,9 +126,9 @@ def points() -> Iterator[Point]:
 
 def default_of(point: Point, folder: Path) -> Candidate:
     """Our default on a point's network."""
-    found = candidates(point.network, folder, point.threads)
+    network_candidates = candidates(point.network, folder, point.threads)
     try:
-        (candidate,) = (one for one in found if one.name == DEFAULT_NAME)
+        (candidate,) = (c for c in network_candidates if c.name == DEFAULT_NAME)
     except ValueError as e:
         reasons = files.failures(folder / point.network.slug)
         raise SystemExit(f"{point.network.name} is not prepared: {reasons}") from e
@@ -144,22 +144,27 @@ def measure(curve: list[Point], folder: Path, rounds: int) -> dict[str, Any]:
             process = stack.enter_context(worker(candidate.spec, folder / f"scaling-{i}.log"))
             running.append((point, start(candidate, process, prompts=point.prompts)))
         for _ in range(rounds):
-            for _, one in running:
-                one.take()
+            for _, running_candidate in running:
+                running_candidate.take()
         lines: dict[str, list[dict[str, Any]]] = {}
-        for point, one in running:
-            samples = [ms / point.slices for some in one.samples_ms[point.op] for ms in some]
-            found = {
+        for point, running_candidate in running:
+            samples = [
+                ms / point.slices
+                for round_ms in running_candidate.samples_ms[point.op]
+                for ms in round_ms
+            ]
+            entry = {
                 "x": point.x,
                 "median_ms": median(samples),
-                "peak_mb": one.process.ask("memory")["peak_mb"],
+                "peak_mb": running_candidate.process.ask("memory")["peak_mb"],
                 "samples_ms": samples,
             }
             if point.op == "click":
-                whole = [ms for some in one.samples_ms["decoder"] for ms in some]
-                found["whole_ms"] = median(whole)  # image part and click part
-            lines.setdefault(point.line, []).append(found)
-    return {"what": WHAT[curve[0].curve], "lines": lines}
+                decoder_rounds = running_candidate.samples_ms["decoder"]
+                decoder_ms = [ms for round_ms in decoder_rounds for ms in round_ms]
+                entry["whole_ms"] = median(decoder_ms)  # image part and click part
+            lines.setdefault(point.line, []).append(entry)
+    return {"what": DESCRIPTIONS[curve[0].curve], "lines": lines}
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -184,9 +189,9 @@ def _sizes(lines: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _chunks(lines: dict[str, list[dict[str, Any]]]) -> str:
-    first, *others = lines["a slice"]
-    most = max(others, key=lambda one: one["median_ms"])
-    last = others[-1]
+    first, *later = lines["a slice"]
+    most = max(later, key=lambda entry: entry["median_ms"])
+    last = later[-1]
     return (
         f"**Depth chunk:** a slice in chunks of {last['x']} takes "
         f"{last['median_ms'] / first['median_ms']:.2f} times as long as one alone, and in none of "
@@ -196,10 +201,11 @@ def _chunks(lines: dict[str, list[dict[str, Any]]]) -> str:
 
 def _prompts(lines: dict[str, list[dict[str, Any]]]) -> str:
     first, *_, last = lines["one call"]
-    whole, apart = (last["x"] * first[key] for key in ("whole_ms", "median_ms"))
+    whole_ms, apart = (last["x"] * first[key] for key in ("whole_ms", "median_ms"))
     return (
         f"**Prompts:** {last['x']} boxes in one call take {last['median_ms']:.0f} ms, "
-        f"{last['median_ms'] / whole:.2f} of as many runs of a whole decoder, image part and all. "
+        f"{last['median_ms'] / whole_ms:.2f} of as many runs of a whole decoder, image part and "
+        "all. "
         f"One by one they take {apart / last['median_ms']:.2f} times as long: either way, what "
         "depends on the image alone has run before."
     )
@@ -207,8 +213,8 @@ def _prompts(lines: dict[str, list[dict[str, Any]]]) -> str:
 
 def _threads(lines: dict[str, list[dict[str, Any]]]) -> str:
     faster = [
-        f"{line} {found[0]['median_ms'] / found[-1]['median_ms']:.2f} times as fast as on one"
-        for line, found in lines.items()
+        f"{line} {entries[0]['median_ms'] / entries[-1]['median_ms']:.2f} times as fast as on one"
+        for line, entries in lines.items()
     ]
     count = next(iter(lines.values()))[-1]["x"]
     return f"**Threads:** on {count}, encoding with {' and '.join(faster)}."
@@ -224,12 +230,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     curves = result["curves"]
     figure, axes = plt.subplots(1, len(curves), figsize=(3.4 * len(curves), 3.2), squeeze=False)
     for axis, (name, curve) in zip(axes[0], curves.items(), strict=True):
-        for line, found in curve["lines"].items():
-            xs = [one["x"] for one in found]
-            axis.plot(xs, [one["median_ms"] for one in found], "-", label=line)
-            for one in found:
-                samples = one["samples_ms"]
-                axis.plot([one["x"]] * len(samples), samples, ".", color="black", markersize=2)
+        for line, entries in curve["lines"].items():
+            xs = [entry["x"] for entry in entries]
+            axis.plot(xs, [entry["median_ms"] for entry in entries], "-", label=line)
+            for entry in entries:
+                samples = entry["samples_ms"]
+                axis.plot([entry["x"]] * len(samples), samples, ".", color="black", markersize=2)
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms")
         axis.set_xticks(xs, [str(x) for x in xs], fontsize=7)
         axis.minorticks_off()
@@ -251,17 +257,17 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     folder = args.folder.resolve()
-    wanted = [p for p in points() if re.search(args.only or "", p.curve)]
-    for network in {p.network.name: p.network for p in wanted}.values():
+    chosen = [p for p in points() if re.search(args.only or "", p.curve)]
+    for network in {p.network.name: p.network for p in chosen}.values():
         files.prepare(network, folder, again=args.prepare)
     if args.prepare:
         return
     result = resumed(args.result, {"curves": {}}, None)
-    for name in dict.fromkeys(p.curve for p in wanted):
+    for name in dict.fromkeys(p.curve for p in chosen):
         if name in result["curves"] and not args.only:
             continue
         files.say(f"{name}: measure")
-        curve = [p for p in wanted if p.curve == name]
+        curve = [p for p in chosen if p.curve == name]
         result["curves"][name] = measure(curve, folder, args.rounds)
         save(result, args.result)
     draw(result, args.result.with_suffix(".png"))

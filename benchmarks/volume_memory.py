@@ -116,14 +116,14 @@ def measure(bundle: str, volume: str, output: str, propagate: bool) -> dict[str,
     with load(bundle) as session:
         loaded = megabytes("VmRSS")
         pixels = np.random.default_rng(1).integers(0, 255, (CHUNK, 512, 512), np.uint8)
-        one = session.encode_slices(list(pixels))[0]
+        embedding = session.encode_slices(list(pixels))[0]
         boxes = [[0, 0, 512, 512], [90, 100, 420, 400], [200, 200, 330, 300]]
-        session.segment(one, box=boxes)
-        del one, pixels
+        session.segment(embedding, box=boxes)
+        del embedding, pixels
         working = megabytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
-        found = stages.segment_volume_file(
+        result = stages.segment_volume_file(
             session,
             Path(volume),
             structures(propagate),
@@ -133,9 +133,9 @@ def measure(bundle: str, volume: str, output: str, propagate: bool) -> dict[str,
         seconds = time.perf_counter() - start
         peak = megabytes("VmHWM")
     return {
-        "slices": len(found.slices),
+        "slices": len(result.slices),
         "seconds": round(seconds, 1),
-        "network_seconds": round(sum(found.timings_ms.values()) * len(found.slices) / 1000, 1),
+        "network_seconds": round(sum(result.timings_ms.values()) * len(result.slices) / 1000, 1),
         "loaded_mb": round(loaded),
         "working_mb": round(working),
         "peak_mb": round(peak),
@@ -156,18 +156,18 @@ def prepare(folder: Path) -> None:
 
 def samples(folder: Path) -> list[dict[str, Any]]:
     """Every case, in a process of its own."""
-    found = []
+    results = []
     for size, volume, output, propagate in CASES:
-        given = [folder / f"{size}.medsa", folder / volume, folder / output, propagate]
-        command = [sys.executable, __file__, "--one", *map(str, given)]
+        arguments = [folder / f"{size}.medsa", folder / volume, folder / output, propagate]
+        command = [sys.executable, __file__, "--one", *map(str, arguments)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         case = {"image_size": size, "volume": volume, "output": output, "propagate": propagate}
-        found.append(case | json.loads(done.stdout))
-        print(found[-1], file=sys.stderr)
-    return found
+        results.append(case | json.loads(done.stdout))
+        print(results[-1], file=sys.stderr)
+    return results
 
 
-def write(found: list[dict[str, Any]]) -> None:
+def write(results: list[dict[str, Any]]) -> None:
     """The figures, and what they were measured with."""
     machine = diagnose()
     result = {
@@ -177,7 +177,7 @@ def write(found: list[dict[str, Any]]) -> None:
         "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",
         "system": platform.platform(),
         "versions": {n: version(n) for n in ("onnxruntime", "numpy", "nibabel", "highdicom")},
-        "samples": found,
+        "samples": results,
     }
     RESULT.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
@@ -186,8 +186,8 @@ def main() -> None:
     """Run every case and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=4, metavar=("BUNDLE", "VOLUME", "OUTPUT", "PROPAGATE"))
-    if one := parser.parse_args().one:
-        print(json.dumps(measure(*one[:3], one[3] == "True")))
+    if case := parser.parse_args().one:
+        print(json.dumps(measure(*case[:3], case[3] == "True")))
         return
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))

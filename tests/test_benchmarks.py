@@ -307,7 +307,7 @@ def test_sentences_and_plots_are_the_curves(invented: dict[str, Any], tmp_path: 
 
 def test_the_curves_are_of_the_sizes_that_were_asked_for() -> None:
     found = list(scaling.points())
-    of = {name: [p.x for p in found if p.curve == name] for name in scaling.WHAT}
+    of = {name: [p.x for p in found if p.curve == name] for name in scaling.DESCRIPTIONS}
     assert (of["image size"][0], of["image size"][-1]) == (256, 1024)
     assert (of["depth chunk"][0], of["depth chunk"][-1]) == (1, 32)
     assert (of["prompts"][0], of["prompts"][-1]) == (1, 64)

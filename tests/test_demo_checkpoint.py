@@ -347,7 +347,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> 
     changed = {key for key, value in whole.items() if not torch.equal(value, tensors[key])}
     assert changed
     assert all(map(network.is_trained_with_adapters, changed))
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".medsa-*"))
 
 
 def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:

@@ -51,13 +51,13 @@ class Chunk:
 
 def train_windows() -> list[range]:
     """Every run of CHUNK slices that keeps GAP away from all held-out blocks."""
-    held = {
+    held_out = {
         z for block in TEST_BLOCKS + VALIDATION_BLOCKS
         for z in range(block.start - GAP, block.stop + GAP)
     }  # fmt: skip
     starts = range(SLICES.start, SLICES.stop - CHUNK + 1)
     windows = [range(start, start + CHUNK) for start in starts]
-    return [window for window in windows if held.isdisjoint(window)]
+    return [window for window in windows if held_out.isdisjoint(window)]
 
 
 class Template:
@@ -106,21 +106,21 @@ def phantom_of(seed: tuple[int, ...]) -> Phantom:
     """A phantom of CHUNK slices that has a structure large enough to be asked for."""
     for attempt in range(100):
         style = STYLES[(seed[-1] + attempt) % len(STYLES)]
-        made = phantom((*seed, attempt), style, depth=CHUNK)
-        if structures_of(made.labels, pixels=SMALLEST * CHUNK):
-            return made
+        candidate = phantom((*seed, attempt), style, depth=CHUNK)
+        if structures_of(candidate.labels, pixels=SMALLEST * CHUNK):
+            return candidate
     raise AssertionError(f"no phantom of the seed {seed} has a structure large enough")
 
 
 def phantom_chunk(seed: tuple[int, ...]) -> Chunk:
     """A phantom of CHUNK slices, and one of its structures that is large enough."""
-    made = phantom_of(seed)
-    found = structures_of(made.labels, pixels=SMALLEST * CHUNK)
-    prepared = [preprocess(plane, "medsa", SIZE) for plane in made.pixels]
+    drawn = phantom_of(seed)
+    structures = structures_of(drawn.labels, pixels=SMALLEST * CHUNK)
+    prepared = [preprocess(plane, "medsa", SIZE) for plane in drawn.pixels]
     return Chunk(
         image=np.stack([image[0] for image, _ in prepared]),
         frame=prepared[0][1],
-        structures={CLASSES[-1]: made.labels == found[seed[-1] % len(found)]},
+        structures={CLASSES[-1]: drawn.labels == structures[seed[-1] % len(structures)]},
     )
 
 

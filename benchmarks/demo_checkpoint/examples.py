@@ -54,10 +54,10 @@ class PhantomImages:
         def make(i: int) -> NDArray[np.uint8]:
             style = BASE_STYLES[i % len(BASE_STYLES)]
             for attempt in range(100):
-                made = phantom((TRAIN, 1, i, attempt), style, depth=1)
-                if structures_of(made.labels, pixels=SMALLEST):
+                drawn = phantom((TRAIN, 1, i, attempt), style, depth=1)
+                if structures_of(drawn.labels, pixels=SMALLEST):
                     break
-            return np.concatenate([made.pixels, made.labels])
+            return np.concatenate([drawn.pixels, drawn.labels])
 
         self._pool = _pool(folder / f"images-{count}.npy", (count, 2, SIZE, SIZE), make, on_made)
 
@@ -74,12 +74,12 @@ class PhantomImages:
             image = pixels.astype(np.float32) / 255
             images.append(1 - image if rng.random() < 0.3 else image)
             tissues = [labels == INNER, labels == OUTER, (labels == INNER) | (labels == OUTER)]
-            found = [labels == k for k in structures_of(labels, pixels=SMALLEST)]
-            found += tissues[2:] if folded else []
-            for k in rng.integers(0, len(found), PROMPTS):
-                targets.append(np.stack([*tissues, found[k]]))
+            masks = [labels == k for k in structures_of(labels, pixels=SMALLEST)]
+            masks += tissues[2:] if folded else []
+            for k in rng.integers(0, len(masks), PROMPTS):
+                targets.append(np.stack([*tissues, masks[k]]))
                 weights.append([TISSUE * folded] * 3 + [PROMPTED_MASK])
-                prompt = sample(rng, found[k][None], clicks=clicks)
+                prompt = sample(rng, masks[k][None], clicks=clicks)
                 prompts.append(decoder_inputs(prompt, FRAME))
         image = _shaded(rng, torch.from_numpy(np.stack(images)))[:, None]
         return Example(
@@ -99,13 +99,13 @@ class Chunks:
         windows = train_windows()
         slices = sorted({z for window in windows for z in window})
         frame = torch.from_numpy(template.network_frame_of(slices))
-        where = {z: i for i, z in enumerate(slices)}
+        index_of = {z: i for i, z in enumerate(slices)}
         self._slices = frame
-        self._windows = [where[window.start] for window in windows]
+        self._windows = [index_of[window.start] for window in windows]
 
         def make(i: int) -> NDArray[np.uint8]:
-            made = phantom_of((TRAIN, 2, i))
-            return np.stack([made.pixels, made.labels])
+            drawn = phantom_of((TRAIN, 2, i))
+            return np.stack([drawn.pixels, drawn.labels])
 
         shape = (phantoms, 2, CHUNK, SIZE, SIZE)
         self._phantoms = _pool(folder / f"chunks-{phantoms}.npy", shape, make, on_made)
@@ -127,8 +127,8 @@ class Chunks:
             prompted = target[0, [int(rng.integers(0, 3))]]
         else:
             pixels, labels = self._phantoms[int(rng.integers(0, len(self._phantoms)))]
-            found = structures_of(labels, pixels=SMALLEST * CHUNK)
-            chosen = rng.choice(found, 2, replace=len(found) < 2)
+            structures = structures_of(labels, pixels=SMALLEST * CHUNK)
+            chosen = rng.choice(structures, 2, replace=len(structures) < 2)
             stacked = [pixels / np.float32(255), *(labels == k for k in chosen)]
             planes = _warped(rng, torch.from_numpy(np.stack(stacked).astype(np.float32)))
             target = torch.zeros(len(chosen), len(CLASSES), CHUNK, SIZE, SIZE)

@@ -91,13 +91,13 @@ class DemoNetwork(nn.Module):
     def without_depth(self) -> Iterator[None]:
         """SD-Trans switched off: every slice by itself, as a 2D export runs it."""
         blocks = [block for block in self.image_encoder.blocks if block.sd_trans is not None]
-        kept = [block.sd_trans for block in blocks]
+        branches = [block.sd_trans for block in blocks]
         for block in blocks:
             block.sd_trans = None
         try:
             yield
         finally:
-            for block, sd_trans in zip(blocks, kept, strict=True):
+            for block, sd_trans in zip(blocks, branches, strict=True):
                 block.sd_trans = sd_trans
 
     @contextmanager

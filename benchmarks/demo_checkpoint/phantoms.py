@@ -111,13 +111,13 @@ def _painted(
     """Every structure in its own grey level, at least `contrast` away from the background's."""
     image = background.copy()
     for k in range(1, int(labels.max()) + 1):
-        where = labels == k
-        around = float(np.median(background[where])) if where.any() else 0.0
+        tissue = labels == k
+        around = float(np.median(background[tissue])) if tissue.any() else 0.0
         step = rng.uniform(contrast, 3 * contrast)
         up = around + step <= 240 and (around - step < 10 or rng.random() < 0.5)
         level = around + step if up else max(around - step, 4.0)
         noise = smooth_noise(rng, int(rng.integers(8, 48)), len(labels))
-        image[where] = level + texture * rng.random() * noise[where]
+        image[tissue] = level + texture * rng.random() * noise[tissue]
     return image
 
 

@@ -43,10 +43,10 @@ def sample(rng: Rng, mask: Mask, *, clicks: int) -> Prompt:
     Clicks lie in the structure on the chunk's middle slice, or on the one that shows most of it if
     that shows none. The box is around the structure on all slices, its edges jittered.
     """
-    none = np.zeros(0, np.float32)
+    no_points = np.zeros(0, np.float32)
     if not clicks:
         box = _box(rng, mask.any(axis=0))
-        return Prompt(points=none.reshape(0, 2), labels=none, box=box, mask=None)
+        return Prompt(points=no_points.reshape(0, 2), labels=no_points, box=box, mask=None)
     middle = mask[len(mask) // 2]
     plane = middle if middle.any() else mask[mask.sum(axis=(1, 2)).argmax()]
     rows, columns = np.nonzero(plane)

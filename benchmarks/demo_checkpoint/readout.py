@@ -39,9 +39,9 @@ def _outputs(network: DemoNetwork, block: range) -> dict[str, tuple[Tensor, Tens
     grey, white, _ = torch.from_numpy(Template().network_frame_of(block))
     label = F.avg_pool2d((white >= LABEL_THRESHOLD / 255).float()[:, None], 2)
     tokens = F.pixel_unshuffle(label, DETAIL)
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks = [
-        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o}))
+        module.register_forward_hook(lambda m, i, o, name=name: outputs.update({name: o}))
         for name, module in (
             ("last block", network.image_encoder.blocks[-1]),
             ("neck", network.image_encoder.neck),
@@ -53,13 +53,13 @@ def _outputs(network: DemoNetwork, block: range) -> dict[str, tuple[Tensor, Tens
     network(grey[:, None].expand(-1, 3, -1, -1), box, torch.tensor([[2.0, 3.0]]))
     for hook in hooks:
         hook.remove()
-    seen["last block"] = seen["last block"].permute(0, 3, 1, 2)
+    outputs["last block"] = outputs["last block"].permute(0, 3, 1, 2)
     return {
         name: (
             output.movedim(1, -1).flatten(0, 2).double(),
             (label if name == "upscaled" else tokens).movedim(1, -1).flatten(0, 2).double(),
         )
-        for name, output in seen.items()
+        for name, output in outputs.items()
     }
 
 

@@ -134,8 +134,8 @@ def train_base(
             is_trained=lambda name: True,
         )
         tensors, figures[name] = _train(stage, tensors, folder, recipe.save_every)
-    kept = {key: value for key, value in tensors.items() if not key.startswith(RECONSTRUCTION)}
-    return kept, figures
+    adapted = {key: value for key, value in tensors.items() if not key.startswith(RECONSTRUCTION)}
+    return adapted, figures
 
 
 def train_adapters(
@@ -235,10 +235,10 @@ def _result(
             for split, blocks in (("validation", VALIDATION_BLOCKS), ("test", TEST_BLOCKS))
             if split in scores
         },
-        "dice": {split: summary(found) for split, found in scores.items()},
+        "dice": {split: summary(split_scores) for split, split_scores in scores.items()},
         "wrong": {
-            split: sum(s.wrong for s in found if s.variant == "adapted")
-            / sum(s.variant == "adapted" for s in found)
-            for split, found in scores.items()
+            split: sum(s.wrong for s in split_scores if s.variant == "adapted")
+            / sum(s.variant == "adapted" for s in split_scores)
+            for split, split_scores in scores.items()
         },
     }

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medsa_deploy.bundle.atomic import whole_file
+
 from .network import DETAIL, PATCH, SIZE, DemoNetwork
 
 WARM_UP = 100
@@ -80,11 +82,11 @@ def train(
     save_every: int,
     on_step: OnStep = lambda done, loss: None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Train `stage` from `tensors`, or from where `state_path` says it was.
+    """Train `stage` from `tensors`, or continue from the state in `state_path`.
 
     Returns the network's tensors; steps, seconds, processor seconds (of all threads together), and
-    the mean loss of the last tenth of the steps.
-    Steps after the last state saved are lost to an interrupt, and done again.
+    the mean loss of the last tenth of the steps. After an interrupt, steps since the last saved
+    state are repeated.
     """
     network = DemoNetwork(tensors).train()
     for name, parameter in network.named_parameters():
@@ -93,12 +95,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.01)
     done, seconds, cpu_seconds, losses = 0, 0.0, 0.0, []
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        if state["stage"] != stage.identity:
-            raise SystemExit(
-                f"{state_path} is of the stage {state['stage']}, not {stage.identity}: give "
-                "another folder, or remove it"
-            )
+        state = _state(state_path, stage)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         done, losses = state["done"], state["losses"]
@@ -171,11 +168,11 @@ def loss_of(logits: Tensor, iou: Tensor, example: Example) -> Tensor:
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     entropy = of_chunks(entropy.mean((2, 3))) / example.depth
     probability = logits.sigmoid()
-    both = of_chunks((probability * target).sum((2, 3)))
+    soft_overlap = of_chunks((probability * target).sum((2, 3)))
     true = of_chunks(target.sum((2, 3)))
     smoothing = torch.where(true > 0, 1.0, EMPTY_SMOOTHING)
     total = of_chunks(probability.sum((2, 3))) + true
-    dice = 1 - (2 * both + smoothing) / (total + smoothing)
+    dice = 1 - (2 * soft_overlap + smoothing) / (total + smoothing)
     with torch.no_grad():
         mask = (logits > 0).float()
         overlap = (mask * target).sum((2, 3))
@@ -186,8 +183,18 @@ def loss_of(logits: Tensor, iou: Tensor, example: Example) -> Tensor:
     return (example.weight * each).sum() / len(example.weight)
 
 
+def _state(path: Path, stage: Stage) -> dict[str, Any]:
+    """The state saved at `path`; SystemExit if it is of another stage."""
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    if state["stage"] != stage.identity:
+        raise SystemExit(
+            f"{path} is of the stage {state['stage']}, not {stage.identity}: give another folder, "
+            "or remove it"
+        )
+    return state
+
+
 def _save(state: dict[str, Any], path: Path) -> None:
-    """Write a state to a temporary name and rename it: there is always a whole one."""
-    temporary = path.with_suffix(".partial")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    """Write a state whole or not at all."""
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)

@@ -28,7 +28,7 @@ PAIR_REPEATS = 3
 
 
 SWIN_LIMITS = Limits(rounds=3, need_gb=4.0)
-WHAT = (
+DESCRIPTION = (
     "Milliseconds of an encoding, of the first prompt of an image (decoder) and of the next one "
     "(click), each candidate in a process of its own, candidates of a group in turn; ratios are "
     "medians over rounds of a candidate's time over the plain export's in ONNX Runtime in the same "
@@ -52,12 +52,12 @@ def measure_network(
     limits = replace(limits, rounds=args.rounds or limits.rounds, threads=args.threads)
     empty = {"gflop": json.loads(costs.read_text()), "groups": {}, "candidates": {}}
     entry = result["networks"].setdefault(name, empty)
-    todo = [one for one in transforms if _wanted(f"{name}/{one.name}", entry, one, args.only)]
-    for one in [one for one in todo if one.missing]:
-        entry["candidates"][one.name] = {"not_measured": one.missing}
-    todo = [one for one in todo if not one.missing]
-    renewed = {one.name for one in todo}
-    reference = next((one for one in transforms if not one.missing), None)
+    todo = [c for c in transforms if _to_measure(f"{name}/{c.name}", entry, c, args.only)]
+    for candidate in [c for c in todo if c.missing]:
+        entry["candidates"][candidate.name] = {"not_measured": candidate.missing}
+    todo = [c for c in todo if not c.missing]
+    renewed = {c.name for c in todo}
+    reference = next((c for c in transforms if not c.missing), None)
     (place / "logs").mkdir(exist_ok=True)
     while todo and reference is not None:
         say(f"{name}: {len(todo)} to measure")
@@ -68,38 +68,38 @@ def measure_network(
             return
         number = str(1 + max(map(int, entry["groups"]), default=0))
         entry["groups"][number] = group.facts
-        for which, measured in group.found.items():
-            if which in renewed:  # the reference's figures are of its first group
-                entry["candidates"][which] = measured | {"group": number}
-                renewed.discard(which)
-        todo = group.rest
+        for measured, figures in group.figures.items():
+            if measured in renewed:  # the reference's figures are of its first group
+                entry["candidates"][measured] = figures | {"group": number}
+                renewed.discard(measured)
+        todo = group.unmeasured
         save(result, args.result)
 
 
-def _wanted(label: str, entry: dict[str, Any], one: Candidate, only: str | None) -> bool:
+def _to_measure(label: str, entry: dict[str, Any], candidate: Candidate, only: str | None) -> bool:
     """Whether to measure a candidate now."""
     if only:
         return re.search(only, label) is not None
-    return "median_ms" not in entry["candidates"].get(one.name, {})
+    return "median_ms" not in entry["candidates"].get(candidate.name, {})
 
 
 def measure_pair(
-    one: Network, other: Network, folder: Path, result: Result, args: argparse.Namespace
+    network: Network, base: Network, folder: Path, result: Result, args: argparse.Namespace
 ) -> None:
     """Our default's encoder on two networks in turn: what the first costs over the second."""
-    name = f"{one.name} / {other.name}"
+    name = f"{network.name} / {base.name}"
     done = name in result["pairs"]
     if (re.search(args.only, name) is None) if args.only else done:
         return
     chosen = [
         next((c for c in candidates(n, folder, args.threads) if c.name == DEFAULT_NAME), None)
-        for n in (one, other)
+        for n in (network, base)
     ]
     if None in chosen:
         say(f"{name}: not prepared")
         return
     say(f"{name}: in turn")
-    logs = folder / one.slug / "logs"
+    logs = folder / network.slug / "logs"
     logs.mkdir(exist_ok=True)
     with ExitStack() as stack:
         running = []
@@ -110,7 +110,7 @@ def measure_pair(
             for each in running:
                 each.take()
     first, second = (each.samples_ms["encoder"] for each in running)
-    slices = [n.overrides.depth_chunk or 1 for n in (one, other)]
+    slices = [n.overrides.depth_chunk or 1 for n in (network, base)]
     result["pairs"][name] = {
         "what": f"{DEFAULT_NAME}: encoder of the first over the second, for each slice",
         "ratio": ratio(first, second) * slices[1] / slices[0],
@@ -141,7 +141,7 @@ def main() -> None:
         files.prepare_swin(folder / SWIN_SLUG, again=args.prepare)
     if args.prepare:
         return
-    empty: Result = {"what": WHAT, "networks": {}, "pairs": {}}
+    empty: Result = {"what": DESCRIPTION, "networks": {}, "pairs": {}}
     result = resumed(args.result, empty, args.threads)
     for network in networks:
         if network.peers:
@@ -152,9 +152,9 @@ def main() -> None:
         swin = swin_candidates(folder, args.threads)
         measure_network(SWIN, swin, folder / SWIN_SLUG, result, args, SWIN_LIMITS)
     by_name = {network.name: network for network in networks}
-    for one, other in PAIRS:
-        if one in by_name and other in by_name:
-            measure_pair(by_name[one], by_name[other], folder, result, args)
+    for first, second in PAIRS:
+        if first in by_name and second in by_name:
+            measure_pair(by_name[first], by_name[second], folder, result, args)
     draw(result, args.result.with_suffix(".png"))
 
 

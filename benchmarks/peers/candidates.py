@@ -54,12 +54,12 @@ def candidates(network: Network, folder: Path, threads: int | None) -> list[Cand
         return []
     ours = list(_ours(network, place, failed, common))
     if not network.peers:
-        return [one for one in ours if one.name == DEFAULT_NAME]
-    found = [*_onnx("plain export", place, "plain", failed.get("plain export"), common), *ours]
+        return [candidate for candidate in ours if candidate.name == DEFAULT_NAME]
+    peers = [*_onnx("plain export", place, "plain", failed.get("plain export"), common), *ours]
     torch = {"checkpoint": str(place / "checkpoint.pth"), "overrides": as_json(network.overrides)}
     for kind, name in (("eager", "PyTorch eager"), ("compile", "torch.compile")):
         spec = {"kind": kind, **torch, **common}
-        found.append(Candidate(name=name, spec=spec, files=(place / "checkpoint.pth",)))
+        peers.append(Candidate(name=name, spec=spec, files=(place / "checkpoint.pth",)))
     if network.samexporter:
         more = {
             "image": "input_image",
@@ -67,8 +67,8 @@ def candidates(network: Network, folder: Path, threads: int | None) -> list[Cand
             "mask_input": [1, 1, 256, 256],
         }
         missing = failed.get("samexporter")
-        found += _onnx("samexporter", place, "samexporter", missing, common | more)
-    return found
+        peers += _onnx("samexporter", place, "samexporter", missing, common | more)
+    return peers
 
 
 def swin_candidates(folder: Path, threads: int | None) -> list[Candidate]:
@@ -76,9 +76,9 @@ def swin_candidates(folder: Path, threads: int | None) -> list[Candidate]:
     place = folder / SWIN_SLUG
     common = {"inputs": str(place / "inputs.npz"), "threads": threads}
     missing = files.failures(place).get("plain export")
-    found = list(_onnx("plain export", place, "plain", missing, common, parts=("encoder",)))
+    graphs = list(_onnx("plain export", place, "plain", missing, common, parts=("encoder",)))
     eager = {"kind": "eager", **common}
-    return [*found, Candidate(name="PyTorch eager", spec=eager, files=(), ops=("encoder",))]
+    return [*graphs, Candidate(name="PyTorch eager", spec=eager, files=(), ops=("encoder",))]
 
 
 def _onnx(
@@ -111,15 +111,15 @@ def _ours(
 ) -> Iterator[Candidate]:
     """The bundle in every backend and precision that the runtime takes."""
     bundle = place / "bundle.medsa"
-    made = load_manifest(bundle)
-    held = {f.precision for f in made.files if f.role == "encoder"} - set(FOR_GPUS)
+    manifest = load_manifest(bundle)
+    in_bundle = {f.precision for f in manifest.files if f.role == "encoder"} - set(FOR_GPUS)
     for backend in (spec.name for spec in BACKENDS.values() if not spec.gpu):
-        for precision in sorted(held | {p for p, of in COMPUTED.items() if of in held}):
+        for precision in sorted(in_bundle | {p for p, of in COMPUTED.items() if of in in_bundle}):
             try:
                 check_options(backend, None, precision)
             except UsageError:
                 continue  # bfloat16 is one backend's
-            yield _of_bundle(bundle, made, backend, precision, common)
+            yield _of_bundle(bundle, manifest, backend, precision, common)
     for precision in network.precisions:
         if precision in failed:
             yield Candidate(
@@ -131,10 +131,10 @@ def _ours(
 
 
 def _of_bundle(
-    bundle: Path, made: Manifest, backend: str, precision: str, common: dict[str, Any]
+    bundle: Path, manifest: Manifest, backend: str, precision: str, common: dict[str, Any]
 ) -> Candidate:
-    wanted = files_precision(precision)
-    paths = {f.path for f in made.files if f.precision == wanted and f.role != "reference"}
+    of_files = files_precision(precision)
+    paths = {f.path for f in manifest.files if f.precision == of_files and f.role != "reference"}
     spec = {"kind": "ours", "bundle": str(bundle), "backend": backend, "precision": precision}
     return Candidate(
         name=f"{OURS}, {backend} {precision}",

@@ -31,9 +31,9 @@ FAILED = "failed.json"
 ROOT = Path(__file__).parents[2]
 
 
-def say(what: str) -> None:
+def say(message: str) -> None:
     """To whoever waits."""
-    print(what, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
 
 
 def prepare(network: Network, folder: Path, *, again: bool) -> None:
@@ -75,8 +75,8 @@ def prepare_swin(place: Path, *, again: bool) -> None:
         side = reference.PATCH
         image = np.random.default_rng(0).random((1, 1, side, side, side), dtype=np.float32)
         with torch.inference_mode():
-            found = network(torch.from_numpy(image)).numpy()
-        np.savez(inputs, image_0=image, embeddings_0=found)
+            logits = network(torch.from_numpy(image)).numpy()
+        np.savez(inputs, image_0=image, embeddings_0=logits)
         costs.write_text(json.dumps({"encoder": reference.gflop(network, torch.from_numpy(image))}))
         reference.export_onnx(
             network,
@@ -100,27 +100,27 @@ def sam_files(place: Path) -> tuple[Path, Path]:
     return place / "samexporter-encoder.onnx", place / "samexporter-decoder.onnx"
 
 
-def _make(place: Path, what: str, make: Callable[[], None], *paths: Path) -> None:
+def _make(place: Path, label: str, make: Callable[[], None], *paths: Path) -> None:
     """Make files unless they are there, or could not be made before."""
     failed = failures(place)
-    if what in failed or all(path.exists() for path in paths):
+    if label in failed or all(path.exists() for path in paths):
         return
-    say(f"{place.name}: {what}")
+    say(f"{place.name}: {label}")
     try:
         make()
     except Exception as e:
-        failed[what] = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
-        say(f"{place.name}: {what}: {failed[what]}")
+        failed[label] = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}"
+        say(f"{place.name}: {label}: {failed[label]}")
     (place / FAILED).write_text(json.dumps(failed, indent=1))
 
 
 def _digest() -> str:
     """Of the sources that decide what a bundle holds."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for folder in EXPORTERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _export(network: Network, place: Path, stamp: Path) -> None:
@@ -150,13 +150,13 @@ def _quantize(network: Network, place: Path, precision: str) -> None:
 
 
 @contextmanager
-def _unjudged(precision: str, wanted: bool) -> Iterator[None]:
+def _unjudged(precision: str, unjudged: bool) -> Iterator[None]:
     """Have every layer made INT8: the masks of seeded weights are noise, and say nothing of them.
 
     What INT8 does to masks is measured on networks with real weights.
     """
     before = LIMITS[precision]
-    if wanted:
+    if unjudged:
         LIMITS[precision] = Limits()
     try:
         yield
@@ -165,19 +165,19 @@ def _unjudged(precision: str, wanted: bool) -> Iterator[None]:
 
 
 def _record(network: Network, place: Path) -> None:
-    made = load_manifest(place / "bundle.medsa")
+    manifest = load_manifest(place / "bundle.medsa")
     network_of = infer(load_checkpoint(place / "checkpoint.pth"), network.overrides).network
-    assert network_of == made.network
-    whole = reference.reference_of(place / "checkpoint.pth", network.overrides)
-    work = images_of(network, made.network.image_size)
-    np.savez(place / "inputs.npz", **reference.record(whole, made, work))
-    costs = reference.costs(whole, made.network.chunk)
+    assert network_of == manifest.network
+    network_reference = reference.reference_of(place / "checkpoint.pth", network.overrides)
+    work = images_of(network, manifest.network.image_size)
+    np.savez(place / "inputs.npz", **reference.record(network_reference, manifest, work))
+    costs = reference.costs(network_reference, manifest.network.chunk)
     (place / "costs.json").write_text(json.dumps(costs))
 
 
 def _plain(network: Network, place: Path) -> None:
-    whole = reference.reference_of(place / "checkpoint.pth", network.overrides)
-    reference.plain_export(whole, place, whole.network.chunk)
+    network_reference = reference.reference_of(place / "checkpoint.pth", network.overrides)
+    reference.plain_export(network_reference, place, network_reference.network.chunk)
 
 
 def _samexporter(folder: Path, place: Path) -> None:

@@ -69,15 +69,15 @@ def images_of(network: Network, size: int) -> list[tuple[list[Image], list[tuple
     if not network.template:
         image = Image(pixels=seeded_image(size, 1), path=Path("seeded"))
         return [([image], [tuple(size * share for share in box) for box in BOXES])]
-    found = []
+    images = []
     for group in network.template:
         labels = structures(group)
         boxes = [
             tuple(map(float, box_around(labels[name].any(axis=0))))
             for name in ("brain", "white matter")
         ]
-        found.append(([axial_slice(i) for i in group], boxes))
-    return found
+        images.append(([axial_slice(i) for i in group], boxes))
+    return images
 
 
 def calibration_images(network: Network, folder: Path, size: int) -> list[Path]:

@@ -20,13 +20,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {
-        name: sorted(found, key=lambda one: one[1]["median_ms"]["encoder"], reverse=True)
+        name: sorted(measured, key=lambda named: named[1]["median_ms"]["encoder"], reverse=True)
         for name, entry in result["networks"].items()
-        if (found := [one for one in entry["candidates"].items() if "median_ms" in one[1]])
+        if (measured := [named for named in entry["candidates"].items() if "median_ms" in named[1]])
     }
     if not panels:
         return
-    heights = [HEAD + ROW * len(found) for found in panels.values()]
+    heights = [HEAD + ROW * len(measured) for measured in panels.values()]
     figure, axes = plt.subplots(
         len(panels),
         figsize=(9, sum(heights)),
@@ -34,23 +34,23 @@ def draw(result: dict[str, Any], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for axis, (name, found) in zip(axes[:, 0], panels.items(), strict=True):
-        _panel(axis, name, found)
+    for axis, (name, measured) in zip(axes[:, 0], panels.items(), strict=True):
+        _panel(axis, name, measured)
     figure.suptitle(result["machine"], fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _panel(axis: Any, name: str, found: list[tuple[str, dict[str, Any]]]) -> None:
+def _panel(axis: Any, name: str, measured: list[tuple[str, dict[str, Any]]]) -> None:
     """A network's candidates, the fastest on top."""
-    for row, (candidate, one) in enumerate(found):
-        middle = one["median_ms"]["encoder"]
+    for row, (candidate, figures) in enumerate(measured):
+        middle = figures["median_ms"]["encoder"]
         colour = OURS_COLOUR if candidate.startswith(OURS) else PEER_COLOUR
         axis.barh(row, middle, color=colour, height=0.7)
-        samples = [sample for some in one["samples_ms"]["encoder"] for sample in some]
+        samples = [sample for round_ms in figures["samples_ms"]["encoder"] for sample in round_ms]
         axis.plot(samples, [row] * len(samples), ".", color="black", markersize=2)
-    names = [f"{name}  {one['median_ms']['encoder']:.0f}" for name, one in found]
-    axis.set_yticks(range(len(found)), names, fontsize=7)
+    names = [f"{name}  {figures['median_ms']['encoder']:.0f}" for name, figures in measured]
+    axis.set_yticks(range(len(measured)), names, fontsize=7)
     axis.set_title(f"{name}: encoder, milliseconds", fontsize=9, loc="left")
     axis.tick_params(axis="x", labelsize=7)
     axis.margins(x=0.08)

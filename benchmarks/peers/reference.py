@@ -66,8 +66,8 @@ def modules(spec: Mapping[str, Any]) -> tuple[nn.Module, nn.Module | None]:
     """Encoder and decoder that a worker's spec names: a checkpoint's, or Swin-UNETR alone."""
     if "checkpoint" not in spec:
         return swin_unetr(), None
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["overrides"].items()}
-    reference = reference_of(Path(spec["checkpoint"]), Overrides(**given))
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["overrides"].items()}
+    reference = reference_of(Path(spec["checkpoint"]), Overrides(**overrides))
     return reference.image_encoder, Decoder(reference)
 
 
@@ -111,7 +111,7 @@ class Recorder(ReferenceBackend):
 
 def record(
     reference: ReferenceNetwork,
-    made: Manifest,
+    manifest: Manifest,
     work: Sequence[tuple[list[Image], list[tuple[float, ...]]]],
 ) -> dict[str, Array]:
     """Inputs and outputs of the reference network, as `worker.agreement` takes them.
@@ -119,7 +119,7 @@ def record(
     Boxes are decoded one by one, on the middle image of those that are encoded together.
     """
     recorder = Recorder(reference)
-    with Session(made, recorder) as session:
+    with Session(manifest, recorder) as session:
         for images, boxes in work:
             embeddings = session.encode_slices(images)
             recorder.slice = len(images) // 2

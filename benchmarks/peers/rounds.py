@@ -78,10 +78,10 @@ class Worker:
         line = stdout.readline()
         if not line:
             raise WorkerError(self._ended())
-        said = json.loads(line)
-        if "error" in said:
-            raise WorkerError(said["error"])
-        return said
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
 
     def _ended(self) -> str:
         code = self._process.wait()
@@ -115,8 +115,8 @@ class Running:
         """A round."""
         for op in self.candidate.ops:
             time.sleep(PAUSE_S)
-            found = self.process.ask(op, self.repeats[op], self.prompts)["ms"]
-            self.samples_ms.setdefault(op, []).append(found)
+            milliseconds = self.process.ask(op, self.repeats[op], self.prompts)["ms"]
+            self.samples_ms.setdefault(op, []).append(milliseconds)
 
 
 def start(
@@ -151,12 +151,12 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """What was measured together."""
+    """Candidates that were measured together."""
 
     facts: dict[str, Any]
-    found: dict[str, Any]
+    figures: dict[str, Any]
     """Candidate → its figures, or the reason there are none."""
-    rest: list[Candidate]
+    unmeasured: list[Candidate]
     """Still to do."""
 
 
@@ -165,20 +165,20 @@ def measure(todo: Sequence[Candidate], reference: Candidate, limits: Limits, log
 
     WorkerError where that one fails; another's failure is the reason it has no figures.
     """
-    found: dict[str, Any] = {}
-    rest = [one for one in todo if one.name != reference.name]
+    group_figures: dict[str, Any] = {}
+    unmeasured = [candidate for candidate in todo if candidate.name != reference.name]
     with ExitStack() as stack:
         gemm = stack.enter_context(worker(GEMM | {"threads": limits.threads}, logs / "gemm.log"))
         group = [_started(stack, reference, logs)]
-        while rest and len(group) < MOST_TOGETHER and available_gb() > limits.need_gb:
-            candidate = rest.pop(0)
+        while unmeasured and len(group) < MOST_TOGETHER and available_gb() > limits.need_gb:
+            candidate = unmeasured.pop(0)
             try:
                 group.append(_started(stack, candidate, logs))
             except WorkerError as e:
-                found[candidate.name] = _failed(candidate, e)
-        if rest and not found and len(group) == 1:
+                group_figures[candidate.name] = _failed(candidate, e)
+        if unmeasured and not group_figures and len(group) == 1:
             reason = f"{available_gb():.1f} GB of memory free, {limits.need_gb:.1f} needed"
-            found[rest.pop(0).name] = {"not_measured": reason}
+            group_figures[unmeasured.pop(0).name] = {"not_measured": reason}
         facts = {
             "reference": reference.name,
             "measured": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -190,23 +190,23 @@ def measure(todo: Sequence[Candidate], reference: Candidate, limits: Limits, log
             time.sleep(PAUSE_S)
             for library, value in gemm.ask("gemm")["gflops"].items():
                 throughput.setdefault(library, []).append(value)
-            _round(group, found)
+            _round(group, group_figures)
         facts["gemm_gflops"] = {name: median(values) for name, values in throughput.items()}
         facts["gemm_samples"] = throughput
-        found |= {one.candidate.name: figures(one, group[0]) for one in group}
-    return Group(facts=facts, found=found, rest=rest)
+        group_figures |= {run.candidate.name: figures(run, group[0]) for run in group}
+    return Group(facts=facts, figures=group_figures, unmeasured=unmeasured)
 
 
-def _round(group: list[Running], found: dict[str, Any]) -> None:
+def _round(group: list[Running], group_figures: dict[str, Any]) -> None:
     """One round of all; what fails leaves the group, which cannot be the first, the reference."""
-    for one in list(group):
+    for running in list(group):
         try:
-            one.take()
+            running.take()
         except WorkerError as e:
-            if one is group[0]:
+            if running is group[0]:
                 raise
-            found[one.candidate.name] = _failed(one.candidate, e)
-            group.remove(one)
+            group_figures[running.candidate.name] = _failed(running.candidate, e)
+            group.remove(running)
 
 
 def _failed(candidate: Candidate, error: WorkerError) -> dict[str, str]:
@@ -220,28 +220,28 @@ def _started(stack: ExitStack, candidate: Candidate, logs: Path) -> Running:
     return start(candidate, stack.enter_context(worker(candidate.spec, logs / f"{name}.log")))
 
 
-def figures(one: Running, reference: Running) -> dict[str, Any]:
+def figures(running: Running, reference: Running) -> dict[str, Any]:
     """What was measured of one candidate."""
     return {
-        "median_ms": {op: median(_flat(rounds)) for op, rounds in one.samples_ms.items()},
+        "median_ms": {op: median(_flat(rounds)) for op, rounds in running.samples_ms.items()},
         "ratio": {
-            op: ratio(one.samples_ms[op], reference.samples_ms[op])
-            for op in one.samples_ms
+            op: ratio(running.samples_ms[op], reference.samples_ms[op])
+            for op in running.samples_ms
             if op in reference.samples_ms
         },
-        "peak_mb": one.process.ask("memory")["peak_mb"],
-        "load_s": one.process.loaded["load_s"],
-        "file_mb": sum(path.stat().st_size for path in one.candidate.files) / 1e6,
-        "agreement": one.agreement,
-        "versions": one.process.loaded["versions"],
-        "samples_ms": one.samples_ms,
+        "peak_mb": running.process.ask("memory")["peak_mb"],
+        "load_s": running.process.loaded["load_s"],
+        "file_mb": sum(path.stat().st_size for path in running.candidate.files) / 1e6,
+        "agreement": running.agreement,
+        "versions": running.process.loaded["versions"],
+        "samples_ms": running.samples_ms,
     }
 
 
-def ratio(these: Sequence[Sequence[float]], those: Sequence[Sequence[float]]) -> float:
+def ratio(times: Sequence[Sequence[float]], reference_times: Sequence[Sequence[float]]) -> float:
     """Median over rounds of one candidate's time over another's in the same round."""
-    return median(median(a) / median(b) for a, b in zip(these, those, strict=True))
+    return median(median(a) / median(b) for a, b in zip(times, reference_times, strict=True))
 
 
 def _flat(rounds: Sequence[Sequence[float]]) -> list[float]:
-    return [sample for one in rounds for sample in one]
+    return [sample for samples in rounds for sample in samples]

@@ -32,8 +32,8 @@ def main() -> None:
         for attribute in UNUSED:
             setattr(module, attribute, None)
         sys.modules[name] = module
-    here, module_name = sys.argv[0], sys.argv[1]
-    sys.argv = [here, *sys.argv[2:]]
+    script, module_name = sys.argv[0], sys.argv[1]
+    sys.argv = [script, *sys.argv[2:]]
     runpy.run_module(module_name, run_name="__main__")
 
 

@@ -24,15 +24,15 @@ def environment(threads: int | None) -> dict[str, Any]:
 
 def resumed(path: Path, empty: dict[str, Any], threads: int | None) -> dict[str, Any]:
     """What was measured here before, or nothing; SystemExit where it was measured elsewhere."""
-    here = environment(threads)
+    measured_in = environment(threads)
     if not path.exists():
-        return here | empty
-    found: dict[str, Any] = json.loads(path.read_text())
-    if differing := [key for key, value in here.items() if found.get(key) != value]:
+        return measured_in | empty
+    stored: dict[str, Any] = json.loads(path.read_text())
+    if differing := [key for key, value in measured_in.items() if stored.get(key) != value]:
         raise SystemExit(
             f"{path} was measured with another {' and '.join(differing)}: move it away"
         )
-    return found
+    return stored
 
 
 def save(result: dict[str, Any], path: Path) -> None:

@@ -26,8 +26,8 @@ def main_table(result: Result) -> str:
 
 def others_table(result: Result) -> str:
     """Candidates of all other networks."""
-    others = [name for name in result["networks"] if name not in MAIN]
-    return f"{_table(result, others)}\n\n![encoders](results/peers.png)"
+    names = [name for name in result["networks"] if name not in MAIN]
+    return f"{_table(result, names)}\n\n![encoders](results/peers.png)"
 
 
 def _table(result: Result, networks: list[str]) -> str:
@@ -36,26 +36,26 @@ def _table(result: Result, networks: list[str]) -> str:
     columns = f"{head} | {more}".count("|") + 1
     rows = [f"| {head} | {more} |", "|---" * columns + "|"]
     for network in networks:
-        for name, one in result["networks"][network]["candidates"].items():
-            cells = " | ".join(_cells(result, network, one))
+        for name, entry in result["networks"][network]["candidates"].items():
+            cells = " | ".join(_cells(result, network, entry))
             rows.append(f"| {network} | {name} | {cells} |")
     return "\n".join([*rows, "", *_measured_on(result)])
 
 
-def _cells(result: Result, network: str, one: dict[str, Any]) -> Iterator[str]:
+def _cells(result: Result, network: str, entry: dict[str, Any]) -> Iterator[str]:
     """A candidate's figures, or why there are none."""
-    if "median_ms" not in one:
-        yield f"{ABSENT}: {_plain(one['not_measured'])}"
+    if "median_ms" not in entry:
+        yield f"{ABSENT}: {_plain(entry['not_measured'])}"
         yield from ["–"] * 8
         return
-    times, agreement = one["median_ms"], one["agreement"]
-    share = gemm_share(result, network, one)
+    times, agreement = entry["median_ms"], entry["agreement"]
+    share = gemm_share(result, network, entry)
     yield f"{_ms(times['encoder'])}"
-    yield f"{one['ratio']['encoder']:.2f}"
+    yield f"{entry['ratio']['encoder']:.2f}"
     yield _ms(times.get("decoder"))
     yield _ms(times.get("click", times.get("decoder")))
-    yield f"{one['peak_mb']:.0f} MB"
-    yield f"{one['file_mb']:.0f} MB"
+    yield f"{entry['peak_mb']:.0f} MB"
+    yield f"{entry['file_mb']:.0f} MB"
     dice = agreement["mask_dice_mean"]
     yield "–" if dice is None else f"{dice:.4f}"
     yield f"{agreement['embeddings_relative_l2']:.1e}"
@@ -65,11 +65,13 @@ def _cells(result: Result, network: str, one: dict[str, Any]) -> Iterator[str]:
 def targets_table(result: Result, depth: Result | None) -> str:
     """What was aimed at, and what was measured."""
     rows = ["| target | aimed at | measured | met | |", "|---|---|---|---|---|"]
-    for one in targets(result, depth):
-        unit = " ms" if one.limit.endswith("ms") else ""
-        measured = ABSENT if one.measured is None else f"{_beside(one.measured, one.limit)}{unit}"
-        met = {True: "yes", False: "**no**", None: "–"}[one.met]
-        rows.append(f"| {one.name} | {one.limit} | {measured} | {met} | {one.note} |")
+    for target in targets(result, depth):
+        unit = " ms" if target.limit.endswith("ms") else ""
+        measured = (
+            ABSENT if target.measured is None else f"{_beside(target.measured, target.limit)}{unit}"
+        )
+        met = {True: "yes", False: "**no**", None: "–"}[target.met]
+        rows.append(f"| {target.name} | {target.limit} | {measured} | {met} | {target.note} |")
     return "\n".join([*rows, "", *_measured_on(result)])
 
 
@@ -83,19 +85,19 @@ def volume_table(result: Result) -> str:
     """What the MNI template takes as a volume: patches of Swin-UNETR, chunks of ours."""
     rows = ["| network | candidate | runs for the volume | a run | the volume |", "|---" * 5 + "|"]
     size = "×".join(map(str, VOLUME))
-    for name, one in _measured(result, SWIN):
+    for name, entry in _measured(result, SWIN):
         for overlap in OVERLAPS:
-            count, each = patches(VOLUME, overlap), one["median_ms"]["encoder"]
-            what = f"{count} patches, overlap {overlap:g}"
-            rows.append(f"| {SWIN} | {name} | {what} | {_ms(each)} | {_s(count * each)} |")
-    for name, one in _measured(result, VOLUME_NETWORK):
+            count, each = patches(VOLUME, overlap), entry["median_ms"]["encoder"]
+            work = f"{count} patches, overlap {overlap:g}"
+            rows.append(f"| {SWIN} | {name} | {work} | {_ms(each)} | {_s(count * each)} |")
+    for name, entry in _measured(result, VOLUME_NETWORK):
         if name.startswith(OURS):
-            times, slices = one["median_ms"], VOLUME[-1]
+            times, slices = entry["median_ms"], VOLUME[-1]
             chunks = math.ceil(slices / 8)
             total = chunks * times["encoder"] + slices * times["decoder"]
-            what = f"{chunks} chunks of 8, {slices} prompts"
+            work = f"{chunks} chunks of 8, {slices} prompts"
             each = f"{_ms(times['encoder'])} + {_ms(times['decoder'])} a prompt"
-            rows.append(f"| {VOLUME_NETWORK} | {name} | {what} | {each} | {_s(total)} |")
+            rows.append(f"| {VOLUME_NETWORK} | {name} | {work} | {each} | {_s(total)} |")
     note = (
         f"A volume of {size}, computed from the medians of single runs. Swin-UNETR (feature size "
         "48, four classes) finds what it was trained for without a prompt; here one prompt a slice "
@@ -112,7 +114,7 @@ def patches(shape: tuple[int, ...], overlap: float) -> int:
 
 def _measured(result: Result, network: str) -> Iterator[tuple[str, dict[str, Any]]]:
     candidates = result["networks"].get(network, {}).get("candidates", {})
-    return ((name, one) for name, one in candidates.items() if "median_ms" in one)
+    return ((name, entry) for name, entry in candidates.items() if "median_ms" in entry)
 
 
 def _measured_on(result: Result) -> list[str]:

@@ -57,26 +57,26 @@ class Target:
 
 def targets(result: Result, depth: Result | None) -> list[Target]:
     """Every target, those that were not measured too. `depth`: what benchmarks/depth.py wrote."""
-    found: list[Target] = []
+    rows: list[Target] = []
     for tables in TABLES:
         network = f"Med-SA ViT-B, {tables} tables"
-        found += _vit_b(result, network)
+        rows += _vit_b(result, network)
     for name in TABLES:
         pair = f"Med-SA ViT-B, {name} tables", f"SAM ViT-B, {name} tables"
-        found.append(_pair(result, f"{pair[0]}: adapters, over SAM without", *pair))
+        rows.append(_pair(result, f"{pair[0]}: adapters, over SAM without", *pair))
     for name in TABLES:
-        found.append(_depth(depth, name))
+        rows.append(_depth(depth, name))
     demonstration = "Demonstration, 3D", "Demonstration, 2D"
-    found.append(_pair(result, "demonstration checkpoint: a slice in 3D, over 2D", *demonstration))
-    found.append(_next_click(result))
-    return found
+    rows.append(_pair(result, "demonstration checkpoint: a slice in 3D, over 2D", *demonstration))
+    rows.append(_next_click(result))
+    return rows
 
 
 def best(result: Result, network: str) -> str | None:
     """Our fastest encoder whose recipe keeps the masks of real weights."""
     ratios = {
-        name: one["ratio"]["encoder"]
-        for name, one in _measured(result, network)
+        name: entry["ratio"]["encoder"]
+        for name, entry in _measured(result, network)
         if name.startswith(OURS) and keeps_masks(result, name)
     }
     return min(ratios, key=lambda name: ratios[name]) if ratios else None
@@ -85,8 +85,8 @@ def best(result: Result, network: str) -> str | None:
 def strongest_peer(result: Result, network: str) -> str | None:
     """The fastest encoder that is not ours."""
     ratios = {
-        name: one["ratio"]["encoder"]
-        for name, one in _measured(result, network)
+        name: entry["ratio"]["encoder"]
+        for name, entry in _measured(result, network)
         if not name.startswith(OURS)
     }
     return min(ratios, key=lambda name: ratios[name]) if ratios else None
@@ -97,14 +97,14 @@ def keeps_masks(result: Result, name: str) -> bool:
     return all(value is not None and value >= LEAST_DICE for value in _evidence(result, name))
 
 
-def gemm_share(result: Result, network: str, one: dict[str, Any]) -> float | None:
+def gemm_share(result: Result, network: str, entry: dict[str, Any]) -> float | None:
     """The encoder's throughput over the fastest large product's of the same group."""
-    found = result["networks"].get(network, {})
-    gflop = found.get("gflop", {}).get("encoder")
-    if not gflop or "median_ms" not in one:
+    network_result = result["networks"].get(network, {})
+    gflop = network_result.get("gflop", {}).get("encoder")
+    if not gflop or "median_ms" not in entry:
         return None
-    throughput = max(found["groups"][one["group"]]["gemm_gflops"].values())
-    return float(gflop / (one["median_ms"]["encoder"] / 1e3) / throughput)
+    throughput = max(network_result["groups"][entry["group"]]["gemm_gflops"].values())
+    return float(gflop / (entry["median_ms"]["encoder"] / 1e3) / throughput)
 
 
 def _evidence(result: Result, name: str) -> list[float | None]:
@@ -118,21 +118,25 @@ def _evidence(result: Result, name: str) -> list[float | None]:
 def _measured(result: Result, network: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Candidates that have figures."""
     candidates = result["networks"].get(network, {}).get("candidates", {})
-    return ((name, one) for name, one in candidates.items() if "ratio" in one)
+    return ((name, entry) for name, entry in candidates.items() if "ratio" in entry)
 
 
 def _vit_b(result: Result, network: str) -> Iterator[Target]:
     """The targets of one network at 1024²."""
     measured = dict(_measured(result, network))
     ours, plain = measured.get(DEFAULT_NAME), measured.get(PLAIN)
-    both = ours is not None and plain is not None
+    comparable = ours is not None and plain is not None
     name = f"{network}: float32, over the plain export in ONNX Runtime"
     other = measured.get(FASTER)
     note = f"{_short(FASTER)}: {other['ratio']['encoder']:.2f}" if other else ""
-    yield _at_most(name, 0.80, ours["ratio"]["encoder"] if both else None, note)
+    yield _at_most(name, 0.80, ours["ratio"]["encoder"] if comparable else None, note)
     name = f"{network}: its peak memory, over the same"
-    note = f"{_short(FASTER)}: {other['peak_mb'] / plain['peak_mb']:.2f}" if other and both else ""
-    yield _at_most(name, 0.30, ours["peak_mb"] / plain["peak_mb"] if both else None, note)
+    note = (
+        f"{_short(FASTER)}: {other['peak_mb'] / plain['peak_mb']:.2f}"
+        if other and comparable
+        else ""
+    )
+    yield _at_most(name, 0.30, ours["peak_mb"] / plain["peak_mb"] if comparable else None, note)
     chosen, peer = best(result, network), strongest_peer(result, network)
     name = f"{network}: best precision, over the strongest peer"
     value, note = None, ""
@@ -146,46 +150,46 @@ def _vit_b(result: Result, network: str) -> Iterator[Target]:
     yield _at_most(name, 0.65, value, note)
     name = f"{network}: float32 throughput, over one large product's"
     shares = {
-        one: share
-        for one, figures in measured.items()
-        if one.startswith(OURS) and one.endswith(" fp32")
+        candidate: share
+        for candidate, figures in measured.items()
+        if candidate.startswith(OURS) and candidate.endswith(" fp32")
         if (share := gemm_share(result, network, figures)) is not None
     }
-    fastest = max(shares, key=lambda one: shares[one]) if shares else None
+    fastest = max(shares, key=lambda candidate: shares[candidate]) if shares else None
     share = shares[fastest] if fastest else None
     note = f"{_short(fastest)}; {COUNTED}" if fastest else ""
     yield _target(name, "≥ 0.85", share, share is not None and share >= 0.85, note)
 
 
-def _pair(result: Result, name: str, one: str, other: str) -> Target:
+def _pair(result: Result, name: str, first: str, second: str) -> Target:
     """What a network costs over another."""
-    pair = result.get("pairs", {}).get(f"{one} / {other}", {})
+    pair = result.get("pairs", {}).get(f"{first} / {second}", {})
     return _at_most(name, 1.10, pair.get("ratio"))
 
 
 def _depth(depth: Result | None, tables: str) -> Target:
     """What a slice costs in 3D, by benchmarks/depth.py."""
-    wanted = (f"exported, {tables} tables", IMAGE_SIZE)
+    key = (f"exported, {tables} tables", IMAGE_SIZE)
     rows = depth["rows"] if depth else []
     ratios = {(row["graph"], row["image_size"]): row["ratio"] for row in rows}
     name = f"Med-SA ViT-B, {tables} tables: a slice in 3D, over 2D"
-    return _at_most(name, 1.10, ratios.get(wanted))
+    return _at_most(name, 1.10, ratios.get(key))
 
 
 def _next_click(result: Result) -> Target:
     """The time of a further click, the fastest of our backends."""
     times = {
-        name: one["median_ms"]["click"]
-        for name, one in _measured(result, CLICKED)
-        if "click" in one["median_ms"] and name.endswith(" fp32")
+        name: entry["median_ms"]["click"]
+        for name, entry in _measured(result, CLICKED)
+        if "click" in entry["median_ms"] and name.endswith(" fp32")
     }
     fastest = min(times, key=lambda name: times[name]) if times else None
     value = times[fastest] if fastest else None
     eager = dict(_measured(result, CLICKED)).get(EAGER)
     note = _short(fastest) if fastest else ""
     if value and eager:
-        whole = eager["median_ms"]["decoder"]
-        note += f", {value / whole:.2f} of {EAGER}'s whole decoder ({whole:.0f} ms)"
+        whole_ms = eager["median_ms"]["decoder"]
+        note += f", {value / whole_ms:.2f} of {EAGER}'s whole decoder ({whole_ms:.0f} ms)"
     name = f"{CLICKED}: the next click"
     return _target(name, "≤ 15 ms", value, value is not None and value <= 15, note)
 

@@ -77,7 +77,7 @@ class Ours:
         return self._split.decode_click(self._part[1], coords, labels)[0]
 
 
-class _Whole:
+class _WholeDecoder:
     """A peer, whose decoder runs whole with every prompt."""
 
     _encoder: Callable[[dict[str, Array]], Array]
@@ -101,7 +101,7 @@ class _Whole:
     click = decode
 
 
-class OnnxRuntime(_Whole):
+class OnnxRuntime(_WholeDecoder):
     """ONNX files in ONNX Runtime, with its default options."""
 
     def __init__(self, spec: Spec) -> None:
@@ -125,7 +125,7 @@ class OnnxRuntime(_Whole):
             self._decoder = opened(spec["decoder"], "low_res_masks")
 
 
-class OpenVINO(_Whole):
+class OpenVINO(_WholeDecoder):
     """ONNX files in OpenVINO, for latency, in float32 or bfloat16."""
 
     def __init__(self, spec: Spec) -> None:
@@ -155,7 +155,7 @@ class OpenVINO(_Whole):
             self._decoder = opened(spec["decoder"], "low_res_masks")
 
 
-class Torch(_Whole):
+class Torch(_WholeDecoder):
     """The reference network in PyTorch: as it is, or through torch.compile."""
 
     def __init__(self, spec: Spec) -> None:
@@ -221,12 +221,12 @@ class Gemm:
 
     def gflops(self) -> dict[str, float]:
         """Each library's throughput in one product."""
-        found = {}
+        throughput = {}
         for name, run in self.runs.items():
             start = perf_counter()
             run()
-            found[name] = self.flops / (perf_counter() - start) / 1e9
-        return found
+            throughput[name] = self.flops / (perf_counter() - start) / 1e9
+        return throughput
 
 
 KINDS: dict[str, Callable[[Spec], Any]] = {
@@ -247,15 +247,15 @@ def agreement(opened: Opened, inputs: Mapping[str, Array]) -> dict[str, float | 
     """
     embeddings, logits, dice = [], [], []
     for k in range(sum(name.startswith("image_") for name in inputs)):
-        made = opened.encode(inputs[f"image_{k}"])
-        embeddings.append((inputs[f"embeddings_{k}"], made))
+        embedding = opened.encode(inputs[f"image_{k}"])
+        embeddings.append((inputs[f"embeddings_{k}"], embedding))
         for j in range(sum(name.startswith(f"coords_{k}_") for name in inputs)):
             place = int(inputs[f"slice_{k}_{j}"])
             prompts = inputs[f"coords_{k}_{j}"], inputs[f"labels_{k}_{j}"]
-            wanted = inputs[f"logits_{k}_{j}"]
-            found = opened.decode(made[place : place + 1], *prompts)[:, : wanted.shape[1]]
-            logits.append((wanted, found))
-            dice += _dice(wanted > 0, found > 0)
+            expected = inputs[f"logits_{k}_{j}"]
+            actual = opened.decode(embedding[place : place + 1], *prompts)[:, : expected.shape[1]]
+            logits.append((expected, actual))
+            dice += _dice(expected > 0, actual > 0)
     return {
         "embeddings_relative_l2": max(_relative_l2(a, b) for a, b in embeddings),
         "logits_relative_l2": max((_relative_l2(a, b) for a, b in logits), default=None),
@@ -265,15 +265,15 @@ def agreement(opened: Opened, inputs: Mapping[str, Array]) -> dict[str, float | 
     }
 
 
-def _relative_l2(expected: Array, found: Array) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def _relative_l2(expected: Array, actual: Array) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def _dice(expected: NDArray[np.bool_], found: NDArray[np.bool_]) -> list[float]:
+def _dice(expected: NDArray[np.bool_], actual: NDArray[np.bool_]) -> list[float]:
     """Of each mask; two empty ones agree."""
-    both = (expected & found).sum(axis=(2, 3)).ravel()
-    sizes = (expected.sum(axis=(2, 3)) + found.sum(axis=(2, 3))).ravel()
-    pairs = zip(both.tolist(), sizes.tolist(), strict=True)
+    overlap = (expected & actual).sum(axis=(2, 3)).ravel()
+    sizes = (expected.sum(axis=(2, 3)) + actual.sum(axis=(2, 3))).ravel()
+    pairs = zip(overlap.tolist(), sizes.tolist(), strict=True)
     return [2 * b / s if s else 1.0 for b, s in pairs]
 
 
@@ -294,7 +294,7 @@ class _Runs:
 
     def milliseconds(self, op: str, repeat: int, prompts: int = 1) -> list[float]:
         """Of `repeat` runs. `prompts`: sets that a `click` decodes in one call."""
-        coords, labels = (np.repeat(one, prompts, axis=0) for one in self.prompts or ((), ()))
+        coords, labels = (np.repeat(array, prompts, axis=0) for array in self.prompts or ((), ()))
         operation: dict[str, Callable[[], object]] = {
             "encoder": lambda: self.opened.encode(self.image),
             "decoder": lambda: self.opened.decode(self.embedding, coords, labels),
@@ -335,8 +335,8 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(what: dict[str, Any]) -> None:
-        print(json.dumps(what), file=out, flush=True)
+    def say(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=out, flush=True)
 
     try:
         serve(json.loads(sys.argv[1]), say)
