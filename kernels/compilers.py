@@ -51,8 +51,8 @@ class Nvcc:
 
     @cached_property
     def name(self) -> str:
-        found = re.search(r"release [\d.]+, V([\d.]+)", self._run("--version"))
-        return f"nvcc {found[1] if found else 'of an unknown version'}"
+        match = re.search(r"release [\d.]+, V([\d.]+)", self._run("--version"))
+        return f"nvcc {match[1] if match else 'of an unknown version'}"
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -97,9 +97,9 @@ class Nvrtc:
     def targets(self) -> tuple[str, ...]:
         count = ctypes.c_int()
         self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
-        found = (ctypes.c_int * count.value)()
-        self._call("nvrtcGetSupportedArchs", found)
-        return _in_order(map(str, found))
+        architectures = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", architectures)
+        return _in_order(map(str, architectures))
 
     def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
         _check_target(self, target)
@@ -116,8 +116,8 @@ class Nvrtc:
         )
         try:
             options = [f"--gpu-architecture={_architecture(target)}", f"--std={STANDARD}"]
-            given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            failed = self._library.nvrtcCompileProgram(program, len(options), given)
+            encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            failed = self._library.nvrtcCompileProgram(program, len(options), encoded)
             said = self._result("nvrtcGetProgramLog", program).rstrip(b"\0").decode().strip()
             if failed:
                 raise BuildError(f"{self.name} failed on {source.name}:\n{said}")
@@ -142,23 +142,22 @@ class Nvrtc:
 
 @cache
 def find_compiler(target: str | None = None) -> Compiler:
-    """nvcc if there is one, on the PATH or in a toolkit's usual place, else NVRTC; one of them that
-    knows `target`, if one does.
+    """nvcc on the PATH or in a toolkit's usual place, else NVRTC; if both, one for `target`.
 
-    MissingDependencyError where neither is found.
+    MissingDependencyError if neither is installed.
     """
-    found: list[Compiler] = []
+    compilers: list[Compiler] = []
     if path := find_nvcc():
-        found.append(Nvcc(path=path))
+        compilers.append(Nvcc(path=path))
     if path := find_nvrtc():
-        found.append(Nvrtc(path))
-    if not found:
+        compilers.append(Nvrtc(path))
+    if not compilers:
         raise MissingDependencyError(
             "nvidia-cuda-nvrtc", extra="kernels", purpose="compiling CUDA kernels without nvcc"
         )
     if target is None:
-        return found[0]
-    return next((compiler for compiler in found if target in compiler.targets), found[0])
+        return compilers[0]
+    return next((compiler for compiler in compilers if target in compiler.targets), compilers[0])
 
 
 def find_nvcc() -> str | None:
@@ -173,8 +172,8 @@ def find_nvrtc() -> str | None:
     spec = find_spec("nvidia")
     pattern = "*/bin/**/nvrtc64_*.dll" if sys.platform == "win32" else "*/lib/libnvrtc.so.*"
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [path for folder in folders for path in Path(folder).glob(pattern)]
-    newest = max(found, key=_version, default=None)
+    libraries = [path for folder in folders for path in Path(folder).glob(pattern)]
+    newest = max(libraries, key=_version, default=None)
     return None if newest is None else str(newest)
 
 

@@ -80,8 +80,8 @@ def cubin(source: str, target: str, *, bundle: Path | None = None) -> bytes:
     BundleError for a bundle whose cubin was changed; MissingDependencyError where it has to be
     compiled and there is no compiler; BuildError where compiling fails.
     """
-    if bundle is not None and (found := _in_bundle(source, target, bundle)) is not None:
-        return found
+    if bundle is not None and (shipped := _in_bundle(source, target, bundle)) is not None:
+        return shipped
     path = cache_folder() / f"{source}-{target}-{sources_sha256(source)[:24]}.cubin"
     try:
         return path.read_bytes()
@@ -111,21 +111,21 @@ def build(
     """
     load_manifest(bundle)
     compiler = find_compiler()
-    wanted = tuple(dict.fromkeys(targets))
-    if unknown := [target for target in wanted if target not in compiler.targets]:
+    targets = tuple(dict.fromkeys(targets))
+    if unknown := [target for target in targets if target not in compiler.targets]:
         raise UsageError(
             f"{compiler.name} does not compile for {', '.join(unknown)}; it does for: "
             f"{', '.join(compiler.targets)}"
         )
     with new_bundle(bundle / FOLDER) as folder:
         files = []
-        for target in wanted:
+        for target in targets:
             on_step(f"compile for {target}")
             files += [_cubin_file(compiler, source, target, folder) for source in SOURCES]
-        made = Kernels(compiler=compiler.name, files=tuple(files))
-        text = json.dumps(dataclasses.asdict(made), indent=2, ensure_ascii=False)
+        kernels = Kernels(compiler=compiler.name, files=tuple(files))
+        text = json.dumps(dataclasses.asdict(kernels), indent=2, ensure_ascii=False)
         (folder / FILENAME).write_text(text + "\n", encoding="utf-8")
-    return made
+    return kernels
 
 
 def load(bundle: Path) -> Kernels | None:
@@ -166,15 +166,15 @@ def _in_bundle(source: str, target: str, bundle: Path) -> bytes | None:
             logger.warning("%s is of another medsa-deploy's sources: not used", path)
             return None
         try:
-            found = path.read_bytes()
+            content = path.read_bytes()
         except OSError as e:
             raise BundleError(f"{path} cannot be read ({e.strerror}): copy the bundle again") from e
-        if hashlib.sha256(found).hexdigest() != file.sha256:
+        if hashlib.sha256(content).hexdigest() != file.sha256:
             raise BundleError(
                 f"{path} is not the file that {FILENAME} describes: copy the bundle again, or "
                 "compile again with medsa-deploy build-kernels"
             )
-        return found
+        return content
     return None
 
 

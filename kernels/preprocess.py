@@ -175,13 +175,13 @@ def preprocessing(
     name = "levels" if levels else ENTRIES[frame_format.element]
     content = math.prod(frame.content_size) * frame_format.channels * 4 if row.min_max else 0
     checked = ("find_unusable",) if frame_format.element == "float32" else ()
-    made = (f"resize_{name}", "normalise") if row.min_max else (f"preprocess_{name}",)
+    resized = (f"resize_{name}", "normalise") if row.min_max else (f"preprocess_{name}",)
     return Preprocessing(
         frame=frame,
         output_bytes=3 * network_size**2 * (2 if half else 4),
         tables=rows.bytes + columns.bytes,
         scratch_bytes=EXTREMES_BYTES + content if content or checked else 0,
-        entries=(*checked, *made),
+        entries=(*checked, *resized),
         _format=frame_format,
         _parameters=parameters,
         _rows=rows,

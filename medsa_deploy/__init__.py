@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .images import read_volume as read_volume
     from .images import write_segmentation as write_segmentation
     from .kernels.postprocess import Region as Region
-    from .nvidia.cuda import DeviceArray as DeviceArray
+    from .nvidia.device_array import DeviceArray as DeviceArray
     from .runtime import BackendName as BackendName
     from .runtime import Embedding as Embedding
     from .runtime import LoadOptions as LoadOptions
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BackendName": ".runtime",
-    "DeviceArray": ".nvidia.cuda",
+    "DeviceArray": ".nvidia.device_array",
     "Embedding": ".runtime",
     "Image": ".images",
     "LoadOptions": ".runtime",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "
     files = []
     for role in ("encoder", "decoder"):
         path = folder / f"{role}.engine"
-        path.write_text(role)
+        profile = optimization_profile(made.graphs[role].inputs, options)
+        path.write_text(json.dumps({"name": role, "profile": profile}))
         files.append(
             EngineFile(
                 role=role,
@@ -59,7 +61,7 @@ def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "
                 bytes=path.stat().st_size,
                 sha256=sha256(path),
                 sources={},
-                profile=optimization_profile(made.graphs[role].inputs, options),
+                profile=profile,
                 attention="unknown",
                 seconds=1.0,
             )

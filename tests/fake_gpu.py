@@ -2,13 +2,16 @@
 
 Nothing that is queued in a stream happens before the stream is waited for, addresses are checked
 against what is allocated, and every call wants its context current. An engine is a function on
-arrays. `Machine` counts what is allocated and injects faults.
+arrays, and its contexts refuse what TensorRT's refuse. `Machine` counts what is allocated and
+injects faults. tests/test_stand_ins.py compares names and arities with the real libraries.
 """
 
 from __future__ import annotations
 
 import enum
+import json
 import math
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -28,10 +31,13 @@ from medsa_deploy.runtime.backends import tensorrt
 
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
 Function = Callable[..., dict[str, np.ndarray]]
+DTYPES = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16)}
 PARAMETERS = {"preprocess": preprocess.Parameters, "postprocess": postprocess.Parameters}
 """Source of kernels → what they are launched with."""
 LAYERS = ("patch_embed/node_Conv_0", "{ForeignNode[blocks.0/node_Add_1...blocks.1/node_Mul_2]}")
 """Of every engine, where they are timed."""
+ALIGNMENT = 256
+"""Bytes: CUDA aligns what it allocates, and TensorRT wants scratch memory aligned."""
 
 
 class CudaError(Exception):
@@ -67,7 +73,9 @@ class Machine:
         self.capacity = self.pinnable = math.inf
         """Bytes of GPU memory, and arrays of pinned memory, that there may be."""
         self.functions: dict[str, Function] = {}
-        """What an engine's file holds → what it computes."""
+        """The name in an engine's file → what it computes."""
+        self.uploaded: dict[int, np.dtype[Any]] = {}
+        """Address → dtype of the values that were copied there last."""
         self.current = threading.local()
         self.on_wait: Callable[[], None] = lambda: None
         """Called where the GPU is waited for: raises what a test wants."""
@@ -86,6 +94,14 @@ class Machine:
     def check(self) -> None:
         assert getattr(self.current, "depth", 0) > 0, "no current context"
 
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes, which are NaN until something is written."""
+        block = np.full(size + ALIGNMENT, 0xFF, np.uint8)
+        start = -block.ctypes.data % ALIGNMENT
+        address = block.ctypes.data + start
+        self.blocks[address] = block[start : start + size]
+        return address
+
     def view(self, address: int, size: int) -> np.ndarray:
         """Bytes at an address, all of one allocation."""
         for start, block in self.blocks.items():
@@ -99,12 +115,14 @@ class Machine:
     def put(self, values: np.ndarray) -> SimpleNamespace:
         """Another library's array on the GPU."""
         whole = values if values.base is None else values.base
-        block = np.frombuffer(whole.tobytes(), np.uint8).copy()
-        self.blocks[block.ctypes.data] = block
+        data = np.frombuffer(whole.tobytes(), np.uint8)
+        address = self.allocate(len(data))
+        block = self.view(address, len(data))
+        block[:] = data
         interface = {
             "shape": values.shape,
             "typestr": values.dtype.str,
-            "data": (block.ctypes.data, False),
+            "data": (address, False),
             "strides": None if values.flags.c_contiguous else values.strides,
             "version": 3,
             "stream": 1,
@@ -165,15 +183,15 @@ def pycuda_driver(machine: Machine) -> ModuleType:
             assert size > 0
             if machine.used + size > machine.capacity:
                 raise CudaMemoryError("cuMemAlloc failed: out of memory")
-            self.block = np.full(size, 0xFF, np.uint8)  # NaN, until something is written
-            machine.blocks[int(self)] = self.block
+            self._address = machine.allocate(size)
 
         def __int__(self) -> int:
-            return self.block.ctypes.data
+            return self._address
 
         def free(self) -> None:
             machine.check()
-            del machine.blocks[int(self)]
+            del machine.blocks[self._address]
+            machine.uploaded.pop(self._address, None)
 
     class Pinned:
         def __init__(self, length: int) -> None:
@@ -194,7 +212,8 @@ def pycuda_driver(machine: Machine) -> ModuleType:
 
     def htod(address: int, values: np.ndarray, stream: Stream) -> None:
         machine.check()
-        target = machine.view(address, values.nbytes).view(np.float32)
+        target = machine.view(address, values.nbytes).view(values.dtype)
+        machine.uploaded[address] = values.dtype
         stream.add(lambda: np.copyto(target, values.reshape(-1)))
 
     def dtoh(values: np.ndarray, address: int, stream: Stream) -> None:
@@ -243,6 +262,26 @@ def pycuda_driver(machine: Machine) -> ModuleType:
         def time_till(self, other: Event) -> float:
             return 1e3 * (other.time - self.time)
 
+    class Function:
+        def __init__(self, source: str, entry: str) -> None:
+            self._source, self._entry, self._format = source, entry, None
+
+        def prepare(self, arg_types: tuple[str, ...]) -> Function:
+            self._format = "".join(arg_types)
+            return self
+
+        def prepared_async_call(
+            self, grid: tuple[int, ...], block: tuple[int, ...], stream: Stream, *args: bytes
+        ) -> None:
+            machine.check()
+            assert block == BLOCK
+            parameters = PARAMETERS[self._source].from_buffer_copy(struct.pack(self._format, *args))
+            launch = Launch(
+                source=self._source, entry=self._entry, grid=grid, parameters=parameters
+            )
+            machine.launched.append(self._entry)
+            stream.add(lambda: cuda_on_host.run(launch))
+
     class Module:
         """A source of kernels, as host C++. A cubin is its name."""
 
@@ -250,16 +289,8 @@ def pycuda_driver(machine: Machine) -> ModuleType:
             machine.check()
             self.source = cubin.decode()
 
-        def get_function(self, entry: str) -> Callable[..., None]:
-            def call(parameters: np.ndarray, *, grid, block, stream: Stream) -> None:
-                machine.check()
-                assert block == BLOCK
-                given = PARAMETERS[self.source].from_buffer_copy(parameters.tobytes())
-                launch = Launch(source=self.source, entry=entry, grid=grid, parameters=given)
-                machine.launched.append(entry)
-                stream.add(lambda: cuda_on_host.run(launch))
-
-            return call
+        def get_function(self, entry: str) -> Function:
+            return Function(self.source, entry)
 
     driver.event_flags = SimpleNamespace(DISABLE_TIMING=2)
     driver.module_from_buffer, driver.Event, driver.memcpy_dtod_async = Module, Event, dtod
@@ -269,24 +300,38 @@ def pycuda_driver(machine: Machine) -> ModuleType:
 def bindings_driver(machine: Machine) -> ModuleType:
     """cuda.bindings.driver: calls give a status first."""
     driver = ModuleType("cuda.bindings.driver")
-    driver.CUresult = enum.Enum("CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_INVALIDATED": 901})
-    driver.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    driver.CUstream = int
+    driver.CUresult = enum.Enum(
+        "CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": 901}
+    )
+    driver.CUstreamCaptureMode = enum.Enum(
+        "CUstreamCaptureMode", {"CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1}
+    )
     done = driver.CUresult.CUDA_SUCCESS
 
-    def cuStreamBeginCapture(stream: int, mode: int) -> tuple[Any, ...]:
+    class CUstream:
+        def __init__(self, init_value: int = 0) -> None:
+            self._handle = init_value
+
+        def __int__(self) -> int:
+            return self._handle
+
+    driver.CUstream = CUstream
+
+    def cuStreamBeginCapture(stream: CUstream, mode: enum.Enum) -> tuple[Any, ...]:
         machine.check()
-        machine.streams[stream].capturing = []
+        assert mode is driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        machine.streams[int(stream)].capturing = []
         return (done,)
 
-    def cuStreamSynchronize(stream: int) -> tuple[Any, ...]:
-        machine.awaited.append(stream)
+    def cuStreamSynchronize(stream: CUstream) -> tuple[Any, ...]:
+        machine.awaited.append(int(stream))
         return (done,)
 
-    def cuStreamEndCapture(stream: int) -> tuple[Any, ...]:
-        graph, machine.streams[stream].capturing = machine.streams[stream].capturing, None
+    def cuStreamEndCapture(stream: CUstream) -> tuple[Any, ...]:
+        captured = machine.streams[int(stream)]
+        graph, captured.capturing = captured.capturing, None
         if machine.uncapturable:
-            return driver.CUresult.CUDA_ERROR_INVALIDATED, None
+            return driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
         machine.captured += 1
         return done, graph
 
@@ -298,12 +343,12 @@ def bindings_driver(machine: Machine) -> ModuleType:
         graph.clear()
         return (done,)
 
-    def cuGraphLaunch(executable: list[Any], stream: int) -> tuple[Any, ...]:
+    def cuGraphLaunch(executable: list[Any], stream: CUstream) -> tuple[Any, ...]:
         if machine.unlaunchable:
-            return (driver.CUresult.CUDA_ERROR_INVALIDATED,)
+            return (driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,)
         machine.replayed += 1
         for work in executable:
-            machine.streams[stream].add(work)
+            machine.streams[int(stream)].add(work)
         return (done,)
 
     def cuGraphExecDestroy(executable: list[Any]) -> tuple[Any, ...]:
@@ -335,108 +380,153 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
         def __init__(self) -> None:
             pass
 
+        def log(self, severity: int, msg: str) -> None:
+            raise NotImplementedError
+
     class IProfiler:
         def __init__(self) -> None:
             pass
 
-    class RuntimeCache:
-        def deserialize(self, data: bytes) -> bool:
-            machine.runtime_cache = data
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            raise NotImplementedError
+
+    class IRuntimeCache:
+        def deserialize(self, blob: bytes) -> bool:
+            machine.runtime_cache = blob
             return True
 
         def serialize(self) -> bytes:
             return b"compiled kernels"
 
-    class RuntimeConfig:
+    class IRuntimeConfig:
+        cuda_graph_strategy = None
+
         def __setattr__(self, field: str, value: Any) -> None:
             assert field == "cuda_graph_strategy"
             machine.strategy = value.name
 
-        def create_runtime_cache(self) -> RuntimeCache:
-            return RuntimeCache()
+        def create_runtime_cache(self) -> IRuntimeCache:
+            return IRuntimeCache()
 
-        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
             return True
 
-    class ExecutionContext:
-        def __init__(self, engine: Engine, scratch: bool) -> None:
-            self.engine, self.shapes, self.addresses = engine, {}, {}
-            self.ready, self.profiler = scratch, None
+    class IExecutionContext:
+        profiler = None
 
-        def set_device_memory(self, address: int, size: int) -> None:
-            machine.view(address, size)
-            self.ready = True
+        def __init__(self, engine: ICudaEngine, has_memory: bool) -> None:
+            self._engine, self._has_memory = engine, has_memory
+            self._shapes: dict[str, tuple[int, ...]] = {}
+            self._addresses: dict[str, int] = {}
+
+        def _refuse(self, reason: str) -> bool:
+            self._engine._logger.log(ILogger.ERROR, reason)
+            return False
+
+        def set_device_memory(self, memory: int, size: int) -> None:
+            if memory % ALIGNMENT or size < self._engine.device_memory_size_v2:
+                self._refuse(f"{size} bytes at {memory:#x} cannot be scratch memory")
+                return
+            machine.view(memory, size)
+            self._has_memory = True
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            self.shapes[name] = shape
+            if name not in self._engine._profile:
+                return self._refuse(f"no input {name}")
+            smallest, _, largest = self._engine._profile[name]
+            inside = (a <= n <= b for a, n, b in zip(smallest, shape, largest, strict=False))
+            if len(shape) != len(smallest) or not all(inside):
+                return self._refuse(f"{name}: {shape} is not in the optimization profile")
+            self._shapes[name] = shape
             return True
 
-        def set_tensor_address(self, name: str, address: int) -> bool:
-            self.addresses[name] = address
+        def set_tensor_address(self, name: str, memory: int) -> bool:
+            if name not in self._engine._tensors:
+                return self._refuse(f"no tensor {name}")
+            self._addresses[name] = memory
             return True
 
-        def execute_async_v3(self, handle: int) -> bool:
-            machine.check()
-            assert self.ready, "no scratch memory"
+        def _problem(self) -> str | None:
+            """Why the engine cannot be queued now."""
             if machine.refuses is not None:
-                self.engine.logger.log(ILogger.ERROR, machine.refuses)
-                return False
+                return machine.refuses
+            if not self._has_memory:
+                return "no scratch memory"
+            if unset := self._engine._profile.keys() - self._shapes.keys():
+                return f"no shape for {', '.join(sorted(unset))}"
+            if unset := self._engine._tensors.keys() - self._addresses.keys():
+                return f"no address for {', '.join(sorted(unset))}"
+            for name, address in self._addresses.items():
+                dtype = DTYPES[self._engine.get_tensor_dtype(name).name]
+                if name in self._shapes and machine.uploaded.get(address, dtype) != dtype:
+                    return f"{name} holds {machine.uploaded[address]}, expected {dtype}"
+            return None
+
+        def execute_async_v3(self, stream_handle: int) -> bool:
+            machine.check()
+            if problem := self._problem():
+                return self._refuse(problem)
             machine.enqueued += 1
-            addresses = dict(self.addresses)
+            addresses, shapes = dict(self._addresses), dict(self._shapes)
 
             def work() -> None:
-                inputs = {n: machine.array(addresses[n], s) for n, s in self.shapes.items()}
-                for n, values in self.engine.function(**inputs).items():
+                inputs = {n: machine.array(addresses[n], s) for n, s in shapes.items()}
+                for n, values in self._engine._function(**inputs).items():
+                    assert values.dtype == np.float32
                     np.copyto(machine.array(addresses[n], values.shape), values)
 
-            machine.streams[handle].add(work)
+            machine.streams[stream_handle].add(work)
             if self.profiler is not None:
                 assert machine.strategy != "WHOLE_GRAPH_CAPTURE"
                 for layer in LAYERS:
                     self.profiler.report_layer_time(layer, 0.25)
             return True
 
-    class Engine:
+    class ICudaEngine:
         device_memory_size_v2 = 1 << 10
 
-        def __init__(self, logger: Any, function: Function) -> None:
-            self.logger, self.function = logger, function
-            self.tensors = function.tensors
+        def __init__(self, logger: Any, function: Function, profile: dict[str, Any]) -> None:
+            self._logger, self._function, self._profile = logger, function, profile
+            self._tensors = function.tensors
 
-        num_io_tensors = property(lambda self: len(self.tensors))
+        num_io_tensors = property(lambda self: len(self._tensors))
 
-        def get_tensor_name(self, i: int) -> str:
-            return list(self.tensors)[i]
+        def get_tensor_name(self, index: int) -> str:
+            return list(self._tensors)[index]
 
         def get_tensor_dtype(self, name: str) -> Any:
-            return library.DataType.FLOAT
+            return library.DataType[getattr(self._function, "dtypes", {}).get(name, "FLOAT")]
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return self.tensors[name]
+            return self._tensors[name]
 
-        def create_runtime_config(self) -> RuntimeConfig:
-            return RuntimeConfig()
+        def create_runtime_config(self) -> IRuntimeConfig:
+            return IRuntimeConfig()
 
-        def create_execution_context(self, given: Any) -> ExecutionContext | None:
+        def create_execution_context(self, strategy: Any) -> IExecutionContext | None:
             machine.check()
             if machine.refuses is not None:
-                self.logger.log(ILogger.ERROR, machine.refuses)
+                self._logger.log(ILogger.ERROR, machine.refuses)
                 return None
-            return ExecutionContext(self, isinstance(given, RuntimeConfig))
+            return IExecutionContext(self, isinstance(strategy, IRuntimeConfig))
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
-            self.logger = logger
+            self._logger = logger
 
-        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+        def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
             machine.check()
-            function = machine.functions.get(plan.decode())
-            if function is None:
-                self.logger.log(ILogger.ERROR, "magic tag does not match")
-            return None if function is None else Engine(self.logger, function)
+            try:
+                plan = json.loads(serialized_engine)
+                return ICudaEngine(self._logger, machine.functions[plan["name"]], plan["profile"])
+            except (ValueError, KeyError):
+                self._logger.log(ILogger.ERROR, "magic tag does not match")
+                return None
 
-    library.ILogger, library.IProfiler, library.Runtime = ILogger, IProfiler, Runtime
+    for kind in (ILogger, IProfiler, Runtime, ICudaEngine, IExecutionContext):
+        setattr(library, kind.__name__, kind)
     if name == "tensorrt_rtx":
+        library.IRuntimeConfig, library.IRuntimeCache = IRuntimeConfig, IRuntimeCache
         library.CudaGraphStrategy = enum.Enum("Graphs", ("DISABLED", "WHOLE_GRAPH_CAPTURE"))
     return library
 

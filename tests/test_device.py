@@ -21,7 +21,7 @@ from numpy.testing import assert_array_equal
 
 from medsa_deploy import errors, transforms
 from medsa_deploy.kernels.postprocess import region
-from medsa_deploy.nvidia import cuda
+from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.nvidia.engines import AxisRange
 from medsa_deploy.runtime import Prediction, Session
 from medsa_deploy.runtime.backends import tensorrt
@@ -154,7 +154,7 @@ def test_nothing_is_allocated_between_frames(machine: Machine, session: Session)
 def test_an_embedding_that_is_held_is_not_overwritten(session: Session, plain: Session) -> None:
     held = [session.encode(frame(seed)) for seed in range(5)]
     for seed, embedding in enumerate(held):
-        assert isinstance(embedding.values, cuda.DeviceArray)
+        assert isinstance(embedding.values, DeviceArray)
         wanted = plain.encode(frame(seed)).values
         assert_array_equal(np.asarray(embedding.values), wanted)
         assert embedding.values.nbytes == wanted.nbytes
@@ -333,7 +333,7 @@ def test_masks_are_made_on_the_gpu(
     for prompt in ({"points": [(20, 10)]}, {"box": boxes}, {"box": boxes[:2], "threshold": 0.4}):
         found = session.segment(embedding, **prompt, on_device=on_device)
         assert_masks(found, plain.segment(on_host, **prompt))
-        assert isinstance(found.masks, cuda.DeviceArray) == on_device
+        assert isinstance(found.masks, DeviceArray) == on_device
     assert set(machine.launched) == {"label_map" if on_device else "threshold_masks"}
 
 
@@ -604,7 +604,9 @@ def test_a_graph_that_cannot_be_launched_is_named(
     for _ in range(2):
         session.segment(embedding, **POINT)
     machine.unlaunchable = True
-    with pytest.raises(errors.DeviceError, match=r"cuGraphLaunch failed: CUDA_ERROR_INVALIDATED"):
+    with pytest.raises(
+        errors.DeviceError, match=r"cuGraphLaunch failed: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
+    ):
         session.segment(embedding, **POINT)
     machine.unlaunchable = False
     same(session, plain, frame(0), **POINT)
@@ -630,11 +632,11 @@ def test_nan_is_never_a_mask(
     def nan(**inputs):
         return {name: values * np.nan for name, values in function(**inputs).items()}
 
-    engine.function = nan
+    engine._function = nan
     embedding = session.encode(frame(0))
     with pytest.raises(errors.DeviceError, match="tensorrt gave masks with NaN or Inf"):
         session.segment(embedding, **POINT, on_device=on_device)
-    engine.function = function
+    engine._function = function
     same(session, plain, frame(0), **POINT)
 
 
@@ -871,7 +873,7 @@ def test_frames_and_masks_stay_on_the_gpu_within_a_chain(
     falling, image = chain(session, plain), frame(1)[:50]
     embedding, on_host = falling.encode(machine.put(image)), plain.encode(image)
     found = falling.segment(embedding, points=[(9, 9)], on_device=True)
-    assert isinstance(found.masks, cuda.DeviceArray)
+    assert isinstance(found.masks, DeviceArray)
     assert_masks(found, plain.segment(on_host, points=[(9, 9)]))
     sets = [*prompts(points=[(9, 9), (20, 30)], labels=[1, 0]), *prompts(points=[(9, 9)])]
 

@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 
 from medsa_deploy import errors, load
 from medsa_deploy.bundle.manifest import load_manifest
-from medsa_deploy.nvidia.cuda import DeviceArray
+from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.runtime import Embedding, Session
 from medsa_deploy.runtime.backends.onnxruntime_cpu import failure
 from medsa_deploy.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend

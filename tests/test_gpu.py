@@ -18,6 +18,7 @@ from numpy.testing import assert_array_equal
 from medsa_deploy import errors, load, transforms
 from medsa_deploy.kernels.postprocess import region
 from medsa_deploy.nvidia import cuda, tensorrt_api
+from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.runtime import Session
 
 pytestmark = pytest.mark.gpu
@@ -93,7 +94,7 @@ def test_masks_are_made_on_the_gpu_and_may_stay_there(
         for prompt in PROMPTS:
             for on_device in (False, True):
                 found = session.segment(embedding, **prompt, on_device=on_device)
-                assert isinstance(found.masks, cuda.DeviceArray) == on_device
+                assert isinstance(found.masks, DeviceArray) == on_device
                 logits = transforms.upsample(found.low_res_logits, found.frame)
                 cut = transforms.probability_to_logit(found.threshold)
                 clear = np.abs(logits - cut) > 1e-6 * max(float(np.abs(logits).max()), abs(cut))

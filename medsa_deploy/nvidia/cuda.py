@@ -1,4 +1,4 @@
-"""The NVIDIA driver → the GPU of this machine, its memory and its work. Every call of CUDA is here.
+"""The NVIDIA driver → the GPU of this machine, its memory and its work. All calls of CUDA.
 
 `device` asks the driver's own library, which every machine with an NVIDIA GPU has, Jetsons
 included. `Gpu` works through pycuda, and captures graphs through cuda-bindings; both are imported
@@ -12,9 +12,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -30,9 +30,6 @@ from medsa_deploy.errors import (
 )
 
 Array = NDArray[np.float32]
-DTYPE = np.dtype(np.float32)
-"""Of what the graphs take and give."""
-FLOAT32 = DTYPE.itemsize
 LEGACY_STREAM = 1
 """CUDA's default stream, by its handle and in `__cuda_array_interface__`."""
 NON_BLOCKING = 1
@@ -70,7 +67,7 @@ def device() -> Device | None:
         (driver.cuDeviceGetAttribute, ctypes.byref(major), MAJOR, handle),
         (driver.cuDeviceGetAttribute, ctypes.byref(minor), MINOR, handle),
     )
-    if any(function(*given) for function, *given in calls):  # each gives 0, or an error's number
+    if any(function(*arguments) for function, *arguments in calls):  # 0, or an error's number
         return None
     return Device(
         name=name.value.decode(errors="replace"),
@@ -95,9 +92,9 @@ class Gpu:
         self._closed = False
         self._device: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
-        with self._named():
+        with self._translate_errors():
             self._context = _primary_context()
-        self._quiet = threading.Lock()
+        self._capture_lock = threading.Lock()
         """Held while work is captured, when nothing may wait for the stream."""
         with self.current():
             self._stream = self._driver.Stream(NON_BLOCKING)
@@ -109,12 +106,12 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the GPU this thread's; DeviceError, by name, for whatever CUDA says meanwhile."""
+        """Make the GPU this thread's; CUDA's errors meanwhile are raised as DeviceError."""
         if self._closed:
             raise UsageError("what was on the GPU was released with its session: load it again")
         if self._lost is not None:
             raise DeviceLostError(self._lost)
-        with self._named():
+        with self._translate_errors():
             self._context.push()
             try:
                 yield
@@ -156,7 +153,7 @@ class Gpu:
     ) -> NDArray[Any]:
         """A copy of values on the GPU, after everything that was queued."""
         values = np.empty(shape, dtype)
-        with self._quiet, self.current():
+        with self._capture_lock, self.current():
             self.wait()
             self._driver.memcpy_dtoh(values, address)
         return values
@@ -191,24 +188,25 @@ class Gpu:
         parameters: bytes,
     ) -> None:
         """Queue a kernel, whose one argument is a structure by value."""
-        given = np.frombuffer(parameters, np.uint8)
-        module.get_function(entry)(given, grid=grid, block=block, stream=self._stream)
+        function = module.get_function(entry)
+        function.prepare((f"{len(parameters)}s",))  # no pycuda refuses bytes of a declared length
+        function.prepared_async_call(grid, block, self._stream, parameters)
 
     def wait(self) -> None:
-        """Until everything that was queued is done."""
+        """Wait until everything that was queued is done."""
         self._stream.synchronize()
 
     def join_default_stream(self) -> None:
-        """What is queued from here on waits for what others queued in the default stream so far."""
-        reached = self._driver.Event(self._driver.event_flags.DISABLE_TIMING)
-        reached.record()
-        self._stream.wait_for_event(reached)
+        """Make later work of this stream wait for earlier work of others in the default stream."""
+        event = self._driver.Event(self._driver.event_flags.DISABLE_TIMING)
+        event.record()
+        self._stream.wait_for_event(event)
 
     def wait_for_owner(self, interface: dict[str, Any]) -> None:
-        """Until the work is done that an array's `__cuda_array_interface__` says to wait for.
+        """Wait for the stream that an array's `__cuda_array_interface__` names.
 
-        That is in the stream it names; for the default stream see `join_default_stream`. PyTorch
-        names none: work in another stream than the default is for its caller to wait for.
+        For the default stream see `join_default_stream`. PyTorch names no stream: its caller waits
+        for work in any other.
         """
         stream = interface.get("stream")
         if stream not in (None, LEGACY_STREAM):
@@ -216,12 +214,12 @@ class Gpu:
             _call(driver, driver.cuStreamSynchronize, driver.CUstream(stream))
 
     def capture(self, queue: Callable[[], None]) -> CapturedGraph:
-        """What `queue` puts into the stream, as a graph; it is not run."""
-        with self._quiet:
+        """The work that `queue` puts into the stream, as a graph; it is not run."""
+        with self._capture_lock:
             return CapturedGraph(self.stream, queue)
 
     def close(self) -> None:
-        """Wait for the stream, then free everything; what was lost is free already."""
+        """Wait for the stream, then free everything; a lost GPU has freed it already."""
         device, self._device = list(self._device.values()), {}
         pinned, self._pinned = list(self._pinned.values()), {}
         with suppress(MedsaError), self.current():
@@ -234,8 +232,8 @@ class Gpu:
         self._closed = True
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Give pycuda's errors the names of this package's."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Raise pycuda's errors as errors of this package."""
         try:
             yield
         except self._driver.MemoryError as e:
@@ -285,77 +283,6 @@ class CapturedGraph:
         self._driver.cuGraphExecDestroy(self._executable)
 
 
-@dataclass(frozen=True, eq=False)
-class DeviceArray:
-    """Values on the GPU, row by row. PyTorch, CuPy and pycuda take them without a copy.
-
-    `np.asarray` copies them to the host. They live as long as `owner`, and no longer than what
-    allocated them: a view that another library made of them must not outlive either.
-    """
-
-    address: int
-    shape: tuple[int, ...]
-    owner: object
-    read: Callable[[int, tuple[int, ...], DTypeLike], NDArray[Any]]
-    """Copies values at an address to the host; an error where they are no more."""
-    dtype: np.dtype[Any] = DTYPE
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "typestr": self.dtype.str,
-            "data": (self.address, False),  # PyTorch takes nothing that is read-only
-            "strides": None,
-            "stream": None,  # what gives them out has waited for them
-            "version": 3,
-        }
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.dtype.itemsize * int(np.prod(self.shape))
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, part: slice) -> Self:
-        """Neighbouring entries of the first axis, without a copy."""
-        start, stop, step = part.indices(len(self))
-        if step != 1:
-            raise UsageError("values on a GPU can be taken in steps of 1 only")
-        shape = (max(stop - start, 0), *self.shape[1:])
-        each = self.nbytes // max(len(self), 1)
-        return replace(self, address=self.address + start * each, shape=shape)
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        if copy is False:
-            raise ValueError("values on a GPU cannot be had without a copy")
-        values = self.read(self.address, self.shape, self.dtype)
-        return values.astype(dtype or self.dtype, copy=False)
-
-
-def on_device(values: object, gpu: Gpu) -> DeviceArray | None:
-    """Another library's array on this GPU, without a copy; None for what lies on the host.
-
-    `gpu` must be current; see `Gpu.wait_for_owner`. UsageError unless it is float32 and contiguous.
-    """
-    if isinstance(values, DeviceArray) and values.dtype == np.float32:
-        return values
-    found = getattr(values, "__cuda_array_interface__", None)
-    if found is None:
-        return None
-    shape, strides = tuple(found["shape"]), found.get("strides")
-    rows = tuple(int(FLOAT32 * np.prod(shape[i + 1 :])) for i in range(len(shape)))
-    if found["typestr"] != "<f4" or (strides is not None and tuple(strides) != rows):
-        raise UsageError(
-            f"the array on the GPU is {found['typestr']} with strides {strides}, expected "
-            "contiguous float32"
-        )
-    gpu.wait_for_owner(found)
-    return DeviceArray(int(found["data"][0]), shape, values, gpu.read)
-
-
 @cache
 def _primary_context() -> Any:
     """The first GPU's primary context, retained until the process ends.
@@ -376,7 +303,7 @@ def _pycuda() -> Any:
 
 
 def check_graphs() -> None:
-    """MissingDependencyError without what captures graphs."""
+    """MissingDependencyError without the library that captures graphs."""
     _bindings()
 
 
@@ -390,12 +317,12 @@ def _bindings() -> Any:
     return driver
 
 
-def _call(driver: Any, function: Callable[..., Any], *given: Any) -> Any:
-    """What a function of cuda-bindings gives besides its status; DeviceError for a bad one."""
-    status, *found = function(*given)
+def _call(driver: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function of cuda-bindings; DeviceError for a status other than success."""
+    status, *results = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"{function.__name__} failed: {status.name}")
-    return found[0] if found else None
+    return results[0] if results else None
 
 
 def _line(error: BaseException) -> str:

@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What is known of an engine that was written."""
+    """Facts of an engine that was written."""
 
     attention: Attention
     seconds: float
@@ -135,7 +135,7 @@ def _said(complaints: list[str], error: Exception) -> str:
 
 
 def _config(job: Job, library: Any, on_progress: OnProgress) -> Any:
-    """What Polygraphy makes the builder's configuration with."""
+    """Polygraphy's maker of the builder's configuration."""
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 
     options = job.options
@@ -211,13 +211,13 @@ def _keep_attention_plain(library: Any, network: Any) -> None:
         relu.name = f"{softmax.name}_plain"
         for layer in layers:
             for i in range(layer.num_inputs):
-                given = layer.get_input(i)
-                if given is not None and given.name == probabilities.name:
+                tensor = layer.get_input(i)
+                if tensor is not None and tensor.name == probabilities.name:
                     layer.set_input(i, relu.get_output(0))
 
 
 def _attention(options: EngineOptions, plan: Any) -> Attention:
-    """Whether an engine holds fused attention; BuildError where that was not wanted."""
+    """Whether an engine holds fused attention; BuildError if the options forbid it."""
     if options.flavor != "rtx":
         return "unknown"
     if FUSED_KERNEL not in bytes(plan):

@@ -49,7 +49,7 @@ class AxisRange:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What was asked of the builder; another options makes another engine."""
+    """Options of the builder; other options make another engine."""
 
     flavor: Flavor
     precision: str
@@ -110,8 +110,8 @@ class Engine:
 
     def file(self, role: Role) -> EngineFile:
         """The engine of `role`."""
-        (found,) = (file for file in self.files if file.role == role)
-        return found
+        (file,) = (file for file in self.files if file.role == role)
+        return file
 
 
 def folder_name(options: EngineOptions) -> str:
@@ -169,21 +169,21 @@ def load_engines(folder: Path) -> Engine:
 
 
 def find_engines(bundle: Path, flavor: Flavor, precision: str, device: cuda.Device | None) -> Path:
-    """The folder of a bundle's engines for a GPU; EngineError where there is none.
+    """The folder of a bundle's engines for a GPU; EngineError if there is none.
 
-    Of several the one for the fewest kinds of GPU.
+    Of several folders, the one for the fewest kinds of GPU.
     """
     name = f"{tensorrt_api.NAMES[flavor]} {precision}"
-    found = []
+    candidates = []
     for path in sorted((bundle / ENGINES_FOLDER).glob(f"*/{ENGINE_FILENAME}")):
         if path.parent.name.startswith("."):
             continue
         engine = load_engines(path.parent)
         if (engine.options.flavor, engine.options.precision) == (flavor, precision):
-            found.append((len(engine.options.targets), path.parent, engine))
-    fitting = [one for one in found if device and device.capability in one[2].options.targets]
-    if found:
-        return min(fitting or found, key=lambda one: one[:2])[1]
+            fits = device is not None and device.capability in engine.options.targets
+            candidates.append((not fits, len(engine.options.targets), path.parent))
+    if candidates:
+        return min(candidates)[-1]
     target = f" --target {device.capability}" if device and flavor == "rtx" else ""
     raise EngineError(
         f"{bundle} holds no {name} engines: build them with medsa-deploy build-engine {bundle} "
@@ -192,13 +192,13 @@ def find_engines(bundle: Path, flavor: Flavor, precision: str, device: cuda.Devi
 
 
 def check_loadable(
-    folder: Path, made: Manifest, *, library: tensorrt_api.Library, device: cuda.Device | None
+    folder: Path, manifest: Manifest, *, library: tensorrt_api.Library, device: cuda.Device | None
 ) -> Engine:
-    """The engines of `folder`, after everything that would keep them from running here.
+    """The engines of `folder`, once nothing keeps them from running here.
 
-    made: the manifest of the bundle they are in. library: what is to load them. What is cheap is
-    compared first; the engines' bytes last, and they are never deserialized. EngineError says which
-    engines to build.
+    manifest: of the bundle that they are in. library: the library that will load them. Cheap facts
+    are compared first, the engines' bytes last, and they are never deserialized. EngineError says
+    which engines to build.
     """
     engine = load_engines(folder)
     again = (
@@ -206,7 +206,7 @@ def check_loadable(
     )
     _check_library(engine, folder, library, again)
     _check_device(engine, folder, device, again)
-    if role := stale_role(engine, made):
+    if role := stale_role(engine, manifest):
         raise EngineStaleError(
             f"{folder}: its {role} was built from another {next(iter(engine.file(role).sources))} "
             f"than the bundle holds now: {again}"
@@ -234,10 +234,10 @@ def check_engine_files(engine: Engine, folder: Path, again: str) -> None:
             )
 
 
-def stale_role(engine: Engine, made: Manifest) -> Role | None:
+def stale_role(engine: Engine, manifest: Manifest) -> Role | None:
     """The engine whose ONNX file the bundle no longer holds; None when both are there."""
-    held = {file.path: file.sha256 for file in made.files}
-    return next((f.role for f in engine.files if not f.sources.items() <= held.items()), None)
+    hashes = {file.path: file.sha256 for file in manifest.files}
+    return next((f.role for f in engine.files if not f.sources.items() <= hashes.items()), None)
 
 
 def build_command(

@@ -128,16 +128,16 @@ def layer_timer(library: Any) -> Any:
 
 
 def operator(layer: str) -> str:
-    """What a layer of an engine does, by its name: engines name layers after their nodes.
+    """The operator of a layer, by its name: engines name layers after their nodes.
 
     >>> operator("{ForeignNode[blocks.0.norm1/node_Sub_3...blocks.0/node_Add_61]}")
     'Subgraph'
     """
-    for word, what in IN_NAMES.items():
+    for word, operator_name in IN_NAMES.items():
         if word in layer:
-            return what
-    named = re.search(r"/node_([A-Za-z]+)", layer)
-    return named[1] if named else "Subgraph"
+            return operator_name
+    match = re.search(r"/node_([A-Za-z]+)", layer)
+    return match[1] if match else "Subgraph"
 
 
 def float32_targets(targets: tuple[str, ...]) -> tuple[str, ...]:

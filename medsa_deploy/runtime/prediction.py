@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from medsa_deploy import transforms
 from medsa_deploy.errors import UsageError
 from medsa_deploy.kernels.postprocess import Region, region, unpack
-from medsa_deploy.nvidia.cuda import DeviceArray
+from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.transforms import Frame
 
 from .backends.interface import Array, DeviceMasks, MaskRequest

@@ -22,7 +22,8 @@ from medsa_deploy.kernels.preprocess import (
     Preprocessing,
     preprocessing,
 )
-from medsa_deploy.nvidia.cuda import FLOAT32, DeviceArray, Gpu
+from medsa_deploy.nvidia.cuda import Gpu
+from medsa_deploy.nvidia.device_array import FLOAT32, DeviceArray
 from medsa_deploy.transforms import Frame
 
 ELEMENTS: dict[str, Element] = {
@@ -66,30 +67,30 @@ class FramePreprocessor:
         ImageError for another frame, or one with NaN or infinite values; UsageError for values that
         need a window.
         """
-        found = frame.__cuda_array_interface__
-        layout = _format(found)
-        self._gpu.wait_for_owner(found)
+        interface = frame.__cuda_array_interface__
+        layout = _format(interface)
+        self._gpu.wait_for_owner(interface)
         if self._module is None:
             self._module = self._gpu.module(self._cubin())
         if not self._output:
             self._output = self._gpu.allocate(FLOAT32 * 3 * self._size**2)
-        one = self._plan(layout, conventions, window)
-        if one.plan.scratch_bytes:
-            self._gpu.clear(one.scratch, EXTREMES_BYTES)
-        for launch in one.plan.launches(
-            frame=int(found["data"][0]),
+        planned = self._plan(layout, conventions, window)
+        if planned.plan.scratch_bytes:
+            self._gpu.clear(planned.scratch, EXTREMES_BYTES)
+        for launch in planned.plan.launches(
+            frame=int(interface["data"][0]),
             output=self._output,
-            tables=one.tables,
-            scratch=one.scratch,
+            tables=planned.tables,
+            scratch=planned.scratch,
         ):
             parameters = bytes(launch.parameters)
             self._gpu.launch(self._module, launch.entry, launch.grid, BLOCK, parameters)
         if layout.element == "float32":
-            (unusable,) = self._gpu.read(one.scratch + UNUSABLE, (1,), np.uint32)
+            (unusable,) = self._gpu.read(planned.scratch + UNUSABLE, (1,), np.uint32)
             if unusable:
                 raise ImageError("the frame on the GPU has NaN or infinite values: replace them")
         shape = (1, 3, self._size, self._size)
-        return DeviceArray(self._output, shape, self, self._gpu.read), one.plan.frame
+        return DeviceArray(self._output, shape, self, self._gpu.read), planned.plan.frame
 
     def close(self) -> None:
         """Unload the kernels; the `Gpu` frees the memory."""
@@ -110,24 +111,24 @@ class FramePreprocessor:
         plan = preprocessing(layout, conventions.preprocess, self._size, Intensities(window=window))
         tables = self._gpu.allocate(len(plan.tables) + plan.scratch_bytes)
         self._gpu.write(tables, plan.tables)
-        self._planned[key] = made = _Planned(plan, tables, tables + len(plan.tables))
+        self._planned[key] = planned = _Planned(plan, tables, tables + len(plan.tables))
         if len(self._planned) > FORMATS:
             _, old = self._planned.popitem(last=False)
             self._gpu.free(old.tables)
-        return made
+        return planned
 
 
-def _format(found: dict[str, Any]) -> FrameFormat:
+def _format(interface: dict[str, Any]) -> FrameFormat:
     """How another library's frame lies in memory; ImageError if the kernels cannot read it."""
-    shape, element = tuple(found["shape"]), ELEMENTS.get(found["typestr"])
+    shape, element = tuple(interface["shape"]), ELEMENTS.get(interface["typestr"])
     if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)) or element is None:
         raise ImageError(
-            f"the frame on the GPU has shape {shape} and type {found['typestr']}, expected (H, W) "
-            f"or (H, W, 3) and one of {', '.join(ELEMENTS)}"
+            f"the frame on the GPU has shape {shape} and type {interface['typestr']}, expected "
+            f"(H, W) or (H, W, 3) and one of {', '.join(ELEMENTS)}"
         )
     size = np.dtype(element).itemsize
     inner = (size,) if len(shape) == 2 else (3 * size, size)
-    strides = tuple(found.get("strides") or (shape[1] * inner[0], *inner))
+    strides = tuple(interface.get("strides") or (shape[1] * inner[0], *inner))
     if strides[1:] != inner:
         raise ImageError(
             f"the frame on the GPU has strides {strides}, expected pixels side by side: {inner}"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from medsa_deploy.errors import MedsaError
 from medsa_deploy.kernels.axes import ALIGNMENT, BLOCK
 from medsa_deploy.kernels.postprocess import Postprocessing, postprocessing
-from medsa_deploy.nvidia.cuda import FLOAT32, DeviceArray, Gpu
+from medsa_deploy.nvidia.cuda import Gpu
+from medsa_deploy.nvidia.device_array import FLOAT32, DeviceArray
 
 from .interface import DeviceMasks, MaskRequest
 
@@ -29,7 +30,7 @@ class _Planned:
 
     plan: Postprocessing
     launch_bytes: int
-    """Of what a launch makes."""
+    """Size of the masks that a launch makes."""
     tables: int
     tally: int
     masks: int
@@ -44,39 +45,41 @@ class MaskMaker:
     def __init__(self, gpu: Gpu, cubin: bytes, logits: tuple[int, ...]) -> None:
         """cubin: the kernels for this GPU. logits: (P, K, 4g, 4g), of the decoder's largest run."""
         self._gpu = gpu
-        self._most, self._count, self._side, _ = logits
+        self._most_sets, self._count, self._side, _ = logits
         self._module: Any = gpu.module(cubin)
         self._planned: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
 
     def queue(
-        self, logits: int, sets: int, wanted: MaskRequest, kept: DeviceArray | None
+        self, logits: int, sets: int, request: MaskRequest, target: DeviceArray | None
     ) -> Callable[[], DeviceMasks]:
-        """Queue the masks of P prompt sets; what gives them, once that was waited for.
+        """Queue the masks of P prompt sets; the call that returns them, once the GPU is done.
 
-        logits: address of (P, K, 4g, 4g) float32. kept: for masks that stay on the GPU, where,
-        (P, n, H, W) bool.
+        logits: address of (P, K, 4g, 4g) float32. target: (P, n, H, W) bool, for masks that stay on
+        the GPU.
         """
-        one, n = self._plan(wanted), len(wanted.chosen)
-        each, figures = one.plan.tally_shape
-        self._gpu.clear(one.tally, WORD * figures * n * sets)
-        output = one.masks if kept is None else kept.address
-        for first in range(0, n * sets, each):
-            plane = first // n * self._count + wanted.chosen[first % n]
-            launch = one.plan.launch(
+        planned, n = self._plan(request), len(request.chosen)
+        launch_masks, figures = planned.plan.tally_shape
+        self._gpu.clear(planned.tally, WORD * figures * n * sets)
+        output = planned.masks if target is None else target.address
+        for first in range(0, n * sets, launch_masks):
+            plane = first // n * self._count + request.chosen[first % n]
+            launch = planned.plan.launch(
                 logits=logits + FLOAT32 * plane * self._side**2,
-                output=output + first // each * one.launch_bytes,
-                tally=one.tally + WORD * figures * first,
-                tables=one.tables,
+                output=output + first // launch_masks * planned.launch_bytes,
+                tally=planned.tally + WORD * figures * first,
+                tables=planned.tables,
             )
             parameters = bytes(launch.parameters)
             self._gpu.launch(self._module, launch.entry, launch.grid, BLOCK, parameters)
-        tally = one.pinned[: figures * n * sets].reshape(sets, n, figures)
-        self._gpu.download(tally, one.tally)
-        if kept is not None:
-            return lambda: DeviceMasks(masks=kept, tally=tally.copy())
-        shape = (sets, *one.plan.shape)
-        words = one.pinned[figures * n * self._most :][: int(np.prod(shape))].reshape(shape)
-        self._gpu.download(words, one.masks)
+        tally = planned.pinned[: figures * n * sets].reshape(sets, n, figures)
+        self._gpu.download(tally, planned.tally)
+        if target is not None:
+            return lambda: DeviceMasks(masks=target, tally=tally.copy())
+        shape = (sets, *planned.plan.shape)
+        words = planned.pinned[figures * n * self._most_sets :][: int(np.prod(shape))].reshape(
+            shape
+        )
+        self._gpu.download(words, planned.masks)
         return lambda: DeviceMasks(masks=words.copy(), tally=tally.copy())
 
     def close(self) -> None:
@@ -84,41 +87,41 @@ class MaskMaker:
         with suppress(MedsaError), self._gpu.current():
             self._module = None
 
-    def _plan(self, wanted: MaskRequest) -> _Planned:
+    def _plan(self, request: MaskRequest) -> _Planned:
         """The plan for masks like these, with its memory; made once.
 
         Masks for the host are made packed, a prompt set a launch; those that stay on the GPU as
         label maps of one class.
         """
-        n, on_device = len(wanted.chosen), wanted.on_device
-        key = (wanted.frame, wanted.threshold_logit, n, on_device)
+        n, on_device = len(request.chosen), request.on_device
+        key = (request.frame, request.threshold_logit, n, on_device)
         if key in self._planned:
             self._planned.move_to_end(key)
             return self._planned[key]
         plan = postprocessing(
             (self._side, self._side),
             1 if on_device else n,
-            wanted.frame,
-            wanted.threshold_logit,
+            request.frame,
+            request.threshold_logit,
             labels=on_device,
         )
-        self._planned[key] = made = self._allocate(plan, n * self._most)
+        self._planned[key] = planned = self._allocate(plan, n * self._most_sets)
         if len(self._planned) > VIEWS:
             _, old = self._planned.popitem(last=False)
             self._gpu.free(old.tables)
             self._gpu.unpin(old.pinned)
-        return made
+        return planned
 
-    def _allocate(self, plan: Postprocessing, most: int) -> _Planned:
-        """A plan with memory for `most` masks."""
-        each, figures = plan.tally_shape
+    def _allocate(self, plan: Postprocessing, mask_count: int) -> _Planned:
+        """A plan with memory for `mask_count` masks."""
+        launch_masks, figures = plan.tally_shape
         packed = plan.entry == "threshold_masks"
         launch_bytes = int(np.prod(plan.shape)) * (WORD if packed else 1)
-        tally = -(-WORD * figures * most // ALIGNMENT) * ALIGNMENT
-        masks = launch_bytes * most // each if packed else 0
+        tally = -(-WORD * figures * mask_count // ALIGNMENT) * ALIGNMENT
+        masks = launch_bytes * mask_count // launch_masks if packed else 0
         tables = self._gpu.allocate(len(plan.tables) + tally + masks)
         try:
-            pinned = self._gpu.pinned(figures * most + masks // WORD).view(np.uint32)
+            pinned = self._gpu.pinned(figures * mask_count + masks // WORD).view(np.uint32)
         except BaseException:
             self._gpu.free(tables)
             raise

@@ -1,4 +1,4 @@
-"""Memory on a GPU → arrays for callers, lent again to others once nothing holds them."""
+"""Memory on a GPU → arrays, whose memory is reused once nothing holds them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from medsa_deploy.nvidia.cuda import DeviceArray, Gpu
+from medsa_deploy.nvidia.cuda import Gpu
+from medsa_deploy.nvidia.device_array import DeviceArray
 
 SIZES = 8
 """Sizes in bytes whose free memory is kept, those used last."""
@@ -17,13 +18,13 @@ SIZES = 8
 
 @dataclass(frozen=True, eq=False)
 class Owner:
-    """What an array and its parts hold in common."""
+    """Held by an array and by all its parts."""
 
     gpu: Gpu
 
 
 class MemoryPool:
-    """What a `Gpu` that is current allocated for arrays; it frees all of it when it is closed."""
+    """Memory for arrays, allocated by a `Gpu` that is current, which frees it when it is closed."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -31,7 +32,7 @@ class MemoryPool:
         """Bytes → addresses of memory that nothing holds."""
 
     def array(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> DeviceArray:
-        """An array with anything in it, which is free again when nothing holds it or a part."""
+        """An array of undefined values; its memory is free once nothing holds it or a part."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         free = self._free.setdefault(size, [])
         self._free.move_to_end(size)

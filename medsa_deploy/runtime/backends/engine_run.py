@@ -17,8 +17,9 @@ from medsa_deploy.bundle.manifest import GraphContract
 from medsa_deploy.errors import DeviceError, DeviceMemoryError, EngineChangedError, MedsaError
 from medsa_deploy.kernels.cubins import cache_folder
 from medsa_deploy.nvidia import tensorrt_api
-from medsa_deploy.nvidia.cuda import FLOAT32, DeviceArray, Gpu
 from medsa_deploy.nvidia.cuda import CapturedGraph as CudaGraph
+from medsa_deploy.nvidia.cuda import Gpu
+from medsa_deploy.nvidia.device_array import FLOAT32, DeviceArray
 from medsa_deploy.nvidia.engines import EngineFile, Shape
 
 from .interface import Array, TimedLayer
@@ -134,14 +135,14 @@ class EngineRun:
 
     def fetch(self, rows: int) -> list[Array]:
         """Wait for the last run, and copy its outputs to the host."""
-        found = []
+        outputs = []
         for name, shape in self._outputs(rows).items():
             buffer = self._buffers[name]
             part = buffer.pinned[: int(np.prod(shape))]
             self._gpu.download(part, buffer.address)
-            found.append(part.reshape(shape))
+            outputs.append(part.reshape(shape))
         self._gpu.wait()
-        return [values.copy() for values in found]  # the next run writes over these
+        return [values.copy() for values in outputs]  # the next run writes over these
 
     def layers(self) -> list[TimedLayer]:
         """Layers of all runs so far; none if not opened for it."""
@@ -291,17 +292,17 @@ class EngineRun:
 
     def _tensors(self) -> list[tuple[str, str, list[int | None]]]:
         """Name, dtype and shape of the engine's tensors; None for a dynamic axis."""
-        found = []
+        tensors = []
         for i in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(i)
             dtype = self._engine.get_tensor_dtype(name)
             word = "float32" if dtype == self._library.DataType.FLOAT else str(dtype)
             shape = [axis if axis >= 0 else None for axis in self._engine.get_tensor_shape(name)]
-            found.append((name, word, shape))
-        return found
+            tensors.append((name, word, shape))
+        return tensors
 
-    def _failure(self, what: str, kind: type[Exception]) -> Exception:
-        """The error for a call that TensorRT refused, with what it said."""
+    def _failure(self, event: str, kind: type[Exception]) -> Exception:
+        """The error for a call that TensorRT refused, with TensorRT's reason."""
         lines = self._logger.said or ["no reason given"]
         said = lines[0][:300]  # the others follow from it
         full = any("outofmemory" in line.lower().replace(" ", "") for line in lines)
@@ -311,4 +312,4 @@ class EngineRun:
                 f"the GPU's memory is full ({said}): close what else uses it, or build engines for "
                 "fewer images and prompts with --batch and --prompts"
             )
-        return kind(f"{what}: {said}")
+        return kind(f"{event}: {said}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from medsa_deploy.bundle.manifest import Conventions
 from medsa_deploy.errors import DeviceError, MedsaError
-from medsa_deploy.nvidia.cuda import DeviceArray
+from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.transforms import Frame
 
 from .interface import (
@@ -61,7 +61,7 @@ class FallbackBackend:
 
     @property
     def _backend(self) -> Backend:
-        """The backend in use; DeviceError once none is left."""
+        """The backend in use; DeviceError if none is left."""
         if self._in_use is None and self._openers:  # the one before was interrupted
             self._in_use = self._next(None)
         if self._in_use is None:

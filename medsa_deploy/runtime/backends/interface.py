@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from medsa_deploy.bundle.manifest import Conventions, Role
 from medsa_deploy.errors import DeviceError, UsageError
-from medsa_deploy.nvidia.cuda import DeviceArray
+from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.transforms import Frame
 
 Array = NDArray[np.float32]

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from medsa_deploy.bundle.manifest import GraphContract
 from medsa_deploy.errors import EngineDeviceError, MissingDependencyError
 from medsa_deploy.nvidia import cuda
-from medsa_deploy.nvidia.cuda import FLOAT32, DeviceArray
+from medsa_deploy.nvidia.device_array import FLOAT32, DeviceArray
 
 from .interface import Array, TimedLayer
 from .onnxruntime_cpu import NO_CUDA, OnnxRuntimeBackend, failure

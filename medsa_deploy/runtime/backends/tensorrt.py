@@ -27,7 +27,8 @@ from medsa_deploy.errors import (
 )
 from medsa_deploy.kernels.cubins import cubin
 from medsa_deploy.nvidia import cuda, tensorrt_api
-from medsa_deploy.nvidia.cuda import DeviceArray, Gpu
+from medsa_deploy.nvidia.cuda import Gpu
+from medsa_deploy.nvidia.device_array import DeviceArray, on_device
 from medsa_deploy.nvidia.engines import check_loadable
 from medsa_deploy.transforms import Frame
 
@@ -52,13 +53,13 @@ class TensorRTBackend:
     def __init__(
         self,
         folder: Path,
-        made: Manifest,
+        manifest: Manifest,
         flavor: tensorrt_api.Flavor,
         *,
         cuda_graphs: bool = True,
         time_layers: bool = False,
     ) -> None:
-        """Load the engines in `folder`, a folder in the bundle of the manifest `made`.
+        """Load the engines in `folder`, a folder in the manifest's bundle.
 
         EngineError for engines that do not fit this machine or bundle. MissingDependencyError
         without the library or pycuda. DeviceMemoryError where they do not fit the GPU's memory.
@@ -66,7 +67,7 @@ class TensorRTBackend:
         device = cuda.device()
         library = tensorrt_api.load(flavor)
         described = tensorrt_api.describe(library, flavor)
-        self._engine = check_loadable(folder, made, library=described, device=device)
+        self._engine = check_loadable(folder, manifest, library=described, device=device)
         bundle, capability = folder.parent.parent, device.capability if device else ""
         self._cubin = partial(cubin, target=capability, bundle=bundle)
         self._about = {"version": described.version, "device": device.name if device else None}
@@ -75,9 +76,9 @@ class TensorRTBackend:
         self._cuda_graphs, self._time_layers = cuda_graphs and not time_layers, time_layers
         self._lock = threading.Lock()
         self._gpu = Gpu()
-        self._lent = MemoryPool(self._gpu)
+        self._pool = MemoryPool(self._gpu)
         try:
-            self._open(folder, made.graphs, library)
+            self._open(folder, manifest.graphs, library)
         except BaseException:
             self._gpu.close()
             raise
@@ -107,13 +108,13 @@ class TensorRTBackend:
             size = self._encoder.largest["image"][-1]
             self._frames = FramePreprocessor(self._gpu, size, partial(self._cubin, "preprocess"))
             self._masks = self._mask_maker()
-            two = self._lent.array(shape), self._lent.array(shape)
-            del two  # their memory is there for an image and the next
+            embeddings = self._pool.array(shape), self._pool.array(shape)
+            del embeddings  # the pool now has memory for an image and the next
 
     def _mask_maker(self) -> MaskMaker | None:
-        """What makes masks on this GPU; None, said aloud, where its kernels cannot be had."""
-        most = max(shape[0] for shape in self._decoder.largest.values())
-        logits, *_ = self._decoder.output_shapes(most)
+        """The maker of masks on this GPU; None, with a warning, if its kernels cannot be had."""
+        most_rows = max(shape[0] for shape in self._decoder.largest.values())
+        logits, *_ = self._decoder.output_shapes(most_rows)
         try:
             return MaskMaker(self._gpu, self._cubin("postprocess"), logits)
         except (BuildError, MissingDependencyError) as e:
@@ -130,8 +131,10 @@ class TensorRTBackend:
         ImageError for another size than the network's, or more images than the engine takes.
         """
         with self._working():
-            given = cuda.on_device(image, self._gpu)
-            return self._encode(np.asarray(image, np.float32) if given is None else given)
+            device_image = on_device(image, self._gpu)
+            if device_image is None:
+                return self._encode(np.asarray(image, np.float32))
+            return self._encode(device_image)
 
     def encode_frame(
         self, frame: Any, conventions: Conventions, window: tuple[float, float] | None
@@ -151,7 +154,7 @@ class TensorRTBackend:
                 f"{smallest} to {largest}: --batch of build-engine sets how many"
             )
         (shape,) = self._encoder.output_shapes(len(image))
-        embeddings = self._lent.array(shape)
+        embeddings = self._pool.array(shape)
         self._encoder.queue({"image": image}, len(image), [embeddings.address])
         self._gpu.wait()
         return embeddings
@@ -172,31 +175,33 @@ class TensorRTBackend:
         point_coords: Array,
         point_labels: Array,
         mask: Array | None,
-        wanted: MaskRequest | None,
+        request: MaskRequest | None,
     ) -> Decoded:
         """See `MakesMasks.decode_masks` and `decode`. No masks without kernels for this GPU."""
         with self._working():
-            embeddings, sets = self._own(image_embeddings), len(point_coords)
+            embeddings, sets = self._on_this_gpu(image_embeddings), len(point_coords)
             self._check_prompts(len(embeddings), point_coords)
-            wanted, kept = (wanted if self._masks else None), None
-            if wanted is not None and wanted.on_device:
-                shape = (len(wanted.chosen), *wanted.frame.image_size)
-                kept = self._lent.array((max(len(embeddings), sets), *shape), np.bool_)
+            request, device_masks = (request if self._masks else None), None
+            if request is not None and request.on_device:
+                shape = (len(request.chosen), *request.frame.image_size)
+                device_masks = self._pool.array((max(len(embeddings), sets), *shape), np.bool_)
             parts, start = [], 0
-            for count in _evenly(sets, self._decoder.largest["point_coords"][0]):
-                some = slice(start, start + count)
-                masks = None if mask is None else mask[some]
-                inputs = self._inputs(embeddings, point_coords[some], point_labels[some], masks)
-                rows = max(len(embeddings), len(point_coords[some]))
-                place = None if kept is None else kept[start : start + rows]
-                parts.append(self._run_decoder(inputs, rows, wanted, place))
+            for count in _even_parts(sets, self._decoder.largest["point_coords"][0]):
+                part = slice(start, start + count)
+                mask_input = None if mask is None else mask[part]
+                inputs = self._inputs(
+                    embeddings, point_coords[part], point_labels[part], mask_input
+                )
+                rows = max(len(embeddings), len(point_coords[part]))
+                target = None if device_masks is None else device_masks[start : start + rows]
+                parts.append(self._run_decoder(inputs, rows, request, target))
                 start += count
-        return _joined(parts, kept)
+        return _joined(parts, device_masks)
 
     def _inputs(
         self, embeddings: Any, coords: Array, labels: Array, mask: Array | None
     ) -> dict[str, Any]:
-        """What the decoder's engine takes; zeros that lie on the GPU where there is no mask."""
+        """The inputs of the decoder's engine; without a mask, zeros that lie on the GPU."""
         inputs: dict[str, Any] = decoder_inputs(embeddings, coords, labels, mask, self._mask_shape)
         if mask is None and self._mask_shape is not None:
             inputs["mask_input"] = self._no_mask[: len(coords)]
@@ -206,24 +211,27 @@ class TensorRTBackend:
         self,
         inputs: dict[str, Any],
         rows: int,
-        wanted: MaskRequest | None,
-        kept: DeviceArray | None,
+        request: MaskRequest | None,
+        target: DeviceArray | None,
     ) -> Decoded:
-        """One run of the decoder's engine, and the kernels on its logits."""
+        """One run of the decoder's engine, and the kernels on its logits.
+
+        target: where masks go that stay on the GPU.
+        """
         logits, _ = self._decoder.queue(inputs, rows)
-        made = None
-        if wanted is not None and self._masks is not None:
-            made = self._masks.queue(logits, rows, wanted, kept)
+        fetch_masks = None
+        if request is not None and self._masks is not None:
+            fetch_masks = self._masks.queue(logits, rows, request, target)
         low_res_masks, scores = self._decoder.fetch(rows)
-        return low_res_masks, scores, made and made()
+        return low_res_masks, scores, fetch_masks and fetch_masks()
 
     def layers(self) -> dict[str, list[TimedLayer]]:
         """See `TimesLayers.layers`; empty if not opened for it. Engines then run without graphs."""
         runs = {"encoder": self._encoder, "decoder": self._decoder}
-        return {name: found for name, run in runs.items() if (found := run.layers())}
+        return {name: layers for name, run in runs.items() if (layers := run.layers())}
 
     def facts(self) -> dict[str, Any]:
-        """Version, GPU, what engines, whether CUDA graphs are replayed, what makes masks."""
+        """Version, GPU, engines, whether CUDA graphs are replayed, where masks are made."""
         return {
             "backend": self.name,
             **self._about,
@@ -271,48 +279,53 @@ class TensorRTBackend:
                 f"these engines take {smallest[1]} to {largest[1]}, which --points of build-engine "
                 "sets"
             )
-        if min(_evenly(sets, largest[0])) < smallest[0]:
+        if min(_even_parts(sets, largest[0])) < smallest[0]:
             raise PromptError(
                 f"{sets} prompt sets: these engines take {smallest[0]} to {largest[0]} at a time, "
                 "which --prompts of build-engine sets"
             )
-        most = self._decoder.largest["image_embeddings"][0]
-        if embeddings > most or (embeddings > 1 and sets > largest[0]):
+        most_embeddings = self._decoder.largest["image_embeddings"][0]
+        if embeddings > most_embeddings or (embeddings > 1 and sets > largest[0]):
             raise UsageError(
-                f"{embeddings} embeddings and {sets} prompt sets: these engines take up to {most} "
-                f"and {largest[0]}, which --embeddings and --prompts of build-engine set"
+                f"{embeddings} embeddings and {sets} prompt sets: these engines take up to "
+                f"{most_embeddings} and {largest[0]}, which --embeddings and --prompts of "
+                "build-engine set"
             )
 
-    def _own(self, embeddings: Any) -> Any:
+    def _on_this_gpu(self, embeddings: Any) -> Any:
         """Embeddings on this GPU, or on the host; UsageError for another session's."""
-        given = cuda.on_device(embeddings, self._gpu)
-        if given is None:
+        device_embeddings = on_device(embeddings, self._gpu)
+        if device_embeddings is None:
             return np.asarray(embeddings)
-        if getattr(given.owner, "gpu", self._gpu) is not self._gpu:
+        if getattr(device_embeddings.owner, "gpu", self._gpu) is not self._gpu:
             raise UsageError(
                 "this embedding belongs to another session, which may have released it: "
                 "encode the image with this session"
             )
-        return given
+        return device_embeddings
 
     def _zeros(self, shape: tuple[int, ...]) -> DeviceArray:
         """Zeros on the GPU."""
-        zeros = self._lent.array(shape)
+        zeros = self._pool.array(shape)
         self._gpu.clear(zeros.address, zeros.nbytes)
         return zeros
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    """Sizes of as few parts as can be of `most` at most, all alike but for one."""
+def _even_parts(count: int, most: int) -> list[int]:
+    """Sizes of the fewest parts of at most `most` each; they differ by 1 or not at all."""
     parts = -(-count // most)
     return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _joined(parts: list[Decoded], kept: DeviceArray | None) -> Decoded:
-    """Outputs of several runs as one's. kept: where all their masks are, if on the GPU."""
-    logits, scores, made = zip(*parts, strict=True)
-    masks = None
-    if found := [one for one in made if one is not None]:
-        words = kept or np.concatenate([one.masks for one in found])
-        masks = DeviceMasks(masks=words, tally=np.concatenate([one.tally for one in found]))
-    return np.concatenate(logits), np.concatenate(scores), masks
+def _joined(parts: list[Decoded], device_masks: DeviceArray | None) -> Decoded:
+    """Outputs of several runs as those of one run.
+
+    device_masks: all their masks, if they are on the GPU.
+    """
+    logits, scores, run_masks = zip(*parts, strict=True)
+    joined = None
+    if made_masks := [masks for masks in run_masks if masks is not None]:
+        words = device_masks or np.concatenate([masks.masks for masks in made_masks])
+        tally = np.concatenate([masks.tally for masks in made_masks])
+        joined = DeviceMasks(masks=words, tally=tally)
+    return np.concatenate(logits), np.concatenate(scores), joined

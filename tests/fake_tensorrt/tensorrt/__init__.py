@@ -33,7 +33,7 @@ TacticSource = _enum("TacticSource", "JIT_CONVOLUTIONS")
 PreviewFeature = _enum("PreviewFeature", "RUNTIME_ACTIVATION_RESIZE_10_10")
 DeviceType = _enum("DeviceType", "GPU", "DLA")
 EngineCapability = _enum("EngineCapability", "STANDARD")
-LayerType = _enum("LayerType", "OTHER", "SOFTMAX", "ACTIVATION")
+LayerType = _enum("LayerType", "ELEMENTWISE", "SOFTMAX", "ACTIVATION")
 ActivationType = _enum("ActivationType", "RELU")
 OnnxParserFlag = _enum("OnnxParserFlag", "NATIVE_INSTANCENORM")
 DataType = _enum("DataType", "FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL")
@@ -144,7 +144,7 @@ class OnnxParser:
             tensors[value.name] = Tensor(value.name, shape)
             self.network.inputs.append(tensors[value.name])
         for node in graph.node:
-            kind = LayerType.SOFTMAX if node.op_type == "Softmax" else LayerType.OTHER
+            kind = LayerType.SOFTMAX if node.op_type == "Softmax" else LayerType.ELEMENTWISE
             names = (*node.input, *node.output)
             given, made = [], []
             for i, name in enumerate(names):
