@@ -28,9 +28,8 @@ from export import GRID, vit_b_checkpoint
 
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
 from medsa_deploy.exporters.graphs import OPSET, contract, export_encoder
-from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.exporters.networks import build_reference, fold
 from medsa_deploy.graph.backend_encoders import write_backend_encoders
 from medsa_deploy.stages import diagnose
 

@@ -225,7 +225,7 @@ def encoder_gflop(checkpoint: Path, bundle: Path) -> float:
 
     from medsa_deploy.bundle.manifest import load_manifest
     from medsa_deploy.exporters.checkpoint import load_checkpoint
-    from medsa_deploy.exporters.reference import build_reference
+    from medsa_deploy.exporters.networks import build_reference
 
     network = load_manifest(bundle).network
     reference = build_reference(network, load_checkpoint(checkpoint).tensors).to("meta")

@@ -1,8 +1,16 @@
 """A checkpoint → the graphs of a bundle. The only home of torch; needs the extra `export`.
 
-checkpoint.py    file → tensors             architecture.py  tensors → facts and conventions
-sizes.py         keys the sizes come from   encoders.py      keys and shapes → encoder facts
-conventions.py   origin → conventions       guesses.py       options, and guesses without them
-adapters.py      the paper's adapters       reference/       tensors → the network as it is
-folded/          the same, fewer operations graphs.py        folded network → ONNX files
+checkpoint.py            file → tensors
+architecture.py          tensors → the network's facts, with conventions.py and depth.py
+guesses.py               options, and guesses without them
+key_check.py             keys and shapes against a family's tables
+families/                one folder and one row of registry.py for each network family
+decoders.py              SAM's decoder, which families share
+networks.py              facts and tensors → reference network → folded network
+reference/, folded/      layers that families share: as they were trained, and folded for export
+graphs.py                folded network → ONNX files
+adapters.py              the paper's equations: adapters,
+hyper_prompt_adapter.py  HyP-Adpt,
+sd_trans.py              SD-Trans
+lora.py                  low-rank updates, merged
 """

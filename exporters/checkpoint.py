@@ -1,4 +1,4 @@
-"""A checkpoint file → its tensors by SAM's key names, in float32, and where they came from.
+"""A checkpoint file → its tensors in float32, and where they came from.
 
 Files are opened without running code they carry: `torch.load(weights_only=True)` or safetensors.
 Everything about the architecture is read later, from keys and shapes (`architecture.py`).
@@ -24,13 +24,11 @@ from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.manifest import Source
 from medsa_deploy.errors import CheckpointError
 
+from .families.registry import missing_stems
 from .lora import LoRA, merge
 from .shapes import Shapes
 
 logger = logging.getLogger(__name__)
-
-STEMS = ("image_encoder.patch_embed.", "prompt_encoder.", "mask_decoder.")
-"""What every complete checkpoint has keys under; an adapter-only file lacks at least one."""
 
 REL_POS = re.compile(r"(image_encoder\.blocks\.\d+\.attn\.)rel_(?:pos_)?([hw])\Z")
 """A relative-position table: `rel_pos_h` in Meta's and old Med-SA files, `rel_h` in newer ones."""
@@ -105,8 +103,8 @@ def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
 def _read(path: Path) -> dict[Any, Any]:
     """The dictionary a file holds, without running code it carries."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {what}: {EXPECTED}")
+        state = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {state}: {EXPECTED}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty: {EXPECTED}")
     data = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
@@ -127,8 +125,8 @@ def _read_torch(path: Path) -> object:
     except Exception as e:  # a damaged file makes a parser raise anything
         if names := _code_in(path):
             raise CheckpointError(
-                f"{path} holds Python objects ({_some(names)}) and would have to run code to be "
-                f"read, which is refused: {SAVE_WEIGHTS}"
+                f"{path} holds Python objects ({_first_few(names)}) and would have to run code to "
+                f"be read, which is refused: {SAVE_WEIGHTS}"
             ) from e
         if "TorchScript" in str(e):
             raise CheckpointError(
@@ -195,23 +193,23 @@ def _state_dict(data: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], str]:
     if any(isinstance(value, Tensor) for value in data.values()):
         return data, "state dict"
     raise CheckpointError(
-        f"{path} holds no weights: found {_some(data) or 'nothing'}, expected a state dict, or one "
-        "under 'state_dict' or 'model'"
+        f"{path} holds no weights: found {_first_few(data) or 'nothing'}, expected a state dict, "
+        "or one under 'state_dict' or 'model'"
     )
 
 
 def _tensors(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
     """A state dict's tensors by SAM's names, as stored; CheckpointError for anything else."""
-    for what, is_so in FAULTS.items():
-        if found := [key for key, value in state.items() if is_so(key, value)]:
+    for fault, has_fault in FAULTS.items():
+        if keys := [key for key, value in state.items() if has_fault(key, value)]:
             raise CheckpointError(
-                f"{path} has {what}: {_some(found)}; expected a state dict of finite tensors"
+                f"{path} has {fault}: {_first_few(keys)}; expected a state dict of finite tensors"
             )
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         name = REL_POS.sub(r"\1rel_pos_\2", key.removeprefix("module."))
         if name in tensors:
-            raise CheckpointError(f"{path} has two entries for {_some([name])}: expected one")
+            raise CheckpointError(f"{path} has two entries for {_first_few([name])}: expected one")
         tensors[name] = value.detach()
     return tensors
 
@@ -229,7 +227,7 @@ FAULTS: Mapping[str, Callable[[Any, Any], bool]] = {
     "tensors without data": lambda key, value: value.is_meta,
     "weights that are NaN or infinite": lambda key, value: not _is_finite(value),
 }
-"""What an entry of a state dict may be that cannot be used, tested in this order."""
+"""Faults that make an entry of a state dict unusable, tested in this order."""
 
 
 def _lay_over(
@@ -259,8 +257,8 @@ def _lay_over(
 
 
 def _require_stems(tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> None:
-    """CheckpointError for what cannot be a whole network."""
-    missing = [s for s in STEMS if not any(key.startswith(s) for key in tensors)]
+    """CheckpointError for keys that cannot be a whole network; a file of adapters lacks some."""
+    missing = missing_stems(tensors)
     if not missing:
         return
     lacks = f"nothing under {', '.join(missing)}"
@@ -274,15 +272,15 @@ def _require_stems(tensors: Mapping[str, Tensor], path: Path, base: Path | None)
             f"{path} holds adapters only ({len(tensors)} tensors; {lacks}): give the SAM "
             "checkpoint they were trained on with --base FILE"
         )
-    raise CheckpointError(f"{path} is not a SAM checkpoint: {lacks}; found {_some(tensors)}")
+    raise CheckpointError(f"{path} is not a SAM checkpoint: {lacks}; found {_first_few(tensors)}")
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _some(names: Iterable[Any], limit: int = 6) -> str:
-    """The first few of some names, and how many more there are, fit for one line."""
+def _first_few(names: Iterable[Any], limit: int = 6) -> str:
+    """The first few names, and how many more there are, fit for one line."""
     names = list(names)
     shown = [repr(n)[1:-1][:100] if isinstance(n, str) else type(n).__name__ for n in names[:limit]]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -1,43 +1,85 @@
 """Where a checkpoint comes from → the conventions that decide whether its masks are right.
 
-The defaults are those of `medsa.md` §5. Each is a guess, and an option overrules it.
+Each default is a guess, and an option sets it. `families/` has the conventions of a family.
 """
 
 from __future__ import annotations
 
 import math
 
-from medsa_deploy.bundle.manifest import Conventions, Network, PointOrder, PreprocessingName
+from medsa_deploy.bundle.manifest import Conventions, Network
 from medsa_deploy.errors import UsageError
 from medsa_deploy.transforms import probability_to_logit
 
+from .families.family import Family, Origin
+from .families.registry import padded_families
 from .guesses import Guess, Overrides
 
-EFFICIENT_SAM_FRAME = 1024
-"""Side of the frame that the public code scales efficient_sam's coordinates to."""
-EFFICIENT_SAM_POINTS = 6
-"""Points it pads a prompt set to."""
 BOX_AND_CLICK = 3
 """Points that a box and a click are."""
 
+PUBLIC_CODE = Origin(
+    preprocess="medsa", point_order="yx", because="trained by the public Med-SA code"
+)
+SAM = Origin(preprocess="sam", point_order="xy", because="SAM's keys")
+
 
 def conventions_of(
-    network: Network, overrides: Overrides, guesses: list[Guess], *, public_training: bool
+    network: Network,
+    family: Family,
+    overrides: Overrides,
+    guesses: list[Guess],
+    *,
+    public_training: bool,
 ) -> Conventions:
-    """Defaults by origin, and what the user set instead; UsageError for what cannot be used.
+    """The user's options, and defaults by origin; UsageError for an option that cannot be used.
 
     `public_training`: the file is a training container of the public Med-SA code.
     """
-    profile, order, why = _origin(network, public_training)
+    origin = _origin(network, family, public_training)
+    _add_guesses(network, origin, overrides, guesses)
+    return Conventions(
+        preprocess=overrides.preprocess or origin.preprocess,
+        point_order=overrides.point_order or origin.point_order,
+        point_frame=overrides.point_frame or "network",
+        prompt_scope=overrides.prompt_scope or "chunk",
+        point_scale=_point_scale(network, family, overrides, guesses),
+        pad_points=_pad_points(family, overrides, guesses),
+        intensity_window=_intensity_window(overrides.intensity_window),
+        threshold=0.5 if overrides.threshold is None else _threshold(overrides.threshold),
+        class_names=_class_names(overrides.class_names or (), network.classes),
+    )
+
+
+def _origin(network: Network, family: Family, public_training: bool) -> Origin:
+    """The family's own origin if it has one, else the code that trained the network."""
+    if origin := family.conventions.origins.get(network.family):
+        return origin
+    public = public_training or network.adapters or network.two_way == "public"
+    return PUBLIC_CODE if public else SAM
+
+
+def _add_guesses(
+    network: Network, origin: Origin, overrides: Overrides, guesses: list[Guess]
+) -> None:
+    """The guesses of preprocessing, order of clicks and prompt scope, unless options set them."""
+    order = origin.point_order
     if overrides.preprocess is None:
-        because = why
-        if profile == "sam":
+        because = origin.because
+        if origin.preprocess == "sam":
             because += "; MedSAM's files look the same, but need --preprocess medsam"
         guesses.append(
-            Guess(fact="preprocess", value=profile, because=because, option="--preprocess")
+            Guess(
+                fact="preprocess",
+                value=origin.preprocess,
+                because=because,
+                option="--preprocess",
+            )
         )
     if overrides.point_order is None:
-        because = f"{why}, which samples clicks as (row, column)" if order == "yx" else why
+        because = origin.because
+        if order == "yx":
+            because += ", which samples clicks as (row, column)"
         guesses.append(
             Guess(fact="point order", value=order, because=because, option="--point-order")
         )
@@ -46,55 +88,39 @@ def conventions_of(
         guesses.append(
             Guess(fact="prompt scope", value="chunk", because=because, option="--prompt-scope")
         )
-    return Conventions(
-        preprocess=overrides.preprocess or profile,
-        point_order=overrides.point_order or order,
-        point_frame=overrides.point_frame or "network",
-        prompt_scope=overrides.prompt_scope or "chunk",
-        point_scale=_point_scale(network, overrides, guesses),
-        pad_points=_pad_points(network, overrides, guesses),
-        intensity_window=_intensity_window(overrides.intensity_window),
-        threshold=0.5 if overrides.threshold is None else _threshold(overrides.threshold),
-        class_names=_class_names(overrides.class_names or (), network.classes),
-    )
 
 
-def _origin(network: Network, public_training: bool) -> tuple[PreprocessingName, PointOrder, str]:
-    """Preprocessing, order of clicks, and what shows them."""
-    if network.family == "litemedsam":
-        return "litemedsam", "xy", "LiteMedSAM's network"
-    if public_training or network.adapters or network.two_way == "public":
-        return "medsa", "yx", "trained by the public Med-SA code"
-    return "sam", "xy", "SAM's keys"
-
-
-def _point_scale(network: Network, overrides: Overrides, guesses: list[Guess]) -> float:
-    """Factor on coordinates: the public code scales efficient_sam's to 1024 pixels, S or not."""
+def _point_scale(
+    network: Network, family: Family, overrides: Overrides, guesses: list[Guess]
+) -> float:
+    """Factor on coordinates: the public code scales a family's to its frame, whatever S is."""
     scale = overrides.point_scale
     if scale is not None:
         if not 0 < scale < math.inf:
             raise UsageError(f"--point-scale {scale:g} cannot be used: give a number above 0")
         return scale
-    if network.family != "efficient_sam":
+    frame = family.conventions.click_frame
+    if frame is None:
         return 1.0
-    scale = EFFICIENT_SAM_FRAME / network.image_size
-    because = f"{EFFICIENT_SAM_FRAME}/{network.image_size}, as the public Med-SA code scales them"
+    scale = frame / network.image_size
+    because = f"{frame}/{network.image_size}, as the public Med-SA code scales them"
     guesses.append(
         Guess(fact="point scale", value=f"{scale:g}", because=because, option="--point-scale")
     )
     return scale
 
 
-def _pad_points(network: Network, overrides: Overrides, guesses: list[Guess]) -> int | None:
-    """Points a prompt set is padded to; None is SAM's way.
+def _pad_points(family: Family, overrides: Overrides, guesses: list[Guess]) -> int | None:
+    """Points a prompt set is padded to; None is SAM's rule.
 
-    The public code pads efficient_sam's clicks to six. Of boxes it says nothing; EfficientSAM's own
-    code counts their corners among the six, and so does this.
+    The public code pads efficient_sam's clicks to six. It does not handle boxes; EfficientSAM's own
+    code counts their corners among the six, as this function does.
     """
     pad = overrides.pad_points
-    if network.family != "efficient_sam":
+    default = family.conventions.pad_points
+    if default is None:
         if pad is not None:
-            raise UsageError("--pad-points is for efficient_sam: leave the option out")
+            raise UsageError(f"--pad-points is for {padded_families()}: leave the option out")
         return None
     if pad is not None:
         if pad != 0 and pad < BOX_AND_CLICK:
@@ -103,12 +129,11 @@ def _pad_points(network: Network, overrides: Overrides, guesses: list[Guess]) ->
                 "more, as a box and a click are"
             )
         return pad
-    pad = EFFICIENT_SAM_POINTS
     because = "as the public Med-SA code pads them, box corners counted"
     guesses.append(
-        Guess(fact="points padded to", value=str(pad), because=because, option="--pad-points")
+        Guess(fact="points padded to", value=str(default), because=because, option="--pad-points")
     )
-    return pad
+    return default
 
 
 def _intensity_window(window: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -1,42 +1,36 @@
-"""Options → whether a network sees slices in depth, and how; a checkpoint does not say.
+"""Options → how SD-Trans runs in a network, or that it does not: a checkpoint does not show it.
 
-Checkpoints trained in 2D carry Depth_Adapter keys too, untrained, so 3D is only ever asked for.
+Checkpoints trained in 2D have Depth_Adapter keys too, untrained, so only an option turns 3D on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from medsa_deploy.bundle.manifest import DepthGrouping
 from medsa_deploy.errors import UsageError
 
+from .families.family import Family
 from .guesses import Guess, Overrides
+from .sd_trans import SDTrans
 from .shapes import Shapes
-from .sizes import Kind
 
 KINDS = ("Space_Adapter", "MLP_Adapter", "Depth_Adapter")
-"""What every block of a network trained in 3D has."""
+"""Every block of a network trained in 3D has them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DepthFacts:
-    """SD-Trans's part of `manifest.Network`."""
+def depth_of(
+    shapes: Shapes, family: Family, overrides: Overrides, guesses: list[Guess]
+) -> SDTrans | None:
+    """SD-Trans as the options ask for it; None for 2D.
 
-    sd_trans: DepthGrouping | None = None
-    depth_chunk: int | None = None
-    slices: int | None = None
-
-
-def depth_of(shapes: Shapes, kind: Kind, overrides: Overrides, guesses: list[Guess]) -> DepthFacts:
-    """What the options say; UsageError where they do not fit together, or the checkpoint."""
+    UsageError for options that fit neither each other nor the checkpoint.
+    """
     chunk, slices = overrides.depth_chunk, overrides.slices
     if chunk is None:
         _refuse_stray_options(overrides)
-        if kind == "vit" and any(".Depth_Adapter." in key for key in shapes):
+        if family.takes_slices and any(".Depth_Adapter." in key for key in shapes):
             because = "its Depth_Adapter keys are in 2D checkpoints too"
             guesses.append(Guess(fact="3D", value="no", because=because, option="--depth-chunk"))
-        return DepthFacts()
-    _check_adapters(shapes, kind)
+        return None
+    _check_adapters(shapes, family)
     if chunk != "none":
         if slices is not None:
             raise UsageError("--slices goes with --depth-chunk none: leave one of them out")
@@ -54,9 +48,7 @@ def depth_of(shapes: Shapes, kind: Kind, overrides: Overrides, guesses: list[Gue
     if overrides.sd_trans is None and chunk != "none":
         because = "the public code groups by a literal reshape"
         guesses.append(Guess(fact="SD-Trans", value=grouping, because=because, option="--sd-trans"))
-    return DepthFacts(
-        sd_trans=grouping, depth_chunk=None if chunk == "none" else chunk, slices=slices
-    )
+    return SDTrans(grouping=grouping, chunk=None if chunk == "none" else chunk, slices=slices)
 
 
 def _refuse_stray_options(overrides: Overrides) -> None:
@@ -67,11 +59,10 @@ def _refuse_stray_options(overrides: Overrides) -> None:
             raise UsageError(f"{option} is for 3D networks: add --depth-chunk, or leave it out")
 
 
-def _check_adapters(shapes: Shapes, kind: Kind) -> None:
+def _check_adapters(shapes: Shapes, family: Family) -> None:
     """UsageError unless the checkpoint can be a 3D one."""
-    if kind != "vit":
-        what = {"tiny_vit": "a TinyViT", "efficient_sam": "efficient_sam"}[kind]
-        raise UsageError(f"--depth-chunk: 3D is for SAM ViTs with adapters; this is {what}")
+    if not family.takes_slices:
+        raise UsageError(f"--depth-chunk: 3D is for SAM ViTs with adapters; this is {family.noun}")
     prefix = "image_encoder.blocks"
     lacking = [
         f"{prefix}.{i}.{kind}"

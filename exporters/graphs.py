@@ -15,21 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medsa_deploy.bundle.files import EXTERNAL_DATA_BYTES
 from medsa_deploy.bundle.manifest import GraphContract, Network, Role
 from medsa_deploy.bundle.manifest import Tensor as Contract
 from medsa_deploy.bundle.node_names import METADATA, innermost, node_name
 from medsa_deploy.errors import ParityError
 
-from .folded import FoldedNetwork
+from .families.registry import family_named
 from .folded.split import ImagePart
+from .networks import FoldedNetwork
 
 logger = logging.getLogger(__name__)
 
 OPSET = 20
 """First opset with Gelu as one operator; 23 would bring Attention, which float32 cannot build."""
-
-EXTERNAL_DATA_BYTES = 1_500_000_000
-"""Weights beyond this go to a file of their own: a protobuf message ends at 2 GiB."""
 
 COPIED = ("image_tokens", "image_key", "image_value", "image_query")
 """Inputs that the click part's module repeats for every prompt set, and its graph does not."""
@@ -43,15 +42,15 @@ def contract(network: Network) -> dict[str, GraphContract]:
     side, g = network.image_size, network.embedding_size
     batch = network.slices or "B"
     image = Contract(name="image", dtype="float32", shape=(batch, 3, side, side))
-    made = Contract(name="image_embeddings", dtype="float32", shape=(batch, WIDTH, g, g))
-    given = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
+    encoded = Contract(name="image_embeddings", dtype="float32", shape=(batch, WIDTH, g, g))
+    embeddings = Contract(name="image_embeddings", dtype="float32", shape=("E", WIDTH, g, g))
     prompts = [
         Contract(name="point_coords", dtype="float32", shape=("P", "N", 2)),
         Contract(name="point_labels", dtype="float32", shape=("P", "N")),
     ]
-    if (mask := network.mask_prompt_size) is not None:
+    if family_named(network.family).decoder.takes_masks:
         prompts += [
-            Contract(name="mask_input", dtype="float32", shape=("P", 1, mask, mask)),
+            Contract(name="mask_input", dtype="float32", shape=("P", 1, 4 * g, 4 * g)),
             Contract(name="has_mask_input", dtype="float32", shape=(1,)),
         ]
     k = network.masks
@@ -60,15 +59,15 @@ def contract(network: Network) -> dict[str, GraphContract]:
         Contract(name="iou_predictions", dtype="float32", shape=("max(E,P)", k)),
     )
     return {
-        "encoder": GraphContract(inputs=(image,), outputs=(made,)),
-        "decoder": GraphContract(inputs=(given, *prompts), outputs=results),
+        "encoder": GraphContract(inputs=(image,), outputs=(encoded,)),
+        "decoder": GraphContract(inputs=(embeddings, *prompts), outputs=results),
     }
 
 
 def parts_contract(part: ImagePart, decoder: GraphContract) -> dict[str, GraphContract]:
     """Tensor contract of the decoder's parts; it depends on the widths of the first block."""
-    given, coords, labels, *_ = decoder.inputs
-    tokens = int(given.shape[2]) * int(given.shape[3])
+    embeddings, coords, labels, *_ = decoder.inputs
+    tokens = int(embeddings.shape[2]) * int(embeddings.shape[3])
     heads = part.heads
     key, value, query = (
         width // heads
@@ -86,7 +85,7 @@ def parts_contract(part: ImagePart, decoder: GraphContract) -> dict[str, GraphCo
     }
     between = tuple(Contract(name=n, dtype="float32", shape=s) for n, s in shapes.items())
     return {
-        "decoder-image": GraphContract(inputs=(given,), outputs=between),
+        "decoder-image": GraphContract(inputs=(embeddings,), outputs=between),
         "decoder-click": GraphContract(inputs=(*between, coords, labels), outputs=decoder.outputs),
     }
 
@@ -203,13 +202,13 @@ def _name_axes(model: Any, graph: GraphContract) -> None:
     """Give the graph's outputs the contract's axis names; ParityError where a shape differs."""
     values = [*model.graph.inputs, *model.graph.outputs]
     for value, tensor in zip(values, (*graph.inputs, *graph.outputs), strict=True):
-        found = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
-        for axis, wanted in enumerate(tensor.shape):
-            if isinstance(wanted, str) != isinstance(found[axis], str) or (
-                isinstance(wanted, int) and wanted != found[axis]
+        shape = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
+        for axis, expected in enumerate(tensor.shape):
+            if isinstance(expected, str) != isinstance(shape[axis], str) or (
+                isinstance(expected, int) and expected != shape[axis]
             ):
                 raise ParityError(
-                    f"the exported graph's {tensor.name} has shape {found}, expected {tensor.shape}"
+                    f"the exported graph's {tensor.name} has shape {shape}, expected {tensor.shape}"
                 )
-            if isinstance(wanted, str):
-                value.shape[axis] = wanted
+            if isinstance(expected, str):
+                value.shape[axis] = expected

@@ -1,4 +1,4 @@
-"""What a checkpoint does not settle: the options that set it, and the guesses made without them."""
+"""Facts that a checkpoint does not determine: options that set them, guesses without an option."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from medsa_deploy.bundle.manifest import (
     PreprocessingName,
     PromptScope,
 )
+from medsa_deploy.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """What a user may set where a checkpoint does not say, or against what it suggests."""
+    """The options of the command line that set facts and conventions."""
 
     heads: int | None = None
     window_size: int | None = None
@@ -46,10 +47,29 @@ class Overrides:
 
 @dataclass(frozen=True, kw_only=True)
 class Guess:
-    """A fact the checkpoint does not settle."""
+    """A fact that the checkpoint does not determine."""
 
     fact: str
     value: str
     because: str
     option: str
-    """The option that overrules it."""
+    """The option that sets it."""
+
+
+def image_size_guess(size: int, because: str) -> Guess:
+    """The guess of an image size in pixels."""
+    return Guess(fact="image size", value=str(size), because=because, option="--image-size")
+
+
+def whole_patches(image_size: int, patch: int) -> int:
+    """`image_size`; UsageError unless it is a multiple of the patch size."""
+    if image_size < patch or image_size % patch:
+        raise UsageError(f"--image-size {image_size} is not a multiple of the patch size {patch}")
+    return image_size
+
+
+def refuse_options(overrides: Overrides, names: tuple[str, ...], because: str) -> None:
+    """UsageError, with `because`, if one of the options is set."""
+    for name in names:
+        if getattr(overrides, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for {because}")

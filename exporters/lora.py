@@ -43,11 +43,11 @@ def merge(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[LoRA,
             updates.setdefault(linear, {})[part] = value.double()
         else:
             merged[key] = value
-    found = []
+    updated = []
     for linear, parts in updates.items():
         adaptive = bool({"lora_E", "ranknum"} & set(parts))
-        wanted = PARTS if adaptive else PARTS[:2]
-        lost = [f"{linear}.{part}" for part in wanted if part not in parts]
+        expected = PARTS if adaptive else PARTS[:2]
+        lost = [f"{linear}.{part}" for part in expected if part not in parts]
         lost += [] if f"{linear}.weight" in merged else [f"{linear}.weight"]
         if lost:
             raise CheckpointError(
@@ -56,8 +56,8 @@ def merge(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[LoRA,
             )
         weight = merged[f"{linear}.weight"]
         merged[f"{linear}.weight"], lora = _merged(linear, weight, parts)
-        found.append(lora)
-    return merged, tuple(found)
+        updated.append(lora)
+    return merged, tuple(updated)
 
 
 def _merged(linear: str, weight: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, LoRA]:

@@ -24,7 +24,7 @@ class SDTrans:
     chunk: int | None
     """d; None: one group spans every slice and window of the block, and `slices` is fixed."""
     slices: int | None = None
-    """Slices the encoder takes at a time when there is no chunk."""
+    """The exact number of slices the encoder takes, if there is no chunk."""
 
     @classmethod
     def of(cls, network: Network) -> SDTrans | None:

@@ -17,8 +17,8 @@ from invented import Keys, checkpoint, efficient_keys, hollow, rows, vit_keys, w
 from medsa_deploy.errors import CheckpointError, MedsaError, UsageError
 from medsa_deploy.exporters.architecture import Architecture, Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
-from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.exporters.graphs import contract
+from medsa_deploy.exporters.networks import build_reference, fold
 
 VIT_B, VIT_L, VIT_H = (2, 5, 8, 11), (5, 11, 17, 23), (7, 15, 23, 31)
 LIMIT, IOU_LIMIT = 3e-6, 3e-5
@@ -361,7 +361,8 @@ def test_efficient_sam(width: int, grid: int) -> None:
     assert (network.windows, network.global_blocks) == ((0,), (0, 1, 2))
     assert (network.image_size, network.embedding_size) == (16 * grid, grid)
     assert (network.adapters, network.two_way) == (("space", "mlp"), "public")
-    assert (network.masks, network.mask_prompt_size) == (4, None)
+    assert network.masks == 4
+    assert "mask_input" not in [tensor.name for tensor in contract(network)["decoder"].inputs]
     assert (conventions.preprocess, conventions.point_order) == ("medsa", "yx")
     assert (conventions.point_scale, conventions.pad_points) == (64 / grid, 6)
     assert guessed(found) == {"--point-scale": f"{64 / grid:g}", "--pad-points": "6"}

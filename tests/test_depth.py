@@ -22,9 +22,10 @@ from medsa_deploy.evaluation.cases import parity_cases, seeded_case, seeded_imag
 from medsa_deploy.evaluation.parity import run_case
 from medsa_deploy.exporters.architecture import Architecture, Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold, vit
+from medsa_deploy.exporters.families.sam_vit import folded as vit
 from medsa_deploy.exporters.graphs import contract
-from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
+from medsa_deploy.exporters.networks import build_reference, fold
+from medsa_deploy.exporters.reference import ReferenceNetwork
 
 ADAPTERS: dict[str, Any] = dict.fromkeys(("Space", "MLP", "Depth"), range(4))
 KEYS_3D = vit_keys(adapters=ADAPTERS)
@@ -360,7 +361,7 @@ def test_the_users_images_of_a_proof(bundle_3d: Path, bundle: Path, tmp_path: Pa
 
     volume(tmp_path / "a.nii.gz", 9)
     volume(tmp_path / "b.nii.gz", 4)
-    deep, flat = (load_manifest(path).network for path in (bundle_3d, bundle))
+    deep, flat = (load_manifest(path) for path in (bundle_3d, bundle))
     found = parity_cases(deep, tmp_path)[2:]
     assert [case.name for case in found] == ["a.nii.gz", "b.nii.gz"]
     assert [[image.plane.index for image in case.images] for case in found] == [  # type: ignore[union-attr]

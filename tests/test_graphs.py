@@ -20,8 +20,7 @@ from medsa_deploy.evaluation.parity import difference
 from medsa_deploy.exporters import graphs
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
-from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.exporters.networks import build_reference, fold
 
 ONNX_LIMIT = 2e-5
 

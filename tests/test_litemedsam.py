@@ -14,8 +14,8 @@ from torch import nn
 
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
-from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
+from medsa_deploy.exporters.networks import build_reference, fold
+from medsa_deploy.exporters.reference import ReferenceNetwork
 from medsa_deploy.exporters.sam import modeling
 
 LIMIT = 3e-6

@@ -302,7 +302,8 @@ def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object
 @pytest.mark.parametrize(
     ("path", "wrong", "words"),
     [
-        (("network", "family"), "medsam", "'medsam', expected one of: medsa, sam, litemedsam"),
+        (("network", "two_way"), "medsam", "'medsam', expected one of: meta, public"),
+        (("network", "family"), None, "network: family is None, expected a string"),
         (("network", "image_size"), 256.0, "image_size is 256.0, expected an integer"),
         (("network", "widths"), 96, "widths is 96, expected a list"),
         (("conventions", "threshold"), "0.5", "threshold is '0.5', expected a number"),

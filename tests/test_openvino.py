@@ -59,7 +59,8 @@ def test_every_combination_of_sizes_is_as_in_onnxruntime(name: str, bundle_of) -
             coords = (rng.random((p, n, 2)) * network.image_size).astype(np.float32)
             labels = rng.integers(0, 2, (p, n)).astype(np.float32)
             mask = rng.normal(size=(p, 1, 4 * g, 4 * g)).astype(np.float32)
-            prompts = (coords, labels, mask if sets % 2 and network.mask_prompt_size else None)
+            takes_masks = opened.manifest.mask_prompt_size is not None
+            prompts = (coords, labels, mask if sets % 2 and takes_masks else None)
             expected = opened.backend.decode(embeddings, *prompts)
             actual = other.backend.decode(embeddings, *prompts)
             for a, b, bound in zip(actual, expected, (LIMIT, IOU_LIMIT), strict=True):

@@ -24,8 +24,9 @@ from medsa_deploy.errors import PromptError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
-from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
+from medsa_deploy.exporters.families.registry import family_named
+from medsa_deploy.exporters.networks import build_reference, fold
+from medsa_deploy.exporters.reference import ReferenceNetwork
 
 LIMIT, IOU_LIMIT, ONNX_LIMIT = 3e-6, 3e-5, 2e-5
 
@@ -78,7 +79,7 @@ def test_folded_networks_of_other_sizes_agree(
 
     embedding = reference.encode(image)
     masks, iou = reference.decode(embedding, coords, labels)
-    given = () if reference.network.mask_prompt_size is None else no_mask
+    given = no_mask if family_named(reference.network.family).decoder.takes_masks else ()
     folded_masks, folded_iou = folded.decoder(embedding, coords, labels, *given)
     assert masks.shape == (2, 4, side, side)
     assert relative_l2(folded.encoder(image).numpy(), embedding.numpy()) <= LIMIT

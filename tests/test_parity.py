@@ -16,8 +16,8 @@ from golden_cases import CASES_2D, VIT_3D, GoldenCase, export_options, relative_
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
-from medsa_deploy.exporters.reference import ReferenceNetwork, build_reference
+from medsa_deploy.exporters.networks import build_reference, fold
+from medsa_deploy.exporters.reference import ReferenceNetwork
 
 CASES = CASES_2D + VIT_3D
 TORCH_LIMIT = 3e-6

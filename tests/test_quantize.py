@@ -463,7 +463,7 @@ def test_limits_of_float16(figures: dict[str, float], failures: list[str]) -> No
 def test_the_saved_references_case_must_agree_by_itself(bundle: Path) -> None:
     """What verify goes by later is only that case: the mean of all must not hide it."""
     made = load_manifest(bundle)
-    to_run = parity_cases(made.network, None)
+    to_run = parity_cases(made, None)
     trials = CandidateRunner(bundle, made, to_run, None)
     assert trials.measure(trials.encoder, trials.decoder, "fp16").failures == ()
     trials._expected[0]["low_res_masks"] = -trials._expected[0]["low_res_masks"]

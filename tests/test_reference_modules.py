@@ -12,9 +12,9 @@ import torch
 from golden_cases import GoldenCase, relative_l2
 
 from medsa_deploy.bundle.manifest import DepthGrouping
-from medsa_deploy.exporters.folded import vit as folded_vit
+from medsa_deploy.exporters.families.sam_vit import folded as folded_vit
+from medsa_deploy.exporters.families.sam_vit import reference as vit
 from medsa_deploy.exporters.lora import merge
-from medsa_deploy.exporters.reference import vit
 from medsa_deploy.exporters.sd_trans import SDTrans
 from medsa_deploy.exporters.shapes import Shapes
 

@@ -22,8 +22,7 @@ from medsa_deploy.errors import BundleError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.exporters.folded import fold
-from medsa_deploy.exporters.reference import build_reference
+from medsa_deploy.exporters.networks import build_reference, fold
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.backends.interface import PARTS
 

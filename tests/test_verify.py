@@ -64,7 +64,7 @@ def test_a_good_bundle_with_its_checkpoint_and_images(
     assert done.json["against"] == "checkpoint"
     (parity,) = done.json["parity"]
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (2, 2, 20)
-    found = parity_cases(load_manifest(bundle).network, tmp_path / "1.png")
+    found = parity_cases(load_manifest(bundle), tmp_path / "1.png")
     assert [case.name for case in found] == ["seed 1", "seed 2", "1.png"]
 
 

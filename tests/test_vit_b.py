@@ -84,7 +84,7 @@ from medsa_deploy.stages.quantize.candidates import CandidateRunner
 bundle, folder = map(Path, sys.argv[1:])
 stages.quantize_bundle(bundle, precision="fp16")
 manifest = load_manifest(bundle)
-runner = CandidateRunner(bundle, manifest, parity_cases(manifest.network, None)[:1], None)
+runner = CandidateRunner(bundle, manifest, parity_cases(manifest, None)[:1], None)
 inputs = {layer.input for layer in linear_layers(load_graph(runner.encoder))}
 sources = [calibration.Source(path=folder / "image.png")]
 measured = calibration.measure(runner, folder, sources, inputs, lambda done, total: None)

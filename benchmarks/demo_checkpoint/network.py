@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medsa_deploy.exporters.adapters import HyperPromptAdapter
-from medsa_deploy.exporters.reference import vit
+from medsa_deploy.exporters.families.sam_vit import reference as vit
+from medsa_deploy.exporters.hyper_prompt_adapter import HyperPromptAdapter
 from medsa_deploy.exporters.reference.decoder import Decoder, PromptTokens
 from medsa_deploy.exporters.sam import modeling
 from medsa_deploy.exporters.sd_trans import SDTrans

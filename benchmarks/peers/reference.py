@@ -19,7 +19,8 @@ from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.graphs import OPSET
-from medsa_deploy.exporters.reference import ReferenceBackend, ReferenceNetwork, build_reference
+from medsa_deploy.exporters.networks import build_reference
+from medsa_deploy.exporters.reference import ReferenceBackend, ReferenceNetwork
 from medsa_deploy.images import Image
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.backends.interface import Array

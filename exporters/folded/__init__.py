@@ -1,5 +1,5 @@
-"""The folded network: the reference network as fewer operations, which is what gets exported."""
+"""The folded network: the reference network as fewer operations, which is what gets exported.
 
-from .network import FoldedNetwork, fold
-
-__all__ = ["FoldedNetwork", "fold"]
+Encoders are in `families/`; the decoder and the layers that families share are here. `adapters.py`
+and `sd_trans.py` fold the paper's adapters.
+"""

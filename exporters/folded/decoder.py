@@ -1,6 +1,6 @@
-"""Prompt encoder, HyP-Adpt and mask decoder in one graph: embedding and prompts → masks.
+"""A decoder's layers → prompt encoder and mask decoder in one graph: embedding, prompts → masks.
 
-Made from the reference decoder and equal to it. Folded: the dense positional encoding into each
+Equal to the reference decoder. Folded: the dense positional encoding into each
 image-side projection and the 0.5 and scaling of coordinates (folding 7); the hyper-weights of the
 fixed tokens (folding 8); the hypernetwork MLPs of the masks that leave, as one batched MLP.
 """
@@ -8,45 +8,62 @@ fixed tokens (folding 8); the hypernetwork MLPs of the masks that leave, as one 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medsa_deploy.bundle.manifest import TwoWay
-from medsa_deploy.exporters.adapters import Adapter, HyperPromptAdapter
 from medsa_deploy.exporters.reference import decoder as reference
-from medsa_deploy.exporters.reference import efficient_sam
 from medsa_deploy.exporters.sam import TwoWayAttention
 
-from .linear import constant, linear
-from .upscaling import Upscaling, upscaling
-from .vit import layer_norm
+from .adapters import AdaptedMLP, FoldedHyperPromptAdapter
+from .linear import constant, layer_norm, linear
+from .upscaling import Upscaling
 
 LABELS = (-1, 0, 1, 2, 3)
 """Padding, background, foreground, first and second corner of a box."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecoderLayers:
+    """The layers of a reference decoder, whatever its keys call them."""
+
+    frequencies: Tensor
+    """Of the positional encoding, (2, 128)."""
+    image_size: int
+    label_embeddings: Mapping[int, Tensor]
+    """Label → the embedding of its points, (1, 256); a label without one adds nothing."""
+    unplaced_labels: tuple[int, ...]
+    """Labels of points that have no positional encoding."""
+    image_pe: Tensor
+    """Positional encoding of the embedding's grid, (1, 256, g, g)."""
+    mask_prompts: DensePrompts | None
+    """None for a decoder without mask prompts."""
+    output_tokens: Tensor
+    """The IoU token and the mask tokens, (1 + M, 256)."""
+    transformer: reference.TwoWayTransformer
+    upscaling: Upscaling
+    mask_mlps: Sequence[Sequence[nn.Linear]]
+    """The hypernetwork of each mask token."""
+    iou_mlp: Sequence[nn.Linear]
+    act: nn.Module
+    """The activation in both."""
+
+
 class SparsePrompts(nn.Module):
     """Points and labels → prompt tokens."""
 
-    def __init__(self, prompts: reference.PromptTokens | efficient_sam.PromptTokens) -> None:
+    def __init__(self, layers: DecoderLayers) -> None:
         super().__init__()
-        gaussian = prompts.pe_layer.positional_encoding_gaussian_matrix
-        self.across, self.down = map(constant, 2 * math.pi * gaussian)
-        if isinstance(prompts, efficient_sam.PromptTokens):
-            size, kinds = prompts.image_size, prompts.kinds()
-            has_position = torch.ones(len(LABELS))
-        else:
-            size = prompts.input_image_size[0]
-            embeddings = [prompts.not_a_point_embed, *prompts.point_embeddings]
-            kinds = dict(zip(LABELS, (e.weight for e in embeddings), strict=True))
-            has_position = torch.tensor(LABELS) != -1
-        nothing = torch.zeros(1, 2 * gaussian.shape[1])
-        self.scale = 2 / size
-        self.kinds = constant(torch.cat([kinds.get(label, nothing) for label in LABELS]))
-        self.has_position = constant(has_position[:, None])
+        self.across, self.down = map(constant, 2 * math.pi * layers.frequencies)
+        nothing = torch.zeros(1, 2 * layers.frequencies.shape[1])
+        embeddings = [layers.label_embeddings.get(label, nothing) for label in LABELS]
+        placed = torch.tensor([label not in layers.unplaced_labels for label in LABELS])
+        self.scale = 2 / layers.image_size
+        self.kinds = constant(torch.cat(embeddings))
+        self.has_position = constant(placed[:, None])
         self.labels = constant(torch.tensor(LABELS))
 
     def forward(self, coords: Tensor, labels: Tensor) -> Tensor:
@@ -136,50 +153,6 @@ class SelfAttention(nn.Module):
         return self.norm(a if replaces else queries + a)
 
 
-class FoldedHyperPromptAdapter(nn.Module):
-    """HyP-Adpt with the hyper-weights of the fixed tokens as constants (folding 8)."""
-
-    def __init__(self, adapter: HyperPromptAdapter, fixed: Tensor) -> None:
-        super().__init__()
-        self.lengths = adapter.lengths
-        self.down, self.reduce, self.up = adapter.D_fc1, adapter.P_fc, adapter.D_fc2
-        self.hyper, self.norms = adapter.hyper, adapter.norms
-        reduced = adapter.P_fc(fixed)
-        self.fixed = len(fixed)
-        self.constants = nn.ParameterList(
-            constant(hyper(reduced).unflatten(-1, pair))
-            for hyper, pair in zip(adapter.hyper, self._pairs(), strict=True)
-        )
-
-    def _pairs(self) -> list[tuple[int, int]]:
-        return list(pairwise(self.lengths))
-
-    def forward(self, x: Tensor, query_pe: Tensor) -> Tensor:
-        """x, query_pe (B, T, 256), the fixed tokens first → (B, T, 256)."""
-        e = self.down(x)
-        r = self.reduce(query_pe[:, self.fixed :])
-        steps = zip(self.hyper, self.norms, self.constants, self._pairs(), strict=True)
-        for hyper, norm, weights, pair in steps:
-            fixed, prompted = e[:, : self.fixed, None], e[:, self.fixed :, None]
-            e = torch.cat([fixed @ weights, prompted @ hyper(r).unflatten(-1, pair)], dim=1)
-            e = F.relu(norm(e.squeeze(-2)))
-        return x + self.up(e)
-
-
-class AdaptedMLP(nn.Module):
-    """The block's ReLU MLP, and its adapter beside it, whose GELU keeps the two apart."""
-
-    def __init__(self, mlp: nn.Module, adapter: Adapter | None) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self.adapter = adapter
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, 256) → (B, T, 256)."""
-        y = self.mlp(x)
-        return y if self.adapter is None else y + 0.5 * self.adapter(x)
-
-
 class TwoWayBlock(nn.Module):
     """One two-way block on tokens (B, T, 256) and image tokens (B, g², 256)."""
 
@@ -227,7 +200,7 @@ class TwoWayBlock(nn.Module):
 class MaskWeights(nn.Module):
     """The hypernetwork MLPs of K masks as one batched MLP: tokens (B, K, 256) → (B, K, 32)."""
 
-    def __init__(self, mlps: list[list[nn.Linear]], act: nn.Module) -> None:
+    def __init__(self, mlps: Sequence[Sequence[nn.Linear]], act: nn.Module) -> None:
         super().__init__()
         layers = list(zip(*mlps, strict=True))
         self.act = act
@@ -274,34 +247,25 @@ class PredictsMasks(nn.Module):
 class Decoder(PredictsMasks):
     """Prompts and embeddings → K low-resolution masks and their predicted IoU."""
 
-    def __init__(
-        self,
-        prompts: reference.PromptTokens | efficient_sam.PromptTokens,
-        decoder: reference.Decoder | efficient_sam.Decoder,
-        masks: int,
-    ) -> None:
+    def __init__(self, layers: DecoderLayers, masks: int) -> None:
         super().__init__()
-        transformer = decoder.transformer
-        fixed = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        image_pe = prompts.get_dense_pe()
-        tokens_pe = image_pe[0].flatten(1).T
+        transformer, fixed = layers.transformer, layers.output_tokens
+        image_pe = layers.image_pe[0].flatten(1).T
         last = transformer.final_attn_token_to_image
-        self.side = image_pe.shape[-1]
+        self.side = layers.image_pe.shape[-1]
         self.masks = masks
-        self.sparse = SparsePrompts(prompts)
-        self.dense = DensePrompts(prompts) if isinstance(decoder, reference.Decoder) else None
+        self.sparse = SparsePrompts(layers)
+        self.dense = layers.mask_prompts
         self.fixed = constant(fixed)
-        self.blocks = nn.ModuleList(TwoWayBlock(b, tokens_pe, fixed) for b in transformer.layers)
+        self.blocks = nn.ModuleList(TwoWayBlock(b, image_pe, fixed) for b in transformer.layers)
         self.last_query = scaled_query(last)
-        self.last_key = ImageProjection(last.k_proj, tokens_pe)
+        self.last_key = ImageProjection(last.k_proj, image_pe)
         self.last_value = last.v_proj
         self.last = CrossAttention(last)
         self.norm = transformer.norm_final_attn
-        self.upscaling = upscaling(decoder)
-        act = nn.ReLU() if isinstance(decoder, reference.Decoder) else nn.GELU()
-        heads = [_layers(mlp) for mlp in decoder.output_hypernetworks_mlps]
-        self.mask_weights = MaskWeights(heads[:masks], act)
-        self.iou = _first_outputs(_layers(decoder.iou_prediction_head), masks, act)
+        self.upscaling = layers.upscaling
+        self.mask_weights = MaskWeights(layers.mask_mlps[:masks], layers.act)
+        self.iou = _first_outputs(layers.iou_mlp, masks, layers.act)
 
     def forward(
         self,
@@ -314,11 +278,11 @@ class Decoder(PredictsMasks):
         """(E, 256, g, g), (P, N, 2), (P, N), (P, 1, 4g, 4g), (1,) →
         low_res_masks (max(E, P), K, 4g, 4g), iou_predictions (max(E, P), K).
 
-        EfficientSAM takes no mask prompt: neither `mask_input` nor `has_mask_input`.
+        A decoder without mask prompts takes neither `mask_input` nor `has_mask_input`.
         """
-        masks_in = () if mask_input is None else (mask_input,)
+        mask_inputs = () if mask_input is None else (mask_input,)
         image, coords, labels, *mask = paired(
-            image_embeddings, point_coords, point_labels, *masks_in
+            image_embeddings, point_coords, point_labels, *mask_inputs
         )
         sparse = self.sparse(coords, labels)
         tokens = torch.cat([self.fixed.expand(sparse.shape[0], -1, -1), sparse], dim=1)
@@ -354,12 +318,7 @@ def scaled_query(attention: TwoWayAttention) -> nn.Linear:
     return linear(scale * attention.q_proj.weight, scale * attention.q_proj.bias)
 
 
-def _layers(mlp: nn.Module) -> list[nn.Linear]:
-    """The linear layers of SAM's MLP, or of EfficientSAM's."""
-    return [*(layer[0] for layer in mlp.layers), mlp.fc] if hasattr(mlp, "fc") else [*mlp.layers]
-
-
-def _first_outputs(layers: list[nn.Linear], count: int, act: nn.Module) -> nn.Sequential:
+def _first_outputs(layers: Sequence[nn.Linear], count: int, act: nn.Module) -> nn.Sequential:
     """The IoU head, its last layer cut to the masks that leave."""
     *hidden, last = layers
     steps = [step for layer in hidden for step in (layer, act)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medsa_deploy.exporters.adapters import Adapter
-
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer holding weight (out, in) and bias (out,), in float32."""
@@ -40,16 +38,6 @@ def composed(outer: nn.Linear, inner: nn.Linear) -> nn.Linear:
     return linear(weight @ inner.weight.double(), weight @ inner.bias.double() + bias)
 
 
-def widened_mlp(lin1: nn.Linear, lin2: nn.Linear, adapter: Adapter | None) -> nn.Sequential:
-    """Folding 1: an MLP and the adapter beside it, which share input and GELU, as one wider MLP.
-
-    lin2(GELU(lin1 n)) + 0.5 · fc2(GELU(fc1 n)) = [lin2, 0.5·fc2] GELU([lin1; fc1] n)
-    """
-    if adapter is not None:
-        lin1, lin2 = stacked(lin1, adapter.D_fc1), summed(lin2, adapter.D_fc2, 0.5)
-    return nn.Sequential(linear(lin1.weight, lin1.bias), nn.GELU(), linear(lin2.weight, lin2.bias))
-
-
 def merged_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Folding 10: a convolution without bias and the batch norm after it, as one convolution."""
     assert norm.running_mean is not None
@@ -67,3 +55,10 @@ def merged_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     merged.weight = constant(conv.weight.double() * scale[:, None, None, None])
     merged.bias = constant(norm.bias.double() - norm.running_mean.double() * scale)
     return merged
+
+
+def layer_norm(norm: nn.Module) -> nn.LayerNorm:
+    """SAM's LayerNorm2d as a LayerNorm over the last axis."""
+    folded = nn.LayerNorm(len(norm.weight), eps=norm.eps)
+    folded.weight, folded.bias = norm.weight, norm.bias
+    return folded

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medsa_deploy.bundle.manifest import TwoWay
-from medsa_deploy.exporters.adapters import adapter, hyper_prompt_adapter
+from medsa_deploy.bundle.manifest import Network, TwoWay
+from medsa_deploy.exporters.adapters import adapter
+from medsa_deploy.exporters.hyper_prompt_adapter import hyper_prompt_adapter
 from medsa_deploy.exporters.sam import MaskDecoder, MLPBlock, PromptEncoder, TwoWayAttention
 from medsa_deploy.exporters.shapes import Shapes
 
@@ -184,6 +185,14 @@ class Decoder(MaskDecoder):
         )
         masks = (hyper @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
         return masks, self.iou_prediction_head(hs[:, 0])
+
+
+def prompts_and_decoder(network: Network, shapes: Shapes) -> tuple[PromptTokens, Decoder]:
+    """The two modules of a network, without weights."""
+    prompts = PromptTokens(
+        shapes, image_size=network.image_size, embedding_size=network.embedding_size
+    )
+    return prompts, Decoder(shapes, form=network.two_way)
 
 
 def paired(image: Tensor, outputs: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:

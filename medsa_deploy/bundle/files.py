@@ -9,6 +9,9 @@ from medsa_deploy.errors import BundleError
 
 from .manifest import File, Manifest, Role
 
+EXTERNAL_DATA_BYTES = 1_500_000_000
+"""A larger graph has its weights in a second file: a protobuf message is at most 2 GiB."""
+
 
 def check_files(manifest: Manifest, bundle: Path) -> None:
     """BundleError names the first file that is missing or changed. Reads every byte."""

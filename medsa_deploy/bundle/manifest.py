@@ -23,8 +23,6 @@ from .strict_json import decode
 MANIFEST_SCHEMA = 2
 MANIFEST_FILENAME = "manifest.json"
 
-Family = Literal["medsa", "sam", "litemedsam", "mobile_sam", "efficient_sam"]
-EncoderKind = Literal["vit", "tiny_vit"]
 RelPos = Literal["zero", "real", "none"]
 TwoWay = Literal["meta", "public"]
 Outputs = Literal["classes", "sam"]
@@ -69,11 +67,13 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
-    """Facts about the network, inferred from the checkpoint's keys and shapes or set by options."""
+class FamilyFacts:
+    """The facts about a network that its family reads, each in its own way."""
 
-    family: Family
-    encoder: EncoderKind
+    family: str
+    """`medsa`, `sam`, `litemedsam`, `mobile_sam`, `efficient_sam`…"""
+    encoder: str
+    """`vit`, `tiny_vit`…"""
     widths: tuple[int, ...]
     """Embedding width of each stage; a ViT has one stage."""
     depths: tuple[int, ...]
@@ -89,6 +89,12 @@ class Network:
     embedding_size: int
     """g: the encoder gives (B, 256, g, g); masks come as logits of side 4·g."""
     patch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(FamilyFacts):
+    """Facts about the network, inferred from the checkpoint's keys and shapes or set by options."""
+
     rel_pos: RelPos
     """Relative-position tables: all zero (no bias), real in at least one block, or absent."""
     adapters: tuple[str, ...]
@@ -122,11 +128,6 @@ class Network:
     def masks(self) -> int:
         """K: masks in the decoder's output."""
         return self.classes if self.outputs == "classes" else self.mask_tokens
-
-    @property
-    def mask_prompt_size(self) -> int | None:
-        """Side of a mask prompt, 4·g; None for a decoder that takes none."""
-        return None if self.family == "efficient_sam" else 4 * self.embedding_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +283,12 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of the tools that wrote the bundle."""
     schema: int = MANIFEST_SCHEMA
+
+    @property
+    def mask_prompt_size(self) -> int | None:
+        """Side of a mask prompt, 4·g; None for a decoder that takes none."""
+        takes_masks = any(t.name == "mask_input" for t in self.graphs["decoder"].inputs)
+        return 4 * self.network.embedding_size if takes_masks else None
 
     def file(self, role: Role, precision: str = "fp32") -> File:
         """The file of `role` in `precision`; BundleError lists the precisions that exist.

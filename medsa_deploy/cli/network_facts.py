@@ -14,9 +14,6 @@ from .console import out, plain_table, print_facts
 if TYPE_CHECKING:
     from medsa_deploy.exporters.architecture import Guess
 
-FAMILY_TITLES = {"medsa": "Med-SA", "sam": "SAM", "litemedsam": "LiteMedSAM"}
-ENCODER_TITLES = {"vit": "ViT", "tiny_vit": "TinyViT"}
-
 
 def print_network(network: Network, conventions: Conventions) -> None:
     """A network's architecture, then how images and prompts reach it."""
@@ -39,17 +36,18 @@ def print_guesses(guesses: Sequence[Guess]) -> None:
 
 
 def _encoder_facts(network: Network) -> dict[str, str]:
-    family = FAMILY_TITLES.get(network.family, network.family)
-    encoder = ENCODER_TITLES.get(network.encoder, network.encoder)
+    from medsa_deploy.exporters.families.registry import title_of
+
     share = 100 * network.adapter_parameters / network.parameters
-    vit = network.encoder == "vit"
-    windows = f", windows of {network.windows[0]}" if vit and network.windows[0] else ""
+    one_stage_attends = len(network.heads) == 1 and network.heads[0] > 0
+    window = network.windows[0] if one_stage_attends else 0
+    windows = f", windows of {window}" if window else ""
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
         "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
     }[network.outputs]
     facts = {
-        "network": f"{family}, {encoder}",
+        "network": title_of(network),
         "encoder": f"width {_list(network.widths)}, {_list(network.depths)} blocks, "
         f"{_list(network.heads)} heads{windows}",
         "image": f"{network.image_size}×{network.image_size} → embedding "
@@ -60,7 +58,7 @@ def _encoder_facts(network: Network) -> dict[str, str]:
         else "none",
         "decoder": f"two-way blocks in {network.two_way}'s form; {outputs}",
     }
-    if vit:
+    if one_stage_attends:
         every = len(network.global_blocks) == sum(network.depths)
         facts["global blocks"] = "all" if every else _list(network.global_blocks)
         facts["relative positions"] = {

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from medsa_deploy.bundle.manifest import Network
+from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.errors import ImageError
 from medsa_deploy.images import Image, find_images, is_volume, read_image, read_volume
 from medsa_deploy.transforms import Prompt
@@ -41,13 +41,14 @@ class Case:
         return [(i % slices, i % sets) for i in range(max(slices, sets))]
 
 
-def parity_cases(network: Network, images: Path | None) -> list[Case]:
+def parity_cases(manifest: Manifest, images: Path | None) -> list[Case]:
     """Seeded cases, then a case for each of the user's images.
 
     `images`: a file or a folder. A network that sees depth takes volumes, and a chunk from the
     middle of each.
     """
-    side, chunk = network.mask_prompt_size, network.chunk
+    network = manifest.network
+    side, chunk = manifest.mask_prompt_size, network.chunk
     seeded = [seeded_case(network.image_size, side, seed, chunk) for seed in SEEDS]
     return seeded + [image_case(name, slices, side) for name, slices in _users(images, chunk)]
 

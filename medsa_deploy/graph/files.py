@@ -6,11 +6,10 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+from medsa_deploy.bundle.files import EXTERNAL_DATA_BYTES
 from medsa_deploy.bundle.node_names import METADATA
 from medsa_deploy.errors import BundleError, MissingDependencyError
 
-EXTERNAL_DATA_BYTES = 1_500_000_000
-"""A larger graph has its weights in a second file: a protobuf message is at most 2 GiB."""
 SHARED_BYTES = 4096
 """Smaller tensors are not shared between files: each file has a copy."""
 

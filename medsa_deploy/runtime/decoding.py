@@ -105,7 +105,7 @@ def _grouped(
     manifest: Manifest, embedding: Embedding, prompts: Sequence[Prompt], most: int
 ) -> list[_Group]:
     """Prompt sets as the decoder takes them, at most `most` at once."""
-    size = manifest.network.mask_prompt_size
+    size = manifest.mask_prompt_size
     tokens = [
         transforms.network_prompt(prompt, embedding.frame, manifest.conventions, mask_size=size)
         for prompt in prompts

@@ -66,9 +66,10 @@ def export_checkpoint(
     start = perf_counter()
     on_step("read the checkpoint")
     loaded, architecture = read_checkpoint(checkpoint, base, overrides)
-    cases = parity_cases(architecture.network, images)
+    manifest = _manifest(loaded, architecture)
+    cases = parity_cases(manifest, images)
     with new_bundle(target) as folder:
-        manifest = _write_bundle(folder, loaded, architecture, cases, on_step)
+        manifest = _write_bundle(folder, loaded, manifest, cases, on_step)
     return Export(
         bundle=target,
         manifest=manifest,
@@ -78,20 +79,11 @@ def export_checkpoint(
     )
 
 
-def _write_bundle(
-    folder: Path,
-    loaded: Checkpoint,
-    architecture: Architecture,
-    cases: Sequence[Case],
-    on_step: OnStep,
-) -> Manifest:
-    """Graphs, reference and manifest, in `folder`; ParityError unless the graphs are proved."""
-    with export_extra():
-        from medsa_deploy.exporters.folded import fold
-        from medsa_deploy.exporters.graphs import OPSET, contract, export_graphs, parts_contract
-        from medsa_deploy.exporters.reference import ReferenceBackend, build_reference
-        from medsa_deploy.graph.backend_encoders import write_backend_encoders
-    manifest = Manifest(
+def _manifest(loaded: Checkpoint, architecture: Architecture) -> Manifest:
+    """A bundle's manifest before it has files."""
+    from medsa_deploy.exporters.graphs import contract
+
+    return Manifest(
         source=loaded.source,
         network=architecture.network,
         conventions=architecture.conventions,
@@ -99,7 +91,22 @@ def _write_bundle(
         files=(),
         tools=_tools(),
     )
-    reference = build_reference(architecture.network, loaded.tensors)
+
+
+def _write_bundle(
+    folder: Path,
+    loaded: Checkpoint,
+    manifest: Manifest,
+    cases: Sequence[Case],
+    on_step: OnStep,
+) -> Manifest:
+    """Graphs, reference and manifest, in `folder`; ParityError unless the graphs are proved."""
+    with export_extra():
+        from medsa_deploy.exporters.graphs import OPSET, export_graphs, parts_contract
+        from medsa_deploy.exporters.networks import build_reference, fold
+        from medsa_deploy.exporters.reference import ReferenceBackend
+        from medsa_deploy.graph.backend_encoders import write_backend_encoders
+    reference = build_reference(manifest.network, loaded.tensors)
     on_step("run the checkpoint's own network")
     expected = reference_outputs(ReferenceBackend(reference), manifest, cases)
     folded = fold(reference)

@@ -157,7 +157,7 @@ def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
 
 def image_cases(sources: Sequence[Source], made: Manifest) -> list[Case]:
     """A case on each source, with prompts of every kind."""
-    side = made.network.mask_prompt_size
+    side = made.mask_prompt_size
     found = zip(sources, _images(sources, made), strict=True)
     return [image_case(source.name, images, side) for source, (images, _) in found]
 

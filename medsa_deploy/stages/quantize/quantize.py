@@ -75,7 +75,7 @@ def quantize_bundle(
     sources = find_sources(calibration, made.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
     check_files(made, bundle)
-    to_run = parity_cases(made.network, images)
+    to_run = parity_cases(made, images)
     with work_folder(bundle) as folder:
         on_step("run the float32 graphs")
         additions: list[Made] = []

@@ -300,7 +300,7 @@ def _mask_logits(session: Session, prompts: Prompts) -> Array | None:
     """The mask prompt, (4g, 4g) float32; PromptError if it is not usable."""
     if prompts.mask is None:
         return None
-    if session.manifest.network.mask_prompt_size is None:
+    if session.manifest.mask_prompt_size is None:
         raise PromptError(NO_MASK_PROMPTS)
     return _read_logits(prompts.mask)
 

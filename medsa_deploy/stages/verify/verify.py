@@ -153,7 +153,7 @@ def _reference(
             )
         case, tensors = load_reference(bundle / manifest.file("reference").path)
         return Reference(cases=[case], outputs=[tensors], against="saved reference")
-    cases = parity_cases(manifest.network, images)
+    cases = parity_cases(manifest, images)
     on_step("run the checkpoint's own network")
     outputs = _checkpoint_outputs(manifest, checkpoint, base, cases)
     return Reference(cases=cases, outputs=outputs, against="checkpoint")
@@ -261,7 +261,8 @@ def _checkpoint_outputs(
             )
     with export_extra():
         from medsa_deploy.exporters.checkpoint import load_checkpoint
-        from medsa_deploy.exporters.reference import ReferenceBackend, build_reference
+        from medsa_deploy.exporters.networks import build_reference
+        from medsa_deploy.exporters.reference import ReferenceBackend
     loaded = load_checkpoint(checkpoint, base=base)
     backend = ReferenceBackend(build_reference(manifest.network, loaded.tensors))
     return [outputs.tensors for outputs in reference_outputs(backend, manifest, cases)]

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medsa_deploy.exporters.reference import tiny_vit as reference
+from medsa_deploy.bundle.manifest import Network
+from medsa_deploy.exporters.folded.adapters import AdaptedProjection, widened_mlp
+from medsa_deploy.exporters.folded.attention import (
+    BiasedScores,
+    GridAttention,
+    folded_projections,
+)
+from medsa_deploy.exporters.folded.linear import linear, merged_norm
+from medsa_deploy.exporters.folded.neck import Neck
 
-from .attention import BiasedScores, GridAttention, folded_projections
-from .linear import linear, merged_norm, widened_mlp
-from .vit import AdaptedProjection, Neck
+from . import reference
 
 
 class MBConv(nn.Module):
@@ -123,6 +129,11 @@ class ChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Permute."""
         return x.permute(0, 3, 1, 2)
+
+
+def fold_encoder(encoder: reference.ImageEncoder, network: Network) -> ImageEncoder:
+    """The folded encoder of a network."""
+    return ImageEncoder(encoder, network.image_size)
 
 
 def _merged(module: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:

@@ -1,21 +1,22 @@
-"""SAM's and EfficientSAM's ViT encoder with Med-SA's adapters, as a checkpoint carries it.
+"""SAM's ViT encoder with Med-SA's adapters, as a checkpoint carries it: image → embedding.
 
-This is the network the exported graphs are proved against, so it says the same as the published
-equations, step by step, and saves nothing.
+Exported graphs are compared with this network, so it follows the published equations step by step
+and saves nothing.
 """
 
 from __future__ import annotations
 
-from math import isqrt
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.bundle.manifest import Network
 from medsa_deploy.exporters.adapters import adapter
+from medsa_deploy.exporters.reference.neck import neck
 from medsa_deploy.exporters.sam import (
     Attention,
-    LayerNorm2d,
     MLPBlock,
     PatchEmbed,
     window_partition,
@@ -109,11 +110,10 @@ class Block(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Patch embedding, blocks and neck.
+    """Patch embedding, blocks and neck."""
 
-    SAM's `pos_embed` is (1, 64, 64, C); EfficientSAM's is (1, 197, C), a class token and 14×14, and
-    its norms have another eps.
-    """
+    EPS = 1e-6
+    """Of the blocks' norms."""
 
     def __init__(
         self,
@@ -131,7 +131,6 @@ class ImageEncoder(nn.Module):
             tuple(patch), tuple(patch), in_chans=channels, embed_dim=width
         )
         self.pos_embed = nn.Parameter(torch.empty(shapes[f"{prefix}.pos_embed"]))
-        self.efficient = self.pos_embed.ndim == 3
         self.blocks = nn.ModuleList(
             Block(
                 shapes,
@@ -139,19 +138,30 @@ class ImageEncoder(nn.Module):
                 heads=heads,
                 window=0 if i in global_blocks else window,
                 sd_trans=sd_trans,
-                eps=1e-5 if self.efficient else 1e-6,
+                eps=self.EPS,
             )
             for i in range(shapes.count(f"{prefix}.blocks"))
         )
         self.neck = neck(width, shapes[f"{prefix}.neck.0.weight"][0])
 
+    @classmethod
+    def of(cls, network: Network, shapes: Shapes) -> Self:
+        """The encoder of a network, without weights."""
+        return cls(
+            shapes,
+            heads=network.heads[0],
+            window=network.windows[0],
+            global_blocks=network.global_blocks,
+            sd_trans=SDTrans.of(network),
+        )
+
+    def position_table(self) -> Tensor:
+        """`pos_embed` as a grid: (1, 64, 64, C)."""
+        return self.pos_embed
+
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """`pos_embed` resized to the token grid: (1, H, W, C)."""
-        embedded = self.pos_embed
-        if self.efficient:
-            side = isqrt(embedded.shape[1] - 1)
-            embedded = embedded[:, 1:].unflatten(1, (side, side))
-        channels_first = embedded.permute(0, 3, 1, 2)
+        """The table resized to the token grid: (1, H, W, C)."""
+        channels_first = self.position_table().permute(0, 3, 1, 2)
         if channels_first.shape[2:] != grid:
             channels_first = F.interpolate(
                 channels_first, grid, mode="bicubic", align_corners=False
@@ -165,16 +175,6 @@ class ImageEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
-
-
-def neck(width: int, out: int) -> nn.Sequential:
-    """SAM's neck on (B, C, g, g): 1×1 convolution, norm, 3×3 convolution, norm."""
-    return nn.Sequential(
-        nn.Conv2d(width, out, kernel_size=1, bias=False),
-        LayerNorm2d(out),
-        nn.Conv2d(out, out, kernel_size=3, padding=1, bias=False),
-        LayerNorm2d(out),
-    )
 
 
 def _attention(shapes: Shapes, prefix: str, width: int, heads: int) -> Attention:

@@ -1,16 +1,29 @@
-"""EfficientSAM's prompt encoder and mask decoder, as a checkpoint carries them: prompts → masks."""
+"""EfficientSAM's encoder, prompt encoder and mask decoder, as a checkpoint carries them."""
 
 from __future__ import annotations
 
 import math
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.bundle.manifest import Network
+from medsa_deploy.exporters.families.sam_vit import reference as sam_vit
+from medsa_deploy.exporters.reference.decoder import TwoWayTransformer, paired
 from medsa_deploy.exporters.shapes import Shapes
 
-from .decoder import TwoWayTransformer, paired
+
+class ImageEncoder(sam_vit.ImageEncoder):
+    """SAM's ViT, with another eps; the table of positions has a class token before its 14×14."""
+
+    EPS = 1e-5
+
+    def position_table(self) -> Tensor:
+        """(1, 197, C) → (1, 14, 14, C)."""
+        side = isqrt(self.pos_embed.shape[1] - 1)
+        return self.pos_embed[:, 1:].unflatten(1, (side, side))
 
 
 class PromptTokens(nn.Module):
@@ -46,6 +59,9 @@ class PromptTokens(nn.Module):
         for label, embedding in self.kinds().items():
             encoded = torch.where(labels[..., None] == label, encoded + embedding, encoded)
         return encoded
+
+    def dense(self, mask_input: Tensor | None) -> None:
+        """Nothing is added to the embedding, since there are no mask prompts."""
 
     def get_dense_pe(self) -> Tensor:
         """Positional encoding of the embedding's grid: (1, 256, g, g)."""
@@ -97,7 +113,7 @@ class Decoder(nn.Module):
         self.iou_prediction_head = MLP(shapes, f"{prefix}.iou_prediction_head")
 
     def forward(
-        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: None = None
     ) -> tuple[Tensor, Tensor]:
         """image_embeddings (E, 256, g, g), sparse (P, N, 256) → low-resolution logits
         (max(E, P), M, 4g, 4g) and IoU predictions (max(E, P), M) of all M mask tokens."""
@@ -133,3 +149,11 @@ class MLP(nn.Module):
         for layer in self.layers:
             x = F.gelu(layer(x))
         return self.fc(x)
+
+
+def prompts_and_decoder(network: Network, shapes: Shapes) -> tuple[PromptTokens, Decoder]:
+    """The two modules of a network, without weights."""
+    prompts = PromptTokens(
+        shapes, image_size=network.image_size, embedding_size=network.embedding_size
+    )
+    return prompts, Decoder(shapes)

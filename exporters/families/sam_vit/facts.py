@@ -1,88 +1,35 @@
-"""Keys and shapes → the facts about an image encoder: heads, windows, global blocks, image size."""
+"""A SAM ViT's keys and shapes → facts: heads, windows, global blocks, image size."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import isqrt
-
-from medsa_deploy.bundle.manifest import EncoderKind
+from medsa_deploy.bundle.manifest import FamilyFacts
 from medsa_deploy.errors import CheckpointError, UsageError
-
-from .guesses import Guess, Overrides
-from .shapes import Shapes
+from medsa_deploy.exporters.guesses import Guess, Overrides, image_size_guess, whole_patches
+from medsa_deploy.exporters.shapes import Shapes
 
 GLOBAL_LAYOUTS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}
 """Global blocks of SAM's ViT-B, L and H by depth."""
 SAM_WINDOW = 14
 SAM_IMAGE_SIZE = 1024
-LITE_IMAGE_SIZE, LITE_PATCH = 256, 4
 
 Rows = list[int | None]
 """Rows of each block's relative-position tables; None for a block without."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderFacts:
-    """The encoder's part of `manifest.Network`."""
-
-    encoder: EncoderKind
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    windows: tuple[int, ...]
-    global_blocks: tuple[int, ...]
-    image_size: int
-    embedding_size: int
-    patch_size: int
-
-
-def tiny_vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
-    """mobile_sam and LiteMedSAM: everything but the image size is in the shapes."""
-    for option in ("heads", "window_size", "global_blocks"):
-        if getattr(overrides, option) is not None:
-            raise UsageError(f"--{option.replace('_', '-')} is for SAM ViTs; this is a TinyViT")
-    prefix = "image_encoder.layers"
-    stages = range(1, shapes.count(prefix))
-    widths = [shapes[f"{prefix}.{i}.blocks.0.attn.norm.weight"][0] for i in stages]
-    tables = [shapes[f"{prefix}.{i}.blocks.0.attn.attention_biases"] for i in stages]
-    for i, width, (heads, offsets) in zip(stages, widths, tables, strict=True):
-        if width % heads or isqrt(offsets) ** 2 != offsets:
-            raise CheckpointError(
-                f"wrong shapes: {prefix}.{i}.blocks.0.attn.attention_biases is {(heads, offsets)}, "
-                f"expected (a divisor of the width {width}, a square)"
-            )
-    # Two stages halve the resolution; LiteMedSAM's patch embedding keeps it, mobile_sam's quarters.
-    lite = shapes["image_encoder.patch_embed.seq.0.c.weight"][2] == 1
-    patch = LITE_PATCH if lite else 4 * LITE_PATCH
-    size = overrides.image_size
-    if size is None:
-        size, whose = (LITE_IMAGE_SIZE, "LiteMedSAM") if lite else (SAM_IMAGE_SIZE, "mobile_sam")
-        guesses.append(_image_size_guess(size, f"no key shows it; {whose}'s size"))
-    _whole_patches(size, patch)
-    return EncoderFacts(
-        encoder="tiny_vit",
-        widths=(shapes[f"{prefix}.0.blocks.0.conv3.c.weight"][0], *widths),
-        depths=tuple(shapes.count(f"{prefix}.{i}.blocks") for i in (0, *stages)),
-        heads=(0, *(table[0] for table in tables)),
-        windows=(0, *(isqrt(table[1]) for table in tables)),
-        global_blocks=(),
-        image_size=size,
-        embedding_size=size // patch,
-        patch_size=patch,
-    )
-
-
-def vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
-    """A SAM ViT: heads, windows and image size from the relative-position tables."""
+def facts_of(
+    shapes: Shapes, overrides: Overrides, guesses: list[Guess], *, adapted: bool
+) -> FamilyFacts:
+    """Heads, windows and image size from the relative-position tables."""
     width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
-    rows, head_size = _tables(shapes)
+    rows, head_size = tables(shapes)
     window = _window(rows, overrides, guesses)
-    grid = _grid(rows, window, patch, overrides, guesses)
-    return EncoderFacts(
+    grid = token_grid(rows, window, patch, overrides, guesses)
+    return FamilyFacts(
+        family="medsa" if adapted else "sam",
         encoder="vit",
         widths=(width,),
         depths=(len(rows),),
-        heads=(_heads(width, head_size, overrides, guesses),),
+        heads=(head_count(width, head_size, overrides, guesses),),
         windows=(window,),
         global_blocks=_global_blocks(rows, window, grid, overrides, guesses),
         image_size=grid * patch,
@@ -91,43 +38,21 @@ def vit(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFa
     )
 
 
-def efficient_sam(shapes: Shapes, overrides: Overrides, guesses: list[Guess]) -> EncoderFacts:
-    """EfficientSAM's ViT: every block is global, and the tables show the image size."""
-    for option in ("window_size", "global_blocks"):
-        if getattr(overrides, option) is not None:
-            raise UsageError(
-                f"--{option.replace('_', '-')} is for SAM ViTs; efficient_sam's blocks are all "
-                "global"
-            )
-    width, _, patch, _ = shapes["image_encoder.patch_embed.proj.weight"]
-    rows, head_size = _tables(shapes)
-    grid = _grid(rows, 0, patch, overrides, guesses)
-    return EncoderFacts(
-        encoder="vit",
-        widths=(width,),
-        depths=(len(rows),),
-        heads=(_heads(width, head_size, overrides, guesses),),
-        windows=(0,),
-        global_blocks=tuple(range(len(rows))),
-        image_size=grid * patch,
-        embedding_size=grid,
-        patch_size=patch,
-    )
-
-
-def _tables(shapes: Shapes) -> tuple[Rows, int | None]:
+def tables(shapes: Shapes) -> tuple[Rows, int | None]:
     """Rows of each ViT block's relative-position tables, and the tables' width."""
     depth = shapes.count("image_encoder.blocks")
-    tables = [shapes.get(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(depth)]
-    rows: Rows = [None if table is None else table[0] for table in tables]
+    shape_of_each = [shapes.get(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(depth)]
+    rows: Rows = [None if shape is None else shape[0] for shape in shape_of_each]
     if even := sorted({n for n in rows if n is not None and n % 2 == 0}):
         raise CheckpointError(
             f"relative-position tables have {_counted(even)} rows, expected 2·n − 1, an odd number"
         )
-    return rows, next((table[1] for table in tables if table is not None), None)
+    return rows, next((shape[1] for shape in shape_of_each if shape is not None), None)
 
 
-def _heads(width: int, head_size: int | None, overrides: Overrides, guesses: list[Guess]) -> int:
+def head_count(
+    width: int, head_size: int | None, overrides: Overrides, guesses: list[Guess]
+) -> int:
     """Attention heads: width over the tables' width, else over SAM's head size."""
     if overrides.heads is not None:
         heads = overrides.heads
@@ -182,12 +107,14 @@ def _window(rows: Rows, overrides: Overrides, guesses: list[Guess]) -> int:
         window, because = (lengths[0] + 1) // 2, "the shorter taken for the windows'"
     shown = lengths[:1] == [sam] or (len(lengths) == 1 and None not in rows)
     if not shown:
-        found = f"tables of {_counted(lengths)} rows" if lengths else "no relative-position tables"
+        evidence = (
+            f"tables of {_counted(lengths)} rows" if lengths else "no relative-position tables"
+        )
         guesses.append(
             Guess(
                 fact="window",
                 value=str(window),
-                because=f"{found}; {because}",
+                because=f"{evidence}; {because}",
                 option="--window-size",
             )
         )
@@ -202,10 +129,12 @@ def _windowed_by_layout(rows: Rows) -> int | None:
     return windowed.pop() if len(windowed) == len(whole) == 1 and windowed != whole else None
 
 
-def _grid(rows: Rows, window: int, patch: int, overrides: Overrides, guesses: list[Guess]) -> int:
+def token_grid(
+    rows: Rows, window: int, patch: int, overrides: Overrides, guesses: list[Guess]
+) -> int:
     """Side of the token grid: a global block's tables have 2·grid − 1 rows."""
     if overrides.image_size is not None:
-        return _whole_patches(overrides.image_size, patch) // patch
+        return whole_patches(overrides.image_size, patch) // patch
     lengths = _lengths(rows)
     others = [n for n in lengths if n != 2 * window - 1]
     if len(others) > 1 or (lengths and not others and None in rows):
@@ -217,7 +146,7 @@ def _grid(rows: Rows, window: int, patch: int, overrides: Overrides, guesses: li
     if lengths:
         return ((others or lengths)[0] + 1) // 2
     grid = SAM_IMAGE_SIZE // patch
-    guesses.append(_image_size_guess(grid * patch, "no relative-position tables; SAM's size"))
+    guesses.append(image_size_guess(grid * patch, "no relative-position tables; SAM's size"))
     return grid
 
 
@@ -267,16 +196,6 @@ def _chosen_global_blocks(
         f"the tables of this {depth}-block encoder do not tell windowed from global blocks: "
         "give --global-blocks"
     )
-
-
-def _whole_patches(image_size: int, patch: int) -> int:
-    if image_size < patch or image_size % patch:
-        raise UsageError(f"--image-size {image_size} is not a multiple of the patch size {patch}")
-    return image_size
-
-
-def _image_size_guess(size: int, because: str) -> Guess:
-    return Guess(fact="image size", value=str(size), because=because, option="--image-size")
 
 
 def _lengths(rows: Rows) -> list[int]:

@@ -7,16 +7,17 @@ batch norm. The keys of a checkpoint name the modules here.
 from __future__ import annotations
 
 from math import isqrt
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medsa_deploy.bundle.manifest import Network
 from medsa_deploy.exporters.adapters import adapter
+from medsa_deploy.exporters.reference.neck import neck
 from medsa_deploy.exporters.sam import window_partition, window_unpartition
 from medsa_deploy.exporters.shapes import Shapes
-
-from .vit import neck
 
 
 class ConvNorm(nn.Module):
@@ -204,6 +205,11 @@ class ImageEncoder(nn.Module):
         )
         out, width, *_ = shapes[f"{prefix}.neck.0.weight"]
         self.neck = neck(width, out)
+
+    @classmethod
+    def of(cls, network: Network, shapes: Shapes) -> Self:
+        """The encoder of a network, without weights; shapes alone determine it."""
+        return cls(shapes)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, 256, g, g)."""

@@ -1,0 +1,30 @@
+"""Keys of a checkpoint whose encoder is SAM's ViT, with the shapes that must agree."""
+
+from __future__ import annotations
+
+import re
+
+from medsa_deploy.exporters.decoders import STEMS as DECODER_STEMS
+from medsa_deploy.exporters.shapes import Shapes
+
+STEMS = ("image_encoder.patch_embed.", *DECODER_STEMS)
+
+REQUIRED = {
+    "image_encoder.patch_embed.proj.weight": "C 3 p p",
+    "image_encoder.pos_embed": "1 * * C",
+    "image_encoder.blocks.#.mlp.lin1.weight": "* C",
+    "image_encoder.neck.0.weight": "256 C 1 1",
+}
+OPTIONAL = {
+    "image_encoder.blocks.#.attn.rel_pos_h": "* d",
+    "image_encoder.blocks.#.attn.rel_pos_w": "* d",
+    "image_encoder.blocks.#.Space_Adapter.D_fc1.weight": "* C",
+    "image_encoder.blocks.#.MLP_Adapter.D_fc1.weight": "* C",
+    "image_encoder.blocks.#.Depth_Adapter.D_fc1.weight": "* C",
+}
+UNUSED_IN_2D = re.compile(r"^image_encoder\.blocks\.\d+\.Depth_Adapter\.")
+
+
+def recognises(shapes: Shapes) -> bool:
+    """Whether there are ViT blocks."""
+    return shapes.count("image_encoder.blocks") > 0
