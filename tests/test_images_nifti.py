@@ -16,8 +16,15 @@ from affines import Geometry, assert_labels_of, geometries, rotation, voxels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medsa_deploy.errors import ImageError
-from medsa_deploy.images import Plane, read_image, write_mask
+from medsa_deploy.errors import ImageError, UsageError
+from medsa_deploy.images import (
+    Plane,
+    is_volume,
+    read_image,
+    read_volume,
+    write_mask,
+    write_segmentation,
+)
 
 NILEARN = importlib.util.find_spec("nilearn")  # for its data: importing it takes seconds
 assert NILEARN is not None
@@ -124,10 +131,76 @@ def test_several_volumes_are_refused(folder: Path) -> None:
         read_image(path, index=0)
 
 
-@pytest.mark.parametrize("dtype", ["c8", [("R", "u1"), ("G", "u1"), ("B", "u1")]])
-def test_voxels_that_are_no_real_numbers_are_refused(folder: Path, dtype: object) -> None:
-    path = save(np.ones((5, 6, 7), np.dtype(dtype)), folder / "odd.nii")  # type: ignore[call-overload]
-    with pytest.raises(ImageError, match="expected real numbers"):
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.gz", "a", "a.dat"])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_the_content_decides(tmp_path: Path, kind: type, name: str, compressed: bool) -> None:
+    plain = kind(VOLUME, np.diag([1.0, 2.0, 3.0, 1.0])).to_bytes()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(plain) if compressed else plain)
+    assert is_volume(path)
+    volume = read_volume(path)
+    assert (volume.shape, volume.spacing_mm) == (VOLUME.shape, (1, 2, 3))
+    np.testing.assert_array_equal(volume.slice(2).pixels, VOLUME[:, :, 2])
+    image = read_image(path, axis=1, index=2)
+    np.testing.assert_array_equal(image.pixels, VOLUME[:, 2])
+    write_mask(tmp_path / "mask.nii.gz", image.pixels > 9, image)
+    written = nibabel.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj)[:, 2], image.pixels > 9)
+
+
+@pytest.mark.parametrize("suffix", [".hdr", ".img"])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.Nifti2Pair, nibabel.AnalyzeImage])
+def test_a_pair_is_one_volume(
+    tmp_path: Path, kind: type, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nibabel.save(kind(VOLUME, np.diag([-1.0, 2.0, 3.0, 1.0])), tmp_path / "a.img")
+    volume = read_volume(tmp_path / f"a{suffix}")
+    assert set(volume.files) == {tmp_path / "a.hdr", tmp_path / "a.img"}
+    assert volume.spacing_mm == (1, 2, 3)
+    np.testing.assert_array_equal(volume.slice(1).pixels, VOLUME[:, :, 1])
+    assert ("which does not say where left and right are" in caplog.text) is (
+        kind is nibabel.AnalyzeImage
+    )
+    labels = (VOLUME % 2).astype(np.uint8)
+    write_segmentation(tmp_path / "seg.nii.gz", labels, volume)
+    written = nibabel.load(tmp_path / "seg.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), labels)
+    assert volume.affine is not None
+    np.testing.assert_allclose(written.affine, volume.affine)
+    (tmp_path / "a.nii").symlink_to("a.img")
+    with pytest.raises(UsageError, match="part of the volume itself"):
+        write_segmentation(tmp_path / "a.nii", labels, volume)
+
+
+def test_colours_are_slices_of_three_channels(tmp_path: Path) -> None:
+    dtype = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    stored = np.zeros((5, 6, 7), dtype)
+    for weight, channel in enumerate("RGB", 1):
+        stored[channel] = np.arange(210).reshape(5, 6, 7) // weight
+    path = save(stored, tmp_path / "colour.nii.gz")
+    volume = read_volume(path, axis=2)
+    assert (volume.colour, volume.dtype) == (True, np.uint8)
+    expected = np.stack([stored[channel][:, :, 3] for channel in "RGB"], axis=-1)
+    np.testing.assert_array_equal(volume.slice(3).pixels, expected)
+    np.testing.assert_array_equal(read_image(path, axis=2, index=3).pixels, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 6, 7, 1, 4), (5, 6, 7, 4), (5, 6, 7, 4, 1), (5, 6, 7, 1, 1, 4)]
+)
+def test_volumes_lie_along_any_one_axis(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    stored = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    path = save(stored, tmp_path / "series.nii")
+    with pytest.raises(ImageError, match=r"choose one of its volumes \(--volume\) 0…3"):
+        read_volume(path)
+    volume = read_volume(path, volume=2)
+    np.testing.assert_array_equal(volume.slice(1).pixels, stored.reshape(5, 6, 7, 4)[:, :, 1, 2])
+
+
+def test_voxels_that_are_no_real_numbers_are_refused(folder: Path) -> None:
+    path = save(np.ones((5, 6, 7), np.complex64), folder / "odd.nii")
+    with pytest.raises(ImageError, match="expected real numbers or RGB"):
         read_image(path, index=0)
 
 

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from medsa_deploy.errors import ImageError
-from medsa_deploy.images import read_image
+from medsa_deploy.images import (
+    is_volume,
+    read_image,
+    read_labels,
+    read_volume,
+    write_mask,
+    write_segmentation,
+)
 
 SIDES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=9)
 RETINA = Path(skimage.__file__).parent / "data" / "retina.jpg"
@@ -266,3 +273,74 @@ def test_damaged_files_raise_nothing_but_image_errors(folder: Path, data: st.Dat
     path.write_bytes(damaged[: data.draw(st.integers(1, len(damaged)))])
     with contextlib.suppress(ImageError):
         read_image(path)
+
+
+STILLS = [("GIF", {}), ("WEBP", {"lossless": True}), ("JPEG2000", {"irreversible": False})]
+
+
+@pytest.mark.parametrize(("kind", "options"), STILLS)
+def test_stills_of_the_web_come_in_as_they_were(
+    tmp_path: Path, kind: str, options: dict[str, bool]
+) -> None:
+    pixels = (np.arange(40 * 50) % 251).astype(np.uint8).reshape(40, 50)
+    PIL.Image.fromarray(pixels).save(tmp_path / "still", kind, **options)
+    image = read_image(tmp_path / "still").pixels  # by its content: the name says nothing
+    np.testing.assert_array_equal(image if image.ndim == 2 else image[..., 0], pixels)
+
+
+def test_an_animation_is_no_volume(tmp_path: Path) -> None:
+    frames = [PIL.Image.fromarray(np.full((9, 9), k * 60, np.uint8)) for k in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert not is_volume(tmp_path / "a.gif")
+    with pytest.raises(ImageError, match="holds 3 pages or frames"):
+        read_image(tmp_path / "a.gif")
+
+
+@pytest.mark.parametrize("mask", [np.eye(9, dtype=bool), np.diag(np.arange(9, dtype=np.uint8))])
+@pytest.mark.parametrize("suffix", [".tif", ".tiff"])
+def test_masks_are_written_as_tiff(tmp_path: Path, mask: np.ndarray, suffix: str) -> None:
+    np.save(tmp_path / "a.npy", np.arange(81.0).reshape(9, 9))
+    path = tmp_path / f"mask{suffix}"
+    write_mask(path, mask, read_image(tmp_path / "a.npy"))
+    expected = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
+    np.testing.assert_array_equal(tifffile.imread(path), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_the_pages_of_a_tiff_are_slices(tmp_path: Path, dtype: type[np.generic]) -> None:
+    pages = np.arange(3 * 4 * 5).reshape(3, 4, 5).astype(dtype)
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, pages, photometric="minisblack")
+    assert is_volume(path)
+    volume = read_volume(path)
+    assert (volume.kind, volume.shape, volume.axis, len(volume)) == ("tiff", (5, 4, 3), 2, 3)
+    assert volume.dtype == dtype
+    for index in (2, 0, 1):  # in any order
+        np.testing.assert_array_equal(volume.slice(index).pixels, pages[index])
+    np.testing.assert_array_equal(read_image(path, index=1).pixels, pages[1])
+    assert volume.locate((4, 1, 2)) == (2, 4.0, 1.0)
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[4, 1, 2] = 3
+    write_segmentation(tmp_path / "seg.tif", labels, volume)
+    written = tifffile.imread(tmp_path / "seg.tif")
+    assert (written.shape, written[2, 1, 4], written.sum()) == ((3, 4, 5), 3, 3)
+    np.testing.assert_array_equal(read_labels(tmp_path / "seg.tif").values, labels)
+
+
+def test_pages_of_two_sizes_are_refused(tmp_path: Path) -> None:
+    first, second = (PIL.Image.fromarray(np.eye(n, dtype=np.uint8)) for n in (8, 9))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[first, second])
+    with pytest.raises(ImageError, match="8×8 L on page 1, 9×9 L on page 3"):
+        read_volume(tmp_path / "a.tif")
+
+
+def test_another_axis_of_a_tiff_is_refused(tmp_path: Path) -> None:
+    pages = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    tifffile.imwrite(tmp_path / "a.tif", pages, photometric="minisblack")
+    for axis in (0, 1):
+        with pytest.raises(ImageError, match=f"axis {axis} was given, expected 2"):
+            read_volume(tmp_path / "a.tif", axis=axis)
+        with pytest.raises(ImageError, match=f"axis {axis} was given, expected 2"):
+            read_image(tmp_path / "a.tif", axis=axis, index=0)
+    with pytest.raises(ImageError, match="no page 3"):
+        read_image(tmp_path / "a.tif", index=3)

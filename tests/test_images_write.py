@@ -69,7 +69,7 @@ def test_a_colour_image_has_a_mask_of_its_sides(tmp_path: Path) -> None:
 def test_unknown_suffixes_are_refused_before_anything_is_done(
     image: Image, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(UsageError, match=r"\.png, \.npy, \.nii, \.nii\.gz"):
+    with pytest.raises(UsageError, match=r"\.png, \.tif, \.tiff, \.npy, \.nii, \.nii\.gz"):
         check_mask_suffix(tmp_path / name)
     with pytest.raises(UsageError):
         write_mask(tmp_path / name, MASK, image)

@@ -259,15 +259,14 @@ def test_a_lone_volume_needs_no_choice(folder: Path, shape: tuple[int, ...]) -> 
         read_volume(path, volume=1)
 
 
-def test_five_axes_are_refused(folder: Path) -> None:
-    path = save(np.zeros((5, 6, 7, 1, 3), np.float32), folder / "5d.nii")
-    with pytest.raises(ImageError, match=r"expected \(X, Y, Z\) or \(X, Y, Z, volumes\)"):
+def test_two_axes_of_volumes_are_refused(folder: Path) -> None:
+    path = save(np.zeros((5, 6, 7, 2, 3), np.float32), folder / "5d.nii")
+    with pytest.raises(ImageError, match=r"expected \(X, Y, Z\) or one axis of volumes"):
         read_volume(path)
 
 
-@pytest.mark.parametrize("dtype", ["c8", [("R", "u1"), ("G", "u1"), ("B", "u1")]])
-def test_voxels_that_are_no_real_numbers_are_refused(folder: Path, dtype: object) -> None:
-    path = save(np.ones((5, 6, 7), np.dtype(dtype)), folder / "odd.nii")  # type: ignore[call-overload]
+def test_voxels_that_are_no_real_numbers_are_refused(folder: Path) -> None:
+    path = save(np.ones((5, 6, 7), np.complex64), folder / "odd.nii")
     with pytest.raises(ImageError, match="expected real numbers"):
         read_volume(path)
 

@@ -59,7 +59,7 @@ class RunOptions:
         typer.Option(
             "-o",
             "--output",
-            help="Mask: .png, .npy, .nii.gz; a folder for a folder; volume: .nii.gz, .npy, .dcm",
+            help="Mask: .png, .tif, .npy, .nii.gz; volume: .nii.gz, .nrrd, .seg.nrrd, .dcm, .npy",
         ),
     ] = None
     overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None
@@ -100,7 +100,7 @@ class RunOptions:
     threads: Threads = None
 
     def request(self) -> stages.RunRequest:
-        """What to segment, and where results go."""
+        """Options of the input and the output."""
         return stages.RunRequest(
             intensity_window=parse_window(self.intensity_window),
             points=parse_rows(self.point, "--point"),

@@ -28,7 +28,7 @@ from .volume import Volume
 
 logger = logging.getLogger(__name__)
 
-NEEDED = (
+REQUIRED_ATTRIBUTES = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID",
 )  # fmt: skip
 MAY_BE_EMPTY = (
@@ -204,7 +204,7 @@ def _sources(path: Path, volume: Volume) -> list[Any]:
         with reading(file, "DICOM"):
             if str(source.get("SOPInstanceUID", "")) != uid:
                 raise ImageError(f"{file} has changed since it was read: run again")
-            if missing := [name for name in NEEDED if not source.get(name)]:
+            if missing := [name for name in REQUIRED_ATTRIBUTES if not source.get(name)]:
                 raise ImageError(
                     f"{path}: a DICOM segmentation needs {', '.join(missing)} of its source, which "
                     f"{file} lacks; write .npy or .nii.gz"

@@ -14,14 +14,17 @@ from medsa_deploy.errors import ImageError, MedsaError, UsageError, one_line
 
 logger = logging.getLogger(__name__)
 
+DOUBLE_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".seg.nrrd")
+
 
 def suffix(path: Path) -> str:
-    """The suffix that decides the format, in lower case; `.nii.gz` is one suffix.
+    """The suffix that decides the format, in lower case; `.nii.gz` and `.seg.nrrd` are one suffix.
 
     >>> suffix(Path("Mask.NII.GZ")), suffix(Path("slice.0.png"))
     ('.nii.gz', '.png')
     """
-    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+    name = path.name.lower()
+    return next((end for end in DOUBLE_SUFFIXES if name.endswith(end)), path.suffix.lower())
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...], kind: str) -> None:

@@ -1,4 +1,4 @@
-"""A label file (PNG, TIFF, BMP, .npy, NIfTI, DICOM segmentation) → `Labels`."""
+"""A label file (PNG, TIFF, BMP, .npy, NIfTI, NRRD, DICOM segmentation) → `Labels`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .labels import Labels
+from .raster import FORMATS, is_raster_volume, read_raster, read_tiff_volume
 from .read import format_of
 from .volume import Volume
 
@@ -40,10 +41,18 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
         from .nifti import read_nifti_volume
 
         volume = read_nifti_volume(path, axis=None, volume=None)
-        return Labels(path=path, values=_whole(path, _voxels(volume)), affine=volume.affine)
+        return Labels(path=path, values=_whole_numbers(path, _voxels(volume)), affine=volume.affine)
+    if file_format == "nrrd":
+        from .nrrd import read_nrrd_volume
+
+        volume = read_nrrd_volume(path, axis=None)
+        return Labels(path=path, values=_whole_numbers(path, _voxels(volume)), affine=volume.affine)
     if file_format == "npy":
-        return Labels(path=path, values=_whole(path, _array(path)))
-    return Labels(path=path, values=_whole(path, _picture(path)))
+        return Labels(path=path, values=_whole_numbers(path, _array(path)))
+    if is_raster_volume(path):
+        pages = _voxels(read_tiff_volume(path, axis=None))
+        return Labels(path=path, values=_whole_numbers(path, pages))
+    return Labels(path=path, values=_whole_numbers(path, _picture(path)))
 
 
 def _voxels(volume: Volume) -> np.ndarray:
@@ -64,8 +73,6 @@ def _array(path: Path) -> np.ndarray:
 
 def _picture(path: Path) -> np.ndarray:
     """The grey values or palette indices of a picture, (H, W)."""
-    from .raster import FORMATS, read_raster
-
     with reading(path, "a label picture"), path.open("rb") as f:
         picture = PIL.Image.open(f, formats=FORMATS)
         if picture.format in ("JPEG", "MPO"):
@@ -81,7 +88,7 @@ def _picture(path: Path) -> np.ndarray:
     return pixels if pixels.ndim == 2 else pixels[..., 0]
 
 
-def _whole(path: Path, values: np.ndarray) -> np.ndarray:
+def _whole_numbers(path: Path, values: np.ndarray) -> np.ndarray:
     """The values as the smallest unsigned type that holds them; ImageError if not labels."""
     if values.dtype == np.bool_:
         return values.astype(np.uint8)

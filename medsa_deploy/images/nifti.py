@@ -19,9 +19,10 @@ from nibabel.volumeutils import apply_read_scaling
 
 from medsa_deploy.errors import ImageError
 
-from .files import reading, suffix
+from .files import reading
 from .image import Image, Plane, choose_slice
-from .volume import Volume, warn_of_spacing
+from .nifti_files import files_of, is_compressed, load
+from .volume import Volume, default_axis, warn_of_spacing
 
 GEOMETRY = (
     "pixdim", "xyzt_units", "dim_info", "slice_start", "slice_end", "slice_code", "slice_duration",
@@ -30,6 +31,8 @@ GEOMETRY = (
 )  # fmt: skip
 """Header fields with the place of the voxels and the order of acquisition. Only these are copied
 from an image to its mask: not the intensity scaling, and no free text, which may name a patient."""
+COLOURS = ("R", "G", "B")
+"""Fields of a voxel in an RGB24 or RGBA32 NIfTI."""
 UNITS_MM = {1: 1000.0, 2: 1.0, 3: 0.001}
 """mm in a metre, millimetre and micrometre, by the lowest three bits of xyzt_units."""
 MOST_GZIP = 1032
@@ -43,10 +46,10 @@ def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:
     size 1, else the axis of largest spacing; among equals, the last. Unscaled values keep their
     dtype (uint8: display values); scaled values become float32.
     """
-    source = _load_numbers(path)
+    source = _load_voxels(path)
     shape = _volume_shape(path, source.shape)
     if axis is None:
-        axis = _default_axis(shape, _spacing_mm(path, source))
+        axis = default_axis(shape, _spacing_mm(path, source))
     plane = choose_slice(path, shape, axis, index)
     subscript: list[int | slice] = [slice(None)] * 3 + [0] * (len(source.shape) - 3)
     subscript[plane.axis] = plane.index
@@ -54,7 +57,7 @@ def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:
         # Subscripting dataobj, unlike get_fdata, reads this slice alone.
         pixels = np.asanyarray(source.dataobj[tuple(subscript[: len(source.shape)])])
     pixels = pixels.reshape([size for k, size in enumerate(shape) if k != plane.axis])
-    return Image(pixels=pixels, path=path, plane=plane)
+    return Image(pixels=_channels(pixels), path=path, plane=plane)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +75,7 @@ class NiftiSlices:
         """The slice, with slope and intercept applied if the header has any."""
         with reading(self.path, "NIfTI"):
             stored = np.array(np.moveaxis(self.voxels, self.axis, 0)[index])
-            pixels = apply_read_scaling(stored, *_scaling(self.source))
+            pixels = _channels(apply_read_scaling(stored, *_scaling(self.source)))
         shape = self.voxels.shape
         plane = Plane(axis=self.axis, index=index, shape=(shape[0], shape[1], shape[2]))
         return Image(pixels=pixels, path=self.path, plane=plane)
@@ -80,18 +83,18 @@ class NiftiSlices:
 
 def is_nifti_volume(path: Path) -> bool:
     """Whether the header of a NIfTI announces more than one plane."""
-    shape = _load(path).shape
+    shape = load(path).shape
     return len(shape) >= 3 and (1 not in shape[:3] or math.prod(shape[3:]) != 1)
 
 
 def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Volume:
     """A 3-D NIfTI, or one `volume` of a 4-D NIfTI; the default axis is that of `read_nifti`."""
-    source = _load_numbers(path)
+    source = _load_voxels(path)
     number = _choose_volume(path, source.shape, volume)
     shape = _volume_shape(path, source.shape[:3])
     spacing_mm = _spacing_mm(path, source)
     if axis is None:
-        axis = _default_axis(shape, spacing_mm)
+        axis = default_axis(shape, spacing_mm)
     choose_slice(path, shape, axis, 0)
     stored = _stored_voxels(path, source, number).reshape(shape)
     slope, inter = _scaling(source)
@@ -100,15 +103,14 @@ def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Vo
     return Volume(
         path=path,
         kind="nifti",
-        files=(path,),
+        files=files_of(path, source),
         shape=shape,
         axis=axis,
         plane_axes=(rows, columns),
         spacing_mm=spacing_mm,
         affine=np.diag([unit, unit, unit, 1.0]) @ source.affine,
-        dtype=np.dtype(np.float32)
-        if (slope, inter) != (1, 0) or stored.dtype.kind == "f"
-        else stored.dtype.newbyteorder("="),
+        dtype=_pixel_dtype(stored.dtype, scaled=(slope, inter) != (1, 0)),
+        colour=stored.dtype.names is not None,
         slices=NiftiSlices(path=path, source=source, voxels=stored, axis=axis),
     )
 
@@ -147,7 +149,7 @@ def write_nifti_mask(path: Path, mask: np.ndarray, image: Image) -> None:
 
 def _mask_volume(mask: np.ndarray, path: Path, plane: Plane) -> Any:
     """`mask` in a NIfTI with the class, shape and geometry of the NIfTI at `path`."""
-    source = _load(path)
+    source = load(path)
     if _volume_shape(path, source.shape[:3]) != plane.shape:
         raise ImageError(
             f"{path} has changed since it was read: its shape is {source.shape}, it was "
@@ -173,21 +175,27 @@ def _label_image(labels: np.ndarray, source: Any) -> Any:
     return type(source)(labels.reshape(shape), None, header)
 
 
-def _load(path: Path) -> Any:
-    """nibabel's image of a NIfTI; ImageError for any other format."""
-    with reading(path, "NIfTI"):
-        source = nibabel.load(path)
-    if not isinstance(source, nibabel.Nifti1Image):
-        raise ImageError(f"{path} is {type(source).__name__}, not NIfTI; convert it to .nii")
+def _load_voxels(path: Path) -> Any:
+    """nibabel's image of a NIfTI; ImageError unless its voxels are real numbers or colours."""
+    source = load(path)
+    dtype = source.get_data_dtype()
+    if dtype.kind not in "biuf" and (dtype.names or ())[:3] != COLOURS:
+        raise ImageError(f"{path} holds {dtype} voxels; expected real numbers or RGB")
     return source
 
 
-def _load_numbers(path: Path) -> Any:
-    """nibabel's image of a NIfTI; ImageError unless its voxels are real numbers."""
-    source = _load(path)
-    if source.get_data_dtype().kind not in "biuf":
-        raise ImageError(f"{path} holds {source.get_data_dtype()} voxels; expected real numbers")
-    return source
+def _channels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) of numbers as they are; of RGB or RGBA as (H, W, 3) uint8."""
+    if pixels.dtype.names is None:
+        return pixels
+    return np.stack([pixels[channel] for channel in COLOURS], axis=-1)
+
+
+def _pixel_dtype(stored: np.dtype, *, scaled: bool) -> np.dtype:
+    """The type of a slice's pixels."""
+    if stored.names is not None:
+        return np.dtype(np.uint8)
+    return np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
 
 
 def _scaling(source: Any) -> tuple[float, float]:
@@ -199,26 +207,27 @@ def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
     """The stored, unscaled voxels of volume `number`; mapped if it is alone and uncompressed."""
     proxy = source.dataobj
     announced = proxy.offset + math.prod(source.shape) * proxy.dtype.itemsize
-    most = path.stat().st_size * (MOST_GZIP if suffix(path) == ".nii.gz" else 1)
+    data, *_ = files_of(path, source)
+    most = data.stat().st_size * (MOST_GZIP if is_compressed(data) else 1)
     if announced > most:  # nibabel would allocate whatever size a damaged header announces
         raise ImageError(
-            f"{path} cannot be read as NIfTI: its header announces {announced} bytes, more than the "
-            "file can hold; it is damaged or cut off, copy or export it again"
+            f"{path} cannot be read as NIfTI: its header announces {announced} bytes, more than "
+            "the file can hold; it is damaged or cut off, copy or export it again"
         )
     with reading(path, "NIfTI"):
         unscaled = ArrayProxy(proxy.file_like, (source.shape, proxy.dtype, proxy.offset))
         if math.prod(source.shape[3:]) == 1:
             return np.asanyarray(unscaled)
-        zeros = (0,) * (len(source.shape) - 4)
-        return np.asarray(unscaled[(slice(None), slice(None), slice(None), number, *zeros)])
+        position = [number if size > 1 else 0 for size in source.shape[3:]]
+        return np.asarray(unscaled[(slice(None), slice(None), slice(None), *position)])
 
 
 def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> int:
     """The index of the volume to read; a lone volume needs no choice."""
     count = math.prod(stored[3:])
-    if math.prod(stored[4:]) != 1:
+    if sum(size != 1 for size in stored[3:]) > 1:
         raise ImageError(
-            f"{path} has shape {stored}; expected (X, Y, Z) or (X, Y, Z, volumes): extract one "
+            f"{path} has shape {stored}; expected (X, Y, Z) or one axis of volumes: extract one "
             "volume into a file of its own"
         )
     if volume is None and count == 1:
@@ -261,12 +270,3 @@ def _volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
         )
     x, y, z = (*stored, 1)[:3]
     return int(x), int(y), int(z)
-
-
-def _default_axis(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> int:
-    """The axis of size 1, else the axis of largest spacing; among equals, the last."""
-    if 1 in shape:
-        return max(k for k in range(3) if shape[k] == 1)
-    spacing = np.asarray(spacing_mm)
-    # Equal spacings computed from an affine differ in the last digits.
-    return int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])

@@ -1,4 +1,4 @@
-"""PNG, JPEG, TIFF, BMP → `Image`, through Pillow.
+"""PNG, JPEG, TIFF, BMP, GIF, WebP, JPEG 2000 → `Image`, through Pillow; TIFF pages → `Volume`.
 
 The pixels are those a viewer shows: EXIF orientation is applied, and palettes become RGB. Alpha is
 dropped, not blended: it is opaque in medical exports, and blending would need a background colour.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,29 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .image import Image
+from .volume import Volume
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000")
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 UNSIGNED, SIGNED = 1, 2
 MIN_IS_WHITE = 0
 
 
-def read_raster(path: Path) -> Image:
-    """The only picture in a file; ImageError for a file with several pages or frames."""
+def read_raster(path: Path, *, page: int | None = None) -> Image:
+    """The only picture in a file, or one page of it; ImageError for several and no `page`."""
     try:
         # From an open file: from a path, Pillow (13.0) memory-maps plain TIFFs with the sides
         # swapped if their orientation tag turns them, and scrambles the picture.
         with reading(path, "an image"), path.open("rb") as f:
             picture = PIL.Image.open(f, formats=FORMATS)
-            pages = getattr(picture, "n_frames", 1)
-            if pages > 1 and picture.format != "MPO":  # MPO: a JPEG and its own previews
+            pages = _page_count(picture)
+            if page is not None:
+                if not 0 <= page < pages:
+                    raise ImageError(f"{path} has no page {page}: give 0…{pages - 1}")
+                picture.seek(page)
+            elif pages > 1:
                 raise ImageError(
                     f"{path} holds {pages} pages or frames, expected 1; extract one into its own "
                     "file"
@@ -48,8 +54,8 @@ def read_raster(path: Path) -> Image:
     except ImageError as e:
         if isinstance(e.__cause__, PIL.UnidentifiedImageError):
             raise ImageError(
-                f"{path} is damaged, or a variant of PNG, JPEG, TIFF or BMP that Pillow cannot "
-                "decode; convert it to an 8- or 16-bit PNG or to .npy"
+                f"{path} is damaged, or a variant of its format that Pillow cannot decode; "
+                "convert it to an 8- or 16-bit PNG or to .npy"
             ) from e.__cause__
         if isinstance(e.__cause__, PIL.Image.DecompressionBombError):
             limit = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
@@ -57,6 +63,88 @@ def read_raster(path: Path) -> Image:
                 f"{path} has more than {limit} million pixels; crop it or scale it down first"
             ) from e.__cause__
         raise
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TiffSlices:
+    """The pages of a TIFF, each decoded when it is read."""
+
+    path: Path
+
+    def read(self, index: int) -> Image:
+        """The page as a picture."""
+        return read_raster(self.path, page=index)
+
+
+def is_raster_volume(path: Path) -> bool:
+    """Whether a file is a TIFF of several pages; frames of a GIF or WebP are an animation."""
+    try:
+        with reading(path, "a TIFF"), path.open("rb") as f:
+            return _page_count(PIL.Image.open(f, formats=("TIFF",))) > 1
+    except ImageError:  # another format, or damaged, which reading the picture reports
+        return False
+
+
+def read_tiff_volume(path: Path, *, axis: int | None) -> Volume:
+    """The pages of a TIFF as slices: voxel (x, y, z) is column, row, page; spacing 1.
+
+    ImageError for another axis than 2, or for pages of different sizes or kinds of pixels.
+    """
+    if axis not in (None, 2):
+        raise ImageError(
+            f"{path}: axis {axis} was given, expected 2: the pages of a TIFF are its slices; leave "
+            "the axis out"
+        )
+    with reading(path, "a TIFF"), path.open("rb") as f:
+        picture = PIL.Image.open(f, formats=("TIFF",))
+        pages = _page_count(picture)
+        kinds = {}
+        for page in range(pages):
+            picture.seek(page)
+            kinds.setdefault((picture.size, picture.mode), page)
+    if len(kinds) > 1:
+        (first, _), (other, page), *_ = kinds.items()
+        raise ImageError(
+            f"{path} mixes pages: {_kind(first)} on page 1, {_kind(other)} on page {page + 1}; "
+            "expected pages of one size and one kind of pixels: split it into several files"
+        )
+    slices = TiffSlices(path=path)
+    image = slices.read(pages // 2)
+    rows, columns = image.pixels.shape[:2]
+    stored = image.pixels.dtype.newbyteorder("=")
+    return Volume(
+        path=path,
+        kind="tiff",
+        files=(path,),
+        shape=(columns, rows, pages),
+        axis=2,
+        plane_axes=(1, 0),
+        spacing_mm=(1.0, 1.0, 1.0),
+        affine=None,
+        dtype=np.dtype(np.float32) if stored.kind == "f" else stored,
+        colour=image.pixels.ndim == 3,
+        inverted=image.inverted,
+        slices=slices,
+    )
+
+
+def write_tiff(path: Path, pages: np.ndarray) -> None:
+    """Write (pages, H, W) uint8 as a TIFF with a page each, compressed without loss."""
+    first, *others = (PIL.Image.fromarray(np.ascontiguousarray(page)) for page in pages)
+    first.save(
+        path, format="TIFF", compression="tiff_adobe_deflate", save_all=True, append_images=others
+    )
+
+
+def _page_count(picture: PIL.ImageFile.ImageFile) -> int:
+    """The pages or frames of a picture; a JPEG's own previews (MPO) do not count."""
+    return 1 if picture.format == "MPO" else int(getattr(picture, "n_frames", 1))
+
+
+def _kind(page: tuple[tuple[int, int], str]) -> str:
+    """`320×240 L`"""
+    (width, height), mode = page
+    return f"{width}×{height} {mode}"
 
 
 def _read(picture: PIL.ImageFile.ImageFile, path: Path) -> Image:

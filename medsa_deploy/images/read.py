@@ -11,33 +11,10 @@ from medsa_deploy.errors import ImageError, MissingDependencyError
 
 from .files import suffix
 from .image import Image, check_image
+from .signatures import SUFFIXES, Format, signature
 from .volume import Volume, check_volume
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["raster", "npy", "nifti", "dicom"]
-
-SUFFIXES: dict[str, Format] = {
-    ".png": "raster",
-    ".jpg": "raster",
-    ".jpeg": "raster",
-    ".tif": "raster",
-    ".tiff": "raster",
-    ".bmp": "raster",
-    ".npy": "npy",
-    ".nii": "nifti",
-    ".nii.gz": "nifti",
-    ".dcm": "dicom",
-}
-SIGNATURES: tuple[tuple[int, bytes, Format], ...] = (
-    (128, b"DICM", "dicom"),
-    (0, b"\x89PNG\r\n\x1a\n", "raster"),
-    (0, b"\xff\xd8\xff", "raster"),
-    (0, b"II*\0", "raster"),
-    (0, b"MM\0*", "raster"),
-    (0, b"\x93NUMPY", "npy"),
-)
-"""(offset, bytes, format). DICOM is first, because its preamble may be the start of a TIFF."""
 
 
 def read_image(
@@ -57,11 +34,9 @@ def read_image(
     """
     path = Path(path)
     file_format = format_of(path)
-    if file_format in ("raster", "dicom") and not (axis is None and index is None):
-        raise ImageError(
-            f"{path} is a single image; only a NIfTI or a three-dimensional .npy has slices: leave "
-            "the axis and the slice out"
-        )
+    sliced = axis is not None or index is not None
+    if sliced and file_format in ("raster", "dicom") and not _is_volume(path, file_format, []):
+        raise ImageError(f"{path} is a single image without slices: leave the axis and slice out")
     return check_image(_read(path, file_format, axis, index))
 
 
@@ -82,8 +57,8 @@ def read_volume(
     """
     path = Path(path)
     file_format = "series" if path.is_dir() else format_of(path)
-    if file_format == "raster":
-        raise ImageError(f"{path} is a picture; expected a NIfTI, a DICOM series or a .npy volume")
+    if file_format == "raster" and not _is_volume(path, file_format, []):
+        raise ImageError(f"{path} is a picture; expected a volume: NIfTI, NRRD, DICOM series, .npy")
     if volume is not None and file_format != "nifti":
         raise ImageError(
             f"{path}: volume {volume} was given; only a 4-D NIfTI holds several volumes: leave the "
@@ -161,13 +136,13 @@ def _looks_like_image(path: Path) -> bool:
     """Whether a file is an image, by its suffix or its signature."""
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
-    return suffix(path) in SUFFIXES or _signature(path) == "dicom"
+    return suffix(path) in SUFFIXES or signature(path) == "dicom"
 
 
 def _is_dicom(path: Path) -> bool:
     """Whether a file is DICOM, by its suffix or its signature."""
     try:
-        return suffix(path) == ".dcm" or _signature(path) == "dicom"
+        return suffix(path) == ".dcm" or signature(path) == "dicom"
     except OSError as e:
         raise ImageError(f"{path} cannot be opened: {e.strerror}") from e
 
@@ -183,7 +158,7 @@ def format_of(path: Path) -> Format:
     try:
         if path.stat().st_size == 0:
             raise ImageError(f"{path} is an empty file: copy or export the image again")
-        known = _signature(path) or SUFFIXES.get(suffix(path))
+        known = signature(path) or SUFFIXES.get(suffix(path))
     except OSError as e:
         raise ImageError(f"{path} cannot be opened: {e.strerror}") from e
     if known is None:
@@ -194,22 +169,16 @@ def format_of(path: Path) -> Format:
     return known
 
 
-def _signature(path: Path) -> Format | None:
-    """The format whose signature a file has; None for a file without a known signature."""
-    with path.open("rb") as f:
-        head = f.read(132)
-    for offset, magic, file_format in SIGNATURES:
-        if head[offset : offset + len(magic)] == magic:
-            return file_format
-    return None
-
-
 def _read(path: Path, file_format: Format, axis: int | None, index: int | None) -> Image:
     """The image, from the format's reader; NIfTI's and DICOM's libraries are imported only here."""
     if file_format == "nifti":
         from .nifti import read_nifti
 
         return read_nifti(path, axis=axis, index=index)
+    if file_format == "nrrd":
+        from .nrrd import read_nrrd
+
+        return read_nrrd(path, axis=axis, index=index)
     if file_format == "dicom":
         from .dicom import read_dicom
 
@@ -220,7 +189,9 @@ def _read(path: Path, file_format: Format, axis: int | None, index: int | None) 
         return read_npy(path, axis=axis, index=index)
     from .raster import read_raster
 
-    return read_raster(path)
+    if axis not in (None, 2):
+        raise ImageError(f"{path}: axis {axis} was given, expected 2: the slices are its pages")
+    return read_raster(path, page=index)
 
 
 def _read_volume(
@@ -231,10 +202,18 @@ def _read_volume(
         from .nifti import read_nifti_volume
 
         return read_nifti_volume(path, axis=axis, volume=volume)
+    if file_format == "nrrd":
+        from .nrrd import read_nrrd_volume
+
+        return read_nrrd_volume(path, axis=axis)
     if file_format == "npy":
         from .npy import read_npy_volume
 
         return read_npy_volume(path, axis=axis)
+    if file_format == "raster":
+        from .raster import read_tiff_volume
+
+        return read_tiff_volume(path, axis=axis)
     from .series import read_dicom_volume, read_series
 
     if file_format == "dicom":
@@ -253,12 +232,18 @@ def _is_volume(path: Path, file_format: Format | Literal["series"], dicoms: list
         from .nifti import is_nifti_volume
 
         return is_nifti_volume(path)
+    if file_format == "nrrd":
+        from .nrrd import is_nrrd_volume
+
+        return is_nrrd_volume(path)
     if file_format == "npy":
         from .npy import is_npy_volume
 
         return is_npy_volume(path)
     if file_format == "raster":
-        return False
+        from .raster import is_raster_volume
+
+        return is_raster_volume(path)
     from .series import is_dicom_volume, is_series
 
     return is_dicom_volume(path) if file_format == "dicom" else is_series(dicoms)

@@ -24,7 +24,7 @@ from .image import Image, check_values
 
 logger = logging.getLogger(__name__)
 
-Kind: TypeAlias = Literal["nifti", "npy", "dicom"]
+Kind: TypeAlias = Literal["nifti", "npy", "dicom", "nrrd", "tiff"]
 Box: TypeAlias = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of a slice."""
 VolumeBox: TypeAlias = tuple[float, float, float, float, float, float]
@@ -197,6 +197,15 @@ class Volume:
         """`x 0…196, y 0…232, z 0…188`: the valid coordinates; `end` is added to the sizes."""
         sizes = zip("xyz", self.shape, strict=True)
         return ", ".join(f"{name} 0…{size + end}" for name, size in sizes)
+
+
+def default_axis(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> int:
+    """The axis of size 1, else the axis of largest spacing; among equals, the last."""
+    if 1 in shape:
+        return max(k for k in range(3) if shape[k] == 1)
+    spacing = np.asarray(spacing_mm)
+    # Equal spacings computed from an affine differ in the last digits.
+    return int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
 
 
 def warn_of_spacing(

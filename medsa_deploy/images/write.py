@@ -1,4 +1,4 @@
-"""A mask → .png, .npy, .nii or .nii.gz; the labels of a volume → .npy, .nii, .nii.gz or .dcm."""
+"""A mask → .png, .tif, .npy or NIfTI; labels of a volume → NIfTI, NRRD, .mha, .npy, .tif, .dcm."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from medsa_deploy.errors import ImageError, UsageError
 
 from .files import check_suffix, output_file, suffix
 from .image import Image
+from .raster import write_tiff
 from .volume import Volume
 
-SUFFIXES = (".png", ".npy", ".nii", ".nii.gz")
-SEGMENTATION_SUFFIXES = (".nii", ".nii.gz", ".npy", ".dcm")
+SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".nii", ".nii.gz")
+SEGMENTATION_SUFFIXES = (
+    ".nii", ".nii.gz", ".nrrd", ".seg.nrrd", ".mha", ".npy", ".tif", ".tiff", ".dcm",
+)  # fmt: skip
 
 
 def check_mask_suffix(path: str | os.PathLike[str]) -> None:
@@ -27,7 +30,8 @@ def check_mask_suffix(path: str | os.PathLike[str]) -> None:
 def write_mask(path: str | os.PathLike[str], mask: np.ndarray, image: Image) -> None:
     """Write the mask of `image`, (H, W) bool or uint8 labels, in the format of `path`'s suffix.
 
-    PNG: 8-bit greyscale, bool as 0 and 255, labels with their values. .npy: the array as it is.
+    PNG, TIFF: 8-bit greyscale, bool as 0 and 255, labels with their values. .npy: the array as it
+    is.
     NIfTI: uint8, bool as 0 and 1. For a slice of a NIfTI, the file is a volume of the same shape
     and geometry with the mask in that slice; for other images it is (H, W, 1) with an identity
     affine. ImageError if the mask does not fit the image or the file cannot be written; UsageError
@@ -50,9 +54,12 @@ def write_mask(path: str | os.PathLike[str], mask: np.ndarray, image: Image) -> 
 
 def _write(path: Path, mask: np.ndarray, image: Image) -> None:
     """Write a mask in the format of `path`'s suffix."""
-    if suffix(path) == ".png":
+    if suffix(path) in (".png", ".tif", ".tiff"):
         grey = mask.astype(np.uint8) * 255 if mask.dtype == np.bool_ else mask
-        PIL.Image.fromarray(grey).save(path)
+        if suffix(path) == ".png":
+            PIL.Image.fromarray(grey).save(path)
+        else:
+            write_tiff(path, grey[np.newaxis])
     elif suffix(path) == ".npy":
         np.save(path, mask, allow_pickle=False)
     else:
@@ -91,10 +98,11 @@ def write_segmentation(
     """Write the labels of `volume`, (X, Y, Z) uint8 in its stored order, by the suffix of `path`.
 
     0 is background; label k is called `names[k - 1]`. .nii, .nii.gz: with the shape, affine,
-    spacing, codes and units of a NIfTI, or the affine of a DICOM series. .npy: the array. .dcm: a
-    semi-automatic DICOM segmentation by `tool`, with a segment for each label; only this format
-    keeps the names. ImageError if the labels do not fit the volume or the file cannot be written;
-    UsageError as in `check_segmentation_target`.
+    spacing, codes and units of a NIfTI, or the affine of another volume. .nrrd, .mha: with its
+    affine; .seg.nrrd also has names and colours, as 3D Slicer reads them. .npy: the array. .tif: a
+    page for each slice. .dcm: a semi-automatic DICOM segmentation by `tool`, with a segment for
+    each label; it keeps the names too. ImageError if the labels do not fit the volume or the file
+    cannot be written; UsageError as in `check_segmentation_target`.
     """
     path = Path(path)
     if labels.dtype != np.uint8:
@@ -115,12 +123,24 @@ def write_segmentation(
             save(dataset, temporary, path)
         return
     with output_file(path) as temporary:
-        if suffix(path) == ".npy":
-            np.save(temporary, np.ascontiguousarray(labels), allow_pickle=False)
-        else:
+        _write_labels(temporary, labels, volume, names)
+
+
+def _write_labels(path: Path, labels: np.ndarray, volume: Volume, names: Sequence[str]) -> None:
+    """Write labels in the format of `path`'s suffix; the library of each is imported here."""
+    match suffix(path):
+        case ".npy":
+            np.save(path, np.ascontiguousarray(labels), allow_pickle=False)
+        case ".tif" | ".tiff":
+            write_tiff(path, np.stack([volume.plane(labels, k) for k in range(len(volume))]))
+        case ".nrrd" | ".mha" | ".seg.nrrd" as ending:
+            from .nrrd import write_nrrd_labels
+
+            write_nrrd_labels(path, labels, volume, names, segments=ending == ".seg.nrrd")
+        case _:
             from .nifti import write_nifti_labels
 
-            write_nifti_labels(temporary, labels, volume)
+            write_nifti_labels(path, labels, volume)
 
 
 def _check_target(path: Path, volume: Volume) -> None:
