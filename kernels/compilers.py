@@ -38,7 +38,7 @@ class Compiler(Protocol):
         """GPUs it compiles for: `sm75`, …, in order."""
 
     def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
-        """A source for one target → its cubin, and what was said of it. BuildError if it fails."""
+        """A source for one target → its cubin, and the compiler's messages; or BuildError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,11 @@ class Nvcc:
         _check_target(self, target)
         with TemporaryDirectory(prefix="medsa-") as folder:
             output = Path(folder) / "kernel.cubin"
-            said = self._run(
+            messages = self._run(
                 *("-cubin", f"-arch={_architecture(target)}", f"-std={STANDARD}"),
                 *(*self.options, "-o", str(output), str(source)),
             )
-            return output.read_bytes(), said
+            return output.read_bytes(), messages
 
     def _run(self, *arguments: str) -> str:
         try:
@@ -118,10 +118,10 @@ class Nvrtc:
             options = [f"--gpu-architecture={_architecture(target)}", f"--std={STANDARD}"]
             encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             failed = self._library.nvrtcCompileProgram(program, len(options), encoded)
-            said = self._result("nvrtcGetProgramLog", program).rstrip(b"\0").decode().strip()
+            messages = self._result("nvrtcGetProgramLog", program).rstrip(b"\0").decode().strip()
             if failed:
-                raise BuildError(f"{self.name} failed on {source.name}:\n{said}")
-            return self._result("nvrtcGetCUBIN", program), said
+                raise BuildError(f"{self.name} failed on {source.name}:\n{messages}")
+            return self._result("nvrtcGetCUBIN", program), messages
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 

@@ -12,11 +12,11 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from medsa_deploy.bundle.atomic import write_bytes
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.folder import new_bundle
 from medsa_deploy.bundle.manifest import load_manifest
@@ -92,7 +92,7 @@ def cubin(source: str, target: str, *, bundle: Path | None = None) -> bytes:
     compiled = _compile(find_compiler(target), source, target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, compiled)
+        write_bytes(path, compiled)
     except OSError as e:
         logger.warning("%s cannot be written (%s): it is compiled each time", path, e.strerror)
     return compiled
@@ -179,9 +179,9 @@ def _in_bundle(source: str, target: str, bundle: Path) -> bytes | None:
 
 
 def _compile(compiler: Compiler, source: str, target: str) -> bytes:
-    compiled, said = compiler.cubin(source_path(source), target)
-    if said:
-        logger.warning("%s on %s for %s: %s", compiler.name, source, target, said)
+    compiled, messages = compiler.cubin(source_path(source), target)
+    if messages:
+        logger.warning("%s on %s for %s: %s", compiler.name, source, target, messages)
     return compiled
 
 
@@ -197,13 +197,3 @@ def _cubin_file(compiler: Compiler, source: str, target: str, folder: Path) -> C
         bytes=path.stat().st_size,
         sha256=sha256(path),
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that others see all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

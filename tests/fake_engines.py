@@ -46,13 +46,15 @@ def describe(flavor: str = "tensorrt", **sizes: AxisRange) -> EngineOptions:
     )
 
 
-def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "10.13.0") -> Path:
+def write(
+    folder: Path, manifest: Manifest, options: EngineOptions, version: str = "10.13.0"
+) -> Path:
     """A folder of engines that `Machine.functions` computes."""
     folder.mkdir(parents=True)
     files = []
     for role in ("encoder", "decoder"):
         path = folder / f"{role}.engine"
-        profile = optimization_profile(made.graphs[role].inputs, options)
+        profile = optimization_profile(manifest.graphs[role].inputs, options)
         path.write_text(json.dumps({"name": role, "profile": profile}))
         files.append(
             EngineFile(
@@ -73,11 +75,13 @@ def write(folder: Path, made: Manifest, options: EngineOptions, version: str = "
     return folder
 
 
-def compute(machine: Machine, made: Manifest, network: BrightPixels) -> None:
+def compute(machine: Machine, manifest: Manifest, network: BrightPixels) -> None:
     """Have the machine's engines compute a network of the manifest's contract."""
 
     def encoder(image: np.ndarray) -> dict[str, np.ndarray]:
-        return {"image_embeddings": np.concatenate([network.encode(one[None]) for one in image])}
+        return {
+            "image_embeddings": np.concatenate([network.encode(plane[None]) for plane in image])
+        }
 
     def decoder(image_embeddings: np.ndarray, **prompt: Any) -> dict[str, np.ndarray]:
         mask = prompt["mask_input"] if prompt["has_mask_input"][0] else None
@@ -90,7 +94,7 @@ def compute(machine: Machine, made: Manifest, network: BrightPixels) -> None:
         return {"low_res_masks": masks, "iou_predictions": scores}
 
     for role, function in (("encoder", encoder), ("decoder", decoder)):
-        graph = made.graphs[role]
+        graph = manifest.graphs[role]
         function.tensors = {
             t.name: tuple(axis if isinstance(axis, int) else -1 for axis in t.shape)
             for t in (*graph.inputs, *graph.outputs)
@@ -122,7 +126,7 @@ def bundle_of(machine: Machine, folder: Path) -> Path:
             path.write_text(role)
         size, digest = path.stat().st_size, sha256(path)
         files.append(File(path=name, role=role, precision="fp32", bytes=size, sha256=digest))
-    made = replace(plain.manifest, files=tuple(files))
-    save_manifest(made, folder)
-    write(folder / "engines" / "x", made, describe())
+    manifest = replace(plain.manifest, files=tuple(files))
+    save_manifest(manifest, folder)
+    write(folder / "engines" / "x", manifest, describe())
     return folder

@@ -773,7 +773,7 @@ def test_the_listener_is_one_that_the_library_takes() -> None:
     code = (
         "from medsa_deploy.nvidia import tensorrt_api; library = tensorrt_api.load('rtx');"
         "listener = tensorrt_api.error_logger(library);"
-        "print(library.Runtime(listener).deserialize_cuda_engine(b'none' * 99), listener.said)"
+        "print(library.Runtime(listener).deserialize_cuda_engine(b'none' * 99), listener.errors)"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -73,15 +73,15 @@ gpu.close()
 
 ERRORS = """
 gpu = Gpu()
-said = []
+caught = []
 for call in (lambda: gpu.module(b"none"), lambda: gpu.allocate(1 << 40)):
     try:
         with gpu.current():
             call()
     except errors.MedsaError as e:
-        said.append([type(e).__name__, str(e)])
+        caught.append([type(e).__name__, str(e)])
 gpu.close()
-print(json.dumps(said))
+print(json.dumps(caught))
 """
 
 CAPTURE = """
@@ -145,8 +145,8 @@ def test_memory_goes_through_pycuda(library: Path, tmp_path: Path) -> None:
     ]
     remaining = iter(calls)
     assert all(call in remaining for call in in_order), calls
-    for one, other in (("cuMemAlloc ", "cuMemFree"), ("cuMemHostAlloc ", "cuMemFreeHost")):
-        assert sum(call.startswith(one) for call in calls) == calls.count(other) == 2
+    for taken, freed in (("cuMemAlloc ", "cuMemFree"), ("cuMemHostAlloc ", "cuMemFreeHost")):
+        assert sum(call.startswith(taken) for call in calls) == calls.count(freed) == 2
 
 
 @needs_pycuda

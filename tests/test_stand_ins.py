@@ -103,14 +103,14 @@ def names(stand_in: ModuleType) -> Iterator[tuple[str, object]]:
 
 def arities(signatures: str) -> set[int]:
     """Numbers of arguments that a docstring's signatures take, `self` included."""
-    found = set()
+    counts = set()
     for arguments in re.findall(r"^(?:\d+\. )?\w+\((.*)\)(?: ->|$| )", signatures, re.MULTILINE):
         if arguments == "*args, **kwargs":
             continue
         parts = re.sub(r"\[[^\]]*\]|<[^>]*>", "", arguments).split(", ") if arguments else []
         optional = sum("=" in part for part in parts)
-        found |= set(range(len(parts) - optional, len(parts) + 1))
-    return found
+        counts |= set(range(len(parts) - optional, len(parts) + 1))
+    return counts
 
 
 def differences(stand_in: ModuleType, library: dict[str, str]) -> Iterator[str]:
@@ -196,26 +196,26 @@ def run(session: Session) -> Any:
     return session.backend._decoder
 
 
-def said(run: Any) -> str:
+def reason(run: Any) -> str:
     """What the library's logger was told, once."""
-    (line,) = run._logger.said
-    run._logger.said.clear()
+    (line,) = run._logger.errors
+    run._logger.errors.clear()
     return str(line)
 
 
 def test_a_context_refuses_names_it_does_not_have(run: Any) -> None:
     assert not run._context.set_input_shape("points", (1, 2, 2))
-    assert said(run) == "no input points"
+    assert reason(run) == "no input points"
     assert not run._context.set_input_shape("low_res_masks", (1, 1, 8, 8))
-    assert said(run) == "no input low_res_masks"
+    assert reason(run) == "no input low_res_masks"
     assert not run._context.set_tensor_address("points", ALIGNMENT)
-    assert said(run) == "no tensor points"
+    assert reason(run) == "no tensor points"
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 2), (4, 2, 2), (0, 2, 2), (1, 2, 3), (1, 2)])
 def test_a_context_refuses_shapes_outside_the_profile(run: Any, shape: tuple[int, ...]) -> None:
     assert not run._context.set_input_shape("point_coords", shape)
-    assert said(run) == f"point_coords: {shape} is not in the optimization profile"
+    assert reason(run) == f"point_coords: {shape} is not in the optimization profile"
     values = {"point_coords": np.zeros((3, 4, 2), np.float32)}
     with run._gpu.current(), pytest.raises(errors.DeviceError, match="cannot have the shape"):
         run._enqueue(run._context, {name: shape for name in values}, {})
@@ -240,7 +240,7 @@ def test_a_context_refuses_scratch_memory_that_is_unaligned_or_too_small(
         memory = run._gpu.allocate(1 << 12)
         context = run._engine.create_execution_context(strategy)
         context.set_device_memory(memory + offset, size)
-        assert "cannot be scratch memory" in said(run)
+        assert "cannot be scratch memory" in reason(run)
         with pytest.raises(errors.DeviceError, match="no scratch memory"):
             run._execute(context)
 

@@ -86,9 +86,11 @@ def _work(source: str, images: Sequence[Image]) -> Work:
     height, width = images[0].pixels.shape[:2]
     points = np.array([[0.4 * width, 0.5 * height], [0.6 * width, 0.5 * height]], np.float32)
     labels = np.array([1, 0], np.float32)
-    first, two = (Prompt(points=points[:n], labels=labels[:n], box=None, mask=None) for n in (1, 2))
+    click, clicks = (
+        Prompt(points=points[:n], labels=labels[:n], box=None, mask=None) for n in (1, 2)
+    )
     slices = "" if len(images) == 1 else f", {len(images)} slices"
-    return Work(name=f"{source}, {width}×{height}{slices}", images=images, first=first, next=two)
+    return Work(name=f"{source}, {width}×{height}{slices}", images=images, first=click, next=clicks)
 
 
 def run_once(session: Session, work: Work) -> dict[str, float]:

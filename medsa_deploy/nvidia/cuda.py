@@ -326,5 +326,5 @@ def _call(driver: Any, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """What CUDA said, as one line."""
+    """CUDA's message, as one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -175,7 +175,7 @@ def _monitor(library: Any, on_progress: OnProgress) -> Any:
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self.phases: list[list[Any]] = []  # name, steps done, steps; the innermost last
-            self.said = 0
+            self.reported = 0
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.phases.append([phase, 0, max(steps, 1)])
@@ -187,8 +187,8 @@ def _monitor(library: Any, on_progress: OnProgress) -> Any:
             share, width = 0.0, 1.0
             for _, done, steps in self.phases:
                 share, width = share + width * done / steps, width / steps
-            if (percent := int(100 * share)) > self.said:
-                self.said = percent
+            if (percent := int(100 * share)) > self.reported:
+                self.reported = percent
                 on_progress(percent)
             return True
 

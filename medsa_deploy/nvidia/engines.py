@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medsa_deploy.bundle.atomic import write_text
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.manifest import Manifest, Role, Tensor
 from medsa_deploy.bundle.strict_json import decode
@@ -136,9 +137,7 @@ def optimization_profile(
 def save_engines(engine: Engine, folder: Path) -> None:
     """Write `engine.json` into the folder of the engines."""
     text = json.dumps(dataclasses.asdict(engine), indent=2, ensure_ascii=False, allow_nan=False)
-    whole = folder / f".{ENGINE_FILENAME}.tmp"
-    whole.write_text(text + "\n", encoding="utf-8")
-    whole.replace(folder / ENGINE_FILENAME)
+    write_text(folder / ENGINE_FILENAME, text + "\n")
 
 
 def load_engines(folder: Path) -> Engine:

@@ -62,8 +62,8 @@ def load(flavor: Flavor) -> Any:
     try:
         library = import_module(MODULES[flavor])
     except (ImportError, OSError) as e:
-        said = " ".join(str(e).split())
-        raise UsageError(f"{NAMES[flavor]} is installed, but does not load: {said}") from e
+        reason = " ".join(str(e).split())
+        raise UsageError(f"{NAMES[flavor]} is installed, but does not load: {reason}") from e
     numbers = tuple(int(n) for n in re.findall(r"\d+", library.__version__)[:2])
     if numbers < OLDEST[flavor]:
         oldest = ".".join(map(str, OLDEST[flavor]))
@@ -99,16 +99,16 @@ def describe_installed(flavor: Flavor, note: OnNote) -> dict[str, Any]:
 
 
 def error_logger(library: Any) -> Any:
-    """A logger for the library's runtime, whose list `said` holds its errors."""
+    """A logger for the library's runtime, whose list `errors` holds its errors."""
 
     class Listener(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             library.ILogger.__init__(self)
-            self.said: list[str] = []
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
-                self.said.append(" ".join(message.split()))
+                self.errors.append(" ".join(message.split()))
 
     return Listener()
 

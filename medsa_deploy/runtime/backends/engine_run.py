@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from medsa_deploy.bundle.atomic import write_bytes
 from medsa_deploy.bundle.manifest import GraphContract
 from medsa_deploy.errors import DeviceError, DeviceMemoryError, EngineChangedError, MedsaError
 from medsa_deploy.kernels.cubins import cache_folder
@@ -263,9 +263,7 @@ class EngineRun:
             return
         try:
             self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._cache_path.with_suffix(f".{secrets.token_hex(8)}.tmp")
-            temporary.write_bytes(data)
-            temporary.replace(self._cache_path)
+            write_bytes(self._cache_path, data)
         except OSError as e:
             logger.info("kernels are not kept in %s: %s", self._cache_path, e.strerror)
 
@@ -303,13 +301,13 @@ class EngineRun:
 
     def _failure(self, event: str, kind: type[Exception]) -> Exception:
         """The error for a call that TensorRT refused, with TensorRT's reason."""
-        lines = self._logger.said or ["no reason given"]
-        said = lines[0][:300]  # the others follow from it
+        lines = self._logger.errors or ["no reason given"]
+        reason = lines[0][:300]  # the others follow from it
         full = any("outofmemory" in line.lower().replace(" ", "") for line in lines)
-        self._logger.said.clear()
+        self._logger.errors.clear()
         if full:
             return DeviceMemoryError(
-                f"the GPU's memory is full ({said}): close what else uses it, or build engines for "
-                "fewer images and prompts with --batch and --prompts"
+                f"the GPU's memory is full ({reason}): close what else uses it, or build engines "
+                "for fewer images and prompts with --batch and --prompts"
             )
-        return kind(f"{event}: {said}")
+        return kind(f"{event}: {reason}")

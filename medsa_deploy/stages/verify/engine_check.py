@@ -50,9 +50,9 @@ class EngineState:
     """What exceeds the limits, or kept them from running through."""
 
 
-def engine_states(bundle: Path, made: Manifest) -> tuple[EngineState, ...]:
+def engine_states(bundle: Path, manifest: Manifest) -> tuple[EngineState, ...]:
     """The engines in a bundle, by their descriptions alone: nothing is hashed or run."""
-    found = []
+    states = []
     for path in sorted((bundle / ENGINES_FOLDER).glob(f"*/{ENGINE_FILENAME}")):
         folder = path.parent
         if folder.name.startswith("."):
@@ -63,10 +63,10 @@ def engine_states(bundle: Path, made: Manifest) -> tuple[EngineState, ...]:
             state = str(e)
         else:
             state = "built, not run" if described.state == "built" else described.state
-            if role := stale_role(described, made):
+            if role := stale_role(described, manifest):
                 state = f"out of date: the {role}'s ONNX file changed since it was built"
-        found.append(EngineState(folder=folder.relative_to(bundle).as_posix(), state=state))
-    return tuple(found)
+        states.append(EngineState(folder=folder.relative_to(bundle).as_posix(), state=state))
+    return tuple(states)
 
 
 def check_engine(
@@ -102,7 +102,7 @@ def check_job(job: dict[str, str], note: OnNote) -> dict[str, Any]:
 
 def state_of(
     bundle: Path,
-    found: EngineState,
+    engines: EngineState,
     cases: Sequence[Case],
     expected: Sequence[dict[str, Array]],
     recorded: float | None,
@@ -111,7 +111,7 @@ def state_of(
 
     recorded: see `verify.limits_of`.
     """
-    folder = bundle / found.folder
+    folder = bundle / engines.folder
     described = load_engines(folder)
     try:
         parity = check_engine(bundle, folder, cases, expected)
@@ -119,16 +119,16 @@ def state_of(
         problems: tuple[str, ...] = (str(e),)
     else:
         if isinstance(parity, str):
-            return replace(found, state=f"{found.state}; not run here: {parity}")
+            return replace(engines, state=f"{engines.state}; not run here: {parity}")
         options = described.options
         limits = engine_limits(options.precision, recorded, tf32=options.tf32)
         problems = tuple(parity_failures(parity, limits))
-        found = replace(found, parity=parity)
+        engines = replace(engines, parity=parity)
     state: Literal["built", "verified"] = "built" if problems else "verified"
     if described.state != state:
         save_engines(replace(described, state=state), folder)
     words = f"failed: {'; '.join(problems)}" if problems else "verified"
-    return replace(found, state=words, failures=problems)
+    return replace(engines, state=words, failures=problems)
 
 
 def engine_limits(precision: str, recorded: float | None, *, tf32: bool) -> Limits:
@@ -140,11 +140,11 @@ def _run(bundle: Path, folder: Path, references: Sequence[Path]) -> Parity:
     """Run the engines on saved cases, in this process."""
     from medsa_deploy.runtime.backends.tensorrt import TensorRTBackend
 
-    made = load_manifest(bundle)
+    manifest = load_manifest(bundle)
     described = load_engines(folder)
     loaded = [load_reference(path) for path in references]
     cases = [case for case, _ in loaded]
-    backend = TensorRTBackend(folder, made, described.options.flavor)
-    with Session(made, backend) as session:
+    backend = TensorRTBackend(folder, manifest, described.options.flavor)
+    with Session(manifest, backend) as session:
         compared = compare_cases(session, cases, [tensors for _, tensors in loaded])
     return compared.summary(cases, precision=described.options.precision, backend=backend.name)

@@ -115,8 +115,8 @@ class Network:
         return bool(self.flags >> int(flag) & 1)
 
     def add_activation(self, tensor, kind):
-        made = Tensor(f"{tensor.name}_{kind.name}")
-        self.layers.append(Layer(LayerType.ACTIVATION, made.name, [tensor], [made]))
+        output = Tensor(f"{tensor.name}_{kind.name}")
+        self.layers.append(Layer(LayerType.ACTIVATION, output.name, [tensor], [output]))
         return self.layers[-1]
 
 
@@ -146,11 +146,11 @@ class OnnxParser:
         for node in graph.node:
             kind = LayerType.SOFTMAX if node.op_type == "Softmax" else LayerType.ELEMENTWISE
             names = (*node.input, *node.output)
-            given, made = [], []
+            inputs, outputs = [], []
             for i, name in enumerate(names):
-                side = given if i < len(node.input) else made
+                side = inputs if i < len(node.input) else outputs
                 side.append(tensors.setdefault(name, Tensor(name)) if name else None)
-            self.network.layers.append(Layer(kind, node.name, given, made))
+            self.network.layers.append(Layer(kind, node.name, inputs, outputs))
         self.network.outputs = [tensors[value.name] for value in graph.output]
         return True
 
@@ -256,10 +256,10 @@ class Builder:
         monitor.phase_finish("Building engine")
         softmax = [layer for layer in network if layer.type == LayerType.SOFTMAX]
         asked["softmax"] = len(softmax)
-        given = [t.name for layer in network for t in layer.inputs if t is not None]
+        read = [t.name for layer in network for t in layer.inputs if t is not None]
         asked["read_past_a_relu"] = sum(
-            given.count(layer.get_output(0).name) != 1
-            or f"{layer.get_output(0).name}_RELU" not in given
+            read.count(layer.get_output(0).name) != 1
+            or f"{layer.get_output(0).name}_RELU" not in read
             for layer in softmax
         )
         with open(os.environ["FAKE_TENSORRT_LOG"], "a") as log:
