@@ -108,6 +108,21 @@ def test_an_interrupt_between_the_two_renames_keeps_the_earlier_bundle(
     assert names(target.parent) == {"a.medsa"}
 
 
+def test_an_interrupt_while_the_folder_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def interrupted(folder: Path) -> None:
+        mkdir(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_bundle(tmp_path / "a.medsa"):
+        raise AssertionError
+    assert names(tmp_path) == set()
+
+
 def test_an_earlier_bundle_that_cannot_be_put_back_is_not_deleted(
     target: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -48,12 +49,13 @@ def new_bundle(target: Path) -> Iterator[Path]:
     >>> with new_bundle(Path("liver.medsa")) as folder:
     ...     save_manifest(manifest, folder)
     """
+    folder = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    except OSError as e:
-        raise UsageError(f"{target} cannot be written ({e.strerror}): name another output") from e
-    try:
-        folder.chmod(0o777 & ~_umask())
+        try:
+            folder.mkdir()  # here, so that an interrupt at any moment leaves no folder
+        except OSError as e:
+            reason = f"{target} cannot be written ({e.strerror}): name another output"
+            raise UsageError(reason) from e
         yield folder
         _replace(folder, target)
     finally:
@@ -129,10 +131,3 @@ def _replace(folder: Path, target: Path) -> None:
     finally:
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's umask. Reading it means setting it twice: there is no other call."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -65,8 +65,7 @@ class Session:
     @property
     def degraded(self) -> str | None:
         """Why a fallback backend is in use; None while the one that was asked for is."""
-        backend = self.backend
-        return backend.degraded if isinstance(backend, FallbackBackend) else None
+        return _degraded(self.backend)
 
     @property
     def conventions(self) -> Conventions:
@@ -276,7 +275,7 @@ class Session:
             counted=None
             if device_masks is None
             else [regions(of_set, size) for of_set in device_masks.tally],
-            degraded=self.degraded,
+            degraded=_degraded(backend),  # another thread may have closed the session
         )
 
     def decode_logits(self, embedding: Embedding, prompts: Sequence[Prompt]) -> tuple[Array, Array]:
@@ -315,3 +314,8 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _degraded(backend: Backend) -> str | None:
+    """See `Session.degraded`."""
+    return backend.degraded if isinstance(backend, FallbackBackend) else None
