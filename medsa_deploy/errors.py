@@ -84,7 +84,7 @@ class EngineError(MedsaError):
 
 
 class EngineFlavorError(EngineError):
-    """A TensorRT engine where a TensorRT-RTX engine is needed, or the reverse."""
+    """A TensorRT engine for a TensorRT-RTX backend, or the reverse."""
 
 
 class EngineVersionError(EngineError):

@@ -38,7 +38,7 @@ from medsa_deploy.graph.qdq import (
     weight_codes,
 )
 from medsa_deploy.stages.quantize import calibration
-from medsa_deploy.stages.quantize.calibration import Histogram, Source
+from medsa_deploy.stages.quantize.calibration import Histogram, ImageSource
 from medsa_deploy.stages.quantize.candidates import CandidateRunner
 
 FINITE = st.floats(-1000, 1000, width=32)
@@ -292,7 +292,7 @@ def test_other_images_are_measured_anew(
     monkeypatch.setattr(calibration.tempfile, "gettempdir", lambda: str(tmp_path))
     seen: list[int] = []
     for count in (1, 1, 2):
-        sources = [Source(path=images / f"{i}.png") for i in range(count)]
+        sources = [ImageSource(path=images / f"{i}.png") for i in range(count)]
         calibration.measure(
             trials(bundle),
             tmp_path,
@@ -325,7 +325,7 @@ def test_a_volume_gives_chunks(tmp_path: Path) -> None:
 
 
 def test_some_images_are_kept_to_judge_by() -> None:
-    sources = [Source(path=Path(f"{i}.png")) for i in range(32)]
+    sources = [ImageSource(path=Path(f"{i}.png")) for i in range(32)]
     used, judged = calibration.hold_out(sources)
     assert [int(source.path.stem) for source in judged] == [6, 12, 19, 25]
     assert sorted([*used, *judged], key=sources.index) == sources

@@ -28,7 +28,7 @@ from medsa_deploy.runtime.backends.registry import BACKENDS, LoadOptions
 SIZE, TOKENS = 512, 1024
 """The smallest image whose tokens, 32×32, are enough."""
 NAME = "encoder.onnxruntime.onnx"
-OURS, THEIRS = (BACKENDS[name].own_encoder for name in ("onnxruntime", "openvino"))
+OURS, THEIRS = (BACKENDS[name].encoder_role for name in ("onnxruntime", "openvino"))
 
 
 @pytest.fixture(scope="module")

@@ -71,8 +71,9 @@ def test_a_good_bundle_with_its_checkpoint_and_images(
 def test_what_is_said_of_a_good_bundle(bundle: Path) -> None:
     done = call("verify", bundle)
     assert done.code == 0
-    assert "fp32 in onnxruntime against what the checkpoint's own network gave at export" in (
-        done.out
+    assert (
+        "fp32 in onnxruntime against the outputs that the checkpoint's own network gave at export"
+        in done.out
     )
     assert done.out.endswith("verified\n")
     assert "compare every file with its SHA-256" in done.err

@@ -86,7 +86,7 @@ stages.quantize_bundle(bundle, precision="fp16")
 manifest = load_manifest(bundle)
 runner = CandidateRunner(bundle, manifest, parity_cases(manifest, None)[:1], None)
 inputs = {layer.input for layer in linear_layers(load_graph(runner.encoder))}
-sources = [calibration.Source(path=folder / "image.png")]
+sources = [calibration.ImageSource(path=folder / "image.png")]
 measured = calibration.measure(runner, folder, sources, inputs, lambda done, total: None)
 assert set(measured.ranges(99.9)) == inputs
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -14,8 +14,8 @@ from medsa_deploy.errors import BundleError
 T = TypeVar("T")
 
 
-def decode(cls: type[T], data: object, where: str) -> T:
-    """An instance of the dataclass `cls` from parsed JSON; messages start with `where`.
+def decode(cls: type[T], data: object, place: str) -> T:
+    """An instance of the dataclass `cls` from parsed JSON; messages start with `place`.
 
     BundleError if a field is unknown or missing, or its value does not fit its annotation.
 
@@ -26,54 +26,54 @@ def decode(cls: type[T], data: object, where: str) -> T:
     Box(sides=(3, 4))
     """
     if not isinstance(data, dict):
-        raise BundleError(f"{where} is {reprlib.repr(data)}, expected an object")
+        raise BundleError(f"{place} is {reprlib.repr(data)}, expected an object")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - set(fields)):
-        raise BundleError(f"{where} has unknown fields: {', '.join(unknown)}")
+        raise BundleError(f"{place} has unknown fields: {', '.join(unknown)}")
     required = {
         name
         for name, f in fields.items()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - set(data)):
-        raise BundleError(f"{where} lacks fields: {', '.join(missing)}")
-    return cls(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in data.items()})
+        raise BundleError(f"{place} lacks fields: {', '.join(missing)}")
+    return cls(**{k: _value(hints[k], v, f"{place}: {k}") for k, v in data.items()})
 
 
-def _value(hint: Any, value: object, where: str) -> Any:
+def _value(hint: Any, value: object, place: str) -> Any:
     """`value` converted to the annotation `hint`; BundleError if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return decode(typing.cast(type, hint), value, where)
+        return decode(typing.cast(type, hint), value, place)
     if origin is Literal and value in arguments:
         return value
     if origin in (typing.Union, types.UnionType):
-        return _member_of(arguments, value, where)
+        return _member_of(arguments, value, place)
     if origin is tuple and isinstance(value, list):
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(hints) != len(value):
-            raise BundleError(f"{where} has {len(value)} values, expected {len(hints)}")
+            raise BundleError(f"{place} has {len(value)} values, expected {len(hints)}")
         return tuple(
-            _value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
+            _value(h, v, f"{place}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
         )
     if origin is dict and isinstance(value, dict):
-        return {k: _value(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
+        return {k: _value(arguments[1], v, f"{place}: {k}") for k, v in value.items()}
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) <= sys.float_info.max:
             return float(value)
     if hint in (int, str, bool, types.NoneType) and type(value) is hint:
         return value
-    raise BundleError(f"{where} is {reprlib.repr(value)}, expected {_kind(hint)}")
+    raise BundleError(f"{place} is {reprlib.repr(value)}, expected {_kind(hint)}")
 
 
-def _member_of(hints: tuple[Any, ...], value: object, where: str) -> Any:
+def _member_of(hints: tuple[Any, ...], value: object, place: str) -> Any:
     """`value` converted to the member of a union that has its JSON type."""
     for hint in hints:
         if type(value) in _json_types(hint):
-            return _value(hint, value, where)
+            return _value(hint, value, place)
     expected = " or ".join(_kind(hint) for hint in hints)
-    raise BundleError(f"{where} is {reprlib.repr(value)}, expected {expected}")
+    raise BundleError(f"{place} is {reprlib.repr(value)}, expected {expected}")
 
 
 def _json_types(hint: Any) -> tuple[type, ...]:

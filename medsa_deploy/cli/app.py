@@ -43,8 +43,8 @@ ParserError: Any = typer.BadParameter.__bases__[0]
 """The parser's usage error: from click, or from the copy of click in newer versions of typer."""
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"medsa-deploy {__version__}")
         raise typer.Exit
 

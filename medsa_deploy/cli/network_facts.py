@@ -59,8 +59,8 @@ def _encoder_facts(network: Network) -> dict[str, str]:
         "decoder": f"two-way blocks in {network.two_way}'s form; {outputs}",
     }
     if one_stage_attends:
-        every = len(network.global_blocks) == sum(network.depths)
-        facts["global blocks"] = "all" if every else _list(network.global_blocks)
+        all_global = len(network.global_blocks) == sum(network.depths)
+        facts["global blocks"] = "all" if all_global else _list(network.global_blocks)
         facts["relative positions"] = {
             "zero": "tables all zero: no bias",
             "real": "real tables",

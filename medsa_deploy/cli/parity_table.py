@@ -17,14 +17,14 @@ def print_parity(parity: Parity, against: str) -> None:
     for name, tensor in parity.tensors.items():
         table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
     table.add_row("mask pixels differing", f"{parity.mask_pixels_differing:.1e}", "")
-    others = {"the decoder in two parts": parity.split, **parity.encoders}
-    for words, other in others.items():
-        if other is not None:
+    variants = {"the decoder in two parts": parity.split, **parity.encoders}
+    for words, variant in variants.items():
+        if variant is not None:
             table.add_row(f"with {words}:", "", "")
-            for name, tensor in other.tensors.items():
+            for name, tensor in variant.tensors.items():
                 table.add_row(name, f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
-            table.add_row("mask pixels differing", f"{other.mask_pixels_differing:.1e}", "")
+            table.add_row("mask pixels differing", f"{variant.mask_pixels_differing:.1e}", "")
     out.print(table)
     if parity.mask_dice_mean is not None and parity.mask_dice_worst is not None:
-        said = f"mean {parity.mask_dice_mean:.4f}, worst {parity.mask_dice_worst:.4f}"
-        out.print(f"mask Dice {said}; NaN or infinite values: {parity.nan_count}")
+        dice = f"mean {parity.mask_dice_mean:.4f}, worst {parity.mask_dice_worst:.4f}"
+        out.print(f"mask Dice {dice}; NaN or infinite values: {parity.nan_count}")

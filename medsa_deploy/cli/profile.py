@@ -50,7 +50,7 @@ class ProfileOptions:
     no_cuda_graphs: NoCudaGraphs = False
 
     def latency(self, bundle: Path) -> stages.LatencyOptions:
-        """What to measure."""
+        """Options of the measurement."""
         return stages.LatencyOptions(
             bundle=str(bundle),
             backend=self.backend,
@@ -62,7 +62,7 @@ class ProfileOptions:
         )
 
     def targets(self) -> stages.ProfileTargets:
-        """Where the profile goes, and what it is compared with."""
+        """Options of the output and the comparison."""
         if self.max_slowdown is not None and self.compare is None:
             raise UsageError("--max-slowdown goes with --compare OTHER.json")
         slowdown = {} if self.max_slowdown is None else {"max_slowdown": self.max_slowdown}
@@ -90,7 +90,7 @@ def profile(bundle: Bundle, options: ProfileOptions, json: Json = False) -> None
 
 
 def _print_profile(profile: Profile) -> None:
-    """Latencies, where the time goes, the comparison, then warnings."""
+    """Latencies, times of layers, the comparison, then warnings."""
     console.print_facts(facts(profile))
     out.print()
     out.print(_latency_table(profile))

@@ -204,10 +204,10 @@ def _file_table(accuracy: stages.Accuracy) -> Table:
 
 def _informative_summaries(accuracy: stages.Accuracy) -> tuple[Summary, ...]:
     """The summaries that repeat neither the files' own lines nor each other."""
-    several = len(accuracy.summary) > 2
+    has_several_classes = len(accuracy.summary) > 2
     if len(accuracy.files) == 1:
-        return accuracy.summary[:1] if several else ()
-    return accuracy.summary if several else accuracy.summary[1:]
+        return accuracy.summary[:1] if has_several_classes else ()
+    return accuracy.summary if has_several_classes else accuracy.summary[1:]
 
 
 def _summary_table(summaries: tuple[Summary, ...]) -> Table:
@@ -228,7 +228,7 @@ def _spread(spread: Spread, form: str) -> tuple[str, ...]:
 
 
 def _remarks(accuracy: stages.Accuracy) -> list[str]:
-    """How the accuracy was measured, and what was left out."""
+    """The measurement of accuracy, and the files that were left out."""
     remarks = []
     if accuracy.prompt is not None:
         prompts = {"box": "a box", "click": "a click", "clicks3": "three clicks"}

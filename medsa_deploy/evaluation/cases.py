@@ -115,13 +115,13 @@ def seeded_prompts(height: int, width: int, mask_size: int | None, seed: int) ->
         return corners.astype(np.float32)
 
     coarse = PillowImage.fromarray(rng.normal(0, 4, (6, 6)).astype(np.float32))
-    none: Array = np.zeros((0, 2), np.float32)
+    no_points: Array = np.zeros((0, 2), np.float32)
     foreground = np.ones(1, np.float32)
     mixed = np.array([1, 0, 1], np.float32)
     sets = [
         Prompt(points=clicks(1), labels=foreground, box=None, mask=None),
         Prompt(points=clicks(3), labels=mixed, box=None, mask=None),
-        Prompt(points=none, labels=none[:, 0], box=box(), mask=None),
+        Prompt(points=no_points, labels=no_points[:, 0], box=box(), mask=None),
         Prompt(points=clicks(1), labels=foreground, box=box(), mask=None),
     ]
     if mask_size is not None:

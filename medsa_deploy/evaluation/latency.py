@@ -83,7 +83,7 @@ class LayerTime:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphLayers:
-    """Where a graph's time goes, by the backend's own profiler, which slows it down."""
+    """The time of a graph's layers, by the backend's own profiler, which slows it down."""
 
     count: int
     """Runs."""
@@ -116,7 +116,7 @@ class ProfileComparison:
     """The earlier profile's file."""
     max_slowdown: float
     differences: tuple[str, ...]
-    """Whatever else differs between the two profiles; the ratios measure that too."""
+    """Other differences between the two profiles, which also affect the ratios."""
     ratios: dict[str, Ratio]
     once: dict[str, float]
     """Ratios of figures that are measured once: `cold load`, `peak memory`."""
@@ -146,7 +146,7 @@ class Profile:
     slices: int
     """Slices encoded together; 1 for an image."""
     warm_up: int
-    """Runs before those that count."""
+    """Runs before the measured runs."""
     machine: dict[str, Any]
     versions: dict[str, str]
     measured: str

@@ -66,7 +66,7 @@ TENSORS = ("image_embeddings", "low_res_masks", "iou_predictions")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NetworkOutputs:
-    """What a network gave for one case."""
+    """A network's outputs for one case."""
 
     tensors: dict[str, Array]
     """`image_embeddings` (D, 256, g, g) of D slices; and for n pairs of slice and prompt set

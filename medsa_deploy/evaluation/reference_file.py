@@ -16,7 +16,7 @@ from .parity import TENSORS, Array, NetworkOutputs
 
 
 def save_reference(path: Path, case: Case, outputs: NetworkOutputs) -> None:
-    """Write a case and what the checkpoint's own network gave for it."""
+    """Write a case and the outputs of the checkpoint's own network for it."""
     pixels = np.stack([image.pixels for image in case.images])
     arrays: dict[str, NDArray[np.generic]] = {"images": pixels, **outputs.tensors}
     for i, prompt in enumerate(case.prompts):

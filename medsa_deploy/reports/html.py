@@ -91,7 +91,7 @@ def down(row: float) -> float:
 
 
 def grid(x: float, text: str, rows: int) -> str:
-    """An upright line through all rows, with what it stands for above."""
+    """An upright line through all rows, with its meaning above."""
     bottom = TOP + ROW * rows
     return (
         f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{bottom}"/>'
@@ -100,7 +100,7 @@ def grid(x: float, text: str, rows: int) -> str:
 
 
 def label(text: str, y: float) -> str:
-    """What a row is."""
+    """The name of a row."""
     return f'<text x="0" y="{y + 4:.1f}">{escape(text)}</text>'
 
 
@@ -113,7 +113,7 @@ def limit(x: float, y: float) -> str:
 
 
 def dot(x: float, y: float, text: str, radius: float) -> str:
-    """A dot that says what it is when pointed at."""
+    """A dot that shows a text when the pointer is on it."""
     return (
         f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(text)}</title>'
         "</circle>"

@@ -1,4 +1,4 @@
-"""A profile → one HTML page with its figures, every sample and where the time goes."""
+"""A latency profile → one HTML page with its figures, every sample and the longest layers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from medsa_deploy.evaluation.latency import Distribution, Profile
 from . import html
 
 HEADERS = ("", "n", "mean ms", "p50", "p90", "p95", "p99", "max", "CV", "a slice")
-"""Of a table of latencies; the last for volumes only. CV: coefficient of variation."""
+"""Headers of a table of latencies, the last one for volumes only. CV: coefficient of variation."""
 LONGEST = 20
-"""Layers that are listed."""
+"""Number of layers in the table."""
 BAR_SHARE = 0.86
-"""Of the axis, for the longest bar; its value stands behind it."""
+"""Share of the axis that the longest bar takes; its value follows it."""
 
 
 def profile_page(profile: Profile) -> str:
-    """The whole page."""
+    """The page's HTML."""
     parts = [_verdict(profile), html.table((), list(facts(profile).items()))]
     parts += [f"<p>⚠ {escape(warning)}</p>" for warning in profile.warnings]
     parts += ["<h2>Latency</h2>", _latencies(profile)]
@@ -39,10 +39,10 @@ def profile_page(profile: Profile) -> str:
         for kind, times in (("block", graph.blocks), ("kind of layer", graph.kinds)):
             parts.append(html.note(f"Milliseconds by {kind}, a run:"))
             parts.append(_bars(times, f"Milliseconds of the {name} by {kind}"))
-        longest = sorted(graph.layers, key=lambda layer: -layer.medianMs)[:LONGEST]
+        longest_layers = sorted(graph.layers, key=lambda layer: -layer.medianMs)[:LONGEST]
         rows = [
-            (one.name, one.operator, f"{one.medianMs:.3f}", f"{one.percentage:.1f}")
-            for one in longest
+            (layer.name, layer.operator, f"{layer.medianMs:.3f}", f"{layer.percentage:.1f}")
+            for layer in longest_layers
         ]
         parts.append(html.table(("layer", "operator", "median ms", "%"), rows, numbers=2))
         text = (
@@ -54,14 +54,14 @@ def profile_page(profile: Profile) -> str:
 
 
 def facts(profile: Profile) -> dict[str, str]:
-    """What was measured where, in words."""
+    """The facts of a measurement, in words."""
     machine = profile.machine
     memory = "" if machine.get("memory_gb") is None else f", {machine['memory_gb']:g} GB"
-    held = "not measured on this system"
+    usage = "not measured on this system"
     if profile.peak_mb is not None and profile.loaded_mb is not None:
-        held = f"{profile.peak_mb:.0f} MB at most, {profile.loaded_mb:.0f} MB when loaded"
+        usage = f"{profile.peak_mb:.0f} MB at most, {profile.loaded_mb:.0f} MB when loaded"
     if gpu := machine.get("gpu"):
-        gpu, held = f"; {gpu}", f"{held}, without the GPU's"
+        gpu, usage = f"; {gpu}", f"{usage}, without the GPU's"
     return {
         "bundle": profile.bundle,
         "what": f"{profile.precision} in {profile.backend}; image: {profile.work}",
@@ -70,7 +70,7 @@ def facts(profile: Profile) -> dict[str, str]:
         f"{machine['system']}{gpu or ''}",
         "versions": ", ".join(f"{name} {number}" for name, number in profile.versions.items()),
         "cold load": f"{profile.load_ms / 1e3:.2f} s in a new process, checking of files included",
-        "memory": held,
+        "memory": usage,
         "measured": f"{profile.measured}, after {profile.warm_up} runs to warm up",
     }
 
@@ -80,18 +80,19 @@ def milliseconds(value: float) -> str:
     return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f}"
 
 
-def figures(one: Distribution) -> list[str]:
-    """A stage's row, from `count` on; the last is empty for what is of one slice."""
-    values = (one.mean_ms, one.p50_ms, one.p90_ms, one.p95_ms, one.p99_ms, one.max_ms)
-    each = "" if one.per_slice_ms is None else milliseconds(one.per_slice_ms)
-    return [str(one.count), *map(milliseconds, values), f"{100 * one.cv:.1f} %", each]
+def figures(distribution: Distribution) -> list[str]:
+    """A stage's row, from `count` on; the last is empty for a stage of one slice."""
+    d = distribution
+    times = (d.mean_ms, d.p50_ms, d.p90_ms, d.p95_ms, d.p99_ms, d.max_ms)
+    per_slice = "" if d.per_slice_ms is None else milliseconds(d.per_slice_ms)
+    return [str(d.count), *map(milliseconds, times), f"{100 * d.cv:.1f} %", per_slice]
 
 
 def _verdict(profile: Profile) -> str:
-    found = profile.comparison
-    if found is None:
+    comparison = profile.comparison
+    if comparison is None:
         return ""
-    other, slower = escape(found.other), escape(", ".join(found.regressions))
+    other, slower = escape(comparison.other), escape(", ".join(comparison.regressions))
     if slower:
         return f'<p class="verdict bad">Slower than {other}: {slower}</p>'
     return f'<p class="verdict good">No regression against {other}</p>'
@@ -99,13 +100,13 @@ def _verdict(profile: Profile) -> str:
 
 def _latencies(profile: Profile) -> str:
     shown = len(HEADERS) if profile.slices > 1 else len(HEADERS) - 1
-    rows = [[name, *figures(one)][:shown] for name, one in profile.stages.items()]
+    rows = [[name, *figures(distribution)][:shown] for name, distribution in profile.stages.items()]
     return html.table(("stage", *HEADERS[1:shown]), rows, numbers=1)
 
 
 def _samples(profile: Profile) -> str:
     """A row for each stage, a dot for each run; decades as grid."""
-    shown = [ms for one in profile.stages.values() for ms in one.samples_ms]
+    shown = [ms for distribution in profile.stages.values() for ms in distribution.samples_ms]
     low, high = floor(log10(min(shown))), ceil(log10(max(shown)))
     high = max(high, low + 1)
 
@@ -114,12 +115,12 @@ def _samples(profile: Profile) -> str:
 
     count = len(profile.stages)
     marks = [html.grid(at(10.0**k), f"{10.0**k:g}", count) for k in range(low, high + 1)]
-    for row, (name, one) in enumerate(profile.stages.items()):
+    for row, (name, distribution) in enumerate(profile.stages.items()):
         y = html.down(row)
         marks.append(html.label(name, y))
-        for k, ms in enumerate(one.samples_ms):
+        for k, ms in enumerate(distribution.samples_ms):
             marks.append(html.dot(at(ms), y + html.spread(k), f"{ms:.3f} ms", 3))
-        marks.append(html.limit(at(one.p50_ms), y))
+        marks.append(html.limit(at(distribution.p50_ms), y))
     return html.plot(marks, count, "Milliseconds of every run, by stage")
 
 
@@ -136,20 +137,20 @@ def _bars(values: Mapping[str, float], title: str) -> str:
 
 
 def _compared(profile: Profile) -> list[str]:
-    found = profile.comparison
-    if found is None:
+    comparison = profile.comparison
+    if comparison is None:
         return []
     rows = [
         (stage, f"{r.ratio:.3f}", f"{r.low:.3f}…{r.high:.3f}", "slower" if r.regression else "")
-        for stage, r in found.ratios.items()
+        for stage, r in comparison.ratios.items()
     ]
-    rows += [(what, f"{ratio:.3f}", "measured once", "") for what, ratio in found.once.items()]
+    rows += [(name, f"{ratio:.3f}", "measured once", "") for name, ratio in comparison.once.items()]
     return [
-        f"<h2>Against {escape(found.other)}</h2>",
+        f"<h2>Against {escape(comparison.other)}</h2>",
         html.table(("stage", "time, now / then", "95 % interval", ""), rows, numbers=1),
-        *(f"<p>⚠ {escape(difference)}</p>" for difference in found.differences),
+        *(f"<p>⚠ {escape(difference)}</p>" for difference in comparison.differences),
         html.note(
             "Ratios of p50 with bootstrap intervals. A click is slower beyond "
-            f"{found.max_slowdown:g} with all of its interval above 1."
+            f"{comparison.max_slowdown:g} with all of its interval above 1."
         ),
     ]

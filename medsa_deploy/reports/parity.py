@@ -30,7 +30,7 @@ class WorstMask:
 
     case: str
     prompt: str
-    """What it was asked for with, in words."""
+    """The prompt, in words."""
     dice: float
     pictures: Sequence[NDArray[np.uint8]]
     """(H, W, 3): the image with both masks, and a part of it enlarged."""
@@ -45,7 +45,7 @@ class Result:
     mask_dice: tuple[float, ...]
     """Of every mask of every case."""
     worst: WorstMask | None
-    """None where no page was asked for."""
+    """None if no page was requested."""
 
     @property
     def failures(self) -> list[str]:
@@ -61,7 +61,7 @@ def page(
     engines: Sequence[tuple[str, str]] = (),
     key: Sequence[tuple[str, tuple[int, int, int]]] = (),
 ) -> str:
-    """The whole page. `engines`: (name, state). `key`: what the pictures' colours mean."""
+    """The page's HTML. `engines`: (name, state). `key`: the meaning of the pictures' colours."""
     problems = [(r.parity, problem) for r in results for problem in r.failures]
     verdict = "".join(f"<li>{escape(p.precision)}: {escape(text)}</li>" for p, text in problems)
     parts = [
@@ -101,9 +101,9 @@ def _figures(results: Sequence[Result]) -> str:
             str(parity.nan_count),
         )
         for i, (name, tensor) in enumerate(parity.tensors.items()):
-            which = f"{parity.precision} in {parity.backend}" if i == 0 else ""
+            precision = f"{parity.precision} in {parity.backend}" if i == 0 else ""
             figures = (f"{tensor.relative_l2:.1e}", f"{tensor.max_abs:.1e}")
-            rows.append((which, name, *figures, *(common if i == 0 else ("",) * 4)))
+            rows.append((precision, name, *figures, *(common if i == 0 else ("",) * 4)))
     headers = ("precision", "tensor", "relative L2", "max abs", "mask pixels differing")
     return html.table((*headers, "Dice mean", "worst", "NaN, infinite"), rows, numbers=2)
 
@@ -119,7 +119,7 @@ def _l2_plot(results: Sequence[Result]) -> str:
     high = max(high, low + 1)
 
     def at(value: float) -> float:
-        """What is 0 stands at the left edge, what is infinite at the right."""
+        """Zero is at the left edge, infinite values at the right edge."""
         power = math.log10(value) if 0 < value < math.inf else low if value == 0 else high
         return html.across((power - low) / (high - low))
 
@@ -163,11 +163,11 @@ def _worst(result: Result, key: Sequence[tuple[str, tuple[int, int, int]]]) -> s
         f'<span class="key" style="background: rgb{colour}"></span>{escape(meaning)}'
         for meaning, colour in key
     )
-    said = f"{result.parity.precision}: {worst.case}, {worst.prompt}, Dice {worst.dice:.4f}"
+    caption = f"{result.parity.precision}: {worst.case}, {worst.prompt}, Dice {worst.dice:.4f}"
     images = "".join(f'<img alt="" src="{_data_uri(picture)}">' for picture in worst.pictures)
     return (
         f'<figure><div class="pair">{images}</div>'
-        f"<figcaption>{escape(said)}.{colours}</figcaption></figure>"
+        f"<figcaption>{escape(caption)}.{colours}</figcaption></figure>"
     )
 
 

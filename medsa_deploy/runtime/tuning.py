@@ -102,12 +102,12 @@ def store(choice: Choice) -> Path:
     target = path()
     new = dataclasses.asdict(choice)
     key = ("encoder_sha256", "machine")
-    others = [
+    entries = [
         entry
         for entry in _entries()
         if not (isinstance(entry, dict) and all(entry.get(name) == new[name] for name in key))
     ]
-    text = json.dumps([*others, new], indent=2) + "\n"
+    text = json.dumps([*entries, new], indent=2) + "\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)

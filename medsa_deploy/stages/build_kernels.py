@@ -14,7 +14,7 @@ from medsa_deploy.progress import OnStep
 
 @dataclass(frozen=True, kw_only=True)
 class KernelBuild:
-    """What was compiled."""
+    """The kernels that were compiled."""
 
     bundle: Path
     folder: str
@@ -29,12 +29,12 @@ def build_kernels(
 ) -> KernelBuild:
     """Compile the kernels for `targets`, such as `sm87` or `sm_87`; default `cubins.TARGETS`."""
     start = perf_counter()
-    wanted = [target.replace("sm_", "sm") for target in targets] or cubins.TARGETS
-    made = cubins.build(bundle, wanted, on_step=on_step)
+    architectures = [target.replace("sm_", "sm") for target in targets] or cubins.TARGETS
+    build = cubins.build(bundle, architectures, on_step=on_step)
     return KernelBuild(
         bundle=bundle,
         folder=cubins.FOLDER,
-        compiler=made.compiler,
-        files=made.files,
+        compiler=build.compiler,
+        files=build.files,
         seconds=perf_counter() - start,
     )

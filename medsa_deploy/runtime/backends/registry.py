@@ -85,12 +85,12 @@ class BackendSetup:
         return self.manifest.has(role, files_precision(self.precision))
 
     def onnx_files(
-        self, own_encoder: Role | None = None
+        self, encoder_role: Role | None = None
     ) -> tuple[Path, Path, dict[str, GraphContract]]:
-        """Encoder, decoder and their contracts. `own_encoder`: the encoder that is preferred."""
+        """Encoder, decoder and their contracts. `encoder_role`: the encoder that is preferred."""
         encoder: Role = "encoder"
-        if own_encoder is not None and self.has(own_encoder) and not self.options.portable:
-            encoder = own_encoder
+        if encoder_role is not None and self.has(encoder_role) and not self.options.portable:
+            encoder = encoder_role
         return self.path(encoder), self.path("decoder"), self.manifest.graphs
 
     def onnx_options(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Requirement:
     installed: Callable[[], bool]
 
     def missing(self, purpose: str) -> str:
-        """What to do without it, in words."""
+        """The library's name and how to install it, in words."""
         if self.extra is None:
             return f"{purpose} needs {self.name}, which is not installed: pip install medsa-deploy"
         return str(MissingDependencyError(self.name, extra=self.extra, purpose=purpose))
@@ -130,7 +130,7 @@ class BackendSpec:
     """It runs the bundle's engines; otherwise its ONNX files."""
     tunable: bool = False
     """`medsa-deploy doctor --tune` measures it, and `auto` may choose it."""
-    own_encoder: Role | None = None
+    encoder_role: Role | None = None
     """Role of the encoder that a bundle may have for this backend alone."""
     computes: Mapping[Precision, Precision] = field(default_factory=dict)
     """Precisions it computes beside those of files → the precision of the files they run."""
@@ -153,7 +153,7 @@ def _onnxruntime_has_cuda() -> bool:
 def _open_onnxruntime(spec: BackendSpec, setup: BackendSetup) -> Backend:
     from .onnxruntime_cpu import OnnxRuntimeBackend
 
-    files = setup.onnx_files(spec.own_encoder)
+    files = setup.onnx_files(spec.encoder_role)
     return OnnxRuntimeBackend(*files, parts=setup.parts(), **setup.onnx_options())
 
 
@@ -165,7 +165,7 @@ def _open_openvino(spec: BackendSpec, setup: BackendSetup) -> Backend:
             "openvino", extra="openvino", purpose="the backend openvino"
         ) from e
     return OpenVINOBackend(
-        *setup.onnx_files(spec.own_encoder),
+        *setup.onnx_files(spec.encoder_role),
         parts=setup.parts(),
         chunk=setup.manifest.network.chunk,
         bf16=setup.precision in spec.computes,
@@ -217,14 +217,14 @@ _ROWS = (
         name="onnxruntime",
         needs=(_package("onnxruntime", None),),
         tunable=True,
-        own_encoder="encoder-onnxruntime",
+        encoder_role="encoder-onnxruntime",
         opener=_open_onnxruntime,
     ),
     BackendSpec(
         name="openvino",
         needs=(_package("openvino", "openvino"),),
         tunable=True,
-        own_encoder="encoder-openvino",
+        encoder_role="encoder-openvino",
         computes={"bf16": "fp32", "int8-bf16": "int8-cpu"},
         opener=_open_openvino,
     ),
@@ -243,9 +243,9 @@ COMPUTED: Mapping[str, Precision] = MappingProxyType(
     {precision: files for row in _ROWS for precision, files in row.computes.items()}
 )
 """Precisions that are computed, and not of files → the precision of the files they run."""
-OWN_ENCODERS = tuple(row.own_encoder for row in _ROWS if row.own_encoder is not None)
+BACKEND_ENCODERS = tuple(row.encoder_role for row in _ROWS if row.encoder_role is not None)
 """Roles of the encoders that are made for one backend each."""
-GRAPH_ROLES: tuple[Role, ...] = ("encoder", *OWN_ENCODERS, "decoder", *PARTS, "weights")
+GRAPH_ROLES: tuple[Role, ...] = ("encoder", *BACKEND_ENCODERS, "decoder", *PARTS, "weights")
 """Roles of the files that backends on ONNX files read."""
 
 

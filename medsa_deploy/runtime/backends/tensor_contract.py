@@ -19,12 +19,12 @@ Opened = tuple[str, str, Sequence[int | str | None]]
 def check_contract(path: Path, opened: Iterable[Opened], graph: GraphContract) -> None:
     """BundleError unless the file's tensors have the manifest's names, types and fixed axes."""
     described = (*graph.inputs, *graph.outputs)
-    found = {name: f"{dtype} {_axes(shape)}" for name, dtype, shape in opened}
+    actual = {name: f"{dtype} {_axes(shape)}" for name, dtype, shape in opened}
     expected = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
     differing = [
-        f"{name} is {found.get(name, 'absent')}, the manifest says {expected.get(name, 'absent')}"
-        for name in expected | found
-        if found.get(name) != expected.get(name)
+        f"{name} is {actual.get(name, 'absent')}, the manifest says {expected.get(name, 'absent')}"
+        for name in expected | actual
+        if actual.get(name) != expected.get(name)
     ]
     if differing:
         raise BundleError(

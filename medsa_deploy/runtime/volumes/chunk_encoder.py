@@ -64,8 +64,8 @@ class ChunkEncoder:
         self._session = session
         self._volume = volume
         self._on_slice = on_slice
-        self._kept: OrderedDict[int, list[Embedding]] = OrderedDict()
-        self._seen: set[int] = set()
+        self._chunks: OrderedDict[int, list[Embedding]] = OrderedDict()
+        self._encoded: set[int] = set()
         self._times: list[float] = []
 
     def __len__(self) -> int:
@@ -78,23 +78,23 @@ class ChunkEncoder:
 
     def chunk(self, start: int) -> list[Embedding]:
         """The embeddings of a chunk's slices, without the repeated slices of the last chunk."""
-        if start in self._kept:
-            self._kept.move_to_end(start)
-            return self._kept[start]
+        if start in self._chunks:
+            self._chunks.move_to_end(start)
+            return self._chunks[start]
         last = len(self) - 1
         slices = [self._volume.slice(min(start + i, last)) for i in range(self.size)]
         embeddings = self._session.encode_slices(slices, intensity_window=self.window)
         self._times += [sum(embedding.timings_ms.values()) for embedding in embeddings]
         # image parts are larger than embeddings and quick to compute: only the last chunk's stay
-        for earlier, kept in self._kept.items():
-            self._kept[earlier] = [replace(embedding, image_part=None) for embedding in kept]
-        self._kept[start] = embeddings[: len(self) - start]
+        for earlier, earlier_embeddings in self._chunks.items():
+            self._chunks[earlier] = [replace(e, image_part=None) for e in earlier_embeddings]
+        self._chunks[start] = embeddings[: len(self) - start]
         chunk_bytes = self.size * embeddings[0].values.nbytes
-        while len(self._kept) > max(1, KEPT_BYTES // chunk_bytes):
-            self._kept.popitem(last=False)
-        self._seen |= self.slices(start)
-        self._on_slice(len(self._seen))
-        return self._kept[start]
+        while len(self._chunks) > max(1, KEPT_BYTES // chunk_bytes):
+            self._chunks.popitem(last=False)
+        self._encoded |= self.slices(start)
+        self._on_slice(len(self._encoded))
+        return self._chunks[start]
 
     def slices(self, start: int) -> set[int]:
         """The slices of a chunk."""

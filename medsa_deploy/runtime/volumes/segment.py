@@ -49,7 +49,7 @@ KEPT_BYTES = 256 * 2**20
 Work = dict[int, dict[int, dict[int, Prompt]]]
 """Chunk → slice → structure → its prompt set."""
 Boxes = dict[int, Array | None]
-"""Slice → the box around a structure's mask there, None where it is empty."""
+"""Slice → the box around a structure's mask there, None if it is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: S
     only the slices of the boxes. If chunks overlap, background clicks without foreground are left
     to a chunk that has both.
     """
-    whole = encoder.size > 1 and session.conventions.prompt_scope == "chunk"
+    by_chunk = encoder.size > 1 and session.conventions.prompt_scope == "chunk"
     work: Work = defaultdict(lambda: defaultdict(dict))
     with_foreground = [
         {start for i in of_slices if has_foreground(of_slices[i]) for start in encoder.holding(i)}
@@ -183,7 +183,7 @@ def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: S
         slices = sorted(encoder.slices(start))
         for structure, of_slices in enumerate(prompts):
             in_chunk = {index: of_slices[index] for index in slices if index in of_slices}
-            if whole and in_chunk:
+            if by_chunk and in_chunk:
                 if start not in with_foreground[structure] and all(
                     with_foreground[structure] & set(encoder.holding(index)) for index in in_chunk
                 ):
@@ -242,22 +242,22 @@ class _Run:
             self._follow(batch, margin)
 
     def _batches_within_memory(self, prompted: Sequence[Boxes]) -> Iterator[Sequence[Boxes]]:
-        """The structures' boxes, as many structures at a time as fit into `KEPT_BYTES`.
+        """The structures' boxes, in batches whose logits fit into `KEPT_BYTES`.
 
         Between two prompts a structure's logits are kept until the slices are reached from above.
         The boxes of structures that are not in a batch are empty.
         """
         batch: list[Boxes] = [{} for _ in prompted]
-        kept = 0
+        batch_bytes = 0
         for structure, boxes in enumerate(prompted):
             between = max(boxes) - min(boxes) + 1 - len(boxes) if boxes else 0
             logits = 16 * self.session.manifest.network.embedding_size**2
-            needed = 4 * logits * between * len(self.masks[structure])
-            if kept and kept + needed > KEPT_BYTES:
+            structure_bytes = 4 * logits * between * len(self.masks[structure])
+            if batch_bytes and batch_bytes + structure_bytes > KEPT_BYTES:
                 yield batch
-                batch, kept = [{} for _ in prompted], 0
+                batch, batch_bytes = [{} for _ in prompted], 0
             batch[structure] = boxes
-            kept += needed
+            batch_bytes += structure_bytes
         yield batch
 
     def _follow(self, prompted: Sequence[Boxes], margin: float) -> None:

@@ -156,11 +156,11 @@ def has_foreground(prompt: Prompt) -> bool:
     return prompt.box is not None or bool((prompt.labels == 1).any())
 
 
-def check_foreground(prompt: Prompt, where: str) -> None:
+def check_foreground(prompt: Prompt, place: str) -> None:
     """PromptError for a set of background clicks only."""
     if not has_foreground(prompt):
         raise PromptError(
-            f"{where} has background clicks only: add a foreground click or a box there, "
+            f"{place} has background clicks only: add a foreground click or a box there, "
             "or leave them out"
         )
 

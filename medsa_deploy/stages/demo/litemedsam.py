@@ -42,7 +42,7 @@ class PromptResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LiteMedSAMDemonstration:
-    """What it measured."""
+    """The results of the demonstration."""
 
     bundle: Path
     parity: Parity
@@ -64,7 +64,7 @@ def demonstrate_litemedsam(
     with export_extra():
         from medsa_deploy.exporters.architecture import Overrides
     folder.mkdir(parents=True, exist_ok=True)
-    made = export_checkpoint(
+    export = export_checkpoint(
         weights,
         output=folder / "litemedsam.medsa",
         base=None,
@@ -74,14 +74,14 @@ def demonstrate_litemedsam(
         on_step=on_step,
     )
     on_step("segment slices of the MNI T1 template")
-    with load(made.bundle) as session:
+    with load(export.bundle) as session:
         results, encode_ms = _segment_slices(session)
         overlay = folder / "overlay.png"
         prompt_ms = _overlay_and_clicks(session, overlay)
     return LiteMedSAMDemonstration(
-        bundle=made.bundle,
-        parity=made.manifest.parity[0],
-        export_seconds=made.seconds,
+        bundle=export.bundle,
+        parity=export.manifest.parity[0],
+        export_seconds=export.seconds,
         results=tuple(results),
         encode_ms=encode_ms,
         prompt_ms=prompt_ms,
@@ -101,8 +101,8 @@ def _segment_slices(session: Session) -> tuple[list[PromptResult], float]:
             box, click = box_around(label), inner_point(label)
             for prompt, points in (("box", None), ("box + click", [click])):
                 prediction = session.segment(embedding, box=box, points=points)
-                found = dice(prediction.mask, label)
-                results.append(PromptResult(slice=index, structure=name, prompt=prompt, dice=found))
+                score = dice(prediction.mask, label)
+                results.append(PromptResult(slice=index, structure=name, prompt=prompt, dice=score))
     return results, median(encode_ms)
 
 

@@ -35,7 +35,7 @@ TISSUES = CLASSES[:2]
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """What the demonstration measured."""
+    """The results of the demonstration."""
 
     bundle: Path
     parity: Parity
@@ -59,7 +59,7 @@ def demonstrate(folder: Path, *, on_step: OnStep = lambda step: None) -> Demonst
         from medsa_deploy.exporters.architecture import Overrides
     folder.mkdir(parents=True, exist_ok=True)
     with resources.as_file(resources.files("medsa_deploy") / CHECKPOINT) as checkpoint:
-        made = export_checkpoint(
+        export = export_checkpoint(
             checkpoint,
             output=folder / "medsa_demo.medsa",
             base=None,
@@ -69,7 +69,7 @@ def demonstrate(folder: Path, *, on_step: OnStep = lambda step: None) -> Demonst
             on_step=on_step,
         )
     verification = verify_bundle(
-        made.bundle,
+        export.bundle,
         checkpoint=None,
         base=None,
         images=None,
@@ -82,13 +82,13 @@ def demonstrate(folder: Path, *, on_step: OnStep = lambda step: None) -> Demonst
     labels = structures(HELD_OUT)
     clicks = _clicks(labels["brain"][len(HELD_OUT) // 2], HELD_OUT[len(HELD_OUT) // 2])
     targets = folder / "segmentation.nii.gz", folder / "montage.png"
-    with load(made.bundle) as session:
+    with load(export.bundle) as session:
         tissues = _segment(session, volume, clicks, TISSUES, targets)
         brain = _segment(session, volume, clicks, ("brain",), None)
     return Demonstration(
-        bundle=made.bundle,
-        parity=made.manifest.parity[0],
-        export_seconds=made.seconds,
+        bundle=export.bundle,
+        parity=export.manifest.parity[0],
+        export_seconds=export.seconds,
         verified=not verification.failures,
         clicks=clicks,
         dice={name: _dice(tissues, name, labels) for name in TISSUES}
@@ -109,25 +109,27 @@ def _segment(
     """The classes wanted of the clicks; written as a segmentation and a montage."""
     volume = read_volume(path, axis=AXIAL)
     labels = (1,) * len(clicks)
-    wanted = [Structure(points=clicks, labels=labels, class_name=name) for name in classes]
-    prediction = segment_volume(session, volume, wanted)
+    structures = [Structure(points=clicks, labels=labels, class_name=name) for name in classes]
+    prediction = segment_volume(session, volume, structures)
     if targets is not None:
         segmentation, montage = targets
         write_segmentation(segmentation, prediction.labels, volume, names=prediction.names)
-        write_volume_overlay(montage, session, volume, prediction, wanted[:1])
+        write_volume_overlay(montage, session, volume, prediction, structures[:1])
     return prediction
 
 
 def _clicks(label: Mask, index: int) -> tuple[tuple[float, float, float], ...]:
     """Clicks in a structure on one slice (H, W), one in each third of its width, in voxels."""
     columns = np.flatnonzero(label.any(axis=0))
-    found = []
+    clicks = []
     for part in np.array_split(columns, CLICKS):
         third = np.zeros_like(label)
         third[:, part] = label[:, part]
         x, y = inner_point(third)
-        found.append((float(y), float(x), float(index)))  # rows run along the template's first axis
-    return tuple(found)
+        clicks.append(
+            (float(y), float(x), float(index))
+        )  # rows run along the template's first axis
+    return tuple(clicks)
 
 
 def _dice(prediction: VolumePrediction, name: str, labels: dict[str, Mask]) -> float:

@@ -27,7 +27,7 @@ REQUIREMENT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What this machine has."""
+    """Hardware, libraries and backends of this machine."""
 
     medsa_deploy: str
     python: str
@@ -35,7 +35,7 @@ class Diagnosis:
     processor: str
     cores: int
     memory_gb: float | None
-    """Installed memory; None where the system does not report it."""
+    """Installed memory; None if the system does not report it."""
     libraries: dict[str, dict[str, str | None]]
     """Extra → library → version; None if the library is not installed. The plain install is
     `runtime`."""
@@ -43,9 +43,9 @@ class Diagnosis:
     """ONNX Runtime's execution providers."""
     nvidia_driver: bool
     tuning: tuple[Choice, ...]
-    """What `--tune` stored on this machine, for the backend `auto`."""
+    """Choices that `--tune` stored on this machine, for the backend `auto`."""
     problems: tuple[str, ...]
-    """What keeps the plain install from working, and what to do."""
+    """Problems that keep the plain install from working, and their remedies."""
 
 
 def diagnose() -> Diagnosis:

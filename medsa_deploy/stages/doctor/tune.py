@@ -42,7 +42,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was measured and stored."""
+    """The measured latencies, and the choice that was stored."""
 
     choice: Choice
     candidates: tuple[Candidate, ...]

@@ -1,8 +1,8 @@
 """A user's images → the ranges of an encoder's activations.
 
-Images go through the session's own preprocessing and the float32 encoder, one at a time; of each
-activation only its extremes and a histogram are kept. What has been measured is saved every few
-images in the system's temporary folder, and taken up again for the same encoder and images.
+Images go through the session's preprocessing and the float32 encoder, one at a time. Each
+activation adds to its extremes and its histogram. These are saved every few images in the system's
+temporary folder; a later run with the same encoder and images continues from there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medsa_deploy import transforms
+from medsa_deploy.bundle.atomic import whole_file
 from medsa_deploy.bundle.manifest import Calibration, Manifest
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.evaluation.cases import Case, image_case
@@ -36,21 +37,21 @@ logger = logging.getLogger(__name__)
 FEWEST = 32
 """Fewer images than this may not show the range of activations."""
 SLICES = 16
-"""Of a volume, so many slices are taken, evenly spaced; flat ones are left out."""
+"""Slices taken from a volume, evenly spaced; flat slices are left out."""
 CHUNKS = 4
-"""Of a volume, so many chunks are taken for a network that sees depth."""
+"""Chunks taken from a volume for a network that sees depth."""
 HELD_OUT = 4
-"""Of eight images or more, so many are kept from the calibration, to judge it by."""
+"""Images that are left out of the calibration, to judge it by, if there are eight or more."""
 SAVED_EVERY = 8
 """Images between two savings."""
 BINS = 2048
 LEAST_TOP = 2.0**-20
-"""Activations that are smaller everywhere are as good as zero."""
+"""The least upper end of a histogram; smaller activations count as zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What the network sees at once: a file's image, or a volume's slices from `index` on."""
+class ImageSource:
+    """One input of the network: a file's image, or a volume's slices from `index` on."""
 
     path: Path
     index: int | None = None
@@ -81,15 +82,15 @@ class Histogram:
         self.counts += np.histogram(magnitudes, bins=BINS, range=(0, self.top))[0]
 
     def percentile(self, percent: float) -> float:
-        """The magnitude below which so many percent lie: the upper edge of its bin."""
+        """The magnitude below which `percent` of the values lie: the upper edge of its bin."""
         below = np.cumsum(self.counts)
-        found = int(np.searchsorted(below, below[-1] * percent / 100))
-        return self.top * (min(found, BINS - 1) + 1) / BINS
+        bin_index = int(np.searchsorted(below, below[-1] * percent / 100))
+        return self.top * (min(bin_index, BINS - 1) + 1) / BINS
 
 
 @dataclass(eq=False)
 class Measured:
-    """What was measured of an encoder's activations."""
+    """The measured extremes and histograms of an encoder's activations."""
 
     done: int = 0
     """Images measured so far, in the order of the sources."""
@@ -98,7 +99,7 @@ class Measured:
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def note(self, output: str, value: NDArray[np.float32]) -> None:
-        """Take one of the watched outputs into account."""
+        """Add the value of a watched output."""
         if output.endswith(LOW):
             name = output.removesuffix(LOW)
             self.low[name] = min(self.low.get(name, np.inf), float(value))
@@ -113,57 +114,59 @@ class Measured:
         return {name: max(-self.low[name], self.high[name]) for name in self.low}
 
     def ranges(self, percent: float | None) -> dict[str, tuple[float, float]]:
-        """What the codes of each activation span: everything, or a percentile of magnitudes."""
-        found = {}
+        """The range of each activation's codes: all values, or a percentile of magnitudes."""
+        ranges = {}
         for name, histogram in self.histograms.items():
             top = np.inf if percent is None else histogram.percentile(percent)
-            found[name] = (max(self.low[name], -top), min(self.high[name], top))
-        return found
+            ranges[name] = (max(self.low[name], -top), min(self.high[name], top))
+        return ranges
 
 
-def find_sources(paths: Sequence[Path], chunk: int = 1) -> list[Source]:
-    """The images of files and folders; of volumes, evenly spaced slices or chunks of slices.
+def find_sources(paths: Sequence[Path], chunk: int = 1) -> list[ImageSource]:
+    """The images of files and folders; for volumes, evenly spaced slices or chunks of slices.
 
-    UsageError without any; ImageError for a volume of fewer slices than a chunk.
+    UsageError if there are no images; ImageError for a volume of fewer slices than a chunk.
     """
-    found: list[Source] = []
+    sources: list[ImageSource] = []
     for path in paths:
         if path.is_dir() and not is_volume(path):
             for file in find_images(path):
-                found += _sources(file, chunk)
+                sources += _sources(file, chunk)
         else:
-            found += _sources(path, chunk)
-    if not found:
+            sources += _sources(path, chunk)
+    if not sources:
         raise UsageError(
             "int8 is fitted to your own images: give --calibration a folder of them, or files"
         )
-    if len(found) * chunk < FEWEST:
+    if len(sources) * chunk < FEWEST:
         logger.warning(
             "calibration on %d image(s): %d or more, unlike each other, are better",
-            len(found) * chunk,
+            len(sources) * chunk,
             FEWEST,
         )
-    return found
+    return sources
 
 
-def hold_out(sources: Sequence[Source]) -> tuple[list[Source], list[Source]]:
-    """Images to calibrate on, and evenly spaced ones to judge by: the same where there are few."""
+def hold_out(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], list[ImageSource]]:
+    """Images to calibrate on, and evenly spaced images to judge by; the two overlap for few."""
     if len(sources) < 2 * HELD_OUT:
         return list(sources), list(sources[:HELD_OUT])
     places = np.linspace(0, len(sources) - 1, HELD_OUT + 2).round().astype(int)[1:-1].tolist()
-    rest = [source for i, source in enumerate(sources) if i not in places]
-    return rest, [sources[i] for i in places]
+    calibration = [source for i, source in enumerate(sources) if i not in places]
+    return calibration, [sources[i] for i in places]
 
 
-def image_cases(sources: Sequence[Source], made: Manifest) -> list[Case]:
+def image_cases(sources: Sequence[ImageSource], manifest: Manifest) -> list[Case]:
     """A case on each source, with prompts of every kind."""
-    side = made.mask_prompt_size
-    found = zip(sources, _images(sources, made), strict=True)
-    return [image_case(source.name, images, side) for source, (images, _) in found]
+    side = manifest.mask_prompt_size
+    return [
+        image_case(source.name, images, side)
+        for source, (images, _) in zip(sources, _images(sources, manifest), strict=True)
+    ]
 
 
-def described(sources: Sequence[Source], chunk: int, method: str) -> Calibration:
-    """What the manifest says of a calibration."""
+def described(sources: Sequence[ImageSource], chunk: int, method: str) -> Calibration:
+    """The manifest's entry for a calibration."""
     names = "\n".join(source.name for source in sources)
     return Calibration(
         images=len(sources) * chunk,
@@ -173,25 +176,25 @@ def described(sources: Sequence[Source], chunk: int, method: str) -> Calibration
 
 
 def measure(
-    trials: CandidateRunner,
+    runner: CandidateRunner,
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[ImageSource],
     activations: Collection[str],
     on_image: Callable[[int, int], None],
 ) -> Measured:
     """Run the float32 encoder on every image; `activations` get histograms, all values extremes."""
-    saved = _saved_path(trials, sources, activations)
+    saved = _saved_path(runner, sources, activations)
     measured = _load(saved)
-    model = load_graph(trials.encoder)
+    model = load_graph(runner.encoder)
     watch(model, computed_values(model), sampled=activations)
     encoder = save_graph(model, folder / "encoder.watched.onnx")[0]
     del model
-    made = trials.manifest
+    manifest = runner.manifest
     watchers = {"encoder": measured.note, "decoder": lambda output, value: None}
-    backend = RecordingBackend(encoder, trials.decoder, made, watchers, trials.threads)
+    backend = RecordingBackend(encoder, runner.decoder, manifest, watchers, runner.threads)
     on_image(measured.done, len(sources))
-    with Session(made, backend) as session:
-        for images, window in _images(sources[measured.done :], made):
+    with Session(manifest, backend) as session:
+        for images, window in _images(sources[measured.done :], manifest):
             session.encode_slices(images, intensity_window=window)
             measured.done += 1
             on_image(measured.done, len(sources))
@@ -200,11 +203,11 @@ def measure(
     return measured
 
 
-def _sources(path: Path, chunk: int) -> Iterator[Source]:
+def _sources(path: Path, chunk: int) -> Iterator[ImageSource]:
     """A file's image, or slices or chunks of the volume in a file or folder."""
     if chunk == 1 and not is_volume(path):
-        read_image(path)  # what cannot be read is refused before minutes of work
-        yield Source(path=path)
+        read_image(path)  # refuses an unreadable image before minutes of work
+        yield ImageSource(path=path)
         return
     volume = read_volume(path)
     if len(volume) < chunk:
@@ -215,13 +218,13 @@ def _sources(path: Path, chunk: int) -> Iterator[Source]:
     count = SLICES if chunk == 1 else CHUNKS
     for index in np.unique(np.linspace(0, len(volume) - chunk, count).round().astype(int)):
         if np.ptp(volume.slice(int(index) + chunk // 2).pixels):
-            yield Source(path=path, index=int(index))
+            yield ImageSource(path=path, index=int(index))
 
 
 def _images(
-    sources: Sequence[Source], made: Manifest
+    sources: Sequence[ImageSource], manifest: Manifest
 ) -> Iterator[tuple[list[Image], tuple[float, float] | None]]:
-    """What each source holds, and a volume's intensity window; a volume is opened once."""
+    """Each source's images, and a volume's intensity window; a volume is opened once."""
     opened: tuple[Path, Volume] | None = None
     for source in sources:
         if source.index is None:
@@ -230,13 +233,13 @@ def _images(
         if opened is None or opened[0] != source.path:
             opened = source.path, read_volume(source.path)
         volume = opened[1]
-        slices = range(source.index, source.index + made.network.chunk)
-        yield [volume.slice(i) for i in slices], _window(volume, made)
+        slices = range(source.index, source.index + manifest.network.chunk)
+        yield [volume.slice(i) for i in slices], _window(volume, manifest)
 
 
-def _window(volume: Volume, made: Manifest) -> tuple[float, float] | None:
-    """The whole volume's range, where nothing else maps its intensities to display values."""
-    conventions = made.conventions
+def _window(volume: Volume, manifest: Manifest) -> tuple[float, float] | None:
+    """The volume's range; None if something else maps its intensities to display values."""
+    conventions = manifest.conventions
     if conventions.intensity_window or volume.rendered or volume.dtype == np.uint8:
         return None
     if transforms.PREPROCESSING[conventions.preprocess].min_max:
@@ -245,17 +248,17 @@ def _window(volume: Volume, made: Manifest) -> tuple[float, float] | None:
 
 
 def _saved_path(
-    trials: CandidateRunner, sources: Sequence[Source], activations: Collection[str]
+    runner: CandidateRunner, sources: Sequence[ImageSource], activations: Collection[str]
 ) -> Path:
-    """Where the ranges of this encoder on these images are saved."""
+    """The file that the ranges of this encoder on these images are saved in."""
     entries = [
         (str(source.path.resolve()), source.index, stat.st_size, stat.st_mtime_ns)
         for source in sources
         for stat in [source.path.stat()]
     ]
-    made = trials.manifest
-    window, preprocess = made.conventions.intensity_window, made.conventions.preprocess
-    encoder = made.file("encoder").sha256
+    manifest = runner.manifest
+    window, preprocess = manifest.conventions.intensity_window, manifest.conventions.preprocess
+    encoder = manifest.file("encoder").sha256
     key = json.dumps([encoder, preprocess, window, entries, sorted(activations), BINS])
     user = os.getuid() if hasattr(os, "getuid") else "user"
     folder = Path(tempfile.gettempdir()) / f"medsa-deploy-{user}"
@@ -263,31 +266,28 @@ def _saved_path(
 
 
 def _save(measured: Measured, path: Path) -> None:
-    """Save what was measured so far; where that cannot be, a later run starts anew."""
+    """Save the measurements so far. If they cannot be saved, a later run starts again."""
     names = list(measured.histograms)
     values = list(measured.low)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        np.savez_compressed(
-            temporary,
-            done=np.array(measured.done),
-            values=np.array(values, np.str_),
-            low=np.array([measured.low[name] for name in values]),
-            high=np.array([measured.high[name] for name in values]),
-            names=np.array(names, np.str_),
-            tops=np.array([measured.histograms[name].top for name in names]),
-            counts=np.array([measured.histograms[name].counts for name in names]),
-        )
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            np.savez_compressed(
+                temporary,
+                done=np.array(measured.done),
+                values=np.array(values, np.str_),
+                low=np.array([measured.low[name] for name in values]),
+                high=np.array([measured.high[name] for name in values]),
+                names=np.array(names, np.str_),
+                tops=np.array([measured.histograms[name].top for name in names]),
+                counts=np.array([measured.histograms[name].counts for name in names]),
+            )
     except OSError as e:
         logger.info("the calibration so far is not saved: %s", e)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> Measured:
-    """What was saved, or nothing measured yet."""
+    """The saved measurements, or an empty start."""
     try:
         with np.load(path, allow_pickle=False) as data:
             values, names = data["values"].tolist(), data["names"].tolist()

@@ -23,24 +23,24 @@ Watcher = Callable[[str, Array], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateResult:
-    """How a candidate compares."""
+    """A candidate's comparison with the float32 graphs."""
 
     parity: Parity
     failures: tuple[str, ...]
-    """What exceeds the limits of its precision, over all cases or on the saved reference's."""
+    """Figures beyond the limits of its precision, over all cases or on the saved reference's."""
 
 
 class CandidateRunner:
-    """The verification cases, and what a bundle's float32 graphs give for them."""
+    """Compares candidates with a bundle's float32 graphs on the verification cases."""
 
     def __init__(
-        self, bundle: Path, made: Manifest, cases: Sequence[Case], threads: int | None
+        self, bundle: Path, manifest: Manifest, cases: Sequence[Case], threads: int | None
     ) -> None:
-        self.bundle, self.manifest, self.cases, self.threads = bundle, made, cases, threads
+        self.bundle, self.manifest, self.cases, self.threads = bundle, manifest, cases, threads
         self.runs = 0
-        """How often the cases were run with a candidate."""
-        self.encoder = bundle / made.file("encoder").path
-        self.decoder = bundle / made.file("decoder").path
+        """Number of candidates that were run."""
+        self.encoder = bundle / manifest.file("encoder").path
+        self.decoder = bundle / manifest.file("decoder").path
         with self.open(self.encoder, self.decoder) as session:
             self._expected = [run_case(session, case).tensors for case in cases]
 
@@ -67,32 +67,32 @@ class CandidateRunner:
 
         parity = summary(len(self.cases))
         failures = dict.fromkeys(parity_failures(parity))
-        if self.cases[0].seeded:  # alone too: it is the saved reference, which verify goes by
+        if self.cases[0].seeded:  # `verify` compares the saved reference alone
             failures |= dict.fromkeys(parity_failures(summary(1)))
         return CandidateResult(parity=parity, failures=tuple(failures))
 
 
 class RecordingBackend(OnnxRuntimeBackend):
-    """Graphs that give more outputs than the contract's; those go to a function."""
+    """Graphs with more outputs than the contract's; `on_value` gets the further outputs."""
 
     def __init__(
         self,
         encoder: Path,
         decoder: Path,
-        made: Manifest,
+        manifest: Manifest,
         on_value: Mapping[str, Watcher],
         threads: int | None,
     ) -> None:
-        self._named = {
-            id_: [tensor.name for tensor in made.graphs[id_].outputs] for id_ in made.graphs
+        self._contract_names = {
+            id_: [tensor.name for tensor in manifest.graphs[id_].outputs] for id_ in manifest.graphs
         }
         self._watchers = on_value
-        super().__init__(encoder, decoder, made.graphs, threads=threads)
+        super().__init__(encoder, decoder, manifest.graphs, threads=threads)
 
     def _open(self, role: str, path: Path, contract: GraphContract) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        # in the graph's own order: by default every value that is watched is kept until the end
+        # in the graph's order: in the default order, every watched value is stored until the end
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
@@ -101,7 +101,7 @@ class RecordingBackend(OnnxRuntimeBackend):
     def _run(self, graph: ort.InferenceSession, inputs: dict[str, Array]) -> dict[str, Array]:
         role = "encoder" if graph is self._graphs["encoder"] else "decoder"
         outputs = super()._run(graph, inputs)
-        contract = {name: np.asarray(outputs.pop(name)) for name in self._named[role]}
+        contract = {name: np.asarray(outputs.pop(name)) for name in self._contract_names[role]}
         if not all(np.isfinite(value).all() for value in contract.values()):
             raise DeviceError(f"the float32 {role} gives NaN or Inf: export the checkpoint again")
         for name, value in outputs.items():

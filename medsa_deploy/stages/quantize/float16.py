@@ -1,9 +1,9 @@
-"""A bundle's float32 graphs → float16 graphs whose masks agree with theirs.
+"""A bundle's float32 graphs → float16 graphs with masks that agree.
 
-What stays float32 is decided by operator (norms, softmax, coordinates), by the values measured on
-the verification cases (what float16 could not hold), and by block where the masks ask for it. The
-masks are those of graphs that round every result to float16, as a GPU stores it: ONNX Runtime on a
-CPU computes float16 graphs in float32 between operators, and would hide both rounding and overflow.
+Three things keep a node in float32: its operator (norms, softmax, coordinates), values on the
+verification cases that float16 cannot hold, and its block, if the masks would differ too much. For
+this decision, graphs round every result to float16, like a GPU. ONNX Runtime on a CPU computes
+float16 graphs in float32 between operators and would hide both rounding and overflow.
 """
 
 from __future__ import annotations
@@ -35,42 +35,42 @@ Ranges = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class QuantizedGraphs:
     """A precision's graphs, not yet in the bundle."""
 
     graphs: dict[Role, list[Path]]
-    """`encoder`, and others where there are new ones → files, the graph first."""
+    """`encoder`, and other roles with new graphs → files, the graph first."""
     decoder_of: str | None = None
-    """The precision whose decoder this one uses."""
+    """The precision that this one shares its decoder with."""
     recipe: Recipe
     parity: Parity
 
 
-def make_float16(trials: CandidateRunner, folder: Path, on_step: OnStep) -> Made:
-    """Float16 graphs in `folder`; ParityError when none agree with float32."""
+def make_float16(runner: CandidateRunner, folder: Path, on_step: OnStep) -> QuantizedGraphs:
+    """Float16 graphs in `folder`; ParityError if no combination of nodes agrees with float32."""
     on_step("measure the values of the float32 graphs")
-    ranges = largest_values(trials, folder)
+    ranges = largest_values(runner, folder)
     on_step("run with every result rounded to float16")
-    rounded = _measure(trials, folder, ranges, ())
+    rounded = _measure(runner, folder, ranges, ())
     blocks: tuple[str, ...] = ()
     if rounded.failures:
         on_step("measure what each block costs")
-        order = _costly_blocks(trials, folder, ranges)
+        order = _costly_blocks(runner, folder, ranges)
         while rounded.failures and len(blocks) < len(order):
             blocks = order[: len(blocks) + 1]
             on_step(f"return {blocks[-1]} to float32")
-            rounded = _measure(trials, folder, ranges, blocks)
+            rounded = _measure(runner, folder, ranges, blocks)
     on_step("run the float16 graphs in onnxruntime")
     files: dict[Role, list[Path]] = {}
     reasons: list[str] = []
     for name in GRAPHS:
-        model = load_graph(getattr(trials, name))
-        kept = float32_nodes(model, blocks=of_graph(name, blocks), ranges=ranges[name])
-        change = to_float16(model, kept)
+        model = load_graph(getattr(runner, name))
+        float32 = float32_nodes(model, blocks=of_graph(name, blocks), ranges=ranges[name])
+        change = to_float16(model, float32)
         require_changed(name, change)
-        reasons += kept.values()
+        reasons += float32.values()
         files[name] = save_graph(model, folder / f"{name}.{PRECISION}.onnx")
-    parity = trials.measure(files["encoder"][0], files["decoder"][0], PRECISION).parity
+    parity = runner.measure(files["encoder"][0], files["decoder"][0], PRECISION).parity
     require_parity(parity)
     dice = rounded.parity
     recipe = Recipe(
@@ -79,38 +79,38 @@ def make_float16(trials: CandidateRunner, folder: Path, on_step: OnStep) -> Made
         float32_blocks=blocks,
         rounded_dice_mean=dice.mask_dice_mean,
         rounded_dice_worst=dice.mask_dice_worst,
-        runs=trials.runs,
+        runs=runner.runs,
     )
-    return Made(graphs=files, recipe=recipe, parity=parity)
+    return QuantizedGraphs(graphs=files, recipe=recipe, parity=parity)
 
 
-def largest_values(trials: CandidateRunner, folder: Path) -> Ranges:
+def largest_values(runner: CandidateRunner, folder: Path) -> Ranges:
     """Largest magnitude of every value that the float32 graphs compute, over the cases."""
-    found: Ranges = {name: {} for name in GRAPHS}
+    ranges: Ranges = {name: {} for name in GRAPHS}
     paths = {}
     for name in GRAPHS:
-        model = load_graph(getattr(trials, name))
+        model = load_graph(getattr(runner, name))
         watch(model, computed_values(model))
         paths[name] = save_graph(model, folder / f"{name}.watched.onnx")[0]
 
     def watcher(name: str) -> Any:
         def note(output: str, value: Any) -> None:
             key = output.removesuffix(LOW).removesuffix(HIGH)
-            found[name][key] = max(found[name].get(key, 0.0), abs(float(value)))
+            ranges[name][key] = max(ranges[name].get(key, 0.0), abs(float(value)))
 
         return note
 
     backend = RecordingBackend(
         paths["encoder"],
         paths["decoder"],
-        trials.manifest,
+        runner.manifest,
         {name: watcher(name) for name in GRAPHS},
-        trials.threads,
+        runner.threads,
     )
-    with Session(trials.manifest, backend) as session:
-        for case in trials.cases:
+    with Session(runner.manifest, backend) as session:
+        for case in runner.cases:
             run_case(session, case)
-    return found
+    return ranges
 
 
 def counted(reasons: Iterable[str]) -> tuple[Island, ...]:
@@ -119,50 +119,50 @@ def counted(reasons: Iterable[str]) -> tuple[Island, ...]:
 
 
 def require_changed(name: str, change: Change) -> None:
-    """ParityError where nothing could be converted."""
+    """ParityError if a pass could not convert a graph."""
     if not change.changed:
         raise ParityError(f"the {name} cannot be converted ({change.description}): use fp32")
 
 
 def _measure(
-    trials: CandidateRunner, folder: Path, ranges: Ranges, blocks: tuple[str, ...]
+    runner: CandidateRunner, folder: Path, ranges: Ranges, blocks: tuple[str, ...]
 ) -> CandidateResult:
-    """The masks when all but the islands and `blocks` rounds to float16."""
+    """Compare masks when all nodes round to float16, except float32 nodes and `blocks`."""
     paths = {
-        name: _rounded(trials, folder, name, of_graph(name, blocks), ranges[name])
+        name: _rounded(runner, folder, name, of_graph(name, blocks), ranges[name])
         for name in GRAPHS
     }
-    return trials.measure(paths["encoder"], paths["decoder"], PRECISION)
+    return runner.measure(paths["encoder"], paths["decoder"], PRECISION)
 
 
-def _costly_blocks(trials: CandidateRunner, folder: Path, ranges: Ranges) -> tuple[str, ...]:
-    """Every block, the one that costs most when it alone rounds to float16 first."""
+def _costly_blocks(runner: CandidateRunner, folder: Path, ranges: Ranges) -> tuple[str, ...]:
+    """Every block by its cost when it alone rounds to float16, the most costly first."""
     costs = {}
     for name in GRAPHS:
-        nodes = load_graph(getattr(trials, name)).graph.node
+        nodes = load_graph(getattr(runner, name)).graph.node
         blocks = dict.fromkeys(block_of(module_of(node)) for node in nodes)
         for block in blocks:
-            others = tuple(other for other in blocks if other != block)
-            path = _rounded(trials, folder, name, others, ranges[name])
-            pair = {graph: getattr(trials, graph) for graph in GRAPHS} | {name: path}
-            costs[f"{name} {block}"] = cost(trials.measure(**pair, precision=PRECISION).parity)
+            float32_blocks = tuple(other for other in blocks if other != block)
+            path = _rounded(runner, folder, name, float32_blocks, ranges[name])
+            pair = {graph: getattr(runner, graph) for graph in GRAPHS} | {name: path}
+            costs[f"{name} {block}"] = cost(runner.measure(**pair, precision=PRECISION).parity)
     return tuple(sorted(costs, key=lambda block: costs[block], reverse=True))
 
 
 def cost(parity: Parity) -> tuple[float, float, float]:
-    """How far masks are from float32's: by NaN, then by Dice, then by logits."""
+    """Distance of masks from float32's, to sort by: NaN, then Dice, then logits."""
     lost = 1 - (parity.mask_dice_mean or 0.0)
     return float(parity.nan_count), lost, parity.tensors["low_res_masks"].relative_l2
 
 
 def _rounded(
-    trials: CandidateRunner,
+    runner: CandidateRunner,
     folder: Path,
     name: str,
     blocks: tuple[str, ...],
     ranges: Mapping[str, float],
 ) -> Path:
-    model = load_graph(getattr(trials, name))
+    model = load_graph(getattr(runner, name))
     round_like_float16(model, float32_nodes(model, blocks=blocks, ranges=ranges))
     return save_graph(model, folder / f"{name}.rounded.onnx")[0]
 

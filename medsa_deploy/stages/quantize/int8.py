@@ -1,7 +1,7 @@
 """A bundle's float32 encoder and a user's images → an encoder with INT8 linear layers.
 
-Everything is chosen by the masks: how far the codes reach, and which layers stay out. The decoder
-is small and stays as it is: the float16 one for TensorRT, the float32 one for the CPU.
+The masks decide the range of the codes and the layers that are left out. The decoder is small and
+is not quantized: float16 for TensorRT, float32 for the CPU.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from medsa_deploy.graph.qdq import LinearLayer, linear_layers, quantize_layers
 from medsa_deploy.progress import OnStep
 
 from . import calibration
-from .calibration import Measured, Source
+from .calibration import ImageSource, Measured
 from .candidates import CandidateResult, CandidateRunner
-from .float16 import Made, cost, counted, of_graph, require_changed
+from .float16 import QuantizedGraphs, cost, counted, of_graph, require_changed
 
 PERCENTS = (None, 99.99, 99.9)
-"""How far codes reach: to the extremes, or to a percentile of magnitudes. Each is tried once."""
+"""Ranges of codes: up to the extremes, or up to a percentile of magnitudes. Each is tried once."""
 STEPS = 8
-"""Layers are left out in so many steps, until the masks agree."""
+"""Layers are left out in at most this number of steps, until the masks agree."""
 LEAST_LOSS = 1e-6
-"""A loss below this is not told from none."""
+"""Smaller losses count as this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The graphs an INT8 encoder goes with."""
+    """The graphs that an INT8 encoder is combined with."""
 
     precision: Literal["fp16", "fp32"]
-    """Of the decoder, and of all that is not quantized."""
+    """The precision of the decoder, and of everything that is not quantized."""
     decoder: Path
     float32_blocks: tuple[str, ...] = ()
     """Blocks that float16 graphs keep in float32."""
@@ -48,97 +48,110 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredEncoder:
-    """An INT8 encoder's files, and how its masks compare with float32's."""
+    """An INT8 encoder's files, and the comparison of its masks with float32's."""
 
     graphs: dict[Role, list[Path]]
-    """`encoder`, and roles of backends' own encoders → files, the graph first."""
+    """`encoder`, and roles of encoders for one backend → files, the graph first."""
     float32_nodes: dict[int, str]
-    """Node that stays float32 → why."""
+    """Index of each node that stays float32 → the reason."""
     parity: Parity
     failures: tuple[str, ...]
-    """What exceeds the limits of the precision."""
+    """Figures beyond the limits of the precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The layers of an INT8 encoder whose masks agree with float32's."""
+
+    encoder: MeasuredEncoder
+    candidate: CandidateResult
+    """The same layers, with float16 rounding."""
+    layers: Sequence[LinearLayer]
+    left_out: Sequence[LinearLayer]
 
 
 class Search:
-    """INT8 encoders of one network, made from the same measured ranges."""
+    """INT8 encoders of one network, from the same measured ranges."""
 
     def __init__(
-        self, trials: CandidateRunner, folder: Path, base: Base, measured: Measured
+        self, runner: CandidateRunner, folder: Path, base: Base, measured: Measured
     ) -> None:
-        self.trials, self.folder, self.base, self.measured = trials, folder, base, measured
+        self.runner, self.folder, self.base, self.measured = runner, folder, base, measured
         self.percent: float | None = None
         self.half = base.precision == "fp16"
         self.precision = "int8" if self.half else "int8-cpu"
-        model = load_graph(trials.encoder)
-        kept = self._islands(model)
-        self.layers = [layer for layer in linear_layers(model) if layer.node not in kept]
+        model = load_graph(runner.encoder)
+        float32 = self._float32_nodes(model)
+        self.layers = [layer for layer in linear_layers(model) if layer.node not in float32]
 
-    def trial(self, layers: Sequence[LinearLayer]) -> CandidateResult:
-        """The masks with `layers` in INT8; what is float16 rounds as float16 does."""
+    def candidate(self, layers: Sequence[LinearLayer]) -> CandidateResult:
+        """Compare masks with `layers` in INT8; float16 nodes round like float16."""
         model = self.quantized(layers)
         if self.half:
-            round_like_float16(model, self._islands(model))
+            round_like_float16(model, self._float32_nodes(model))
         encoder = save_graph(model, self.folder / "encoder.trial.onnx")[0]
-        return self.trials.measure(encoder, self.base.decoder, self.precision)
+        return self.runner.measure(encoder, self.base.decoder, self.precision)
 
     def quantized(self, layers: Sequence[LinearLayer]) -> Any:
         """The float32 graph with Q/DQ on `layers`."""
-        model = load_graph(self.trials.encoder)
+        model = load_graph(self.runner.encoder)
         ranges = self.measured.ranges(self.percent)
         change = quantize_layers(model, layers, ranges, unsigned=not self.half)
         require_changed("encoder", change)
         return model
 
     def write(self, layers: Sequence[LinearLayer]) -> tuple[list[Path], dict[int, str]]:
-        """The files of the encoder with `layers` in INT8, and the islands of its float16 part."""
+        """The files of the encoder with `layers` in INT8, and its float32 nodes."""
         model = self.quantized(layers)
-        kept = self._islands(model)
+        float32 = self._float32_nodes(model)
         if self.half:
-            require_changed("encoder", to_float16(model, kept))
-        return save_graph(model, self.folder / f"encoder.{self.precision}.onnx"), kept
+            require_changed("encoder", to_float16(model, float32))
+        return save_graph(model, self.folder / f"encoder.{self.precision}.onnx"), float32
 
     def measured_encoder(self, layers: Sequence[LinearLayer]) -> MeasuredEncoder:
-        """The encoder as ONNX Runtime runs it, with `layers` in INT8, and the backends' own."""
-        files, kept = self.write(sorted(layers, key=lambda layer: layer.node))
-        parity = self.trials.measure(files[0], self.base.decoder, self.precision).parity
+        """The encoder with `layers` in INT8, run by ONNX Runtime, and those for one backend."""
+        files, float32 = self.write(sorted(layers, key=lambda layer: layer.node))
+        parity = self.runner.measure(files[0], self.base.decoder, self.precision).parity
         graphs: dict[Role, list[Path]] = {"encoder": files}
         for role, path in ({} if self.half else write_backend_encoders(files)).items():
-            other = self.trials.measure(path, self.base.decoder, self.precision)
+            other = self.runner.measure(path, self.base.decoder, self.precision)
             parity = replace(parity, encoders={**parity.encoders, role: other.parity})
             graphs[role] = [path]
         return MeasuredEncoder(
             graphs=graphs,
-            float32_nodes=kept,
+            float32_nodes=float32,
             parity=parity,
             failures=tuple(parity_failures(parity)),
         )
 
     def choose_reach(self) -> CandidateResult:
-        """Set how far codes reach to what serves the masks best with every layer in INT8."""
-        found: list[tuple[tuple[float, float, float], int, float | None, CandidateResult]] = []
+        """Set the range of codes that gives the best masks with every layer in INT8."""
+        candidates: list[tuple[tuple[float, float, float], int, float | None, CandidateResult]] = []
         for percent in PERCENTS:
             self.percent = percent
-            trial = self.trial(self.layers)
-            found.append((cost(trial.parity), len(found), percent, trial))
-        _, _, self.percent, best = min(found)
+            candidate = self.candidate(self.layers)
+            candidates.append((cost(candidate.parity), len(candidates), percent, candidate))
+        _, _, self.percent, best = min(candidates)
         return best
 
     def most_costly_first(self) -> list[LinearLayer]:
-        """The layers by what they cost: the cost of their kind times that of their block.
+        """The layers by their cost: the cost of their kind times the cost of their block.
 
-        Each kind alone, and each block alone, is quantized and measured; that takes a run for each,
-        where every layer by itself would take one for each pair.
+        Each kind alone and each block alone is quantized and measured. That takes one run for each
+        kind and block; measuring single layers would take one for each pair.
         """
         kinds = {kind: self._loss("kind", kind) for kind in {x.kind for x in self.layers}}
         blocks = {block: self._loss("block", block) for block in {x.block for x in self.layers}}
         return sorted(self.layers, key=lambda x: kinds[x.kind] * blocks[x.block], reverse=True)
 
     def _loss(self, group: Literal["kind", "block"], name: str) -> float:
-        trial = self.trial([layer for layer in self.layers if getattr(layer, group) == name])
-        return max(1 - (trial.parity.mask_dice_mean or 0.0), LEAST_LOSS)
+        candidate = self.candidate(
+            [layer for layer in self.layers if getattr(layer, group) == name]
+        )
+        return max(1 - (candidate.parity.mask_dice_mean or 0.0), LEAST_LOSS)
 
-    def _islands(self, model: Any) -> dict[int, str]:
-        """What stays float32 of the part that becomes float16; nothing does so for the CPU."""
+    def _float32_nodes(self, model: Any) -> dict[int, str]:
+        """Nodes that stay float32 when the graph becomes float16; empty for the CPU."""
         if not self.half:
             return {}
         blocks = of_graph("encoder", self.base.float32_blocks)
@@ -146,27 +159,57 @@ class Search:
 
 
 def make_int8(
-    trials: CandidateRunner,
+    runner: CandidateRunner,
     reference: CandidateRunner,
     folder: Path,
     base: Base,
-    sources: Sequence[Source],
+    sources: Sequence[ImageSource],
     on_step: OnStep,
     on_image: Callable[[int, int], None],
-) -> Made:
-    """An INT8 encoder in `folder`; ParityError when none agrees with float32.
+) -> QuantizedGraphs:
+    """An INT8 encoder in `folder`; ParityError if no choice of layers agrees with float32.
 
-    `trials` are on the user's images, `reference` on the saved reference's.
+    `runner` has the user's images as its cases, `reference` the saved reference's.
     The search runs the verification cases at most len(PERCENTS) + kinds + blocks + STEPS times.
     """
     on_step("measure the activations of your images")
-    inputs = {layer.input for layer in linear_layers(load_graph(trials.encoder))}
-    measured = calibration.measure(trials, folder, sources, inputs, on_image)
-    search = Search(trials, folder, base, measured)
+    inputs = {layer.input for layer in linear_layers(load_graph(runner.encoder))}
+    measured = calibration.measure(runner, folder, sources, inputs, on_image)
+    search = Search(runner, folder, base, measured)
+    choice = _choose_layers(search, on_step)
+    encoder, rounded = choice.encoder, choice.candidate.parity
+    graph = encoder.graphs["encoder"][0]
+    on_reference = reference.measure(graph, base.decoder, search.precision)
+    recipe = Recipe(
+        precision=search.precision,
+        target="tensorrt" if search.half else "cpu",
+        islands=counted(encoder.float32_nodes.values()),
+        float32_blocks=base.float32_blocks,
+        rounded_dice_mean=rounded.mask_dice_mean if search.half else None,
+        rounded_dice_worst=rounded.mask_dice_worst if search.half else None,
+        quantized=tuple(x.name for x in sorted(choice.layers, key=lambda layer: layer.node)),
+        left_out=tuple(layer.name for layer in choice.left_out),
+        weights="int8, symmetric, per channel",
+        activations="int8, symmetric" if search.half else "uint8",
+        calibration=calibration.described(
+            sources,
+            runner.manifest.network.chunk,
+            "min-max" if search.percent is None else f"percentile {search.percent}",
+        ),
+        reference_dice_mean=on_reference.parity.mask_dice_mean,
+        runs=runner.runs,
+    )
+    return QuantizedGraphs(
+        graphs=encoder.graphs, decoder_of=base.precision, recipe=recipe, parity=encoder.parity
+    )
+
+
+def _choose_layers(search: Search, on_step: OnStep) -> Choice:
+    """All layers, or all except the most costly ones; ParityError if no choice agrees."""
     on_step("try how far INT8 codes should reach")
     layers, left_out = search.layers, list[LinearLayer]()
-    trial = search.choose_reach()
-    encoder = None if trial.failures else search.measured_encoder(layers)
+    candidate = search.choose_reach()
+    encoder = None if candidate.failures else search.measured_encoder(layers)
     if encoder is None or encoder.failures:
         on_step("measure what each kind of layer and each block costs")
         order = search.most_costly_first()
@@ -176,35 +219,14 @@ def make_int8(
             if not layers:
                 break
             on_step(f"leave {count} of {len(order)} layers out")
-            trial = search.trial(layers)
-            encoder = None if trial.failures else search.measured_encoder(layers)
+            candidate = search.candidate(layers)
+            encoder = None if candidate.failures else search.measured_encoder(layers)
             if encoder is not None and not encoder.failures:
                 break
     if encoder is None or encoder.failures:
-        problems = "; ".join(trial.failures if encoder is None else encoder.failures)
+        problems = "; ".join(candidate.failures if encoder is None else encoder.failures)
         raise ParityError(
             f"{search.precision} masks are not the float32 graphs' ({problems}), "
             "with seven eighths of the layers left out: use fp16, or other calibration images"
         )
-    files, kept, parity = encoder.graphs["encoder"], encoder.float32_nodes, encoder.parity
-    again = reference.measure(files[0], base.decoder, search.precision)
-    recipe = Recipe(
-        precision=search.precision,
-        target="tensorrt" if search.half else "cpu",
-        islands=counted(kept.values()),
-        float32_blocks=base.float32_blocks,
-        rounded_dice_mean=trial.parity.mask_dice_mean if search.half else None,
-        rounded_dice_worst=trial.parity.mask_dice_worst if search.half else None,
-        quantized=tuple(x.name for x in sorted(layers, key=lambda layer: layer.node)),
-        left_out=tuple(layer.name for layer in left_out),
-        weights="int8, symmetric, per channel",
-        activations="int8, symmetric" if search.half else "uint8",
-        calibration=calibration.described(
-            sources,
-            trials.manifest.network.chunk,
-            "min-max" if search.percent is None else f"percentile {search.percent}",
-        ),
-        reference_dice_mean=again.parity.mask_dice_mean,
-        runs=trials.runs,
-    )
-    return Made(graphs=encoder.graphs, decoder_of=base.precision, recipe=recipe, parity=parity)
+    return Choice(encoder=encoder, candidate=candidate, layers=layers, left_out=left_out)

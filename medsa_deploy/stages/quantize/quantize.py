@@ -1,7 +1,7 @@
-"""A bundle → the same bundle with graphs of a further precision, proved against its float32 ones.
+"""A bundle → the same bundle with graphs of another precision, compared with its float32 graphs.
 
-The graphs are made in a folder inside the bundle and move to their names when they are proved; the
-manifest that lists them is replaced last. Whatever ends this early leaves the bundle as it was.
+The graphs are written to a temporary folder inside the bundle. They move to their names if they
+agree, and the manifest that lists them is replaced last. Until then the bundle does not change.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import import_onnx
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime.backends.interface import PARTS
-from medsa_deploy.runtime.backends.registry import GRAPH_ROLES, OWN_ENCODERS, check_options
+from medsa_deploy.runtime.backends.registry import BACKEND_ENCODERS, GRAPH_ROLES, check_options
 
 from .calibration import find_sources, hold_out, image_cases
 from .candidates import CandidateRunner
-from .float16 import Made, make_float16
+from .float16 import QuantizedGraphs, make_float16
 from .int8 import Base, make_int8
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp16", "int8", "int8-cpu")
-"""What is made here; files of these names that no manifest lists are leftovers."""
+"""Precisions that can be added; files of these names that no manifest lists are leftovers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Quantization:
     """`fp16`, `int8` or `int8-cpu`."""
     recipe: Recipe
     parity: Parity
-    """Of the files as ONNX Runtime runs them, against the float32 graphs."""
+    """Against the float32 graphs, run by ONNX Runtime."""
     files: tuple[File, ...]
     seconds: float
 
@@ -59,38 +59,37 @@ def quantize_bundle(
     on_step: OnStep = lambda step: None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quantization:
-    """Add float16 or INT8 graphs to a bundle; ParityError when their masks differ from float32's.
+    """Add float16 or INT8 graphs to a bundle; ParityError if their masks differ from float32's.
 
-    `images`: a file or folder added to the seeded cases that are compared. `calibration`, for int8:
-    files and folders whose images the ranges of activations are measured on; INT8 is judged on
-    `images` alone, or else on a few of these that are held out. `target`, for int8: what will run
-    the graphs. Graphs of the same precision are replaced.
+    `images`: a file or folder of images to compare masks on, beside the seeded cases. For int8:
+    `calibration` are files and folders of images to measure the ranges of activations on; masks are
+    compared on `images` alone, or on a few calibration images that are left out. `target` is the
+    backend that will run the graphs. Graphs of the same precision are replaced.
     """
     start = perf_counter()
     if precision == "fp16" and calibration:
         raise UsageError("calibration images are for int8; float16 needs none")
     check_options("onnxruntime", threads)
     import_onnx()
-    made = load_manifest(bundle)
-    sources = find_sources(calibration, made.network.chunk) if precision == "int8" else []
+    manifest = load_manifest(bundle)
+    sources = find_sources(calibration, manifest.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
-    check_files(made, bundle)
-    to_run = parity_cases(made, images)
+    check_files(manifest, bundle)
+    to_run = parity_cases(manifest, images)
     with work_folder(bundle) as folder:
         on_step("run the float32 graphs")
-        additions: list[Made] = []
-        in_bundle = made.recipe("fp16") is not None
+        additions: list[QuantizedGraphs] = []
+        in_bundle = manifest.recipe("fp16") is not None
         if precision == "fp16" or (target == "tensorrt" and not in_bundle):
-            trials = CandidateRunner(bundle, made, to_run, threads)
-            additions.append(make_float16(trials, folder, on_step))
+            runner = CandidateRunner(bundle, manifest, to_run, threads)
+            additions.append(make_float16(runner, folder, on_step))
         if precision == "int8":
-            base = _base(bundle, made, additions, target)
+            base = _base(bundle, manifest, additions, target)
             sources, judged = hold_out(sources)
-            theirs = [c for c in to_run if not c.seeded] or image_cases(judged, made)
-            trials = CandidateRunner(bundle, made, theirs, threads)
-            reference = CandidateRunner(bundle, made, to_run[:1], threads)
-            made8 = make_int8(trials, reference, folder, base, sources, on_step, on_image)
-            additions.append(made8)
+            judged_cases = [c for c in to_run if not c.seeded] or image_cases(judged, manifest)
+            runner = CandidateRunner(bundle, manifest, judged_cases, threads)
+            reference = CandidateRunner(bundle, manifest, to_run[:1], threads)
+            additions.append(make_int8(runner, reference, folder, base, sources, on_step, on_image))
         result = _add(bundle, additions)
     added = additions[-1]
     return Quantization(
@@ -104,42 +103,45 @@ def quantize_bundle(
 
 
 def _base(
-    bundle: Path, made: Manifest, additions: Sequence[Made], target: Literal["tensorrt", "cpu"]
+    bundle: Path,
+    manifest: Manifest,
+    additions: Sequence[QuantizedGraphs],
+    target: Literal["tensorrt", "cpu"],
 ) -> Base:
-    """What an INT8 encoder goes with: float16 graphs, just made or in the bundle, or float32."""
+    """The graphs that an INT8 encoder is combined with: new or earlier float16, or float32."""
     if target == "cpu":
-        return Base(precision="fp32", decoder=bundle / made.file("decoder").path)
-    recipe = additions[0].recipe if additions else made.recipe("fp16")
+        return Base(precision="fp32", decoder=bundle / manifest.file("decoder").path)
+    recipe = additions[0].recipe if additions else manifest.recipe("fp16")
     if additions:
         decoder = additions[0].graphs["decoder"][0]
     else:
-        decoder = bundle / made.file("decoder", "fp16").path
+        decoder = bundle / manifest.file("decoder", "fp16").path
     assert recipe is not None
     return Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
 
 
-def _add(bundle: Path, additions: Sequence[Made]) -> Manifest:
+def _add(bundle: Path, additions: Sequence[QuantizedGraphs]) -> Manifest:
     """Move new graphs into the bundle, in place of those of the same precisions."""
-    made = load_manifest(bundle)  # again: another precision may have been added meanwhile
+    manifest = load_manifest(bundle)  # another precision may have been added meanwhile
     for added in additions:
-        made = _merged(made, added)
-    add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], made)
-    listed = {entry.path for entry in made.files}
+        manifest = _merged(manifest, added)
+    add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], manifest)
+    listed = {entry.path for entry in manifest.files}
     for precision in PRECISIONS:
         for file in bundle.glob(f"*coder*.{precision}.onnx*"):
             if file.name not in listed:
                 file.unlink(missing_ok=True)
-    return made
+    return manifest
 
 
-def _merged(made: Manifest, added: Made) -> Manifest:
+def _merged(manifest: Manifest, added: QuantizedGraphs) -> Manifest:
     """The manifest with one precision's graphs added, or replaced."""
     precision = added.recipe.precision
-    files = tuple(_entries(made, added))
+    files = tuple(_entries(manifest, added))
     replaced = {f.path: f.sha256 for f in files}
     stale = {
         f.precision
-        for f in made.files
+        for f in manifest.files
         if f.role in GRAPH_ROLES and replaced.get(f.path, f.sha256) != f.sha256
     } - {precision}
     for name in sorted(stale):
@@ -148,21 +150,21 @@ def _merged(made: Manifest, added: Made) -> Manifest:
         )
     gone = stale | {precision}
     return replace(
-        made,
+        manifest,
         files=(
-            *(f for f in made.files if f.precision not in gone or f.role not in GRAPH_ROLES),
+            *(f for f in manifest.files if f.precision not in gone or f.role not in GRAPH_ROLES),
             *files,
         ),
-        parity=(*(p for p in made.parity if p.precision not in gone), added.parity),
-        recipes=(*(r for r in made.recipes if r.precision not in gone), added.recipe),
+        parity=(*(p for p in manifest.parity if p.precision not in gone), added.parity),
+        recipes=(*(r for r in manifest.recipes if r.precision not in gone), added.recipe),
     )
 
 
-def _entries(made: Manifest, added: Made) -> list[File]:
-    """The manifest's entries for new files, each still in the folder it was made in."""
+def _entries(manifest: Manifest, added: QuantizedGraphs) -> list[File]:
+    """The manifest's entries for new files, which are still in the work folder."""
     entries = []
     for role, paths in added.graphs.items():
-        opset = made.file("encoder" if role in OWN_ENCODERS else role).opset
+        opset = manifest.file("encoder" if role in BACKEND_ENCODERS else role).opset
         for i, path in enumerate(paths):
             entries.append(
                 describe_file(
@@ -176,7 +178,7 @@ def _entries(made: Manifest, added: Made) -> list[File]:
     if added.decoder_of is not None:
         entries += [
             replace(shared, precision=added.recipe.precision)
-            for shared in made.files
+            for shared in manifest.files
             if shared.precision == added.decoder_of and shared.role in ("decoder", *PARTS)
         ]
     return entries

@@ -66,25 +66,25 @@ def structure_of(
     )
 
 
-def _structure(entry: Any, where: str) -> Structure:
-    """One entry of the file as a structure; `where` it is, for errors."""
+def _structure(entry: Any, place: str) -> Structure:
+    """One entry of the file as a structure; `place` names it in errors."""
     if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
-        raise PromptError(f"{where} should be an object with some of the keys {', '.join(KEYS)}")
+        raise PromptError(f"{place} should be an object with some of the keys {', '.join(KEYS)}")
     for key in ("name", "class"):
         text = entry.get(key)
         if text is not None and not (isinstance(text, str) and text.strip() and text.isprintable()):
-            raise PromptError(f"{where}: its {key} should be one line of text, found {text!r}")
-    rows = [_rows(entry.get(key, []), f"{where}: {shape}") for key, shape in ROWS.items()]
+            raise PromptError(f"{place}: its {key} should be one line of text, found {text!r}")
+    rows = [_rows(entry.get(key, []), f"{place}: {shape}") for key, shape in ROWS.items()]
     if not any(rows):
-        raise PromptError(f"{where} has no prompt: give it points or boxes")
+        raise PromptError(f"{place} has no prompt: give it points or boxes")
     try:
         return structure_of(*rows, name=entry.get("name"), class_name=entry.get("class"))
     except PromptError as e:
-        raise PromptError(f"{where}: {e}") from e
+        raise PromptError(f"{place}: {e}") from e
 
 
 def _rows(value: Any, expected: str) -> list[tuple[float, ...]]:
-    """A list of lists of finite numbers; else PromptError with what was `expected`."""
+    """A list of lists of finite numbers; otherwise PromptError, which says what was `expected`."""
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise PromptError(expected)
     for row in value:

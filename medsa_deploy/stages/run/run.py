@@ -53,7 +53,7 @@ class SessionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What to segment in an input, and where to write the results."""
+    """The prompts and options for an input, and the outputs to write."""
 
     points: tuple[tuple[float, ...], ...] = ()
     """Image: (x, y) or (x, y, label). Volume: (x, y, z) or (x, y, z, label)."""

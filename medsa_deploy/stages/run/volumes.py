@@ -161,11 +161,11 @@ def write_volume_overlay(
     structures: Sequence[Structure],
 ) -> None:
     """Write a montage of the slices that hold a label; without labels, of all segmented slices."""
-    labelled = [i for i in prediction.slices if volume.plane(prediction.labels, i).any()]
+    slices_with_labels = [i for i in prediction.slices if volume.plane(prediction.labels, i).any()]
     prompts = [slice_prompts(structure, volume) for structure in structures]
     tiles = [
         _tile(session, volume, prediction, prompts, index)
-        for index in spread(labelled or prediction.slices, MOST_TILES)
+        for index in spread(slices_with_labels or prediction.slices, MOST_TILES)
     ]
     write_montage(path, tiles)
 

@@ -1,7 +1,7 @@
-"""Label files, with segmentations or images → how accurate a bundle's masks are.
+"""Label files, with segmentations or images → the accuracy of a bundle's masks.
 
-Every class of every file is measured by itself, a volume as a whole. A class that neither the
-labels nor the segmentation have is not counted: it would flatter the mean.
+Every class of every file is measured separately, in a volume over all slices. A class that is
+neither in the labels nor in the segmentation is not counted: it would raise the mean.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class ClassAccuracy:
     dice: float
     iou: float
     hd95: float | None
-    """In the file's unit; None where a mask is empty."""
+    """In the file's unit; None if a mask is empty."""
     hd95_undefined: str | None = None
-    """Why there is no distance."""
+    """The reason for no distance."""
     label_pixels: int
     segmented_pixels: int
 
@@ -58,12 +58,12 @@ class FileAccuracy:
     compared: Path
     """The segmentation or the image."""
     unit: Unit = "px"
-    """Of distances: mm, or pixels where no file gives a spacing."""
+    """Of distances: mm, or pixels if no file gives a spacing."""
     classes: tuple[ClassAccuracy, ...] = ()
     note: str | None = None
-    """Why nothing was measured, where that is no fault."""
+    """The reason for no figures, if it is not an error."""
     error: str | None = None
-    """Why this file of a folder could not be measured; the others were."""
+    """The reason why this file of a folder could not be measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,28 +88,28 @@ class Summary:
     dice: Spread
     iou: Spread
     hd95: Spread | None
-    """Of the distances there are; None if there is none, or they have different units."""
+    """Over the defined distances; None without any, or if their units differ."""
     hd95_undefined: int
-    """How many masks or labels were empty, so that there is no distance."""
+    """Number of empty masks or labels, which have no distance."""
     unit: Unit | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """What was measured."""
+    """Accuracy of each file, and summaries over all files."""
 
     bundle: Path
     precision: str | None
-    """None where segmentations were compared as they are."""
+    """None if segmentations were compared."""
     backend: str | None
     prompt: PromptKind | None
     files: tuple[FileAccuracy, ...]
     summary: tuple[Summary, ...]
-    """All classes, then each; empty if no file could be measured."""
+    """All classes together, then each class; empty if no file could be measured."""
     unlabelled: tuple[Path, ...]
     """Segmentations or images without a label file, left out."""
     failures: tuple[str, ...]
-    """What is below the least Dice asked for."""
+    """Figures below the least Dice that was requested."""
     hd95_definition: str = HD95
 
 
@@ -133,9 +133,9 @@ def measure_accuracy(
     """Compare segmentations with labels, or segment images with prompts drawn from the labels.
 
     `labels` and `segmentation` or `images` are two files, or two folders whose files are matched by
-    name. In a folder a file that cannot be measured is reported in its place. Neither torch nor the
-    checkpoint is needed. `axis`: of the images that are volumes, the one slices are taken along;
-    `number`: which volume of a 4-D NIfTI. UsageError for options that do not go together.
+    name. A file of a folder that cannot be measured is reported in its place. Torch and the
+    checkpoint are not needed. `axis`: the axis along which volumes are cut into slices; `number`:
+    the volume of a 4-D NIfTI. UsageError for options that exclude each other.
     """
     for_images = prompt, intensity_window, precision, axis, number
     _check_options(segmentation, images, for_images, min_dice)
@@ -143,13 +143,13 @@ def measure_accuracy(
     names = class_names or load_manifest(bundle).conventions.class_names
     if segmentation is not None:
         pairs, unlabelled = pair_files(labels, segmentation, "segmentation")
-        files = _each(pairs, lambda a, b: _compare_files(a, b, names), on_file)
+        files = _measure_pairs(pairs, lambda a, b: _compare_files(a, b, names), on_file)
         return _accuracy(bundle, None, None, None, files, unlabelled, min_dice)
     assert images is not None
     pairs, unlabelled = pair_files(labels, images, "image")
     prompt, precision = prompt or "box", precision or "fp32"
     with load(bundle, backend=backend, precision=precision, threads=threads) as session:
-        files = _each(
+        files = _measure_pairs(
             pairs,
             lambda a, b: _segment_image(
                 session, a, b, prompt, names, intensity_window, axis=axis, number=number
@@ -162,7 +162,7 @@ def measure_accuracy(
 def compare_masks(
     label: int, name: str, truth: Mask, mask: Mask, spacing: Sequence[float]
 ) -> ClassAccuracy:
-    """One class's figures; masks without axes of length 1."""
+    """The figures of one class; the masks have no axes of length 1."""
     distance = metrics.hausdorff(truth, mask, spacing)
     undefined = None
     if math.isinf(distance):
@@ -185,7 +185,7 @@ def _check_options(
     for_images: Sequence[object],
     min_dice: float | None,
 ) -> None:
-    """`for_images`: options that `images` alone goes with, None where they are not given."""
+    """UsageError for a bad combination. `for_images`: options for `images` only; None if absent."""
     if (segmentation is None) == (images is None):
         raise UsageError(
             "--labels is compared with one thing: give --segmentation (what run wrote), or "
@@ -200,17 +200,17 @@ def _check_options(
         raise UsageError(f"--min-dice {min_dice:g}: expected a number from 0 to 1")
 
 
-def _each(
+def _measure_pairs(
     pairs: Sequence[tuple[Path, Path]],
-    one: Callable[[Path, Path], FileAccuracy],
+    measure: Callable[[Path, Path], FileAccuracy],
     on_file: Callable[[int, int], None],
 ) -> list[FileAccuracy]:
-    """Every pair's figures; a lone pair's error is raised, others are reported in their place."""
+    """The figures of every pair. The error of a single pair is raised; of several, reported."""
     files = []
     for done, (labels, compared) in enumerate(pairs):
         on_file(done, len(pairs))
         try:
-            files.append(one(labels, compared))
+            files.append(measure(labels, compared))
         except InputError as e:
             if len(pairs) == 1:
                 raise
@@ -227,12 +227,12 @@ def _each(
 
 def _compare_files(labels: Path, segmentation: Path, names: Sequence[str]) -> FileAccuracy:
     """Two files that lie on one grid, class by class."""
-    truth, found = read_labels(labels), read_labels(segmentation)
-    one, other, spacing = on_one_grid(truth, found)
-    present = sorted({*truth.present(), *found.present()})
-    called = {**found.names, **truth.names}
-    masks = ((label, one == label, other == label) for label in present)
-    return _file(labels, segmentation, masks, spacing, _named(present, names, called))
+    truth, segmented = read_labels(labels), read_labels(segmentation)
+    true_values, segmented_values, spacing = on_one_grid(truth, segmented)
+    present = sorted({*truth.present(), *segmented.present()})
+    called = {**segmented.names, **truth.names}
+    masks = ((label, true_values == label, segmented_values == label) for label in present)
+    return _file(labels, segmentation, masks, spacing, _label_names(present, names, called))
 
 
 def _segment_image(
@@ -254,18 +254,18 @@ def _segment_image(
     if path.is_dir() or is_volume(path) or format_of(path) in ("nifti", "dicom"):
         volume = read_volume(path, axis=axis, volume=number)
         values, spacing = on_volume(truth, volume)
-        found = segment_labelled(session, volume, values, prompt, window)
+        label_masks = segment_labelled(session, volume, values, prompt, window)
     else:
         image = read_image(path)
         height, width = image.pixels.shape[:2]
         values, spacing = on_picture(truth, (height, width), path)
-        found = segment_picture(session, image, values, prompt, window)
+        label_masks = segment_picture(session, image, values, prompt, window)
     masks = (
         (label, without_thin_axes(values == label)[0], without_thin_axes(mask)[0])
-        for label, mask in found
+        for label, mask in label_masks
     )
     _, thick = without_thin_axes(values, spacing)
-    return _file(labels, path, masks, thick, _named(truth.present(), names, truth.names))
+    return _file(labels, path, masks, thick, _label_names(truth.present(), names, truth.names))
 
 
 def _file(
@@ -277,8 +277,8 @@ def _file(
 ) -> FileAccuracy:
     """`masks`: (label, the label's mask, the mask compared with it), one in memory at a time."""
     classes = tuple(
-        compare_masks(label, names[label], one, other, spacing or (1.0,) * one.ndim)
-        for label, one, other in masks
+        compare_masks(label, names[label], true_mask, mask, spacing or (1.0,) * true_mask.ndim)
+        for label, true_mask, mask in masks
     )
     return FileAccuracy(
         labels=labels,
@@ -289,10 +289,10 @@ def _file(
     )
 
 
-def _named(
+def _label_names(
     labels: Sequence[int], names: Sequence[str], called: Mapping[int, str]
 ) -> dict[int, str]:
-    """What each label is called: by the user or the bundle, else by its file."""
+    """The name of each label: the user's or the bundle's, else the file's."""
     return {
         label: names[label - 1] if label <= len(names) else called.get(label, f"class {label}")
         for label in labels
@@ -308,12 +308,12 @@ def _accuracy(
     unlabelled: list[Path],
     min_dice: float | None,
 ) -> Accuracy:
-    """The files' figures, summarised; and whether they suffice."""
-    cases = [(file, one) for file in files for one in file.classes]
+    """The files' figures, their summaries, and failures."""
+    cases = [(file, figures) for file in files for figures in file.classes]
     summary = [_summary("all", None, cases)] if cases else []
-    names = {one.label: one.name for _, one in cases}
+    names = {figures.label: figures.name for _, figures in cases}
     for label, name in sorted(names.items()):
-        of_class = [(file, one) for file, one in cases if one.label == label]
+        of_class = [(file, figures) for file, figures in cases if figures.label == label]
         summary.append(_summary(name, label, of_class))
     failures = []
     if min_dice is not None and cases and summary[0].dice.mean < min_dice:
@@ -334,13 +334,13 @@ def _summary(
     name: str, label: int | None, cases: Sequence[tuple[FileAccuracy, ClassAccuracy]]
 ) -> Summary:
     units = {file.unit for file, _ in cases}
-    distances = [(one.hd95, file.labels) for file, one in cases if one.hd95 is not None]
+    distances = [(figures.hd95, file.labels) for file, figures in cases if figures.hd95 is not None]
     return Summary(
         name=name,
         label=label,
         count=len(cases),
-        dice=_spread([(one.dice, file.labels) for file, one in cases], min),
-        iou=_spread([(one.iou, file.labels) for file, one in cases], min),
+        dice=_spread([(figures.dice, file.labels) for file, figures in cases], min),
+        iou=_spread([(figures.iou, file.labels) for file, figures in cases], min),
         hd95=_spread(distances, max) if distances and len(units) == 1 else None,
         hd95_undefined=len(cases) - len(distances),
         unit=units.pop() if len(units) == 1 else None,
@@ -348,7 +348,7 @@ def _summary(
 
 
 def _spread(figures: Sequence[tuple[float, Path]], worst: Callable[..., Any]) -> Spread:
-    """Of figures and their files; `worst` is min or max."""
+    """The spread of (figure, file) pairs; `worst` is min or max."""
     values = [value for value, _ in figures]
     value, file = worst(figures, key=itemgetter(0))
     return Spread(mean=mean(values), median=median(values), worst=value, worst_file=file)

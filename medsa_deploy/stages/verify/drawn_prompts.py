@@ -1,7 +1,7 @@
-"""An image and its labels → the masks a bundle gives for prompts drawn from those labels.
+"""An image and its labels → the masks of a bundle for prompts drawn from the labels.
 
-So promptable networks are evaluated: the label says where a user would click, the network what is
-there. Nothing is random: the same labels give the same prompts.
+This is the usual evaluation of promptable networks: a label stands for the clicks of a user. The
+same labels always give the same prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PromptKind = Literal["box", "click", "clicks3"]
 """A box around the label; a click at its innermost pixel; that one and two that correct."""
 CLICKS: dict[PromptKind, int] = {"click": 1, "clicks3": 3}
 BOX_MARGIN = 3
-"""Pixels by which a box exceeds what it holds, as a hand-drawn one does."""
+"""Pixels by which a box exceeds its mask, like a box drawn by hand."""
 
 Window = tuple[float, float] | None
 Numbers = NDArray[np.unsignedinteger]
@@ -32,10 +32,10 @@ Numbers = NDArray[np.unsignedinteger]
 def segment_labelled(
     session: Session, volume: Volume, labels: Numbers, prompt: PromptKind, window: Window = None
 ) -> Iterator[tuple[int, Mask]]:
-    """Segment a volume for each of its labels by itself: (label, its mask (X, Y, Z) bool).
+    """Segment a volume for each of its labels separately: (label, its mask (X, Y, Z) bool).
 
-    `labels` (X, Y, Z) lie like the volume. Each slice has prompts of its own, or each chunk where a
-    network's prompts are for a chunk. What has no label gets no prompt, and stays empty.
+    `labels` (X, Y, Z) are on the volume's grid. Prompts are drawn for each slice, or for each chunk
+    if the network's prompts are for a chunk. Slices without a label get no prompt and stay empty.
     """
     height, width = volume.slice_size
     packed = {
@@ -43,16 +43,16 @@ def segment_labelled(
         for label in _present(labels)
     }
     encoder = ChunkEncoder(session, volume, intensity_window=window)
-    whole = session.conventions.prompt_scope == "chunk"
+    by_chunk = session.conventions.prompt_scope == "chunk"
     for start in encoder.starts:
         slices = sorted(encoder.slices(start))
-        for together in [slices] if whole else [[index] for index in slices]:
-            drawn = np.stack([volume.plane(labels, index) for index in together])
+        for group in [slices] if by_chunk else [[index] for index in slices]:
+            drawn = np.stack([volume.plane(labels, index) for index in group])
             if not drawn.any():
                 continue
-            embeddings = [encoder.chunk(start)[index - start] for index in together]
+            embeddings = [encoder.chunk(start)[index - start] for index in group]
             for label, masks in _segment_each(session, embeddings, drawn, prompt).items():
-                packed[label][together] = np.packbits(masks, axis=-1)
+                packed[label][group] = np.packbits(masks, axis=-1)
     for label, planes in packed.items():
         mask = np.zeros(volume.shape, bool)
         for index, bits in enumerate(planes):
@@ -63,7 +63,7 @@ def segment_labelled(
 def segment_picture(
     session: Session, image: Image, labels: Numbers, prompt: PromptKind, window: Window = None
 ) -> Iterator[tuple[int, Mask]]:
-    """Segment an image for each of its labels by itself: (label, its mask (H, W) bool)."""
+    """Segment an image for each of its labels separately: (label, its mask (H, W) bool)."""
     embedding = session.encode(image, intensity_window=window)
     for label, masks in _segment_each(session, [embedding], labels[None], prompt).items():
         yield label, masks[0]
@@ -82,10 +82,10 @@ def box_around(mask: Mask) -> tuple[int, int, int, int]:
 
 
 def next_click(label: Mask, mask: Mask) -> tuple[tuple[int, int], int] | None:
-    """(x, y) where masks (slices, H, W) are most wrong; 1 if they lack it, 0 if they have it.
+    """The innermost wrong pixel (x, y) of masks (slices, H, W), and its label.
 
-    That is the innermost pixel of what they lack or have too much, slice by slice; None when they
-    are right.
+    The label is 1 for a pixel that the masks lack, 0 for a pixel that they have too much. None if
+    the masks are right.
     """
     depths = [
         np.stack([metrics.depth(plane) for plane in wrong])
@@ -102,7 +102,7 @@ def next_click(label: Mask, mask: Mask) -> tuple[tuple[int, int], int] | None:
 def _segment_each(
     session: Session, embeddings: Sequence[Embedding], labels: Numbers, prompt: PromptKind
 ) -> dict[int, Mask]:
-    """Masks (slices, H, W) of every label (slices, H, W), from one prompt set for all slices."""
+    """Masks (slices, H, W) of every label (slices, H, W), with one prompt set for all slices."""
     return {
         label: _segment(session, embeddings, labels == label, _mask_number(session, label), prompt)
         for label in _present(labels)
@@ -112,7 +112,7 @@ def _segment_each(
 def _segment(
     session: Session, embeddings: Sequence[Embedding], label: Mask, number: int, prompt: PromptKind
 ) -> Mask:
-    """The masks for one label; each further click goes where the masks before are most wrong."""
+    """The masks for one label; each click after the first is on the worst error so far."""
 
     def masks(**prompts: Any) -> Mask:
         return np.stack(
@@ -120,17 +120,17 @@ def _segment(
         )
 
     if prompt == "box":  # as in `run`, slices beyond the box stay empty
-        found = masks(box=box_around(np.logical_or.reduce(label)))
-        return found & label.any(axis=(1, 2), keepdims=True)
-    found, points, signs = np.zeros_like(label), [], []
+        mask = masks(box=box_around(np.logical_or.reduce(label)))
+        return mask & label.any(axis=(1, 2), keepdims=True)
+    mask, points, signs = np.zeros_like(label), [], []
     for _ in range(CLICKS[prompt]):
-        click = next_click(label, found)
+        click = next_click(label, mask)
         if click is None:
             break
         points.append(click[0])
         signs.append(click[1])
-        found = masks(points=points, labels=signs)
-    return found
+        mask = masks(points=points, labels=signs)
+    return mask
 
 
 def _present(labels: Numbers) -> list[int]:
@@ -138,7 +138,7 @@ def _present(labels: Numbers) -> list[int]:
 
 
 def _mask_number(session: Session, label: int) -> int:
-    """Which of the network's masks is a label's: its class, or the only one there is."""
+    """Index of a label's mask: its class, or 0 for a network with a single mask."""
     network = session.manifest.network
     if network.outputs != "classes" or network.classes == 1:
         return 0

@@ -16,7 +16,6 @@ from medsa_deploy.evaluation.parity import (
     Array,
     CaseParity,
     FiniteBackend,
-    NetworkOutputs,
     run_case,
 )
 from medsa_deploy.images import Image, draw_overlay
@@ -35,29 +34,29 @@ PATH = Path("reports", "parity.html")
 DIMMED = 0.7
 """How bright an image is under the masks."""
 DETAIL_MARGIN, DETAIL_SIDE = 4, 32
-"""Pixels around what differs, and the least side of what is enlarged."""
+"""Pixels around the differing part, and the least side of the enlarged part."""
 MEANINGS = ("in both", "in the reference alone", "in this precision alone")
 
 
 def write_report(
     bundle: Path,
-    made: Manifest,
+    manifest: Manifest,
     results: Sequence[Result],
     *,
     against: str,
     engines: Sequence[EngineState] = (),
 ) -> Path:
-    """Write the page; its path. `against`: what the graphs were compared with, in words."""
+    """Write the page; its path. `against`: the outputs that were compared with, in words."""
     path = bundle / PATH
     parity = results[0].parity
-    source, base = made.source, made.source.base
+    source, base = manifest.source, manifest.source.base
     facts = {
         "checkpoint": f"{source.checkpoint} (SHA-256 {source.sha256})",
         **({} if base is None else {"over": f"{base} (SHA-256 {source.base_sha256})"}),
         "compared with": against,
         "cases": f"{parity.images} image(s), {parity.seeded_images} seeded image(s), "
         f"{parity.prompt_sets} prompt sets",
-        "exported with": ", ".join(f"{name} {number}" for name, number in made.tools.items()),
+        "exported with": ", ".join(f"{name} {number}" for name, number in manifest.tools.items()),
         "verified with": f"medsa-deploy {version('medsa-deploy')}",
     }
     colours = [(int(r), int(g), int(b)) for r, g, b in PALETTE[: len(MEANINGS)]]
@@ -80,24 +79,24 @@ def worst_mask(
     expected: Sequence[dict[str, Array]],
     comparisons: Sequence[CaseParity],
 ) -> WorstMask:
-    """The mask of lowest Dice, drawn; its case is run once more.
+    """The mask of lowest Dice, with pictures; its case is run again.
 
-    Among equals it is one of the case where most pixels differ.
+    Of masks with equal Dice, one in the case with the most differing pixels.
     """
     ranked = [
-        (dice, -one.mask_pixels_differing, i, k)
-        for i, one in enumerate(comparisons)
-        for k, dice in enumerate(one.mask_dice)
+        (dice, -case_parity.mask_pixels_differing, i, k)
+        for i, case_parity in enumerate(comparisons)
+        for k, dice in enumerate(case_parity.mask_dice)
     ]
     dice, _, i, k = min(ranked)
     case = cases[i]
     actual = run_case(Session(session.manifest, FiniteBackend(session.backend)), case)
-    wanted = NetworkOutputs(tensors=expected[i], frame=actual.frame)
     number, channel = divmod(k, actual.tensors["low_res_masks"].shape[1])
-    cut = transforms.probability_to_logit(session.conventions.threshold)
+    threshold_logit = transforms.probability_to_logit(session.conventions.threshold)
     reference, mask = (
-        transforms.upsample(o.tensors["low_res_masks"][number, channel][None], o.frame)[0] > cut
-        for o in (wanted, actual)
+        transforms.upsample(tensors["low_res_masks"][number, channel][None], actual.frame)[0]
+        > threshold_logit
+        for tensors in (expected[i], actual.tensors)
     )
     image, prompt = _subject(case, number)
     return WorstMask(
@@ -123,12 +122,12 @@ def _pictures(
     reference: NDArray[np.bool_],
     mask: NDArray[np.bool_],
 ) -> tuple[NDArray[np.uint8], ...]:
-    """The whole image with its prompts, and a square of it where the masks differ."""
+    """The image with its prompts, and a square of it around the differing pixels."""
     background, _ = intensities(image, session.conventions, None)
     grey = np.asarray(background, np.float32) * DIMMED
     grey = grey.mean(axis=2) if grey.ndim == 3 else grey  # no colour but the masks'
     labels = np.where(reference & mask, 1, np.where(reference, 2, np.where(mask, 3, 0)))
-    whole = draw_overlay(
+    overview = draw_overlay(
         grey,
         labels,
         points=prompt.points,
@@ -137,9 +136,9 @@ def _pictures(
     )
     differing = labels > 1
     if not differing.any():
-        return (whole,)
+        return (overview,)
     part = _square_around(differing)
-    return whole, draw_overlay(grey[part], labels[part])
+    return overview, draw_overlay(grey[part], labels[part])
 
 
 def _square_around(mask: NDArray[np.bool_]) -> tuple[slice, ...]:

@@ -34,9 +34,9 @@ from .parity_report import worst_mask, write_report
 
 AGAINST = {
     "checkpoint": "the checkpoint's own network",
-    "saved reference": "what the checkpoint's own network gave at export",
+    "saved reference": "the outputs that the checkpoint's own network gave at export",
 }
-"""What a bundle is compared with, in words."""
+"""The outputs that a bundle is compared with, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Verification:
 
     bundle: Path
     against: str
-    """`checkpoint`, or `saved reference`: what the checkpoint's network gave at export."""
+    """`checkpoint`, or `saved reference`: the outputs of the checkpoint's network at export."""
     parity: tuple[Parity, ...]
     failures: tuple[str, ...]
     """Figures that exceed the limits; empty if all are within them."""
@@ -62,7 +62,7 @@ class Reference:
     cases: Sequence[Case]
     outputs: Sequence[dict[str, Array]]
     against: str
-    """A key of `AGAINST`: where the outputs come from."""
+    """A key of `AGAINST`: the source of the outputs."""
 
     def subset(self, chosen: Sequence[int]) -> Reference:
         """The chosen cases with their outputs."""
@@ -185,7 +185,7 @@ def _verify_precision(
         tf32 = session.backend.facts().get("tf32", False)
         comparisons = compared.comparisons
         worst = worst_mask(session, cases, expected, comparisons) if options.report else None
-    role = BACKENDS[backend].own_encoder
+    role = BACKENDS[backend].encoder_role
     if role is not None and manifest.has(role, files_precision(precision)):
         with open_session(portable=False) as session:
             compared.encoders[role] = compare_cases(session, cases, expected)
