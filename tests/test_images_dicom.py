@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gdcm
 import numpy as np
 import PIL.Image
 import pydicom
@@ -17,10 +18,12 @@ import SimpleITK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, apply_voi_lut, apply_windowing, get_decoder
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 from pydicom.uid import (
     MPEG2MPML,
     CTImageStorage,
@@ -32,6 +35,8 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
+    RTDoseStorage,
+    SecondaryCaptureImageStorage,
 )
 
 from medsa_deploy.errors import ImageError, MissingDependencyError
@@ -323,8 +328,10 @@ def test_palettes_of_8_bits_in_words(tmp_path: Path, bits: int) -> None:
     np.testing.assert_array_equal(read(dataset, tmp_path).pixels[..., 1], 255 - stored)
 
 
-def test_one_bit_becomes_black_and_white() -> None:
-    image = read_image(sample("liver_1frame.dcm"))
+def test_one_bit_becomes_black_and_white(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(sample("liver_1frame.dcm"))
+    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    image = read(dataset, tmp_path)
     assert sorted(np.unique(image.pixels)) == [0, 255]
 
 
@@ -430,6 +437,99 @@ def test_a_missing_codec_is_named(
     assert message.endswith(f"pip install {package}")
 
 
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
+def test_twelve_bit_jpeg_is_what_gdcm_decodes(name: str) -> None:
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(sample(name)))
+    assert reader.Read()
+    picture = reader.GetImage()
+    rows, columns = picture.GetDimension(1), picture.GetDimension(0)
+    raw = picture.GetBuffer().encode("utf-8", "surrogateescape")
+    reference = np.frombuffer(raw, np.uint16).reshape(rows, columns)
+    image = read_image(sample(name))
+    dataset = pydicom.dcmread(sample(name))
+    scaled = reference * float(dataset.get("RescaleSlope", 1)) + float(
+        dataset.get("RescaleIntercept", 0)
+    )
+    np.testing.assert_array_equal(image.pixels, scaled)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLossless])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_lossless_jpeg_gives_the_values_back(
+    tmp_path: Path, syntax: Any, dtype: type[np.generic]
+) -> None:
+    stored = (np.arange(40 * 50) * 31 % np.iinfo(dtype).max).astype(dtype).reshape(40, 50)
+    plain = tmp_path / "plain.dcm"
+    dicom(stored).save_as(plain, enforce_file_format=True)
+    compressed = tmp_path / "compressed.dcm"
+    transcode(plain, compressed, syntax)
+    assert pydicom.dcmread(compressed).file_meta.TransferSyntaxUID == syntax
+    np.testing.assert_array_equal(read_image(compressed).pixels, stored)
+
+
+def transcode(source: Path, target: Path, syntax: Any) -> None:
+    """Compress a file with gdcm."""
+    reader, change, writer = (
+        gdcm.ImageReader(),
+        gdcm.ImageChangeTransferSyntax(),
+        gdcm.ImageWriter(),
+    )
+    reader.SetFileName(str(source))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(syntax))))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(target))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+
+
+def test_a_window_with_decimal_commas_is_dropped_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = dicom(RAMP)
+    put_text(dataset, "WindowCenter", b"40,5")
+    put_text(dataset, "WindowWidth", b"400 ")
+    image = read(dataset, tmp_path)
+    assert image.display is None
+    assert "its window is ignored: its WindowCenter is no number" in caplog.text
+    assert "40,5" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+def test_a_slope_with_decimal_commas_is_refused(tmp_path: Path, name: str) -> None:
+    dataset = dicom(RAMP, RescaleSlope=2, RescaleIntercept=1)
+    put_text(dataset, name, b"1,25")
+    with pytest.raises(ImageError, match=f"its {name} is no number.*1,25"):
+        read(dataset, tmp_path)
+
+
+def put_text(dataset: Any, name: str, text: bytes) -> None:
+    """Store a value's text as a file has it, unchecked."""
+    tag = Tag(name)
+    dataset._dict[tag] = RawDataElement(tag, "DS", len(text), text, 0, False, True)
+
+
+def test_samples_that_do_not_lie_in_the_lowest_bits_are_refused(tmp_path: Path) -> None:
+    dataset = dicom(RAMP.astype(np.uint16), BitsStored=12, HighBit=15)
+    with pytest.raises(ImageError, match="stores 12 bits up to bit 15, expected up to bit 11"):
+        read(dataset, tmp_path)
+
+
+def test_a_segmentation_is_called_a_segmentation() -> None:
+    with pytest.raises(ImageError, match="is a segmentation, not an image"):
+        read_image(sample("liver_1frame.dcm"))
+
+
+def test_a_dose_is_called_a_dose(tmp_path: Path) -> None:
+    dataset = dicom(RAMP)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = RTDoseStorage
+    with pytest.raises(ImageError, match="is a dose distribution, not an image"):
+        read(dataset, tmp_path)
+
+
 def test_a_video_is_refused(tmp_path: Path) -> None:
     dataset = dicom(RAMP)
     dataset.PixelData = encapsulate([b"whatever"])
@@ -439,7 +539,7 @@ def test_a_video_is_refused(tmp_path: Path) -> None:
         read(dataset, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG2000-embedded-sequence-delimiter.dcm"])
+@pytest.mark.parametrize("name", ["JPEG2000-embedded-sequence-delimiter.dcm"])
 def test_what_no_installed_codec_can_decode_is_one_line(name: str) -> None:
     with pytest.raises(ImageError, match="cannot be decoded") as caught:
         read_image(sample(name))

@@ -655,6 +655,27 @@ def test_an_empty_segmentation_holds_every_frame(tmp_path: Path) -> None:
     assert not dataset.pixel_array.any()
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+        (["GB18030"], "Zhang^XiaoDong=张^小东"),
+    ],
+)
+def test_names_of_every_script_come_through(tmp_path: Path, charset: list[str], name: str) -> None:
+    """The first character set of most Asian series is empty: the default repertoire."""
+    datasets = slices()
+    for dataset in datasets:
+        dataset.SpecificCharacterSet = charset
+        dataset.PatientName = name
+    volume = read_volume(save(datasets, tmp_path / "s"))
+    write_segmentation(tmp_path / "seg.dcm", np.ones(volume.shape, np.uint8), volume, names=("肝",))
+    written = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert str(written.PatientName) == name
+    assert written.SegmentSequence[0].SegmentLabel == "肝"
+
+
 def test_the_patients_name_keeps_its_letters(tmp_path: Path) -> None:
     latin = slices(
         SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Jörg", StudyDescription="Schädel"

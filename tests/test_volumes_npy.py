@@ -127,7 +127,9 @@ def test_only_a_nifti_holds_several_volumes(tmp_path: Path) -> None:
 
 def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
     PIL.Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="is a picture; expected a volume: NIfTI, NRRD, DICOM series"):
+    with pytest.raises(
+        ImageError, match="is a picture; expected a volume: NIfTI, NRRD, DICOM series"
+    ):
         read_volume(tmp_path / "a.png")
     with pytest.raises(ImageError, match="holds no DICOM images"):
         read_volume(tmp_path)

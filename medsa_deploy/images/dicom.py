@@ -22,13 +22,19 @@ from .image import Image
 try:
     import pydicom
     from pydicom.pixels import apply_color_lut, get_decoder
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    from pydicom.uid import (
+        ExplicitVRBigEndian,
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+        JPEGExtended12Bit,
+    )
 except ImportError as e:
     raise MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM") from e
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = {
+    "1.2.840.10008.1.2.4.51": "python-gdcm",
     "1.2.840.10008.1.2.4.57": "python-gdcm",
     "1.2.840.10008.1.2.4.70": "python-gdcm",
     "1.2.840.10008.1.2.4.80": "pyjpegls",
@@ -43,6 +49,13 @@ PACKAGES = {
 RENDERING = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
 """Attributes that map intensities to display values."""
 COLOURS = ("Red", "Green", "Blue")
+DERIVED = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
+    "1.2.840.10008.5.1.4.1.1.66.7": "a label map segmentation",
+    "1.2.840.10008.5.1.4.1.1.30": "a parametric map",
+    "1.2.840.10008.5.1.4.1.1.481.2": "a dose distribution",
+}
+"""SOP classes of objects with pixels that are computed from images."""
 
 
 def read_dicom(path: Path) -> Image:
@@ -52,6 +65,7 @@ def read_dicom(path: Path) -> Image:
     """
     dataset = load(path)
     with reading(path, "DICOM"):
+        check_is_image(path, dataset)
         frames = frame_count(dataset)
     if frames != 1:
         raise ImageError(
@@ -115,6 +129,24 @@ def load(path: Path) -> Any:
     return dataset
 
 
+def check_is_image(path: Path, dataset: Any) -> None:
+    """ImageError for an object that was computed from images, or has no pixels."""
+    if not is_image(dataset):
+        kind = DERIVED.get(str(dataset.get("SOPClassUID")), "an object without pixels")
+        raise ImageError(f"{path} is {kind}, not an image; give the image it was made from")
+
+
+def is_image(header: Any) -> bool:
+    """Whether an object has pixels and is not computed from other images."""
+    has_pixels = bool(header.get("Rows")) and bool(header.get("Columns"))
+    return has_pixels and not is_derived(header)
+
+
+def is_derived(header: Any) -> bool:
+    """Whether an object's SOP class is one of `DERIVED`."""
+    return str(header.get("SOPClassUID", "")) in DERIVED
+
+
 def load_header(path: Path, names: list[str] | None = None) -> Any:
     """All attributes except the pixels, or only those in `names`; ImageError if it is not DICOM."""
     with reading(path, "DICOM"):
@@ -142,6 +174,7 @@ def frame_count(dataset: Any) -> int:
 def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
     """Stored values, (H, W) or (H, W, 3), and their photometric interpretation, RGB for YBR."""
     with reading(path, "DICOM"):
+        _check_bits(path, dataset)
         syntax = dataset.file_meta.TransferSyntaxUID
         syntax_name = f"transfer syntax {syntax.name} ({syntax})"
         index = frame if frame_count(dataset) > 1 else None
@@ -152,6 +185,8 @@ def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
                 f"{path} has {syntax_name}, which pydicom cannot decode; convert it to "
                 "uncompressed DICOM"
             ) from e
+    if syntax == JPEGExtended12Bit and dataset.get("BitsStored", 8) > 8:
+        return _decode_twelve_bits(dataset, path, frame), str(dataset.PhotometricInterpretation)
     package = PACKAGES.get(str(syntax), "python-gdcm")
     if not decoder.is_available:
         raise ImageError(f"{path} has {syntax_name}; to decode it: pip install {package}")
@@ -169,6 +204,35 @@ def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
     return pixels, str(meta["photometric_interpretation"])
 
 
+def _decode_twelve_bits(dataset: Any, path: Path, frame: int) -> np.ndarray:
+    """Stored values (H, W) of a JPEG with more than 8 bits, which pydicom leaves to nobody."""
+    try:
+        import gdcm
+    except ImportError as e:
+        raise ImageError(
+            f"{path} has 12-bit JPEG; to decode it: pip install {PACKAGES[str(JPEGExtended12Bit)]}"
+        ) from e
+    with reading(path, "DICOM"):
+        reader = gdcm.ImageReader()
+        reader.SetFileName(str(path))
+        if not reader.Read():
+            raise ValueError("its JPEG cannot be decoded: it is damaged")
+        content = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
+        stored = np.int16 if dataset.PixelRepresentation else np.uint16
+        shape = (frame_count(dataset), dataset.Rows, dataset.Columns)
+        return np.frombuffer(content, stored).reshape(shape)[frame]
+
+
+def _check_bits(path: Path, dataset: Any) -> None:
+    """ImageError for samples that are not stored in the lowest bits of their words."""
+    high, stored = dataset.get("HighBit"), dataset.get("BitsStored")
+    if high is not None and stored is not None and int(high) != int(stored) - 1:
+        raise ImageError(
+            f"{path} stores {stored} bits up to bit {high}, expected up to bit {stored - 1}: "
+            "convert it to uncompressed DICOM with another tool (gdcmconv, dcmconv)"
+        )
+
+
 def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
     """Stored values → intensities: by LUT (uint16), slope and intercept (float32), or as is."""
     group = functional_group(dataset, "PixelValueTransformationSequence", frame)
@@ -181,7 +245,10 @@ def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
 
 
 def rescale(group: Any) -> tuple[float, float]:
-    """(slope, intercept) of a dataset or functional group; (1, 0) if it has none."""
+    """(slope, intercept) of a dataset or functional group; (1, 0) if it has none.
+
+    ValueError for values that are no numbers: intensities would be guessed.
+    """
     slope, intercept = number(group, "RescaleSlope"), number(group, "RescaleIntercept")
     return 1.0 if slope is None else slope, intercept or 0.0
 
@@ -194,7 +261,11 @@ def _values_of_interest(
         shown = _look_up(values, luts[0].LUTDescriptor, luts[0].LUTData, dataset)
         top = 2 ** int(luts[0].LUTDescriptor[2]) - 1
         return np.asarray(np.minimum(shown, top) * (255 / top), np.float32)
-    centre, width = number(group, "WindowCenter"), number(group, "WindowWidth")
+    try:
+        centre, width = number(group, "WindowCenter"), number(group, "WindowWidth")
+    except ValueError as e:
+        logger.warning("%s: its window is ignored: %s", path, e)
+        return None
     if centre is None or width is None:
         return None
     function = str(group.get("VOILUTFunction") or "LINEAR").strip().upper()
@@ -288,10 +359,16 @@ def functional_groups(dataset: Any, name: str, frame: int) -> list[Any]:
 
 
 def number(dataset: Any, name: str) -> float | None:
-    """The first value of a numeric attribute; None if it is absent or empty."""
-    value = dataset.get(name)
-    if value is None or value == "":
-        return None
-    if isinstance(value, str | float | int):
-        return float(value)
-    return float(value[0]) if len(value) else None
+    """The first value of a numeric attribute; None if it is absent or empty.
+
+    ValueError for text that is no number, such as "40,5" from a machine with decimal commas.
+    """
+    try:
+        value = dataset.get(name)
+        if value is None or value == "":
+            return None
+        if isinstance(value, str | float | int):
+            return float(value)
+        return float(value[0]) if len(value) else None
+    except ValueError as e:  # pydicom parses a value at first use
+        raise ValueError(f"its {name} is no number: {one_line(e)}") from e

@@ -28,6 +28,8 @@ from .volume import Volume
 
 logger = logging.getLogger(__name__)
 
+UTF_8 = "ISO_IR 192"
+"""DICOM's name of the character set."""
 REQUIRED_ATTRIBUTES = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID",
 )  # fmt: skip
@@ -85,7 +87,7 @@ def segmentation(
             series_description=f"Segmentation by {tool}",
             omit_empty_frames=bool(labels.any()),
         )
-        dataset.SpecificCharacterSet = "ISO_IR 192"  # UTF-8, for any class name
+        dataset.SpecificCharacterSet = UTF_8  # for any class name
     return dataset
 
 
@@ -209,6 +211,8 @@ def _sources(path: Path, volume: Volume) -> list[Any]:
                     f"{path}: a DICOM segmentation needs {', '.join(missing)} of its source, which "
                     f"{file} lacks; write .npy or .nii.gz"
                 )
+            source.decode()  # text in the character sets of the series, to be written as UTF-8
+            source.SpecificCharacterSet = UTF_8
             for name in MAY_BE_EMPTY:
                 if name not in source:
                     setattr(source, name, "")

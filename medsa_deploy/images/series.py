@@ -19,10 +19,13 @@ import numpy as np
 from medsa_deploy.errors import ImageError
 
 from .dicom import (
+    check_is_image,
     frame_count,
     frame_image,
     functional_group,
     functional_groups,
+    is_derived,
+    is_image,
     load,
     load_header,
     number,
@@ -46,13 +49,6 @@ HEADER = [
     "ModalityLUTSequence",
 ]  # fmt: skip
 """Attributes that are read from every file of a folder, before any pixels."""
-DERIVED = {
-    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
-    "1.2.840.10008.5.1.4.1.1.66.7": "a label map segmentation",
-    "1.2.840.10008.5.1.4.1.1.30": "a parametric map",
-    "1.2.840.10008.5.1.4.1.1.481.2": "a dose distribution",
-}
-"""SOP classes of objects with pixels that are computed from images."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,13 +76,13 @@ def is_dicom_volume(path: Path) -> bool:
     """Whether a DICOM file holds several frames of an image."""
     with reading(path, "DICOM"):
         header = load_header(path, HEADER)
-        return _is_image(header) and frame_count(header) > 1
+        return is_image(header) and frame_count(header) > 1
 
 
 def is_derived_dicom(path: Path) -> bool:
     """Whether a DICOM file was computed from images, as a segmentation is."""
     with reading(path, "DICOM"):
-        return _is_derived(load_header(path, HEADER))
+        return is_derived(load_header(path, HEADER))
 
 
 def is_series(files: Iterable[Path]) -> bool:
@@ -98,7 +94,7 @@ def is_series(files: Iterable[Path]) -> bool:
     for path in files:
         with contextlib.suppress(ImageError), reading(path, "DICOM"):
             header = load_header(path, HEADER)
-            if not _is_image(header):
+            if not is_image(header):
                 continue
             uid = str(header.get("SeriesInstanceUID", ""))
             if frame_count(header) > 1 or uid in uids:
@@ -140,9 +136,7 @@ def read_dicom_volume(path: Path, *, axis: int | None) -> Volume:
     """
     dataset = load(path)
     with reading(path, "DICOM"):
-        if not _is_image(dataset):
-            kind = DERIVED.get(str(dataset.get("SOPClassUID")), "an object without pixels")
-            raise ImageError(f"{path} is {kind}, not an image; give the image it was made from")
+        check_is_image(path, dataset)
         count = frame_count(dataset)
         if count > path.stat().st_size:
             raise ImageError(
@@ -163,7 +157,7 @@ def _only_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
     for path in files:
         with reading(path, "DICOM"):
             header = load_header(path, HEADER)
-            if _is_image(header):
+            if is_image(header):
                 series[str(header.get("SeriesInstanceUID", ""))].append((path, header))
             else:
                 logger.info("%s is skipped: it is not an image", path)
@@ -215,17 +209,6 @@ def _volume(path: Path, stacked: Stack, axis: int | None, dataset: Any = None) -
         rendered=image.display is not None,
         slices=slices,
     )
-
-
-def _is_image(header: Any) -> bool:
-    """Whether an object has pixels and is not computed from other images."""
-    has_pixels = bool(header.get("Rows")) and bool(header.get("Columns"))
-    return has_pixels and not _is_derived(header)
-
-
-def _is_derived(header: Any) -> bool:
-    """Whether an object's SOP class is one of `DERIVED`."""
-    return str(header.get("SOPClassUID", "")) in DERIVED
 
 
 def slice_header(path: Path, dataset: Any, frame: int | None = None) -> SliceHeader:
