@@ -143,17 +143,17 @@ def _classes(mask_tokens: int, outputs: Outputs, overrides: Overrides, guesses: 
                 "one has SAM's outputs: leave the option out"
             )
         return 1
-    most = f"a decoder with {mask_tokens} mask tokens"
+    decoder = f"a decoder with {mask_tokens} mask tokens"
     if mask_tokens > 4:
         if overrides.classes not in (None, mask_tokens):
-            raise UsageError(f"--classes {overrides.classes}: {most} has {mask_tokens} classes")
+            raise UsageError(f"--classes {overrides.classes}: {decoder} has {mask_tokens} classes")
         return mask_tokens
     if overrides.classes is None:
-        because = f"{most} may have 1 to {mask_tokens} classes"
+        because = f"{decoder} may have 1 to {mask_tokens} classes"
         guesses.append(Guess(fact="classes", value="1", because=because, option="--classes"))
         return 1
     if not 1 <= overrides.classes <= mask_tokens:
-        raise UsageError(f"--classes {overrides.classes}: {most} has 1 to {mask_tokens} classes")
+        raise UsageError(f"--classes {overrides.classes}: {decoder} has 1 to {mask_tokens} classes")
     return overrides.classes
 
 

@@ -53,7 +53,7 @@ class Checkpoint:
     public_training: bool
     """Whether the file is a training container of the public Med-SA code."""
     notes: tuple[str, ...]
-    """What was changed on the way in, to be said aloud."""
+    """Changes that were made while the file was read."""
     lora: tuple[LoRA, ...] = ()
     """The linear layers that carried a low-rank update."""
 

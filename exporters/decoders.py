@@ -47,7 +47,7 @@ ADAPTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderKind:
-    """What the exporters ask about a kind of decoder."""
+    """Everything that the exporters ask about a kind of decoder."""
 
     required_keys: Mapping[str, str]
     """Its keys besides those of the two-way blocks' MLPs, with their shapes (`key_check.py`)."""

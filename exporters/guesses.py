@@ -37,7 +37,7 @@ class Overrides:
     point_frame: PointFrame | None = None
     prompt_scope: PromptScope | None = None
     point_scale: float | None = None
-    """What coordinates are multiplied by."""
+    """Factor on coordinates."""
     pad_points: int | None = None
     """Points a set is padded to, for efficient_sam; 0 for no padding."""
     threshold: float | None = None

@@ -30,9 +30,11 @@ def checked(shapes: Shapes, *, required: Mapping[str, str], optional: Mapping[st
         absent = [key for key in keys if key not in shapes]
         borrowed |= {key: present[0] for key in absent if present}
         missing += [] if present else absent
-    other = {"rel_pos_h": "rel_pos_w", "rel_pos_w": "rel_pos_h"}
-    halves = [key.rpartition(".") for key in shapes if key.endswith(tuple(other))]
-    missing += [k for block, _, table in halves if (k := f"{block}.{other[table]}") not in shapes]
+    counterparts = {"rel_pos_h": "rel_pos_w", "rel_pos_w": "rel_pos_h"}
+    halves = [key.rpartition(".") for key in shapes if key.endswith(tuple(counterparts))]
+    missing += [
+        k for block, _, table in halves if (k := f"{block}.{counterparts[table]}") not in shapes
+    ]
     if problems := misfit(
         shapes, missing=missing, wrong=list(_wrong({**required, **optional}, shapes))
     ):
@@ -57,11 +59,12 @@ def misfit(
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
     """Names, with those that differ only by a block's number written once."""
-    alike: dict[str, list[str]] = {}
+    by_pattern: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
+        by_pattern.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
     parts = [
-        keys[0] if len(keys) == 1 else f"{merged} ({len(keys)}×)" for merged, keys in alike.items()
+        keys[0] if len(keys) == 1 else f"{merged} ({len(keys)}×)"
+        for merged, keys in by_pattern.items()
     ]
     more = f" and {len(parts) - limit} more" if len(parts) > limit else ""
     return ", ".join(parts[:limit]) + more
@@ -87,9 +90,9 @@ def _wrong(table: Mapping[str, str], shapes: Shapes) -> Iterator[str]:
 
 def _keys(pattern: str, shapes: Shapes) -> Iterator[str]:
     """The keys a pattern stands for; with no index at all, index 0."""
-    prefix, hash_, rest = pattern.partition(".#")
+    prefix, hash_, suffix = pattern.partition(".#")
     if not hash_:
         yield pattern
         return
     for index in range(max(1, shapes.count(prefix))):
-        yield from _keys(f"{prefix}.{index}{rest}", shapes)
+        yield from _keys(f"{prefix}.{index}{suffix}", shapes)

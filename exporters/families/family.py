@@ -40,7 +40,7 @@ class Origin:
     preprocess: PreprocessingName
     point_order: PointOrder
     because: str
-    """What shows the origin."""
+    """The evidence of the origin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Family:
     unused_keys_in_2d: re.Pattern[str] = NO_KEY
     facts: ReadFacts
     encoder_key: str = "image_encoder"
-    """What the encoder's keys begin with."""
+    """The beginning of the encoder's keys."""
     reference_encoder: Callable[[Network, Shapes], nn.Module]
     """The encoder as it was trained, without weights; its state dict has the checkpoint's keys."""
     fold_encoder: Callable[[Any, Network], nn.Module]

@@ -102,7 +102,7 @@ def padded_families() -> str:
 
 
 def missing_stems(keys: Collection[str]) -> list[str]:
-    """What keys lack to be a whole checkpoint, of the family that they lack least of."""
+    """Stems of a whole checkpoint that keys lack, of the family of which they lack fewest."""
     lists = [
         [stem for stem in family.stems if not any(key.startswith(stem) for key in keys)]
         for family in FAMILIES

@@ -222,7 +222,7 @@ class MaskWeights(nn.Module):
 
 
 class PredictsMasks(nn.Module):
-    """What the decoder ends with, whole or in parts."""
+    """The end of the decoder, whole or in parts."""
 
     side: int
     masks: int
@@ -297,7 +297,7 @@ class Decoder(PredictsMasks):
         return self.results(self.norm(queries + a), keys)
 
 
-def paired(image: Tensor, coords: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def paired(image: Tensor, coords: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """E embeddings and P prompt sets repeated to max(E, P) of each; one of E and P is 1, or E = P.
 
     Written with an index, since the exporter takes E and P for one number where they broadcast.
@@ -308,7 +308,7 @@ def paired(image: Tensor, coords: Tensor, *others: Tensor) -> tuple[Tensor, ...]
     # beyond its end, which the runtime refuses.
     return tuple(
         x.index_select(0, indices * torch.sym_min(x.shape[0] - 1, 1))
-        for x in (image, coords, *others)
+        for x in (image, coords, *inputs)
     )
 
 

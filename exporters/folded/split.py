@@ -135,19 +135,19 @@ class ClickBlock(nn.Module):
 
 
 class ClickPart(PredictsMasks):
-    """What the image part gave and prompts → K low-resolution masks and their predicted IoU."""
+    """The image part's outputs and prompts → K low-resolution masks and their predicted IoU."""
 
-    def __init__(self, whole: Decoder) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.side, self.masks, self.heads = whole.side, whole.masks, whole.last.heads
-        self.sparse, self.fixed = whole.sparse, whole.fixed
+        self.side, self.masks, self.heads = decoder.side, decoder.masks, decoder.last.heads
+        self.sparse, self.fixed = decoder.sparse, decoder.fixed
         self.blocks = nn.ModuleList(
-            ClickBlock(block, first=i == 0) for i, block in enumerate(whole.blocks)
+            ClickBlock(block, first=i == 0) for i, block in enumerate(decoder.blocks)
         )
-        self.last_query, self.last_out = whole.last_query, whole.last.out
-        self.last = TokenToImage(whole.last_key, whole.last_value, self.heads)
-        self.norm, self.upscaling = whole.norm, whole.upscaling
-        self.mask_weights, self.iou = whole.mask_weights, whole.iou
+        self.last_query, self.last_out = decoder.last_query, decoder.last.out
+        self.last = TokenToImage(decoder.last_key, decoder.last_value, self.heads)
+        self.norm, self.upscaling = decoder.norm, decoder.upscaling
+        self.mask_weights, self.iou = decoder.mask_weights, decoder.iou
 
     def forward(
         self,

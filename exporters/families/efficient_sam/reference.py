@@ -45,7 +45,7 @@ class PromptTokens(nn.Module):
         self.bbox_bottom_right_embeddings = nn.Embedding(1, width)
 
     def kinds(self) -> dict[int, Tensor]:
-        """What each label adds; background, 0, adds nothing."""
+        """Label → embedding; background, 0, adds nothing."""
         return {
             -1: self.invalid_points.weight,
             1: self.point_embeddings.weight,

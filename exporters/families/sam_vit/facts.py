@@ -125,8 +125,10 @@ def _windowed_by_layout(rows: Rows) -> int | None:
     """Rows of the windowed blocks' tables, if the tables change exactly where SAM's layout does."""
     layout = GLOBAL_LAYOUTS.get(len(rows), ())
     windowed = {n for i, n in enumerate(rows) if i not in layout}
-    whole = {n for i, n in enumerate(rows) if i in layout}
-    return windowed.pop() if len(windowed) == len(whole) == 1 and windowed != whole else None
+    whole_grid = {n for i, n in enumerate(rows) if i in layout}
+    return (
+        windowed.pop() if len(windowed) == len(whole_grid) == 1 and windowed != whole_grid else None
+    )
 
 
 def token_grid(
@@ -136,15 +138,15 @@ def token_grid(
     if overrides.image_size is not None:
         return whole_patches(overrides.image_size, patch) // patch
     lengths = _lengths(rows)
-    others = [n for n in lengths if n != 2 * window - 1]
-    if len(others) > 1 or (lengths and not others and None in rows):
+    grid_lengths = [n for n in lengths if n != 2 * window - 1]
+    if len(grid_lengths) > 1 or (lengths and not grid_lengths and None in rows):
         raise CheckpointError(
             f"relative-position tables of {_counted(lengths)} rows do not show the image size: "
             "expected those of the whole grid, and of a window where there are any; give "
             "--image-size"
         )
     if lengths:
-        return ((others or lengths)[0] + 1) // 2
+        return ((grid_lengths or lengths)[0] + 1) // 2
     grid = SAM_IMAGE_SIZE // patch
     guesses.append(image_size_guess(grid * patch, "no relative-position tables; SAM's size"))
     return grid

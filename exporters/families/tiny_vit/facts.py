@@ -41,8 +41,10 @@ def facts_of(
     patch = LITE_PATCH if lite else 4 * LITE_PATCH
     size = overrides.image_size
     if size is None:
-        size, whose = (LITE_IMAGE_SIZE, "LiteMedSAM") if lite else (MOBILE_IMAGE_SIZE, "mobile_sam")
-        guesses.append(image_size_guess(size, f"no key shows it; {whose}'s size"))
+        size, network = (
+            (LITE_IMAGE_SIZE, "LiteMedSAM") if lite else (MOBILE_IMAGE_SIZE, "mobile_sam")
+        )
+        guesses.append(image_size_guess(size, f"no key shows it; {network}'s size"))
     whole_patches(size, patch)
     return FamilyFacts(
         family="litemedsam" if lite else "mobile_sam",
