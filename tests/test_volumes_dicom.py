@@ -245,9 +245,9 @@ def test_two_series_are_listed(tmp_path: Path) -> None:
     save(slices(2, SeriesDescription="", SeriesNumber=None), folder, "xy")
     assert is_volume(folder)
     message = refused(folder, "holds 2 series: ")
-    assert "series 4 'Thorax lung' (CT, 6 images, such as a.dcm)" in message
-    assert "series ? 'no description' (CT, 2 images, such as x.dcm)" in message
-    assert message.endswith("put the files of one series in a folder of its own")
+    assert "series 4 'Thorax lung' (CT, 6 images, such as a.dcm, UID " in message
+    assert "series ? 'no description' (CT, 2 images, such as x.dcm, UID " in message
+    assert message.endswith("choose one by its UID (--series); none was given")
 
 
 def test_a_localizer_of_the_same_series_is_named(tmp_path: Path) -> None:
@@ -447,6 +447,62 @@ def enhanced(folder: Path, datasets: list[Dataset]) -> Path:
     )
     combined.save_as(folder / "enhanced.dcm")
     return folder / "enhanced.dcm"
+
+
+def test_a_series_is_chosen_by_its_uid(tmp_path: Path) -> None:
+    first, second = slices(), slices(4)
+    folder = save(first, tmp_path / "s", "abcdef")
+    save(second, folder, "ghij")
+    uid = second[0].SeriesInstanceUID
+    message = refused(folder, "holds 2 series: ")
+    assert f"UID {uid}" in message
+    assert message.endswith("choose one by its UID (--series); none was given")
+    assert len(read_volume(folder, series=uid)) == 4
+    assert len(read_volume(folder, series=first[0].SeriesInstanceUID)) == SLICES
+    with pytest.raises(ImageError, match=r"\(--series\); 1\.2\.3 was given"):
+        read_volume(folder, series="1.2.3")
+
+
+@pytest.mark.parametrize("field", ["TriggerTime", "EchoTime", "AcquisitionNumber"])
+def test_a_phase_is_one_image_of_each_place(tmp_path: Path, field: str) -> None:
+    phases = []
+    for phase, late in enumerate((10, 30, 20)):
+        datasets = slices(4, SeriesInstanceUID="1.2.3")
+        for index, dataset in enumerate(datasets):
+            setattr(dataset, field, str(late))
+            dataset.InstanceNumber = str(100 - 10 * phase - index)
+        phases.append(datasets)
+    marks = []
+    for datasets, mark in zip(phases, (111, 333, 222), strict=True):
+        for dataset in datasets:
+            pixels = dataset.pixel_array.copy()
+            pixels[0, 1] = mark
+            dataset.PixelData = pixels.tobytes()
+        marks += datasets
+    folder = save(marks, tmp_path / "s", "abcdefghijkl")
+    refused(
+        folder, r"3 images at each of 4 places, .*choose a phase \(--phase\) 0…2; none was given"
+    )
+    for phase, mark in enumerate((111, 222, 333)):
+        volume = read_volume(folder, phase=phase)
+        assert volume.shape == (COLUMNS, ROWS, 4)
+        stored = [pydicom.dcmread(h.path).pixel_array for h in volume.slices.headers]  # type: ignore[attr-defined]
+        assert [int(pixels[0, 1]) for pixels in stored] == [mark] * 4
+        assert [int(pixels[0, 0]) for pixels in stored] == [0, 1, 2, 3]
+    with pytest.raises(ImageError, match="0…2; 3 was given"):
+        read_volume(folder, phase=3)
+
+
+def test_a_phase_of_a_plain_series_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="has one image at each place: leave the phase out"):
+        read_volume(save(slices(), tmp_path / "s"), phase=0)
+
+
+def test_a_series_and_a_phase_are_for_dicom(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(60).reshape(3, 4, 5))
+    for choice in ({"series": "1"}, {"phase": 0}):
+        with pytest.raises(ImageError, match="is not DICOM"):
+            read_volume(tmp_path / "a.npy", **choice)  # type: ignore[arg-type]
 
 
 def test_positions_place_slices_whatever_the_headers_declare(

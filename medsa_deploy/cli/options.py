@@ -30,6 +30,14 @@ IntensityWindow = Annotated[
         metavar="LOW,HIGH", help="Intensities that become black and white, such as -175,250"
     ),
 ]
+MeasuredWindow = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH|auto",
+        help="Intensities that become black and white, such as -175,250; auto: 0.5 % and 99.5 % of "
+        "what is not padding",
+    ),
+]
 Threshold = Annotated[
     float | None, typer.Option(help="Probability above which a pixel belongs to the mask")
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import typer
 from rich.markup import escape
@@ -18,15 +18,15 @@ from .console import out
 from .options import (
     Backend,
     Bundle,
-    IntensityWindow,
     Json,
+    MeasuredWindow,
     NoCudaGraphs,
     Precision,
     Threads,
     Threshold,
     with_options,
 )
-from .values import parse_rows, parse_window
+from .values import parse_measured_window, parse_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,18 @@ class RunOptions:
         int | None, typer.Option("--slice", help="Segment this slice of a volume as an image")
     ] = None
     volume: Annotated[int | None, typer.Option(help="Which volume of a 4-D NIfTI")] = None
+    series: Annotated[
+        str | None,
+        typer.Option(metavar="UID", help="Which DICOM series of a folder that holds several"),
+    ] = None
+    phase: Annotated[
+        int | None,
+        typer.Option(help="Which of the DICOM images that share their places: phase, echo; from 0"),
+    ] = None
+    nan: Annotated[
+        Literal["refuse", "background"],
+        typer.Option(help="What NaN is: a fault, or background to show black"),
+    ] = "refuse"
     overlap: Annotated[
         int | None, typer.Option(help="Volume: slices that neighbouring chunks share")
     ] = None
@@ -81,7 +93,7 @@ class RunOptions:
         float | None,
         typer.Option(help="Volume: pixels around a mask that --propagate follows; default 3"),
     ] = None
-    intensity_window: IntensityWindow = None
+    intensity_window: MeasuredWindow = None
     threshold: Threshold = None
     multimask: Annotated[
         bool, typer.Option("--multimask", help="Image: try SAM's three candidates, write the best")
@@ -102,7 +114,7 @@ class RunOptions:
     def request(self) -> stages.RunRequest:
         """Options of the input and the output."""
         return stages.RunRequest(
-            intensity_window=parse_window(self.intensity_window),
+            intensity_window=parse_measured_window(self.intensity_window),
             points=parse_rows(self.point, "--point"),
             boxes=parse_rows(self.box, "--box"),
             prompts=self.prompts,
@@ -110,9 +122,14 @@ class RunOptions:
             targets=stages.MaskTargets(
                 mask=self.output, overlay=self.overlay, logits=self.save_logits
             ),
-            axis=self.axis,
+            selection=stages.VolumeSelection(
+                axis=self.axis,
+                volume=self.volume,
+                series=self.series,
+                phase=self.phase,
+                nan=self.nan,
+            ),
             slice_index=self.slice_,
-            volume_index=self.volume,
             overlap=self.overlap,
             propagate=self.propagate,
             margin=self.margin,

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from medsa_deploy.errors import UsageError
 from medsa_deploy.nvidia.engines import AxisRange
+from medsa_deploy.transforms.intensities import IntensityWindow
 
 T = TypeVar("T", int, float)
 
@@ -34,6 +35,11 @@ def parse_window(text: str | None) -> tuple[float, float] | None:
     if len(values) != 2 or not values[0] < values[1]:
         raise UsageError(f"--intensity-window {text}: expected LOW,HIGH with LOW < HIGH")
     return values[0], values[1]
+
+
+def parse_measured_window(text: str | None) -> IntensityWindow:
+    """LOW,HIGH, or `auto` for a window that is measured in each image or volume."""
+    return "auto" if text == "auto" else parse_window(text)
 
 
 def parse_range(text: str | None, option: str) -> AxisRange | None:

@@ -19,9 +19,9 @@ from medsa_deploy.stages.verify.verify import AGAINST
 
 from . import console
 from .console import out, plain_table, print_error
-from .options import Backend, Base, Bundle, IntensityWindow, Json, Threads, with_options
+from .options import Backend, Base, Bundle, Json, MeasuredWindow, Threads, with_options
 from .parity_table import print_parity
-from .values import parse_names, parse_window
+from .values import parse_measured_window, parse_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class AccuracyOptions:
     min_dice: Annotated[
         float | None, typer.Option(help="With --labels: exit with 1 below this mean Dice")
     ] = None
-    intensity_window: IntensityWindow = None
+    intensity_window: MeasuredWindow = None
     axis: Annotated[
         int | None, typer.Option(help="With --labels: axis of volumes to slice along")
     ] = None
@@ -144,7 +144,7 @@ def _measure_accuracy(
             prompt=accuracy.prompt,
             class_names=parse_names(accuracy.class_names),
             min_dice=accuracy.min_dice,
-            intensity_window=parse_window(accuracy.intensity_window),
+            intensity_window=parse_measured_window(accuracy.intensity_window),
             backend=options.backend,
             precision=options.precision,
             threads=options.threads,

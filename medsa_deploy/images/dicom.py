@@ -109,7 +109,13 @@ def frame_image(
             display = pixels.astype(np.float32)  # 8-bit values need no window to be shown
         if inverted and display is not None:
             display = np.float32(255) - display
-        return Image(pixels=pixels, path=path, display=display, inverted=inverted)
+        return Image(
+            pixels=pixels,
+            path=path,
+            display=display,
+            inverted=inverted,
+            background=_padding(stored, dataset),
+        )
 
 
 def load(path: Path) -> Any:
@@ -220,7 +226,8 @@ def _decode_twelve_bits(dataset: Any, path: Path, frame: int) -> np.ndarray:
         content = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
         stored = np.int16 if dataset.PixelRepresentation else np.uint16
         shape = (frame_count(dataset), dataset.Rows, dataset.Columns)
-        return np.frombuffer(content, stored).reshape(shape)[frame]
+        decoded: np.ndarray = np.frombuffer(content, stored).reshape(shape)[frame]
+        return decoded
 
 
 def _check_bits(path: Path, dataset: Any) -> None:
@@ -242,6 +249,16 @@ def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
     if (slope, intercept) == (1.0, 0.0):
         return stored
     return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def _padding(stored: np.ndarray, dataset: Any) -> np.ndarray | None:
+    """(H, W) bool: stored values that the file marks as padding (PS3.3 C.7.5.1.1.2)."""
+    value = number(dataset, "PixelPaddingValue")
+    if value is None:
+        return None
+    limit = number(dataset, "PixelPaddingRangeLimit")
+    low, high = sorted((value, value if limit is None else limit))
+    return np.asarray((low <= stored) & (stored <= high))
 
 
 def rescale(group: Any) -> tuple[float, float]:

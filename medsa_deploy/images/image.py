@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,6 +14,9 @@ from numpy.typing import ArrayLike
 from medsa_deploy.errors import ImageError, one_line
 
 logger = logging.getLogger(__name__)
+
+Nan: TypeAlias = Literal["refuse", "background"]
+"""What NaN is: a fault of the file, or pixels outside the field of view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class Image:
     invert them after windowing. `display` is inverted already."""
     plane: Plane | None = None
     """The place of a NIfTI's slice in its volume; None for any other image."""
+    background: np.ndarray | None = None
+    """(H, W) bool: pixels that hold padding and no tissue; None if the file marks none."""
 
 
 def choose_slice(path: Path, shape: tuple[int, int, int], axis: int, index: int | None) -> Plane:
@@ -58,12 +64,13 @@ def choose_slice(path: Path, shape: tuple[int, int, int], axis: int, index: int 
     return Plane(axis=axis, index=index, shape=shape)
 
 
-def check_image(image: Image) -> Image:
+def check_image(image: Image, *, nan: Nan = "refuse") -> Image:
     """`image` in native byte order, floats as float32; ImageError if it cannot be segmented.
 
-    It cannot be segmented without pixels, with NaN or infinite values, or if all values are equal.
+    It cannot be segmented without pixels, with NaN or infinite values (unless `nan` says that NaN
+    is background), or if all values are equal.
     """
-    image = check_values(image, str(image.path))
+    image = check_values(image, str(image.path), nan=nan)
     pixels = image.pixels
     if (pixels == pixels[0, 0]).all():
         value = pixels[0, 0].tolist()
@@ -76,11 +83,11 @@ def check_image(image: Image) -> Image:
     return image
 
 
-def check_values(image: Image, name: str) -> Image:
+def check_values(image: Image, name: str, *, nan: Nan = "refuse") -> Image:
     """`image` in native byte order, floats as float32; for an image or a volume's slice.
 
-    ImageError, in which the image is called `name`, if there are no pixels or some are NaN or
-    infinite.
+    NaN becomes background if `nan` says so. ImageError, in which the image is called `name`, if
+    there are no pixels or some are NaN or infinite.
     """
     pixels = image.pixels
     if pixels.size == 0:
@@ -89,13 +96,27 @@ def check_values(image: Image, name: str) -> Image:
         # Values beyond float32 become infinite and are refused below.
         with np.errstate(over="ignore"):
             pixels = pixels.astype(np.float32)
+        if nan == "background":
+            image, pixels = _without_nan(image, pixels)
         if bad := int(np.count_nonzero(~np.isfinite(pixels))):
             raise ImageError(
                 f"{name} has {bad} NaN or infinite values out of {pixels.size}: "
-                "replace them before segmenting"
+                "replace them before segmenting, or call NaN background (--nan background)"
             )
     native = pixels.astype(pixels.dtype.newbyteorder("="), order="C", copy=False)
     return dataclasses.replace(image, pixels=native)
+
+
+def _without_nan(image: Image, pixels: np.ndarray) -> tuple[Image, np.ndarray]:
+    """The image with NaN as background, and its pixels with the lowest number in their place."""
+    missing = np.isnan(pixels)
+    if not missing.any():
+        return image, pixels
+    lowest = np.fmin.reduce(pixels, axis=None)
+    pixels = np.where(missing, np.float32(0) if np.isnan(lowest) else lowest, pixels)
+    marked = missing if missing.ndim == 2 else missing.any(axis=2)
+    background = marked if image.background is None else image.background | marked
+    return dataclasses.replace(image, background=background), pixels
 
 
 def as_image(image: Image | ArrayLike) -> Image:

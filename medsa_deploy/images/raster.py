@@ -98,7 +98,7 @@ def read_tiff_volume(path: Path, *, axis: int | None) -> Volume:
     with reading(path, "a TIFF"), path.open("rb") as f:
         picture = PIL.Image.open(f, formats=("TIFF",))
         pages = _page_count(picture)
-        kinds = {}
+        kinds: dict[tuple[tuple[int, int], str], int] = {}
         for page in range(pages):
             picture.seek(page)
             kinds.setdefault((picture.size, picture.mode), page)

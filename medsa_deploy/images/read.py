@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from medsa_deploy.errors import ImageError, MissingDependencyError
 
 from .files import suffix
-from .image import Image, check_image
+from .image import Image, Nan, check_image
 from .signatures import SUFFIXES, Format, signature
 from .volume import Volume, check_volume
 
@@ -18,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def read_image(
-    path: str | os.PathLike[str], *, axis: int | None = None, index: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    axis: int | None = None,
+    index: int | None = None,
+    nan: Nan = "refuse",
 ) -> Image:
     """The image in a file; ImageError if it cannot be read or holds nothing to segment.
 
@@ -27,7 +32,8 @@ def read_image(
     `axis` and `index` choose a slice of a NIfTI or of a three-dimensional .npy. The slice keeps the
     stored order of the two axes that remain: rows are the first, columns the second. So in a volume
     (X, Y, Z) sliced along axis 2, the pixel at row r and column c is voxel (r, c, index), and the
-    point x, y is voxel (y, x, index). Nothing is flipped or turned to look anatomical.
+    point x, y is voxel (y, x, index). Nothing is flipped or turned to look anatomical. `nan`:
+    "background" if NaN marks pixels outside the field of view.
 
     >>> read_image("head.npy", axis=0, index=2).pixels.shape
     (4, 5)
@@ -37,19 +43,27 @@ def read_image(
     sliced = axis is not None or index is not None
     if sliced and file_format in ("raster", "dicom") and not _is_volume(path, file_format, []):
         raise ImageError(f"{path} is a single image without slices: leave the axis and slice out")
-    return check_image(_read(path, file_format, axis, index))
+    return check_image(_read(path, file_format, axis, index), nan=nan)
 
 
 def read_volume(
-    path: str | os.PathLike[str], *, axis: int | None = None, volume: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    axis: int | None = None,
+    volume: int | None = None,
+    series: str | None = None,
+    phase: int | None = None,
+    nan: Nan = "refuse",
 ) -> Volume:
     """The volume in a NIfTI, .npy or DICOM file, or in a folder that holds one DICOM series.
 
     Slices are taken along `axis`. The default is the axis of largest spacing in a NIfTI (the last
     among equals) and the first axis of a .npy; in a DICOM it is always 2. `volume` chooses one of
-    the volumes of a 4-D NIfTI. A single image is a volume of one slice. ImageError if the path
-    cannot be read, does not hold a volume, or has one value everywhere. A slice with NaN or
-    infinite values is refused when it is read.
+    the volumes of a 4-D NIfTI. `series`, a Series Instance UID, chooses from a folder of several
+    series, and `phase` from images that share their places: phases of the heart, echoes. A single
+    image is a volume of one slice. ImageError if the path cannot be read, does not hold a volume,
+    or has one value everywhere. A slice with infinite values, or with NaN unless `nan` is
+    "background", is refused when it is read.
 
     >>> volume = read_volume("head.npy")
     >>> volume.shape, len(volume), volume.slice_size
@@ -64,7 +78,16 @@ def read_volume(
             f"{path}: volume {volume} was given; only a 4-D NIfTI holds several volumes: leave the "
             "volume out"
         )
-    return check_volume(_read_volume(path, file_format, axis, volume))
+    if (series, phase) != (None, None) and file_format not in ("series", "dicom"):
+        raise ImageError(
+            f"{path} is not DICOM: a series and a phase are chosen from DICOM images: leave them "
+            "out"
+        )
+    if file_format in ("series", "dicom"):
+        opened = _read_dicom_volume(path, axis, series, phase)
+    else:
+        opened = _read_volume(path, file_format, axis, volume)
+    return check_volume(replace(opened, nan=nan))
 
 
 def is_volume(path: str | os.PathLike[str]) -> bool:
@@ -210,20 +233,25 @@ def _read_volume(
         from .npy import read_npy_volume
 
         return read_npy_volume(path, axis=axis)
-    if file_format == "raster":
-        from .raster import read_tiff_volume
+    from .raster import read_tiff_volume
 
-        return read_tiff_volume(path, axis=axis)
+    return read_tiff_volume(path, axis=axis)
+
+
+def _read_dicom_volume(
+    path: Path, axis: int | None, series: str | None, phase: int | None
+) -> Volume:
+    """The volume of a DICOM file, or of the series in a folder."""
     from .series import read_dicom_volume, read_series
 
-    if file_format == "dicom":
-        return read_dicom_volume(path, axis=axis)
+    if not path.is_dir():
+        return read_dicom_volume(path, axis=axis, phase=phase)
     images = find_images(path)
     dicoms = [image for image in images if _is_dicom(image)]
     if skipped := [image.name for image in images if image not in dicoms]:
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         logger.info("%s: skipped, not DICOM: %s%s", path, ", ".join(skipped[:3]), more)
-    return read_series(path, dicoms, axis=axis)
+    return read_series(path, dicoms, axis=axis, series=series, phase=phase)
 
 
 def _is_volume(path: Path, file_format: Format | Literal["series"], dicoms: list[Path]) -> bool:

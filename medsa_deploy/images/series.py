@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,16 @@ from .dicom import (
 )
 from .files import reading
 from .image import Image
+from .phases import choose_phase
 from .stacking import SliceHeader, Stack, stack
 from .volume import Volume, warn_of_spacing
 
 logger = logging.getLogger(__name__)
 
+ACQUISITION = (
+    "TemporalPositionIdentifier", "TriggerTime", "EchoTime", "AcquisitionNumber", "InstanceNumber",
+)  # fmt: skip
+"""Numbers that tell images of one place apart, the most telling first."""
 HEADER = [
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality",
     "SeriesDescription", "SliceThickness", "SpacingBetweenSlices", "SeriesInstanceUID",
@@ -46,7 +51,7 @@ HEADER = [
     "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "PixelSpacing",
     "BitsAllocated", "PixelRepresentation", "RescaleIntercept", "RescaleSlope",
-    "ModalityLUTSequence",
+    "ModalityLUTSequence", *ACQUISITION,
 ]  # fmt: skip
 """Attributes that are read from every file of a folder, before any pixels."""
 
@@ -104,14 +109,22 @@ def is_series(files: Iterable[Path]) -> bool:
     return False
 
 
-def read_series(folder: Path, files: Sequence[Path], *, axis: int | None) -> Volume:
-    """The only series among `files` of a folder; objects that are not images are skipped.
+def read_series(
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    axis: int | None,
+    series: str | None = None,
+    phase: int | None = None,
+) -> Volume:
+    """A series among `files` of a folder; objects that are not images are skipped.
 
-    ImageError if there is no series or more than one, or if its slices do not form a stack.
+    `series`: its UID; None for the only one. `phase`: which image of those that share a place.
+    ImageError if there is nothing to choose from, or no choice, or no stack of slices.
     """
-    members = _only_series(folder, files)
+    members = _choose_series(folder, files, series)
     if len(members) == 1:
-        return read_dicom_volume(members[0][0], axis=axis)
+        return read_dicom_volume(members[0][0], axis=axis, phase=phase)
     headers = []
     for path, dataset in members:
         with reading(path, "DICOM"):
@@ -126,10 +139,10 @@ def read_series(folder: Path, files: Sequence[Path], *, axis: int | None) -> Vol
             f"{folder}: {headers[0].name} and {len(headers) - 1} more have no "
             "ImagePositionPatient, so their order is unknown; segment them as single images"
         )
-    return _volume(folder, stack(folder, headers), axis)
+    return _volume(folder, stack(folder, choose_phase(folder, headers, phase)), axis)
 
 
-def read_dicom_volume(path: Path, *, axis: int | None) -> Volume:
+def read_dicom_volume(path: Path, *, axis: int | None, phase: int | None = None) -> Volume:
     """The frames of one DICOM file: sorted by position, or in file order if they have none.
 
     ImageError if the file is not an image, is damaged, or its frames do not form a stack.
@@ -147,12 +160,14 @@ def read_dicom_volume(path: Path, *, axis: int | None) -> Volume:
             headers = [slice_header(path, dataset)]
         else:
             headers = [slice_header(path, dataset, k) for k in range(count)]
-        stacked = stack(path, headers)
+        stacked = stack(path, choose_phase(path, headers, phase))
     return _volume(path, stacked, axis, dataset)
 
 
-def _only_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
-    """The images of the only series, each with its header."""
+def _choose_series(
+    folder: Path, files: Sequence[Path], chosen: str | None
+) -> list[tuple[Path, Any]]:
+    """The images of the series `chosen`, or of the only one, each with its header."""
     series: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
     for path in files:
         with reading(path, "DICOM"):
@@ -163,12 +178,15 @@ def _only_series(folder: Path, files: Sequence[Path]) -> list[tuple[Path, Any]]:
                 logger.info("%s is skipped: it is not an image", path)
     if not series:
         raise ImageError(f"{folder} holds no DICOM images; give the folder of one series")
-    if len(series) > 1:
+    if chosen is not None and chosen in series:
+        return series[chosen]
+    if chosen is not None or len(series) > 1:
         with reading(folder, "DICOM"):
-            names = _series_names(series.values())
+            names = _series_names(series)
+        choice = "none was given" if chosen is None else f"{chosen} was given"
         raise ImageError(
-            f"{folder} holds {len(series)} series: {names}; put the files of one series in a "
-            "folder of its own"
+            f"{folder} holds {len(series)} series: {names}: choose one by its UID (--series); "
+            f"{choice}"
         )
     (members,) = series.values()
     return members
@@ -238,6 +256,7 @@ def slice_header(path: Path, dataset: Any, frame: int | None = None) -> SliceHea
         orientation=_numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
         spacing=spacing,
         thickness=thickness if 0 < thickness < np.inf else None,
+        acquired=(*(number(dataset, name) or 0.0 for name in ACQUISITION), float(frame or 0)),
         between_slices=between_slices if 0 < between_slices < np.inf else None,
     )
 
@@ -277,16 +296,16 @@ def _numbers(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
     return numbers if np.isfinite(numbers).all() else None
 
 
-def _series_names(series: Iterable[Sequence[tuple[Path, Any]]]) -> str:
-    """`series 3 'Thorax' (CT, 120 images, such as IM0001), …`, at most five."""
+def _series_names(series: Mapping[str, Sequence[tuple[Path, Any]]]) -> str:
+    """`series 3 'Thorax' (CT, 120 images, such as IM0001, UID 1.2.3), …`, at most five."""
     names = []
-    for members in series:
+    for uid, members in series.items():
         path, header = members[0]
         names.append(
             f"series {header.get('SeriesNumber') or '?'} "
             f"'{' '.join(str(header.get('SeriesDescription') or 'no description').split())}' "
             f"({header.get('Modality') or 'no modality'}, {len(members)} images, "
-            f"such as {path.name})"
+            f"such as {path.name}, UID {uid})"
         )
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

@@ -55,6 +55,8 @@ class SliceHeader:
     """mm between rows, and between columns."""
     thickness: float | None = None
     """mm; slices may overlap or leave gaps, so it places no slice that has a position."""
+    acquired: tuple[float, ...] = ()
+    """Sorts the images of one place: time in the cycle, echo, acquisition, number."""
     between_slices: float | None = None
     """mm from the centre of a slice to the next, as the header declares it."""
 

@@ -20,11 +20,14 @@ import numpy as np
 
 from medsa_deploy.errors import ImageError, PromptError
 
-from .image import Image, check_values
+from .image import Image, Nan, check_values
+from .tissue import TissueRange, robust_window, tissue_range
 
 logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["nifti", "npy", "dicom", "nrrd", "tiff"]
+SAMPLED_SLICES = 32
+"""Slices that percentiles are computed from, spread over the volume."""
 Box: TypeAlias = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of a slice."""
 VolumeBox: TypeAlias = tuple[float, float, float, float, float, float]
@@ -69,6 +72,8 @@ class Volume:
     rendered: bool = False
     """Slices have a `display`: the file defines a rendering. If each slice of a series has its own
     window, the middle slice's is used for all, so that equal tissue looks equal."""
+    nan: Nan = "refuse"
+    """Whether NaN in a slice is a fault, or background."""
     slices: Slices = field(repr=False)
 
     def __len__(self) -> int:
@@ -82,7 +87,7 @@ class Volume:
         return self.shape[rows], self.shape[columns]
 
     def slice(self, index: int) -> Image:
-        """One slice, (H, W) or (H, W, 3); ImageError if it has NaN or infinite values.
+        """One slice, (H, W) or (H, W, 3); ImageError for infinite values, and NaN if it is a fault.
 
         Unlike a single image, a slice may have one value everywhere: volumes end in air.
         """
@@ -90,7 +95,8 @@ class Volume:
             raise ImageError(
                 f"{self.path} has no slice {index} along axis {self.axis}: give 0…{len(self) - 1}"
             )
-        image = check_values(self.slices.read(index), f"{self.path}: slice {index}")
+        name = f"{self.path}: slice {index}"
+        image = check_values(self.slices.read(index), name, nan=self.nan)
         if image.pixels.shape[:2] != self.slice_size:
             raise ImageError(
                 f"{self.path}: slice {index} has shape {image.pixels.shape[:2]}, expected "
@@ -109,19 +115,22 @@ class Volume:
         return view
 
     def intensity_range(self) -> tuple[float, float]:
-        """(lowest, highest) of all pixels, after scaling. The first call reads every slice.
+        """(lowest, highest) of all pixels that are no padding, after scaling.
 
-        ImageError if a voxel is NaN or infinite.
+        The first call reads every slice. ImageError for values that `slice` refuses.
         """
-        return self._intensity_range
+        return self.tissue.low, self.tissue.high
 
     @cached_property
-    def _intensity_range(self) -> tuple[float, float]:
-        low, high = math.inf, -math.inf
-        for index in range(len(self)):
-            pixels = self.slice(index).pixels
-            low, high = min(low, float(pixels.min())), max(high, float(pixels.max()))
-        return low, high
+    def tissue(self) -> TissueRange:
+        """The range, and what was left out of it. Reads every slice."""
+        return tissue_range(self.slice(index) for index in range(len(self)))
+
+    def robust_window(self) -> tuple[float, float]:
+        """Intensities of black and white: percentiles of some slices, without padding."""
+        step = 1 + len(self) // SAMPLED_SLICES
+        slices = (self.slice(index) for index in range(step // 2, len(self), step))
+        return robust_window(slices, self.tissue)
 
     def locate(self, point: Sequence[float]) -> tuple[int, float, float]:
         """The voxel (x, y, z) → (slice index, x, y in pixels of that slice).

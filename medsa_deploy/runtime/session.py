@@ -17,7 +17,7 @@ from medsa_deploy.images.image import Image, as_image, check_image, check_pixels
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.kernels.postprocess import regions
 from medsa_deploy.transforms import Prompt
-from medsa_deploy.transforms.intensities import check_not_flat, intensities
+from medsa_deploy.transforms.intensities import IntensityWindow, check_not_flat, intensities
 
 from .backends.fallback import FallbackBackend
 from .backends.interface import (
@@ -87,13 +87,14 @@ class Session:
         return self.manifest.network.image_size
 
     def encode(
-        self, image: Image | ArrayLike, *, intensity_window: tuple[float, float] | None = None
+        self, image: Image | ArrayLike, *, intensity_window: IntensityWindow = None
     ) -> Embedding:
         """Encode an image; every prompt on it then costs a decoder run only.
 
         `image`: an `Image`, or an array (H, W) or (H, W, 3). uint8 is taken as display values.
         Other types are mapped to them by `intensity_window` (low, high), else the bundle's, else
-        the file's own, else from minimum to maximum, with a warning. On `tensorrt` and `rtx` the
+        the file's own, else from minimum to maximum, with a warning; "auto" takes percentiles.
+        Padding that the file marks is black. On `tensorrt` and `rtx` the
         image may also be an array with `__cuda_array_interface__`. It is prepared on the GPU, where
         it is not checked for being constant, and nothing is stretched.
 
@@ -115,7 +116,7 @@ class Session:
         self,
         slices: Sequence[Image | ArrayLike],
         *,
-        intensity_window: tuple[float, float] | None = None,
+        intensity_window: IntensityWindow = None,
     ) -> list[Embedding]:
         """Encode neighbouring slices of a volume, all of one size, in their order.
 
@@ -142,7 +143,7 @@ class Session:
     def _encode(
         self,
         images: Sequence[Image],
-        intensity_window: tuple[float, float] | None,
+        intensity_window: IntensityWindow,
         *,
         flat: bool,
     ) -> list[Embedding]:
@@ -185,9 +186,13 @@ class Session:
             for i in range(len(images))
         ]
 
-    def _encode_frame(self, frame: object, window: tuple[float, float] | None) -> Embedding:
+    def _encode_frame(self, frame: object, window: IntensityWindow) -> Embedding:
         """A frame on the GPU → its embedding; no pixel comes to the host."""
         backend, start = require_frame_encoder(self.backend), perf_counter()
+        if window == "auto":
+            raise UsageError(
+                "the window of a frame on a GPU is not measured: give intensity_window=(low, high)"
+            )
         uint8 = frame.__cuda_array_interface__["typestr"] == "|u1"  # type: ignore[attr-defined]
         window = window or (None if uint8 else self.conventions.intensity_window)
         values, placement = backend.encode_frame(frame, self.conventions, window)

@@ -33,7 +33,7 @@ from .profile import ProfileTargets, profile_bundle
 from .quantize.quantize import Quantization, quantize_bundle
 from .run.images import MaskTargets, Segmentation
 from .run.run import RunRequest, RunResult, SessionOptions, run_bundle
-from .run.volumes import VolumeSegmentation, segment_volume_file, structures_of
+from .run.volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
 from .verify.accuracy import Accuracy, measure_accuracy
 from .verify.drawn_prompts import PromptKind
 from .verify.engine_check import EngineState
@@ -64,6 +64,7 @@ __all__ = [
     "Verification",
     "VolumeOptions",
     "VolumeSegmentation",
+    "VolumeSelection",
     "build_engines",
     "build_kernels",
     "demonstrate",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,11 @@ from .preprocessing import PREPROCESSING
 
 if TYPE_CHECKING:
     from medsa_deploy.images.image import Image
+    from medsa_deploy.images.tissue import TissueRange
 
+IntensityWindow: TypeAlias = tuple[float, float] | Literal["auto"] | None
+"""Intensities of black and white; "auto" for percentiles without padding; None for the bundle's,
+else the file's own."""
 Floats: TypeAlias = NDArray[np.float32]
 
 logger = logging.getLogger(__name__)
@@ -46,12 +51,31 @@ def display_values(
 
 
 def intensities(
-    image: Image, conventions: Conventions, window: tuple[float, float] | None
+    image: Image, conventions: Conventions, window: IntensityWindow
 ) -> tuple[NDArray[np.generic], tuple[float, float] | None]:
     """The values that preprocessing takes, and the window they were mapped with (None: no window).
 
-    The caller's window comes first, then the bundle's, then the file's own rendering.
+    The caller's window comes first, then the bundle's, then the file's own rendering. Background
+    that the image marks is black.
     """
+    values, used = _unmasked(image, conventions, window)
+    if image.background is not None:
+        values = values.copy()
+        values[image.background] = 0
+    return values, used
+
+
+def _unmasked(
+    image: Image, conventions: Conventions, window: IntensityWindow
+) -> tuple[NDArray[np.generic], tuple[float, float] | None]:
+    """As `intensities`, without regard to the background."""
+    from medsa_deploy.images.tissue import robust_window, tissue_range  # imports Pillow
+
+    if window == "auto":
+        window = robust_window([image], tissue_range([image]))
+        return (
+            (_windowed(image, window), window) if window[0] < window[1] else (_black(image), None)
+        )
     if window is None and image.pixels.dtype != np.uint8:
         window = conventions.intensity_window
     if window is not None:
@@ -60,19 +84,38 @@ def intensities(
         return image.display, None
     if image.pixels.dtype == np.uint8:
         return (255 - image.pixels if image.inverted else image.pixels), None
-    low, high = float(image.pixels.min()), float(image.pixels.max())
+    tissue = tissue_range([image])
+    low, high = tissue.low, tissue.high
     if low == high:
-        return np.zeros_like(image.pixels, np.uint8), None
+        return _black(image), None
     if not PREPROCESSING[conventions.preprocess].min_max:
-        logger.warning(
-            "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
-            "set an intensity window to fix the scale",
-            image.path,
-            image.pixels.dtype,
-            low,
-            high,
-        )
+        warn_of_stretching(image.path, image.pixels.dtype, tissue, robust_window([image], tissue))
     return _windowed(image, (low, high)), (low, high)
+
+
+def warn_of_stretching(
+    path: Path, dtype: np.dtype, tissue: TissueRange, robust: tuple[float, float]
+) -> None:
+    """Log that the whole range was stretched, what was left out, and windows to try."""
+    advice = (
+        "for a CT, --intensity-window -160,240 shows the abdomen and -1350,150 the lungs"
+        if tissue.looks_like_ct
+        else f"--intensity-window auto takes {robust[0]:.6g}…{robust[1]:.6g}, without outliers"
+    )
+    logger.warning(
+        "%s: %s intensities without a window were stretched from %g…%g to 0…255%s; "
+        "set an intensity window to fix the scale: %s",
+        path,
+        dtype,
+        tissue.low,
+        tissue.high,
+        tissue.remark,
+        advice,
+    )
+
+
+def _black(image: Image) -> NDArray[np.uint8]:
+    return np.zeros_like(image.pixels, np.uint8)
 
 
 def check_not_flat(

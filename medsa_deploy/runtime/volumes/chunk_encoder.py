@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +13,10 @@ from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.decoding import Embedding
 from medsa_deploy.transforms import PREPROCESSING
+from medsa_deploy.transforms.intensities import IntensityWindow, warn_of_stretching
 
 if TYPE_CHECKING:
     from medsa_deploy.runtime.session import Session
-
-logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 512 * 2**20
 """Memory for embeddings that may be needed again: 128 slices at an image size of 1024."""
@@ -37,7 +35,7 @@ class ChunkEncoder:
         volume: Volume,
         *,
         overlap: int = 0,
-        intensity_window: tuple[float, float] | None = None,
+        intensity_window: IntensityWindow = None,
         on_slice: Callable[[int], None] = lambda done: None,
     ) -> None:
         """`overlap`: slices that neighbouring chunks share. `on_slice` is called with the number of
@@ -115,16 +113,18 @@ class ChunkEncoder:
 
 
 def volume_window(
-    session: Session, volume: Volume, chosen: tuple[float, float] | None
+    session: Session, volume: Volume, chosen: IntensityWindow
 ) -> tuple[float, float] | None:
     """The window that all slices share, so that equal tissue looks equal.
 
     `chosen` by the caller, else the bundle's, else the file's own rendering, else from the volume's
-    minimum to its maximum, with a warning. None for slices with display values or a rendering, and
-    for preprocessing that stretches every slice. ImageError if the window shows the volume as one
-    flat grey, or a voxel is NaN or infinite.
+    minimum to its maximum without padding, with a warning. None for slices with display values or a
+    rendering, and for preprocessing that stretches every slice. ImageError if the window shows the
+    volume as one flat grey, or a voxel is NaN or infinite.
     """
     conventions, display = session.conventions, volume.dtype == "uint8"
+    if chosen == "auto":
+        return volume.robust_window()
     window = chosen or (None if display else conventions.intensity_window)
     if window is None and (display or volume.rendered):
         return None
@@ -132,14 +132,7 @@ def volume_window(
     if window is None:
         if PREPROCESSING[conventions.preprocess].min_max:
             return None
-        logger.warning(
-            "%s: %s intensities without a window were stretched from %g…%g to 0…255; "
-            "set an intensity window to fix the scale",
-            volume.path,
-            volume.dtype,
-            low,
-            high,
-        )
+        warn_of_stretching(volume.path, volume.dtype, volume.tissue, volume.robust_window())
         return low, high
     if not (window[0] < high and low < window[1]):
         raise ImageError(

@@ -24,6 +24,7 @@ from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.backends.interface import Array
 from medsa_deploy.runtime.decoding import SETS_AT_ONCE
 from medsa_deploy.transforms import Frame, Prompt
+from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .chunk_encoder import ChunkEncoder
 from .label_map import LabelMap
@@ -60,8 +61,9 @@ class VolumeOptions:
     >>> followed = VolumeOptions(intensity_window=(-175, 250), propagate=True, margin=5)
     """
 
-    intensity_window: tuple[float, float] | None = None
-    """Intensities of black and white; None for the bundle's, or the file's."""
+    intensity_window: IntensityWindow = None
+    """Intensities of black and white; "auto" for percentiles without padding; None for the
+    bundle's, or the file's."""
     threshold: float | None = None
     """Probability above which a voxel belongs to a mask; None for the bundle's."""
     overlap: int = 0

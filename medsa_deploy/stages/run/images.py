@@ -29,10 +29,11 @@ from medsa_deploy.images import (
     write_overlay,
 )
 from medsa_deploy.images.files import check_writable, output_file, suffix
+from medsa_deploy.images.image import Nan
 from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.transforms import NO_MASK_PROMPTS
-from medsa_deploy.transforms.intensities import intensities
+from medsa_deploy.transforms.intensities import IntensityWindow, intensities
 
 from .prompt_file import row_text
 
@@ -87,8 +88,10 @@ class ImageOptions:
     """Axis along which a volume is sliced."""
     index: int | None = None
     """The slice of a volume to segment as an image."""
-    intensity_window: tuple[float, float] | None = None
-    """Intensities of black and white; None: the bundle's, or the file's."""
+    intensity_window: IntensityWindow = None
+    """Intensities of black and white; "auto": percentiles; None: the bundle's, or the file's."""
+    nan: Nan = "refuse"
+    """Whether NaN is a fault, or background."""
     threshold: float | None = None
     """Probability above which a pixel belongs to a mask; None: the bundle's."""
     multimask: bool = False
@@ -193,7 +196,7 @@ def _segment(
     options: ImageOptions,
 ) -> Segmentation:
     """Segment one image; `logits`: the mask prompt, read from its file."""
-    image = read_image(path, axis=options.axis, index=options.index)
+    image = read_image(path, axis=options.axis, index=options.index, nan=options.nan)
     chunk = session.manifest.network.chunk
     if chunk > 1:
         raise UsageError(

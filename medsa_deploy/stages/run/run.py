@@ -14,6 +14,7 @@ from medsa_deploy.images import holds_volume
 from medsa_deploy.images.files import suffix
 from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import BackendName, Precision, Session, VolumeOptions, load
+from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .images import (
     ImageOptions,
@@ -23,7 +24,7 @@ from .images import (
     segment_folder,
     segment_image,
 )
-from .volumes import VolumeSegmentation, segment_volume_file, structures_of
+from .volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
 
 RunResult = VolumeSegmentation | Segmentation | list[Segmentation]
 """For a volume, an image, or a folder of images."""
@@ -65,17 +66,15 @@ class RunRequest:
     """Image only: `.npy` with (4g, 4g) logits of an earlier prediction."""
     targets: MaskTargets = field(default_factory=MaskTargets)
     """Without a mask path, the mask is named after the input. Logits are for images only."""
-    axis: int | None = None
-    """Axis along which a volume is sliced."""
+    selection: VolumeSelection = field(default_factory=VolumeSelection)
+    """Which volume of the path; of an image only the axis and what NaN is."""
     slice_index: int | None = None
     """The slice of a volume to segment as an image."""
-    volume_index: int | None = None
-    """Volume only: which volume of a 4-D NIfTI."""
     overlap: int | None = None
     """Volume only; see `VolumeOptions`, as for `propagate` and `margin`."""
     propagate: bool = False
     margin: float | None = None
-    intensity_window: tuple[float, float] | None = None
+    intensity_window: IntensityWindow = None
     threshold: float | None = None
     multimask: bool = False
     """Image only: write the best of SAM's three candidates."""
@@ -111,7 +110,9 @@ def takes_volume(path: Path, request: RunRequest) -> bool:
     as_volume = (
         request.propagate
         or request.prompts is not None
-        or request.volume_index is not None
+        or request.selection.volume is not None
+        or request.selection.series is not None
+        or request.selection.phase is not None
         or any(len(row) == 4 for row in request.points)
         or any(len(row) == 6 for row in request.boxes)
         or (mask is not None and suffix(mask) == ".dcm")
@@ -154,8 +155,7 @@ def _run_volume(
             options,
             mask=request.targets.mask,
             overlay=request.targets.overlay,
-            axis=request.axis,
-            number=request.volume_index,
+            selection=request.selection,
             on_slice=on_slice,
         )
 
@@ -167,7 +167,9 @@ def _run_images(
         "volumes",
         {
             "--prompts": request.prompts,
-            "--volume": request.volume_index,
+            "--volume": request.selection.volume,
+            "--series": request.selection.series,
+            "--phase": request.selection.phase,
             "--overlap": request.overlap,
             "--propagate": request.propagate,
             "--margin": request.margin,
@@ -175,8 +177,9 @@ def _run_images(
     )
     prompts = prompts_of(request.points, request.boxes, request.mask_input)
     options = ImageOptions(
-        axis=request.axis,
+        axis=request.selection.axis,
         index=request.slice_index,
+        nan=request.selection.nan,
         intensity_window=request.intensity_window,
         threshold=request.threshold,
         multimask=request.multimask,

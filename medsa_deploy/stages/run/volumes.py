@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -19,6 +19,7 @@ from medsa_deploy.images import (
     write_segmentation,
 )
 from medsa_deploy.images.files import check_writable, output_file
+from medsa_deploy.images.image import Nan
 from medsa_deploy.images.montage import Tile, spread, write_montage
 from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import Session
@@ -35,6 +36,25 @@ from .prompt_file import read_prompts, structure_of
 
 MOST_TILES = 12
 """Slices that a montage shows at most."""
+
+
+SEGMENTATION_SUFFIX = {"npy": ".npy", "nrrd": ".nrrd", "tiff": ".tif"}
+"""Kind of a volume → suffix of its segmentation, unless named; NIfTI for the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeSelection:
+    """Which volume of a path is read, and how; see `medsa_deploy.read_volume`."""
+
+    axis: int | None = None
+    volume: int | None = None
+    series: str | None = None
+    phase: int | None = None
+    nan: Nan = "refuse"
+
+    def read(self, path: Path) -> Volume:
+        """The volume."""
+        return read_volume(path, **asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +119,18 @@ def segment_volume_file(
     *,
     mask: Path | None = None,
     overlay: Path | None = None,
-    axis: int | None = None,
-    number: int | None = None,
+    selection: VolumeSelection | None = None,
     on_slice: OnCount = lambda done, total: None,
 ) -> VolumeSegmentation:
     """Segment a volume and write the label map and, if `overlay` is given, a montage of slices.
 
     `mask`: .nii.gz, .nii, .npy, or .dcm for a DICOM series; by default a file in the working folder
-    that is named after the volume. `axis`: the axis to slice along. `number`: which volume of a 4-D
-    NIfTI. If one file cannot be written, neither is.
+    that is named after the volume. If one file cannot be written, neither is.
     """
     start = perf_counter()
-    volume = read_volume(path, axis=axis, volume=number)
+    volume = (selection or VolumeSelection()).read(path)
     name = path.resolve().name  # "." has no name
-    target = mask or Path(f"{name}.seg{'.npy' if volume.kind == 'npy' else '.nii.gz'}")
+    target = mask or Path(f"{name}.seg{SEGMENTATION_SUFFIX.get(volume.kind, '.nii.gz')}")
     _check_targets(volume, target, overlay)
     prediction = segment_volume(session, volume, structures, options, on_slice=on_slice)
     with ExitStack() as written:  # renames the overlay once the mask is written

@@ -24,8 +24,9 @@ from medsa_deploy.images import is_volume, read_image, read_labels, read_volume
 from medsa_deploy.images.labels import on_one_grid, on_picture, on_volume, without_thin_axes
 from medsa_deploy.images.read import format_of
 from medsa_deploy.runtime import BackendName, Precision, Session, load
+from medsa_deploy.transforms.intensities import IntensityWindow
 
-from .drawn_prompts import PromptKind, Window, segment_labelled, segment_picture
+from .drawn_prompts import PromptKind, segment_labelled, segment_picture
 from .matched_files import pair_files
 
 Unit = Literal["mm", "px"]
@@ -122,7 +123,7 @@ def measure_accuracy(
     prompt: PromptKind | None = None,
     class_names: tuple[str, ...] = (),
     min_dice: float | None = None,
-    intensity_window: Window = None,
+    intensity_window: IntensityWindow = None,
     backend: BackendName = "onnxruntime",
     precision: Precision | None = None,
     threads: int | None = None,
@@ -241,7 +242,7 @@ def _segment_image(
     path: Path,
     prompt: PromptKind,
     names: Sequence[str],
-    window: Window,
+    window: IntensityWindow,
     *,
     axis: int | None,
     number: int | None,

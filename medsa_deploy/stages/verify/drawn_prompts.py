@@ -18,6 +18,7 @@ from medsa_deploy.evaluation.metrics import Mask
 from medsa_deploy.images import Image, Volume
 from medsa_deploy.runtime import Embedding, Session
 from medsa_deploy.runtime.volumes.chunk_encoder import ChunkEncoder
+from medsa_deploy.transforms.intensities import IntensityWindow
 
 PromptKind = Literal["box", "click", "clicks3"]
 """A box around the label; a click at its innermost pixel; that one and two that correct."""
@@ -25,12 +26,15 @@ CLICKS: dict[PromptKind, int] = {"click": 1, "clicks3": 3}
 BOX_MARGIN = 3
 """Pixels by which a box exceeds its mask, like a box drawn by hand."""
 
-Window = tuple[float, float] | None
 Numbers = NDArray[np.unsignedinteger]
 
 
 def segment_labelled(
-    session: Session, volume: Volume, labels: Numbers, prompt: PromptKind, window: Window = None
+    session: Session,
+    volume: Volume,
+    labels: Numbers,
+    prompt: PromptKind,
+    window: IntensityWindow = None,
 ) -> Iterator[tuple[int, Mask]]:
     """Segment a volume for each of its labels separately: (label, its mask (X, Y, Z) bool).
 
@@ -61,7 +65,11 @@ def segment_labelled(
 
 
 def segment_picture(
-    session: Session, image: Image, labels: Numbers, prompt: PromptKind, window: Window = None
+    session: Session,
+    image: Image,
+    labels: Numbers,
+    prompt: PromptKind,
+    window: IntensityWindow = None,
 ) -> Iterator[tuple[int, Mask]]:
     """Segment an image for each of its labels separately: (label, its mask (H, W) bool)."""
     embedding = session.encode(image, intensity_window=window)

@@ -11,7 +11,7 @@ from pathlib import Path
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images import find_images
 from medsa_deploy.images.files import suffix
-from medsa_deploy.images.read import SUFFIXES
+from medsa_deploy.images.signatures import SUFFIXES
 
 ENDINGS = ("_labels", "_label", "_mask", "_segmentation", "_seg", "_gt", "_0000", ".mask")
 """Endings after the name of a case; _0000 is nnU-Net's first channel."""
