@@ -42,8 +42,8 @@ def built(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def again(bundle: Path, *options: object) -> dict:
     """The plan for the engines of `built`, with other options."""
-    given = ("--fp32", "--flavor", "rtx", "--target", "sm86", "--dry-run", "--json", *options)
-    done = call("build-engine", bundle, *given)
+    arguments = ("--fp32", "--flavor", "rtx", "--target", "sm86", "--dry-run", "--json", *options)
+    done = call("build-engine", bundle, *arguments)
     assert done.code == 0, done.err
     return done.json["plan"]
 
@@ -62,20 +62,20 @@ def test_float16_engines_with_nothing_but_a_bundle(
     assert "no --flavor given: no TensorRT with a GPU here, so TensorRT-RTX engines" in done.err
     assert "built, not run" in done.out
     folder = copy / "engines" / f"rtx-fp16-{TARGETS}"
-    found = load_engines(folder)
+    engine = load_engines(folder)
     assert sorted(path.name for path in folder.iterdir()) == [
         "decoder.engine",
         "encoder.engine",
         "engine.json",
     ]
-    assert [file.attention for file in found.files] == ["fused", "fused"]
-    assert [next(iter(f.sources)) for f in found.files] == [
+    assert [file.attention for file in engine.files] == ["fused", "fused"]
+    assert [next(iter(f.sources)) for f in engine.files] == [
         "encoder.fp16.onnx",
         "decoder.fp16.onnx",
     ]
-    assert found.state == "built"
-    made = load_manifest(copy)
-    assert {f.precision for f in made.files} == {"fp32", "fp16"}
+    assert engine.state == "built"
+    manifest = load_manifest(copy)
+    assert {f.precision for f in manifest.files} == {"fp32", "fp16"}
     shown = stages.verify_bundle(
         copy, checkpoint=None, base=None, images=None, backend="onnxruntime", precision="fp32",
         threads=None,
@@ -239,11 +239,11 @@ def test_padded_prompts_have_one_length(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_blocks_kept_in_float32_leave_turing_out(bundle: Path, tmp_path: Path) -> None:
-    made = load_manifest(bundle)
+    manifest = load_manifest(bundle)
     recipe = Recipe(precision="fp16", float32_blocks=("encoder blocks.1",))
-    assert not plan._has_float32(made, "fp16")
-    assert plan._has_float32(replace(made, recipes=(recipe,)), "fp16")
-    assert plan._has_float32(made, "fp32")
+    assert not plan._has_float32(manifest, "fp16")
+    assert plan._has_float32(replace(manifest, recipes=(recipe,)), "fp16")
+    assert plan._has_float32(manifest, "fp32")
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -252,10 +252,10 @@ def test_one_plan_is_made_after_the_graphs(
 ) -> None:
     order: list[str] = []
 
-    def note(name: str, result=lambda *given, **options: None):
-        def call(*given, **options):
+    def note(name: str, result=lambda *arguments, **options: None):
+        def call(*arguments, **options):
             order.append(name)
-            return result(*given, **options)
+            return result(*arguments, **options)
 
         return call
 
@@ -301,8 +301,8 @@ def test_a_full_disk_leaves_nothing(
     before = contents(copy)
     real = build.engine_builder.Job
 
-    def onto_a_full_disk(**given):
-        return real(**given | {"output": "/dev/full"})
+    def onto_a_full_disk(**fields):
+        return real(**fields | {"output": "/dev/full"})
 
     monkeypatch.setattr(build.engine_builder, "Job", onto_a_full_disk)
     done = call("build-engine", copy, "--fp32", "--flavor", "rtx", "--target", "sm86")
@@ -325,12 +325,12 @@ def test_a_damaged_graph_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_engines_that_were_built_are_loadable_where_they_fit(built: Path) -> None:
     (folder,) = built.glob("engines/*")
-    made, library = load_manifest(built), plan.tensorrt_api.query_library("rtx")
+    manifest, library = load_manifest(built), plan.tensorrt_api.query_library("rtx")
     there = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
-    found = check_loadable(folder, made, library=library, device=there)
-    assert found.version == library.version
+    engine = check_loadable(folder, manifest, library=library, device=there)
+    assert engine.version == library.version
     with pytest.raises(EngineDeviceError, match="no NVIDIA driver"):
-        check_loadable(folder, made, library=library, device=None)
+        check_loadable(folder, manifest, library=library, device=None)
 
 
 @pytest.mark.slow

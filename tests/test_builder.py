@@ -45,14 +45,14 @@ ENCODERS = (
 
 
 def job_of(bundle: Path, role: str, output: Path, options: EngineOptions = OPTIONS) -> Job:
-    made = load_manifest(bundle)
-    chunk = made.network.chunk
+    manifest = load_manifest(bundle)
+    chunk = manifest.network.chunk
     options = replace(options, batch=AxisRange(min=chunk, opt=chunk, max=2 * chunk))
     return Job(
-        onnx=str(bundle / made.file(role, options.precision).path),
+        onnx=str(bundle / manifest.file(role, options.precision).path),
         output=str(output),
         options=options,
-        profile=optimization_profile(made.graphs[role].inputs, options),
+        profile=optimization_profile(manifest.graphs[role].inputs, options),
     )
 
 

@@ -34,15 +34,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 @pytest.fixture
 def bundle(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its network is in the engines, and in place of ONNX Runtime."""
-    made = bundle_of(machine, tmp_path / "a.medsa")
-    network = load_manifest(made).network
+    engine_bundle = bundle_of(machine, tmp_path / "a.medsa")
+    network = load_manifest(engine_bundle).network
     monkeypatch.setattr(
         "medsa_deploy.runtime.backends.onnxruntime_cpu.OnnxRuntimeBackend",
         lambda *_, **__: BrightPixels(network),
     )
     PIL.Image.fromarray(IMAGE).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    return made
+    return engine_bundle
 
 
 def run(bundle: Path, image: str, *options: str) -> tuple[dict, str]:
@@ -58,9 +58,9 @@ def test_run_on_engines(bundle: Path, machine: Machine, plainly: bool) -> None:
         (bundle.parent / folder).mkdir()
         for i in range(4):
             PIL.Image.fromarray(np.roll(IMAGE, i, 0)).save(bundle.parent / folder / f"{i}.png")
-    found, said = run(bundle, "b", "--point", "20,30", "-o", "gpu", *CHAIN[:2], *options)
-    assert [one["degraded"] for one in found] == [None] * 4
-    assert said == ""
+    document, messages = run(bundle, "b", "--point", "20,30", "-o", "gpu", *CHAIN[:2], *options)
+    assert [mask["degraded"] for mask in document] == [None] * 4
+    assert messages == ""
     assert (machine.replayed > 0) == (not plainly)
     run(bundle, "b", "--point", "20,30", "-o", "cpu")
     for i in range(4):
@@ -70,11 +70,11 @@ def test_run_on_engines(bundle: Path, machine: Machine, plainly: bool) -> None:
 
 def test_a_degraded_mask_says_so(bundle: Path, machine: Machine) -> None:
     machine.refuses = "IExecutionContext::enqueueV3: Error Code 3"
-    found, said = run(bundle, "a.png", "--point", "20,30", *CHAIN)
-    assert found["degraded"].startswith("tensorrt: ")
-    assert "Error Code 3" in found["degraded"]
-    assert "; rtx: " in found["degraded"]
-    assert f"warning: onnxruntime is used, because {found['degraded']}" in said
+    document, messages = run(bundle, "a.png", "--point", "20,30", *CHAIN)
+    assert document["degraded"].startswith("tensorrt: ")
+    assert "Error Code 3" in document["degraded"]
+    assert "; rtx: " in document["degraded"]
+    assert f"warning: onnxruntime is used, because {document['degraded']}" in messages
     done = call("run", bundle, "a.png", "--point", "20,30", *CHAIN[:2])
     assert done.code == 3
     assert "Error Code 3" in done.error
@@ -83,12 +83,12 @@ def test_a_degraded_mask_says_so(bundle: Path, machine: Machine) -> None:
 def test_a_degraded_volume_says_so(bundle: Path, machine: Machine) -> None:
     np.save("v.npy", np.random.default_rng(0).integers(0, 256, SHAPE[::-1]).astype(np.uint8))
     options = ("--point", "2,4,3", "-o", "seg.npy")
-    found, said = run(bundle, "v.npy", *options, *CHAIN)
-    assert (found["degraded"], said) == (None, "")
+    document, messages = run(bundle, "v.npy", *options, *CHAIN)
+    assert (document["degraded"], messages) == (None, "")
     machine.refuses = "Error Code 3"
-    found, said = run(bundle, "v.npy", *options, *CHAIN)
-    assert "Error Code 3" in found["degraded"]
-    assert "warning: onnxruntime is used, because tensorrt: " in said
+    document, messages = run(bundle, "v.npy", *options, *CHAIN)
+    assert "Error Code 3" in document["degraded"]
+    assert "warning: onnxruntime is used, because tensorrt: " in messages
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
@@ -134,26 +134,26 @@ def test_profile_on_engines(bundle: Path, machine: Machine, monkeypatch) -> None
     words = " ".join(done.out.split())
     assert "NVIDIA Orin" in words
     assert "without the GPU's" in words
-    found = call("profile", bundle, "--backend", "tensorrt", "--runs", "3", "--json").json
-    assert found["threads"] is None
+    document = call("profile", bundle, "--backend", "tensorrt", "--runs", "3", "--json").json
+    assert document["threads"] is None
     for graph in ("encoder", "decoder"):
-        timed = found["layers"][graph]
-        names = [(one["block"], one["kind"]) for one in timed["layers"]]
+        timed = document["layers"][graph]
+        names = [(layer["block"], layer["kind"]) for layer in timed["layers"]]
         assert names == [("patch_embed", "convolution"), ("blocks.0", "fused subgraph")]
         assert timed["kinds"] == {"convolution": 0.25, "fused subgraph": 0.25}
         assert timed["count"] == 3
-    assert found["machine"]["gpu"] == "NVIDIA Orin"
-    assert found["versions"]["tensorrt"] == "10.13.0"
+    assert document["machine"]["gpu"] == "NVIDIA Orin"
+    assert document["versions"]["tensorrt"] == "10.13.0"
     for stage in ("encode", "decode"):
-        assert min(found["stages"][stage]["samples_ms"]) >= 10
+        assert min(document["stages"][stage]["samples_ms"]) >= 10
     for name, least in (("next click", 10), ("first click", 20)):
-        assert min(found["stages"][name]["samples_ms"]) >= least
+        assert min(document["stages"][name]["samples_ms"]) >= least
     plainly = ("--no-cuda-graphs", "--compare", "p.json", "--max-slowdown", "99")
     options = ("--backend", "tensorrt", "--runs", "3", *plainly)
-    found = call("profile", bundle, *options, "--json").json
+    document = call("profile", bundle, *options, "--json").json
     assert machine.replayed == 2 * 3 * 3  # as before
-    assert found["facts"]["cuda_graphs"] is False
-    assert found["comparison"]["differences"] == ["CUDA graphs: replayed then only"]
+    assert document["facts"]["cuda_graphs"] is False
+    assert document["comparison"]["differences"] == ["CUDA graphs: replayed then only"]
     assert machine.used == machine.pinned == 0
 
 
@@ -170,8 +170,8 @@ def test_what_is_not_installed_or_built_is_one_line(
 ) -> None:
     """No stand-ins: processes of their own, on engines that none built."""
     (bundle / "engines" / "x" / "engine.json").unlink()
-    given = ["a.png", "--point", "9,9"] if command == "run" else []
-    done = start(command, bundle, *given, "--backend", backend)
+    prompt = ["a.png", "--point", "9,9"] if command == "run" else []
+    done = start(command, bundle, *prompt, "--backend", backend)
     assert done.code == 2, done.err
     expected = {
         "tensorrt": "holds no TensorRT fp32 engines: build them with medsa-deploy build-engine",
@@ -184,12 +184,12 @@ def test_what_is_not_installed_or_built_is_one_line(
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("command", ["run", "profile"])
 def test_engines_without_a_gpu_are_one_line(machine: Machine, bundle: Path, command: str) -> None:
-    made = load_manifest(bundle)
+    manifest = load_manifest(bundle)
     version = tensorrt_api.query_library("rtx").version
-    write(bundle / "engines" / "y", made, describe("rtx"), version)
-    given = ["a.png", "--point", "9,9"] if command == "run" else []
+    write(bundle / "engines" / "y", manifest, describe("rtx"), version)
+    prompt = ["a.png", "--point", "9,9"] if command == "run" else []
     hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
-    done = start(command, bundle, *given, "--backend", "rtx", env=os.environ | hidden)
+    done = start(command, bundle, *prompt, "--backend", "rtx", env=os.environ | hidden)
     assert done.code == 2, done.err
     assert "no NVIDIA driver or GPU was found" in done.error
     assert "run the bundle with --backend onnxruntime" in done.error

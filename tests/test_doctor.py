@@ -20,12 +20,12 @@ def not_installed(monkeypatch: pytest.MonkeyPatch):
     """Makes distributions look absent."""
 
     def hide(*names: str) -> None:
-        def found(name: str) -> str:
+        def find_version(name: str) -> str:
             if name in names:
                 raise PackageNotFoundError(name)
             return "1.0"
 
-        monkeypatch.setattr(diagnose, "version", found)
+        monkeypatch.setattr(diagnose, "version", find_version)
 
     return hide
 
@@ -33,22 +33,22 @@ def not_installed(monkeypatch: pytest.MonkeyPatch):
 def test_the_diagnosis_as_json() -> None:
     done = call("doctor", "--json")
     assert (done.code, done.err) == (0, "")
-    found = done.json
-    assert set(found) == {
+    report = done.json
+    assert set(report) == {
         *("medsa_deploy", "python", "system", "processor", "cores", "memory_gb"),
         *("libraries", "providers", "nvidia_driver", "tuning", "problems"),
     }
-    assert found["medsa_deploy"] == __version__
-    assert found["python"] == platform.python_version()
-    assert platform.machine() in found["system"]
-    assert 1 <= found["cores"] <= os.cpu_count()
-    assert found["memory_gb"] is None or found["memory_gb"] > 0
-    assert found["providers"] == onnxruntime.get_available_providers()
-    assert isinstance(found["nvidia_driver"], bool)
-    assert found["problems"] == []
-    assert {"runtime", "export", "dicom", "demo", "gpu"} <= set(found["libraries"])
-    assert found["libraries"]["runtime"]["numpy"] == version("numpy")
-    for libraries in found["libraries"].values():
+    assert report["medsa_deploy"] == __version__
+    assert report["python"] == platform.python_version()
+    assert platform.machine() in report["system"]
+    assert 1 <= report["cores"] <= os.cpu_count()
+    assert report["memory_gb"] is None or report["memory_gb"] > 0
+    assert report["providers"] == onnxruntime.get_available_providers()
+    assert isinstance(report["nvidia_driver"], bool)
+    assert report["problems"] == []
+    assert {"runtime", "export", "dicom", "demo", "gpu"} <= set(report["libraries"])
+    assert report["libraries"]["runtime"]["numpy"] == version("numpy")
+    for libraries in report["libraries"].values():
         assert all(v is None or v[0].isdigit() for v in libraries.values())
 
 
@@ -72,9 +72,9 @@ def test_what_the_plain_install_lacks_is_a_problem(not_installed) -> None:
     done = call("doctor", "--json")
     assert done.code == 1
     assert done.json["problems"] == ["nibabel is missing: pip install medsa-deploy"]
-    said = call("doctor")
-    assert said.code == 1
-    assert "error: nibabel is missing: pip install medsa-deploy" in said.err
+    done = call("doctor")
+    assert done.code == 1
+    assert "error: nibabel is missing: pip install medsa-deploy" in done.err
 
 
 def test_the_gpu_build_of_onnxruntime_counts(not_installed) -> None:

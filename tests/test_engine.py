@@ -47,12 +47,12 @@ OPTIONS = EngineOptions(
 
 
 @pytest.fixture
-def made(bundle: Path) -> Manifest:
+def manifest(bundle: Path) -> Manifest:
     return load_manifest(bundle)
 
 
 @pytest.fixture
-def folder(made: Manifest, tmp_path: Path) -> Path:
+def folder(manifest: Manifest, tmp_path: Path) -> Path:
     """Engines of a few bytes, rightly described."""
     folder = tmp_path / "x.medsa" / "engines" / "rtx-fp32-sm86+sm89"
     folder.mkdir(parents=True)
@@ -66,8 +66,8 @@ def folder(made: Manifest, tmp_path: Path) -> Path:
                 path=path.name,
                 bytes=path.stat().st_size,
                 sha256=sha256(path),
-                sources={made.file(role).path: made.file(role).sha256},
-                profile=optimization_profile(made.graphs[role].inputs, OPTIONS),
+                sources={manifest.file(role).path: manifest.file(role).sha256},
+                profile=optimization_profile(manifest.graphs[role].inputs, OPTIONS),
                 attention="plain",
                 seconds=1.5,
             )
@@ -79,8 +79,8 @@ def folder(made: Manifest, tmp_path: Path) -> Path:
     return folder
 
 
-def check(folder: Path, made: Manifest, library=LIBRARY, device=DEVICE) -> Engine:
-    return check_loadable(folder, made, library=library, device=device)
+def check(folder: Path, manifest: Manifest, library=LIBRARY, device=DEVICE) -> Engine:
+    return check_loadable(folder, manifest, library=library, device=device)
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -88,11 +88,11 @@ def edit(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_engine_that_fits_is_loadable(folder: Path, made: Manifest) -> None:
-    found = check(folder, made)
-    assert found.options == OPTIONS
-    assert found.file("decoder").path == "decoder.engine"
-    assert check(folder, made, device=replace(DEVICE, capability="sm89")) == found
+def test_an_engine_that_fits_is_loadable(folder: Path, manifest: Manifest) -> None:
+    engine = check(folder, manifest)
+    assert engine.options == OPTIONS
+    assert engine.file("decoder").path == "decoder.engine"
+    assert check(folder, manifest, device=replace(DEVICE, capability="sm89")) == engine
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_an_engine_that_fits_is_loadable(folder: Path, made: Manifest) -> None:
     ids=["flavor", "version", "driver", "capability"],
 )
 def test_what_does_not_fit_is_named_without_reading_the_engines(
-    folder: Path, made: Manifest, library, device, error, message: str
+    folder: Path, manifest: Manifest, library, device, error, message: str
 ) -> None:
     for path in folder.glob("*.engine"):
         path.unlink()
     with pytest.raises(error) as caught:
-        check(folder, made, library, device)
+        check(folder, manifest, library, device)
     assert message.replace("BUNDLE", str(folder.parent.parent)) in str(caught.value)
     assert isinstance(caught.value, errors.EngineError)
     assert caught.value.exit_code == 2
@@ -152,26 +152,26 @@ def test_engines_are_found_by_flavor_precision_and_gpu(folder: Path) -> None:
         find_engines(bundle, "tensorrt", "fp32", DEVICE)
 
 
-def test_an_engine_of_another_graph_is_stale(folder: Path, made: Manifest) -> None:
+def test_an_engine_of_another_graph_is_stale(folder: Path, manifest: Manifest) -> None:
     files = tuple(
-        replace(f, sha256="0" * 64) if f.path == "decoder.onnx" else f for f in made.files
+        replace(f, sha256="0" * 64) if f.path == "decoder.onnx" else f for f in manifest.files
     )
     with pytest.raises(errors.EngineStaleError, match=r"its decoder was built from another decod"):
-        check(folder, replace(made, files=files))
-    assert stale_role(load_engines(folder), replace(made, files=())) == "encoder"
+        check(folder, replace(manifest, files=files))
+    assert stale_role(load_engines(folder), replace(manifest, files=())) == "encoder"
 
 
 @pytest.mark.parametrize("change", ["bit", "longer", "gone"])
-def test_changed_engines_are_refused(folder: Path, made: Manifest, change: str) -> None:
+def test_changed_engines_are_refused(folder: Path, manifest: Manifest, change: str) -> None:
     path = folder / "decoder.engine"
     whole = path.read_bytes()
     if change == "gone":
         path.unlink()
     else:
         path.write_bytes(whole + b"!" if change == "longer" else b"N" + whole[1:])
-    what = {"bit": "another SHA-256", "longer": "expected 20", "gone": "No such file"}[change]
-    with pytest.raises(errors.EngineChangedError, match=what):
-        check(folder, made)
+    reason = {"bit": "another SHA-256", "longer": "expected 20", "gone": "No such file"}[change]
+    with pytest.raises(errors.EngineChangedError, match=reason):
+        check(folder, manifest)
 
 
 @pytest.mark.parametrize(
@@ -185,27 +185,27 @@ def test_changed_engines_are_refused(folder: Path, made: Manifest, change: str) 
     ],
 )
 def test_a_damaged_description_is_refused(
-    folder: Path, made: Manifest, text: str | None, error, message: str
+    folder: Path, manifest: Manifest, text: str | None, error, message: str
 ) -> None:
     path = folder / "engine.json"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(error, match=message) as caught:
-        check(folder, made)
+        check(folder, manifest)
     assert "build the engines again" in str(caught.value)
 
 
-def test_a_description_cannot_name_files_elsewhere(folder: Path, made: Manifest) -> None:
+def test_a_description_cannot_name_files_elsewhere(folder: Path, manifest: Manifest) -> None:
     data = json.loads((folder / "engine.json").read_text())
     data["files"][0]["path"] = "../../encoder.onnx"
     edit(folder, files=data["files"])
     with pytest.raises(errors.EngineChangedError, match=r"\.\./\.\./encoder.onnx"):
-        check(folder, made)
+        check(folder, manifest)
     edit(folder, files=data["files"][1:])
     with pytest.raises(errors.EngineChangedError, match="expected an encoder and a decoder"):
-        check(folder, made)
+        check(folder, manifest)
 
 
-def test_a_large_engine_is_refused_in_under_a_second(folder: Path, made: Manifest) -> None:
+def test_a_large_engine_is_refused_in_under_a_second(folder: Path, manifest: Manifest) -> None:
     """A ViT-B's is 400 MB: what is cheap to compare comes first, and its bytes last."""
     size = 400_000_000
     with (folder / "encoder.engine").open("wb") as f:
@@ -215,12 +215,12 @@ def test_a_large_engine_is_refused_in_under_a_second(folder: Path, made: Manifes
     edit(folder, files=data["files"])
     start = time.perf_counter()
     with pytest.raises(errors.EngineVersionError):
-        check(folder, made, replace(LIBRARY, version="2.0"))
+        check(folder, manifest, replace(LIBRARY, version="2.0"))
     with pytest.raises(errors.EngineDeviceError):
-        check(folder, made, device=None)
+        check(folder, manifest, device=None)
     assert time.perf_counter() - start < 0.5
     with pytest.raises(errors.EngineChangedError, match="another SHA-256"):
-        check(folder, made)
+        check(folder, manifest)
 
 
 sizes = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(sorted)

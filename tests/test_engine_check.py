@@ -48,7 +48,7 @@ def plain(machine: Machine) -> Session:
 
 
 @pytest.fixture
-def made(plain: Session, tmp_path: Path) -> Path:
+def engine_bundle(plain: Session, tmp_path: Path) -> Path:
     """A bundle with engines for up to three prompts of up to four points."""
     bundle = tmp_path / "a.medsa"
     write(bundle / "engines" / "x", plain.manifest, describe())
@@ -65,48 +65,52 @@ def written(bundle: Path) -> str:
     return load_engines(bundle / "engines" / "x").state
 
 
-def test_engines_that_agree_are_verified(made: Path, plain: Session) -> None:
-    found = checked(made, plain)
-    assert (found.state, found.failures) == ("verified", ())
-    assert found.parity is not None
-    assert found.parity.tensors["low_res_masks"].relative_l2 == 0
-    assert written(made) == "verified"
+def test_engines_that_agree_are_verified(engine_bundle: Path, plain: Session) -> None:
+    engines = checked(engine_bundle, plain)
+    assert (engines.state, engines.failures) == ("verified", ())
+    assert engines.parity is not None
+    assert engines.parity.tensors["low_res_masks"].relative_l2 == 0
+    assert written(engine_bundle) == "verified"
 
 
 def test_engines_that_differ_are_not_verified_any_more(
-    made: Path, plain: Session, machine: Machine
+    engine_bundle: Path, plain: Session, machine: Machine
 ) -> None:
-    checked(made, plain)
+    checked(engine_bundle, plain)
     compute(machine, plain.manifest, BrightPixels(plain.manifest.network, clicks=0.3))
-    found = checked(made, plain)
-    assert found.state.startswith("failed: low_res_masks: relative L2")
-    assert found.failures
-    assert written(made) == "built"
+    engines = checked(engine_bundle, plain)
+    assert engines.state.startswith("failed: low_res_masks: relative L2")
+    assert engines.failures
+    assert written(engine_bundle) == "built"
 
 
 def test_an_engine_that_cannot_run_is_a_failure(
-    made: Path, plain: Session, machine: Machine
+    engine_bundle: Path, plain: Session, machine: Machine
 ) -> None:
     machine.refuses = "Error Code 3"
-    assert "Error Code 3" in checked(made, plain).failures[0]
+    assert "Error Code 3" in checked(engine_bundle, plain).failures[0]
 
 
-def test_an_engine_of_another_version_is_not_run(made: Path, plain: Session, monkeypatch) -> None:
+def test_an_engine_of_another_version_is_not_run(
+    engine_bundle: Path, plain: Session, monkeypatch
+) -> None:
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.0.0")
-    found = checked(made, plain)
-    assert found.state.startswith("built, not run; not run here: ")
-    assert "11.0.0 is installed" in found.state
-    assert found.failures == ()
-    assert written(made) == "built"
+    engines = checked(engine_bundle, plain)
+    assert engines.state.startswith("built, not run; not run here: ")
+    assert "11.0.0 is installed" in engines.state
+    assert engines.failures == ()
+    assert written(engine_bundle) == "built"
 
 
-def test_a_process_that_ends_early_is_a_failure(made: Path, plain: Session, monkeypatch) -> None:
+def test_a_process_that_ends_early_is_a_failure(
+    engine_bundle: Path, plain: Session, monkeypatch
+) -> None:
     def die(function: Job, job: object) -> object:
         raise ChildError("signal 11: Segmentation fault", code=-11)
 
     monkeypatch.setattr(engine_check, "run_in_child", die)
     expected = "its process ended with signal 11: Segmentation fault"
-    assert checked(made, plain).failures == (expected,)
+    assert checked(engine_bundle, plain).failures == (expected,)
 
 
 def test_tf32_is_judged_like_float16() -> None:
@@ -136,21 +140,21 @@ def test_verify_runs_engines_where_there_is_a_gpu(
 ) -> None:
     """The engines compute what ONNX Runtime does with the bundle's own graphs."""
     copy = copied(bundle, tmp_path)
-    made = load_manifest(copy)
+    manifest = load_manifest(copy)
     for role in ("encoder", "decoder"):
-        session = onnxruntime.InferenceSession(copy / made.file(role).path)
-        names = [t.name for t in made.graphs[role].outputs]
+        session = onnxruntime.InferenceSession(copy / manifest.file(role).path)
+        names = [t.name for t in manifest.graphs[role].outputs]
 
         def function(*, session=session, names=names, **inputs: np.ndarray):
             return dict(zip(names, session.run(names, inputs), strict=True))
 
         function.tensors = {
             t.name: tuple(axis if isinstance(axis, int) else -1 for axis in t.shape)
-            for t in (*made.graphs[role].inputs, *made.graphs[role].outputs)
+            for t in (*manifest.graphs[role].inputs, *manifest.graphs[role].outputs)
         }
         machine.functions[role] = function
-    write(copy / "engines" / "x", made, describe())
-    found = stages.verify_bundle(
+    write(copy / "engines" / "x", manifest, describe())
+    verification = stages.verify_bundle(
         copy,
         checkpoint=None,
         base=None,
@@ -159,6 +163,6 @@ def test_verify_runs_engines_where_there_is_a_gpu(
         precision=None,
         threads=None,
     )
-    assert [(one.state, one.failures) for one in found.engines] == [("verified", ())]
-    assert found.failures == ()
+    assert [(state.state, state.failures) for state in verification.engines] == [("verified", ())]
+    assert verification.failures == ()
     assert load_engines(copy / "engines" / "x").state == "verified"

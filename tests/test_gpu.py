@@ -54,20 +54,20 @@ def engines(bundle: Path, tmp_path: Path, flavor: tensorrt_api.Flavor) -> Path:
     return copy
 
 
-def difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def difference(values: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
 def compare(session: Session, plain: Session) -> None:
     """Every prompt three times: plainly, captured, replayed."""
-    wanted = plain.encode(IMAGE)
+    reference = plain.encode(IMAGE)
     for _ in range(3):
         embedding = session.encode(IMAGE)
-        assert difference(np.asarray(embedding.values), wanted.values) < CLOSE
+        assert difference(np.asarray(embedding.values), reference.values) < CLOSE
         for prompt in PROMPTS:
-            found = session.segment(embedding, **prompt)
-            expected = plain.segment(wanted, **prompt)
-            assert difference(found.low_res_logits, expected.low_res_logits) < CLOSE
+            prediction = session.segment(embedding, **prompt)
+            expected = plain.segment(reference, **prompt)
+            assert difference(prediction.low_res_logits, expected.low_res_logits) < CLOSE
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
@@ -79,9 +79,9 @@ def test_engines_give_the_masks_of_the_graphs(
         load(engines) as plain,
     ):
         compare(session, plain)
-        held = session.encode(IMAGE)
+        embedding = session.encode(IMAGE)
     with pytest.raises(errors.UsageError, match="released"):
-        np.asarray(held.values)
+        np.asarray(embedding.values)
 
 
 def test_masks_are_made_on_the_gpu_and_may_stay_there(
@@ -93,14 +93,16 @@ def test_masks_are_made_on_the_gpu_and_may_stay_there(
         embedding = session.encode(IMAGE)
         for prompt in PROMPTS:
             for on_device in (False, True):
-                found = session.segment(embedding, **prompt, on_device=on_device)
-                assert isinstance(found.masks, DeviceArray) == on_device
-                logits = transforms.upsample(found.low_res_logits, found.frame)
-                cut = transforms.probability_to_logit(found.threshold)
-                clear = np.abs(logits - cut) > 1e-6 * max(float(np.abs(logits).max()), abs(cut))
-                masks = np.asarray(found.masks)
-                assert_array_equal(masks[clear], (logits > cut)[clear])
-                assert found.regions == [[region(mask) for mask in of_set] for of_set in masks]
+                prediction = session.segment(embedding, **prompt, on_device=on_device)
+                assert isinstance(prediction.masks, DeviceArray) == on_device
+                logits = transforms.upsample(prediction.low_res_logits, prediction.frame)
+                threshold = transforms.probability_to_logit(prediction.threshold)
+                clear = np.abs(logits - threshold) > 1e-6 * max(
+                    float(np.abs(logits).max()), abs(threshold)
+                )
+                masks = np.asarray(prediction.masks)
+                assert_array_equal(masks[clear], (logits > threshold)[clear])
+                assert prediction.regions == [[region(mask) for mask in of_set] for of_set in masks]
 
 
 def test_a_frame_on_the_gpu_is_prepared_there(engines: Path, flavor: tensorrt_api.Flavor) -> None:
@@ -111,16 +113,16 @@ def test_a_frame_on_the_gpu_is_prepared_there(engines: Path, flavor: tensorrt_ap
     interface = {"shape": IMAGE.shape, "typestr": "|u1", "data": (address, True), "version": 3}
     theirs = SimpleNamespace(__cuda_array_interface__=interface)
     with load(engines, backend=flavor) as session:
-        wanted = np.asarray(session.encode(IMAGE).values)
-        found = np.asarray(session.encode(theirs).values)
+        expected = np.asarray(session.encode(IMAGE).values)
+        values = np.asarray(session.encode(theirs).values)
     gpu.close()
-    assert difference(found, wanted) < CLOSE
+    assert difference(values, expected) < CLOSE
 
 
 def test_verify_marks_them(engines: Path) -> None:
     done = call("verify", engines, "--json")
     assert done.code == 0, done.err
-    assert [one["state"] for one in done.json["engines"]] == ["verified"]
+    assert [engines["state"] for engines in done.json["engines"]] == ["verified"]
 
 
 def test_loading_again_and_again_leaks_nothing(engines: Path, flavor: tensorrt_api.Flavor) -> None:

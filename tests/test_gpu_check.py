@@ -54,17 +54,17 @@ def test_kernels_are_timed_beside_what_they_replace(monkeypatch: pytest.MonkeyPa
     ]
     monkeypatch.setattr(gpu_kernels, "FRAMES", frames)
     monkeypatch.setattr(gpu_kernels, "MASKS", masks)
-    found = gpu_kernels.measure(fake_gpu.DEVICE)
-    assert found["copy_gb_per_s"] > 0
-    assert len(found["cases"]) == len(frames) + len(masks)
-    for case in found["cases"]:
+    record = gpu_kernels.measure(fake_gpu.DEVICE)
+    assert record["copy_gb_per_s"] > 0
+    assert len(record["cases"]) == len(frames) + len(masks)
+    for case in record["cases"]:
         timed = {name: ms for name, ms in case.items() if name == "ms" or name.endswith("_ms")}
         floor = timed.pop("floor_ms")
         assert case["share_of_floor"] == pytest.approx(floor / sorted(case["ms"])[-1], rel=5)
         assert all(len(ms) == 2 and min(ms) > 0 for ms in timed.values())
         rivals = 1 if case["case"].get("profile") == "litemedsam" else 3
         assert len(timed) == 1 + rivals
-    launched = {entry for case in found["cases"] for entry in case["entries"]}
+    launched = {entry for case in record["cases"] for entry in case["entries"]}
     assert launched == set(machine.launched)
     assert machine.used == machine.pinned == machine.graphs == 0
 
@@ -73,9 +73,9 @@ def test_other_tools_do_the_same() -> None:
     """What the kernels are timed beside gives the same image and masks."""
     frame = gpu_kernels.FrameCase(element="int16", shape=(30, 40), profile="sam", window=(0, 900))
     for case in (frame, gpu_kernels.MaskCase(count=2, image_size=(50, 70), labels=True)):
-        made = [np.asarray(tool()) for tool in gpu_kernels.tools(case, "cpu").values()]
-        for other in made[1:]:
-            assert np.abs(other.astype(np.float64) - made[0]).mean() < 0.02
+        outputs = [np.asarray(tool()) for tool in gpu_kernels.tools(case, "cpu").values()]
+        for other in outputs[1:]:
+            assert np.abs(other.astype(np.float64) - outputs[0]).mean() < 0.02
 
 
 def test_a_gpu_is_described_or_absent() -> None:
@@ -92,7 +92,7 @@ def test_a_driver_that_fails_is_no_gpu(monkeypatch, tmp_path: Path) -> None:
             return 100
 
         def __getattr__(self, name: str):
-            def call(*given: object) -> int:
+            def call(*arguments: object) -> int:
                 raise AssertionError(f"{name} was called after cuInit failed")
 
             return call
@@ -148,8 +148,8 @@ def test_what_cannot_run_is_said_and_what_fails_ends_with_1(
     assert record["good"] == {"outcome": "ok", "found": 1}
     assert record["bad"] == {"outcome": "failed", "said": "RuntimeError: no such luck"}
     assert record["absent"] == {"outcome": "not run", "said": "pip install something"}
-    said = capsys.readouterr().out.splitlines()
-    assert said[:3] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
         "good: ok",
         "bad: failed: RuntimeError: no such luck",
         "absent: not run: pip install something",
@@ -162,13 +162,13 @@ def test_the_encoders_products_are_counted(
     bundle: Path, checkpoint_of: Callable[[str], Path]
 ) -> None:
     """Of blocks, adapters, patches and neck; attention and the padding of windows are the rest."""
-    found = gpu_check.encoder_gflop(checkpoint_of("medsa_2d"), bundle)
+    gflop = gpu_check.encoder_gflop(checkpoint_of("medsa_2d"), bundle)
     facts = load_manifest(bundle).network
     (width,), (depth,) = facts.widths, facts.depths
     block = (12 + 2 * 2 * 0.25) * width**2  # projections, MLP, and two adapters of a quarter
     ends = 3 * facts.patch_size**2 * width + width * 256 + 9 * 256**2
     known = 2e-9 * facts.embedding_size**2 * (depth * block + ends)
-    assert known < found < 1.6 * known
+    assert known < gflop < 1.6 * known
 
 
 def test_the_peak_is_of_a_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

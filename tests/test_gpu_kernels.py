@@ -75,30 +75,30 @@ class OnGpu:
             scratch=scratch,
         ):
             self.launch(launch)
-        found = self.taken(output, plan.output_bytes)
+        image = self.taken(output, plan.output_bytes)
         for address in (frame, output, tables, scratch):
             self.gpu.free(address)
-        return found.view(np.float16 if case.half else np.float32).reshape(3, case.size, case.size)
+        return image.view(np.float16 if case.half else np.float32).reshape(3, case.size, case.size)
 
     def masks(self, case: post.Case, *, labels: bool) -> tuple[np.ndarray, list[Region]]:
         """Words of the masks, or the label map, and the regions."""
         count, *size = case.logits.shape
         plan = postprocessing((size[0], size[1]), count, case.frame, case.cut, labels=labels)
         dtype = np.dtype(np.uint8 if labels else np.uint32)
-        made = int(np.prod(plan.shape)) * dtype.itemsize
+        byte_count = int(np.prod(plan.shape)) * dtype.itemsize
         addresses = [
             self.put(case.logits.tobytes()),
-            self.put(b"\xee" * (made + 2 * GUARD)),
+            self.put(b"\xee" * (byte_count + 2 * GUARD)),
             self.put(bytes(4 * int(np.prod(plan.tally_shape)))),
             self.put(plan.tables),
         ]
         logits, output, tally, tables = addresses
         self.launch(plan.launch(logits=logits, output=output + GUARD, tally=tally, tables=tables))
-        found = self.taken(output, made).view(dtype).reshape(plan.shape)
+        masks = self.taken(output, byte_count).view(dtype).reshape(plan.shape)
         counted = regions(self.gpu.read(tally, plan.tally_shape, np.uint32), case.frame.image_size)
         for address in addresses:
             self.gpu.free(address)
-        return found, counted
+        return masks, counted
 
 
 @pytest.fixture

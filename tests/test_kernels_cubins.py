@@ -28,12 +28,12 @@ EM_CUDA = 190
 
 def architectures() -> list[tuple[str, Compiler, str]]:
     """(name, compiler, target) of every architecture of every compiler that is here."""
-    found: list[Compiler] = [Nvrtc(NVRTC)]
+    known_compilers: list[Compiler] = [Nvrtc(NVRTC)]
     if NVCC:
-        found.append(Nvcc(path=NVCC, options=QUICK))
+        known_compilers.append(Nvcc(path=NVCC, options=QUICK))
     return [
         (f"{compiler.name.split()[0]}-{target}", compiler, target)
-        for compiler in found
+        for compiler in known_compilers
         for target in compiler.targets
     ]
 
@@ -48,11 +48,11 @@ def marked(name: str, compiler: Compiler, target: str) -> object:
     return pytest.param(compiler, target, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("compiler", "target"), [marked(*one) for one in ALL])
+@pytest.mark.parametrize(("compiler", "target"), [marked(*case) for case in ALL])
 @pytest.mark.parametrize("source", cubins.SOURCES)
 def test_every_architecture_compiles_without_a_warning(source, compiler, target) -> None:
-    cubin, said = compiler.cubin(cubins.source_path(source), target)
-    assert said == ""
+    cubin, messages = compiler.cubin(cubins.source_path(source), target)
+    assert messages == ""
     assert cubin[:4] == b"\x7fELF"
     assert int.from_bytes(cubin[18:20], "little") == EM_CUDA
     text = cubins.source_path(source).read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_every_architecture_compiles_without_a_warning(source, compiler, target)
 
 
 def test_the_usual_targets_are_known_to_every_compiler() -> None:
-    for compiler in {id(one): one for _, one, _ in ALL}.values():
+    for compiler in {id(known): known for _, known, _ in ALL}.values():
         assert set(cubins.TARGETS) <= set(compiler.targets)
 
 
@@ -119,9 +119,12 @@ def test_a_bundles_cubins_need_no_compiler(
     quick, bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     mine = copied(bundle, tmp_path)
-    made = cubins.build(mine, ["sm87"])
-    assert [file.path for file in made.files] == ["preprocess-sm87.cubin", "postprocess-sm87.cubin"]
-    assert cubins.load(mine) == made
+    kernels = cubins.build(mine, ["sm87"])
+    assert [file.path for file in kernels.files] == [
+        "preprocess-sm87.cubin",
+        "postprocess-sm87.cubin",
+    ]
+    assert cubins.load(mine) == kernels
     request.getfixturevalue("no_compiler")
     cubin = cubins.cubin("preprocess", "sm87", bundle=mine)
     assert cubin == (mine / "kernels/preprocess-sm87.cubin").read_bytes()
@@ -164,9 +167,11 @@ def test_build_kernels_on_the_command_line(quick, bundle: Path, tmp_path: Path) 
     mine = copied(bundle, tmp_path)
     done = call("build-kernels", mine, "--target", "sm_87", "--target", "sm87", "--json")
     assert done.code == 0, done.err
-    made = json.loads(done.out)
-    assert {file["target"] for file in made["files"]} == {"sm87"}
-    assert (mine / "kernels" / made["files"][0]["path"]).stat().st_size == made["files"][0]["bytes"]
+    kernels = json.loads(done.out)
+    assert {file["target"] for file in kernels["files"]} == {"sm87"}
+    assert (mine / "kernels" / kernels["files"][0]["path"]).stat().st_size == kernels["files"][0][
+        "bytes"
+    ]
     before = contents(mine)
     done = call("build-kernels", mine, "--target", "sm1")
     assert (done.code, contents(mine)) == (2, before)
@@ -190,7 +195,7 @@ def test_a_failed_build_leaves_the_bundle(quick, bundle: Path, tmp_path: Path, m
     assert contents(mine) == before
 
 
-@pytest.mark.parametrize("compiler", {one.name: one for _, one, _ in ALL}.values())
+@pytest.mark.parametrize("compiler", {known.name: known for _, known, _ in ALL}.values())
 def test_what_a_compiler_says_of_a_broken_source_is_passed_on(compiler, tmp_path: Path) -> None:
     shutil.copy(cubins.source_path("postprocess").with_name("device.cuh"), tmp_path)
     source = tmp_path / "broken.cu"
@@ -221,8 +226,8 @@ def test_the_newest_nvrtc_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(compilers, "find_spec", lambda name: found)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(compilers, "find_spec", lambda name: spec)
     newest = compilers.find_nvrtc()
     assert newest is not None
     assert newest.endswith("libnvrtc.so.13")

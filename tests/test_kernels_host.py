@@ -89,11 +89,11 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def run(probes, entry, numbers, outputs, *, grid=(1, 1, 1), block=(64, 1, 1), seed=0):
     """(outcome, what the kernel wrote)"""
     out = np.full(outputs, 7, np.uint32)
-    given = np.ascontiguousarray(numbers, np.uint32)
+    values = np.ascontiguousarray(numbers, np.uint32)
     triple = ctypes.c_uint * 3
     outcome = probes.launch(
         ctypes.cast(getattr(probes, entry), ctypes.c_void_p),
-        ctypes.byref(Probe(address(out), address(given))),
+        ctypes.byref(Probe(address(out), address(values))),
         ctypes.byref(triple(*grid)),
         ctypes.byref(triple(*block)),
         ctypes.c_uint(seed),
@@ -140,8 +140,8 @@ def test_warp_intrinsics_act_over_32_lanes(probes) -> None:
             word = sum(int(value % 2) << lane for lane, value in enumerate(lanes))
             counts = (word.bit_count(), (word & -word).bit_length(), 32 - word.bit_length())
             for lane in range(32):
-                found = out[6 * (32 * warp + lane) :][:6].tolist()
-                assert found == [word, lanes[3], lanes[lane ^ 1], *counts]
+                figures = out[6 * (32 * warp + lane) :][:6].tolist()
+                assert figures == [word, lanes[3], lanes[lane ^ 1], *counts]
 
 
 def test_every_thread_has_its_index(probes) -> None:
@@ -174,8 +174,8 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sanitizers_find_nothing(check: Path, rounds: int) -> None:
     """Every entry on arrays of exactly their size."""
     done = subprocess.run([check, str(rounds)], capture_output=True, text=True, check=False)
-    said = [line for line in done.stderr.splitlines() if "swapcontext functions" not in line]
-    assert (done.returncode, said) == (0, [])
+    messages = [line for line in done.stderr.splitlines() if "swapcontext functions" not in line]
+    assert (done.returncode, messages) == (0, [])
     assert done.stdout == f"{rounds} rounds of 13 entries\n"
 
 

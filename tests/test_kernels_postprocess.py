@@ -75,7 +75,7 @@ def assert_masks(case: Case) -> None:
     assert_clear_masks(case, *run_case(case, labels=False))
 
 
-def assert_clear_masks(case: Case, words: np.ndarray, found: list[Region]) -> None:
+def assert_clear_masks(case: Case, words: np.ndarray, counted: list[Region]) -> None:
     """What a kernel gave for a case, against the reference where round-off cannot matter."""
     masks = unpack(words, case.frame.image_size[1])
     expected, _ = reference_masks(case.logits, case.frame, case.cut)
@@ -83,14 +83,14 @@ def assert_clear_masks(case: Case, words: np.ndarray, found: list[Region]) -> No
     clear = np.abs(logits - case.cut) > reach
     np.testing.assert_array_equal(masks[clear], unpack(expected, masks.shape[-1])[clear])
     np.testing.assert_array_equal(pack(masks), words)  # bits beyond the width are 0
-    assert found == [region(mask) for mask in masks]
+    assert counted == [region(mask) for mask in masks]
 
 
 def assert_labels(case: Case) -> None:
     assert_clear_labels(case, *run_case(case, labels=True))
 
 
-def assert_clear_labels(case: Case, labels: np.ndarray, found: list[Region]) -> None:
+def assert_clear_labels(case: Case, labels: np.ndarray, counted: list[Region]) -> None:
     """As `assert_clear_masks`."""
     expected, _ = reference_labels(case.logits, case.frame, case.cut)
     logits, reach = undecided(case)
@@ -98,7 +98,7 @@ def assert_clear_labels(case: Case, labels: np.ndarray, found: list[Region]) -> 
     equal = (case.logits == case.logits[:1]).all()  # classes that are the same stay equal
     clear = (ordered[-1] - ordered[-2] > 2 * reach) | equal
     np.testing.assert_array_equal(labels[clear], expected[clear])
-    assert found == [region(labels == k + 1) for k in range(len(case.logits))]
+    assert counted == [region(labels == k + 1) for k in range(len(case.logits))]
 
 
 @st.composite
@@ -148,10 +148,10 @@ def a_frame(height: int, width: int) -> Frame:
 def test_full_and_empty_masks_at_the_borders_of_words(width: int) -> None:
     logits = np.stack([np.full((16, 16), value, np.float32) for value in (3, -3)])
     case = Case(logits=logits, frame=a_frame(20, width), cut=0.0)
-    words, found = run_case(case, labels=False)
+    words, counted = run_case(case, labels=False)
     assert unpack(words, width)[0].all()
     assert not words[1].any()
-    assert found == [
+    assert counted == [
         Region(area=20 * width, box=(0, 0, width, 20)),
         Region(area=0, box=None),
     ]
@@ -160,9 +160,9 @@ def test_full_and_empty_masks_at_the_borders_of_words(width: int) -> None:
 def test_the_first_of_equal_classes_wins() -> None:
     logits = np.random.default_rng(1).normal(2, 1, (1, 16, 16)).astype(np.float32).repeat(3, axis=0)
     case = Case(logits=logits, frame=a_frame(40, 50), cut=0.0)
-    labels, found = run_case(case, labels=True)
+    labels, counted = run_case(case, labels=True)
     assert set(np.unique(labels)) == {0, 1}
-    assert [one.area for one in found[1:]] == [0, 0]
+    assert [label.area for label in counted[1:]] == [0, 0]
 
 
 def test_255_classes() -> None:
@@ -175,9 +175,9 @@ def test_255_classes() -> None:
 def test_the_references_are_the_runtimes_masks_and_labels() -> None:
     logits = np.random.default_rng(1).normal(0, 3, (3, 16, 16)).astype(np.float32)
     frame = a_frame(50, 41)
-    words, found = reference_masks(logits, frame, 0.5)
+    words, counted = reference_masks(logits, frame, 0.5)
     np.testing.assert_array_equal(unpack(words, 41), transforms.upsample(logits, frame) > 0.5)
-    assert [one.area for one in found] == unpack(words, 41).sum(axis=(1, 2)).tolist()
+    assert [label.area for label in counted] == unpack(words, 41).sum(axis=(1, 2)).tolist()
     labels, _ = reference_labels(logits, frame, 0.5)
     assert labels.shape == (50, 41)
 

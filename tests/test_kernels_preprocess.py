@@ -98,10 +98,10 @@ def limit(case: Case) -> float:
 
 def rescaling(case: Case) -> float:
     """Grey levels by which the reference is off: it rounds rescaled values to float32."""
-    given = case.intensities
-    if given.window is None or (given.slope, given.intercept) == (1.0, 0.0):
+    intensities = case.intensities
+    if intensities.window is None or (intensities.slope, intensities.intercept) == (1.0, 0.0):
         return 0.0
-    low, high = given.window
+    low, high = intensities.window
     return 2**-23 * max(abs(low), abs(high)) * 255 / (high - low)
 
 
@@ -126,15 +126,15 @@ def assert_matches(case: Case) -> None:
     assert_close(case, run_case(case))
 
 
-def assert_close(case: Case, found: np.ndarray) -> None:
+def assert_close(case: Case, image: np.ndarray) -> None:
     """What kernels gave for a case, against the reference."""
     expected = reference(case.pixels, case.profile, case.size, case.intensities, half=case.half)
-    assert found.dtype == expected.dtype
+    assert image.dtype == expected.dtype
     atol = limit(case)
     # a float16 may round to either side of what float32 differs by
     rtol = 2**-10 if case.half and atol else 0
     np.testing.assert_allclose(
-        found.astype(np.float64), expected.astype(np.float64), atol=atol, rtol=rtol
+        image.astype(np.float64), expected.astype(np.float64), atol=atol, rtol=rtol
     )
 
 

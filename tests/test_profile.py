@@ -42,54 +42,58 @@ def earlier(bundle: Path) -> dict[str, Any]:
     """A profile of the shared bundle. Tests must not change it: copy it first."""
     done = call("profile", bundle, "--runs", RUNS, "--json")
     assert done.code == 0, done.err
-    found: dict[str, Any] = done.json
-    return found
+    document: dict[str, Any] = done.json
+    return document
 
 
-def check(found: dict[str, Any], runs: int) -> None:
+def check(document: dict[str, Any], runs: int) -> None:
     """What holds for every profile."""
-    assert list(found["stages"]) == list(STAGES)
-    samples = {name: np.array(one["samples_ms"]) for name, one in found["stages"].items()}
-    for name, one in found["stages"].items():
-        assert one["count"] == len(samples[name]) == runs
+    assert list(document["stages"]) == list(STAGES)
+    samples = {name: np.array(stage["samples_ms"]) for name, stage in document["stages"].items()}
+    for name, stage in document["stages"].items():
+        assert stage["count"] == len(samples[name]) == runs
         assert min(samples[name]) > 0
-        assert one["p50_ms"] in samples[name]
+        assert stage["p50_ms"] in samples[name]
     parts = sum(samples[name] for name in ("preprocess", "encode", "decode", "postprocess"))
     assert (samples["first click"] >= 0.99 * parts).all(), "and what is between them"
-    assert list(found["layers"]) == ["encoder", "decoder-image", "decoder-click"]
+    assert list(document["layers"]) == ["encoder", "decoder-image", "decoder-click"]
     for name in ("encoder", "decoder-click"):
-        graph = found["layers"][name]
+        graph = document["layers"][name]
         assert graph["count"] == runs
-        assert sum(one["percentage"] for one in graph["layers"]) == pytest.approx(100)
-        total = sum(one["medianMs"] for one in graph["layers"])
+        assert sum(layer["percentage"] for layer in graph["layers"]) == pytest.approx(100)
+        total = sum(layer["medianMs"] for layer in graph["layers"])
         assert sum(graph["blocks"].values()) == pytest.approx(total)
         assert sum(graph["kinds"].values()) == pytest.approx(total)
         assert graph["kinds"]["matrix product"] > 0
         assert max(graph["blocks"], key=graph["blocks"].__getitem__) != "rest"
-    assert 0 < found["loaded_mb"] <= found["peak_mb"]
-    assert found["load_ms"] > 0
-    assert any(f"{runs} samples are few" in warning for warning in found["warnings"])
+    assert 0 < document["loaded_mb"] <= document["peak_mb"]
+    assert document["load_ms"] > 0
+    assert any(f"{runs} samples are few" in warning for warning in document["warnings"])
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_kind_of_bundle(name: str, bundle_of: Callable[[str], Path]) -> None:
-    made = load_manifest(bundle_of(name))
+    manifest = load_manifest(bundle_of(name))
     done = call("profile", bundle_of(name), "--runs", RUNS, "--threads", 2, "--json")
     assert done.code == 0, done.err
-    found = done.json
-    check(found, RUNS)
-    assert BLOCKS[name] <= set(found["layers"]["encoder"]["blocks"])
-    assert {"blocks.0", "upscaling"} <= set(found["layers"]["decoder-click"]["blocks"])
-    assert (found["backend"], found["precision"], found["threads"]) == ("onnxruntime", "fp32", 2)
-    assert found["encoder_sha256"] == made.file("encoder").sha256
-    size, slices = made.network.image_size, made.network.chunk
-    assert found["slices"] == slices
-    assert found["work"].startswith(f"seeded, {size}×{size}")
-    assert (f"{slices} slices" in found["work"]) == (slices > 1)
-    for stage_name, one in found["stages"].items():
+    document = done.json
+    check(document, RUNS)
+    assert BLOCKS[name] <= set(document["layers"]["encoder"]["blocks"])
+    assert {"blocks.0", "upscaling"} <= set(document["layers"]["decoder-click"]["blocks"])
+    assert (document["backend"], document["precision"], document["threads"]) == (
+        "onnxruntime",
+        "fp32",
+        2,
+    )
+    assert document["encoder_sha256"] == manifest.file("encoder").sha256
+    size, slices = manifest.network.image_size, manifest.network.chunk
+    assert document["slices"] == slices
+    assert document["work"].startswith(f"seeded, {size}×{size}")
+    assert (f"{slices} slices" in document["work"]) == (slices > 1)
+    for stage_name, stage in document["stages"].items():
         shared = slices > 1 and stage_name in ("preprocess", "encode")
-        assert one["per_slice_ms"] == (pytest.approx(one["p50_ms"] / 6) if shared else None)
-    assert "warning: " in done.err or found["warnings"]
+        assert stage["per_slice_ms"] == (pytest.approx(stage["p50_ms"] / 6) if shared else None)
+    assert "warning: " in done.err or document["warnings"]
 
 
 def test_openvino(bundle: Path) -> None:
@@ -106,11 +110,11 @@ def test_the_words_and_the_files(bundle: Path, tmp_path: Path) -> None:
     done = call("profile", bundle, "--runs", 10, "-o", data, "--html", html)
     assert done.code == 0, done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.html", "p.json"]
-    found = json.loads(data.read_text(encoding="utf-8"))
-    assert found["what"] == "medsa-deploy profile"
+    document = json.loads(data.read_text(encoding="utf-8"))
+    assert document["what"] == "medsa-deploy profile"
     for name in STAGES:
         rows = [line for line in done.out.splitlines() if line.startswith(f"{name}  ")]
-        assert milliseconds(found["stages"][name]["p50_ms"]) in rows[0].split()
+        assert milliseconds(document["stages"][name]["p50_ms"]) in rows[0].split()
         assert f"<td>{name}</td>" in html.read_text(encoding="utf-8")
     assert "cold load" in done.out
     assert all(f"\n{name}  " in done.out for name in ("encoder", "decoder-image", "decoder-click"))
@@ -146,11 +150,11 @@ def test_an_image(bundle: Path, tmp_path: Path) -> None:
     assert done.json["work"] == "a.png, 90×90"
 
 
-def scaled(found: dict[str, Any], factor: float) -> dict[str, Any]:
+def scaled(document: dict[str, Any], factor: float) -> dict[str, Any]:
     """A profile as if everything had taken `factor` times as long."""
-    copy: dict[str, Any] = json.loads(json.dumps(found))
-    for one in copy["stages"].values():
-        one["samples_ms"] = [factor * ms for ms in one["samples_ms"]]
+    copy: dict[str, Any] = json.loads(json.dumps(document))
+    for stage in copy["stages"].values():
+        stage["samples_ms"] = [factor * ms for ms in stage["samples_ms"]]
     return copy
 
 
@@ -160,8 +164,8 @@ def test_a_comparison_fails_on_a_regression(
 ) -> None:
     other, html = tmp_path / "before.json", tmp_path / "p.html"
     other.write_text(json.dumps(scaled(earlier, factor)), encoding="utf-8")
-    given = ("profile", bundle, "--runs", RUNS, "--compare", other, "--max-slowdown", 2)
-    done = call(*given, "-o", other, "--html", html)
+    arguments = ("profile", bundle, "--runs", RUNS, "--compare", other, "--max-slowdown", 2)
+    done = call(*arguments, "-o", other, "--html", html)
     assert done.code == code, done.err
     slower = [line for line in done.err.splitlines() if "times as long as in before.json" in line]
     assert len(slower) == (2 if code else 0)
@@ -169,10 +173,10 @@ def test_a_comparison_fails_on_a_regression(
     assert "warning: before.json is of another" not in done.err
     comparison = json.loads(other.read_text(encoding="utf-8"))["comparison"]
     assert list(comparison["ratios"]) == list(STAGES), "and the earlier one is replaced"
-    regressions = [stage for stage, one in comparison["ratios"].items() if one["regression"]]
+    regressions = [name for name, ratio in comparison["ratios"].items() if ratio["regression"]]
     assert regressions == (["first click", "next click"] if code else [])
-    for one in comparison["ratios"].values():
-        assert one["low"] <= one["ratio"] <= one["high"]
+    for ratio in comparison["ratios"].values():
+        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
     assert ("Slower than" in html.read_text(encoding="utf-8")) == bool(code)
 
 
@@ -186,10 +190,10 @@ def test_a_comparison_says_what_else_differs(
     path.write_text(json.dumps(other), encoding="utf-8")
     done = call("profile", bundle, "--runs", 1, "--compare", path)
     assert done.code == 0, done.err
-    said = [line for line in done.err.splitlines() if "before.json is of another" in line]
-    assert len(said) == 2
-    assert said[0].endswith(f"another bundle: other.medsa then, {bundle.name} now")
-    assert "another machine: processor Abacus then" in said[1]
+    differences = [line for line in done.err.splitlines() if "before.json is of another" in line]
+    assert len(differences) == 2
+    assert differences[0].endswith(f"another bundle: other.medsa then, {bundle.name} now")
+    assert "another machine: processor Abacus then" in differences[1]
 
 
 BROKEN = {
@@ -206,7 +210,7 @@ BROKEN = {
 def test_a_broken_profile_is_refused_before_anything_is_measured(
     name: str, bundle: Path, tmp_path: Path
 ) -> None:
-    text, said = BROKEN[name]
+    text, message = BROKEN[name]
     if text is not None:
         (tmp_path / name).write_text(text)
     before = contents(tmp_path)
@@ -214,7 +218,7 @@ def test_a_broken_profile_is_refused_before_anything_is_measured(
     done = call("profile", bundle, "--compare", tmp_path / name, "-o", out)
     assert done.code == 2
     assert name in done.error
-    assert said in done.error
+    assert message in done.error
     assert "load the bundle" not in done.err
     assert contents(tmp_path) == before
 
@@ -235,7 +239,7 @@ def test_samples_that_are_none_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--backend", "abacus"], "unknown backend 'abacus'"),
         (["--precision", "fp16"], "no encoder in fp16; it has: fp32"),
@@ -252,12 +256,12 @@ def test_samples_that_are_none_are_refused(
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
-    options: list[str], said: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], message: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = call("profile", bundle, *options)
     assert done.code == 2
-    assert said in done.error
+    assert message in done.error
     assert "load the bundle" not in done.err
     assert contents(tmp_path) == {}
 
@@ -302,9 +306,9 @@ def test_outputs_that_are_read_are_refused_first(
 
 
 def options(bundle: Path, **changes: Any) -> LatencyOptions:
-    given: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "threads": 1}
-    given |= {"bundle": str(bundle), "runs": 1, "image": None} | changes
-    return LatencyOptions(**given)
+    fields: dict[str, Any] = {"backend": "onnxruntime", "precision": "fp32", "threads": 1}
+    fields |= {"bundle": str(bundle), "runs": 1, "image": None} | changes
+    return LatencyOptions(**fields)
 
 
 def test_a_missing_library_is_named_with_its_extra(bundle: Path) -> None:
@@ -370,10 +374,10 @@ def gone(number: int) -> bool:
 def test_an_interrupt_leaves_nothing(bundle: Path, tmp_path: Path, number: int) -> None:
     process, child = measuring(bundle, tmp_path)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, messages = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.endswith("error: interrupted; no partial output was left behind\n")
-    assert "Traceback" not in said
+    assert messages.endswith("error: interrupted; no partial output was left behind\n")
+    assert "Traceback" not in messages
     assert gone(child)
     assert left(tmp_path) == ["temporary"]
 
@@ -382,10 +386,10 @@ def test_a_killed_measuring_process_is_an_error(bundle: Path, tmp_path: Path) ->
     """As when the system runs out of memory."""
     process, child = measuring(bundle, tmp_path)
     os.kill(child, signal.SIGKILL)
-    out, said = process.communicate(timeout=60)
+    out, messages = process.communicate(timeout=60)
     assert process.returncode == DeviceError.exit_code
     assert out == ""
-    assert "error: the measuring process was killed, most often for lack of memory" in said
+    assert "error: the measuring process was killed, most often for lack of memory" in messages
     assert left(tmp_path) == ["temporary"]
 
 

@@ -40,14 +40,14 @@ def test_percentiles_are_by_nearest_rank(samples: list[float]) -> None:
 
 @given(SAMPLES)
 def test_a_distribution_keeps_its_samples_and_their_order(samples: list[float]) -> None:
-    found = distribution(samples)
-    assert found.samples_ms == tuple(samples)
-    assert found.count == len(samples)
-    assert min(samples) <= found.p50_ms <= found.p90_ms <= found.p95_ms <= found.p99_ms
-    assert found.p99_ms <= found.max_ms == max(samples)
-    assert found.mean_ms == pytest.approx(np.mean(samples))
+    summary = distribution(samples)
+    assert summary.samples_ms == tuple(samples)
+    assert summary.count == len(samples)
+    assert min(samples) <= summary.p50_ms <= summary.p90_ms <= summary.p95_ms <= summary.p99_ms
+    assert summary.p99_ms <= summary.max_ms == max(samples)
+    assert summary.mean_ms == pytest.approx(np.mean(samples))
     deviation = np.std(samples, ddof=1) if len(samples) > 1 else 0.0
-    assert found.cv == pytest.approx(deviation / np.mean(samples), abs=1e-9)
+    assert summary.cv == pytest.approx(deviation / np.mean(samples), abs=1e-9)
 
 
 def test_what_slices_share_is_also_given_for_one() -> None:
@@ -105,7 +105,7 @@ def layer(name: str, operator: str, *samples: float) -> dict[str, Any]:
 
 
 def test_layers_are_grouped_by_block_and_kind() -> None:
-    found = graph_layers(
+    layers = graph_layers(
         [
             layer("Reorder_1", "ReorderInput", 1.0, 1.0, 1.0),
             layer("blocks.0.mlp/node_matmul", "MatMul", 4.0, 5.0, 30.0),
@@ -115,20 +115,20 @@ def test_layers_are_grouped_by_block_and_kind() -> None:
             layer("neck.x/node_matmul", "FullyConnected", 1.0, 1.0, 1.0),
         ]
     )
-    assert found.count == 3
-    assert found.blocks == {"blocks.0": 6.5, "rest": 2.0, "neck": 3.0}
-    assert list(found.blocks) == ["blocks.0", "rest", "neck"], "as their longest layers run"
-    assert found.kinds == {
+    assert layers.count == 3
+    assert layers.blocks == {"blocks.0": 6.5, "rest": 2.0, "neck": 3.0}
+    assert list(layers.blocks) == ["blocks.0", "rest", "neck"], "as their longest layers run"
+    assert layers.kinds == {
         "matrix product": 6.0,
         "elementwise and others": 2.5,
         "convolution": 2.0,
         "layout": 1.0,
     }
-    assert sum(one.percentage for one in found.layers) == pytest.approx(100)
-    longest = found.layers[1]
+    assert sum(timed.percentage for timed in layers.layers) == pytest.approx(100)
+    longest = layers.layers[1]
     assert (longest.timeMs, longest.averageMs, longest.medianMs) == (39.0, 13.0, 5.0)
     assert longest.percentage == pytest.approx(100 * 39 / 58.5)
-    assert (found.layers[0].block, found.layers[0].kind) == ("blocks.0", "layout")
+    assert (layers.layers[0].block, layers.layers[0].kind) == ("blocks.0", "layout")
 
 
 def test_no_layers_are_no_layers() -> None:
@@ -159,16 +159,16 @@ def around(middle: float, spread: float, seed: int) -> list[float]:
 
 
 def test_a_ratio_comes_with_its_spread() -> None:
-    found = ratio_of(around(12, 0.2, 1), around(10, 0.2, 2), 1.1)
-    assert found.ratio == pytest.approx(1.2, rel=0.03)
-    assert found.low < found.ratio < found.high
-    assert found.low > 1.1
-    assert found.regression
-    assert ratio_of(around(12, 0.2, 1), around(10, 0.2, 2), 1.1) == found, "the same every time"
+    ratio = ratio_of(around(12, 0.2, 1), around(10, 0.2, 2), 1.1)
+    assert ratio.ratio == pytest.approx(1.2, rel=0.03)
+    assert ratio.low < ratio.ratio < ratio.high
+    assert ratio.low > 1.1
+    assert ratio.regression
+    assert ratio_of(around(12, 0.2, 1), around(10, 0.2, 2), 1.1) == ratio, "the same every time"
 
 
 @pytest.mark.parametrize(
-    ("here", "there", "limit"),
+    ("now", "then", "limit"),
     [
         (around(10, 0.2, 1), around(10, 0.2, 2), 1.1),
         (around(12, 0.2, 1), around(10, 0.2, 2), 1.3),
@@ -177,8 +177,8 @@ def test_a_ratio_comes_with_its_spread() -> None:
     ],
     ids=["as fast", "slower within the limit", "faster", "slower within the noise"],
 )
-def test_no_regression(here: list[float], there: list[float], limit: float) -> None:
-    assert not ratio_of(here, there, limit).regression
+def test_no_regression(now: list[float], then: list[float], limit: float) -> None:
+    assert not ratio_of(now, then, limit).regression
 
 
 def test_a_limit_below_one_asks_for_more_speed() -> None:
@@ -214,9 +214,9 @@ def test_another_precision_is_no_other_bundle() -> None:
 
 
 def test_samples_against_themselves_have_ratio_one() -> None:
-    found = ratio_of([3.0, 1.0, 2.0], [3.0, 1.0, 2.0], 1.1)
-    assert found.ratio == 1
-    assert found.low <= 1 <= found.high
+    ratio = ratio_of([3.0, 1.0, 2.0], [3.0, 1.0, 2.0], 1.1)
+    assert ratio.ratio == 1
+    assert ratio.low <= 1 <= ratio.high
 
 
 def profile(scale: float = 1.0, *, slices: int = 1) -> Profile:
@@ -251,16 +251,16 @@ def profile(scale: float = 1.0, *, slices: int = 1) -> Profile:
 
 
 def document(of: Profile) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(asdict(of)))
-    return found
+    parsed: dict[str, Any] = json.loads(json.dumps(asdict(of)))
+    return parsed
 
 
 def test_only_clicks_fail_a_comparison() -> None:
-    found = compare(profile(2.0), document(profile(1.0)), "old.json", 1.5)
-    assert found.regressions == ["first click", "next click"]
-    assert [one.ratio for one in found.ratios.values()] == pytest.approx([2.0] * 6)
-    assert found.once == {"cold load": 2.0, "peak memory": 1.0}
-    assert found.differences == ()
+    comparison = compare(profile(2.0), document(profile(1.0)), "old.json", 1.5)
+    assert comparison.regressions == ["first click", "next click"]
+    assert [ratio.ratio for ratio in comparison.ratios.values()] == pytest.approx([2.0] * 6)
+    assert comparison.once == {"cold load": 2.0, "peak memory": 1.0}
+    assert comparison.differences == ()
     assert compare(profile(2.0), document(profile(1.0)), "old.json", 2.5).regressions == []
 
 
@@ -270,8 +270,8 @@ def test_what_differs_is_said_then_and_now() -> None:
     other |= {"threads": 4, "work": "a.png, 9×9", "peak_mb": None}
     other["machine"]["processor"] = "Q"
     other["versions"] = {"medsa-deploy": "0", "openvino": "7"}
-    found = compare(profile(), other, "old.json", 1.1)
-    assert found.differences == (
+    comparison = compare(profile(), other, "old.json", 1.1)
+    assert comparison.differences == (
         "another bundle: b then, <b>&.medsa now",
         "another backend: openvino then, onnxruntime now",
         "another precision: bf16 then, fp32 now",
@@ -280,22 +280,22 @@ def test_what_differs_is_said_then_and_now() -> None:
         "another machine: processor Q then, P now",
         "another version: medsa-deploy 0 then, 1 now",
     )
-    assert list(found.once) == ["cold load"]
+    assert list(comparison.once) == ["cold load"]
 
 
 @pytest.mark.parametrize("slices", [1, 6])
 @pytest.mark.parametrize("scale", [None, 0.5, 1.0])
 def test_the_page_holds_everything_and_needs_nothing(slices: int, scale: float | None) -> None:
-    made = profile(slices=slices)
+    measured = profile(slices=slices)
     if scale is not None:
-        found = compare(made, document(profile(scale, slices=slices)), "<old>.json", 1.1)
-        made = replace(made, comparison=found)
-    text = profile_page(made)
+        comparison = compare(measured, document(profile(scale, slices=slices)), "<old>.json", 1.1)
+        measured = replace(measured, comparison=comparison)
+    text = profile_page(measured)
     assert not re.search(r"https?:|//|src=|href=|<script|@import|url\(", text)
     assert "<b>&.medsa" not in text
     assert "<old>" not in text
     assert "<n>" not in text
-    plots = [ET.fromstring(one) for one in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    plots = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     assert len(plots) == 3, "samples; the encoder's blocks and kinds; no decoder"
     assert len(plots[0].findall("circle")) == 3 * len(STAGES)
     assert len(plots[1].findall("rect")) == 1

@@ -49,10 +49,10 @@ def test_one_path_builds_with_every_version(
     assert done.code == 0, done.err
     assert "TensorRT and a GPU are here, so TensorRT engines for this GPU" in done.err
     folder = copy / "engines" / "tensorrt-fp32-sm87"
-    found = load_engines(folder)
-    assert (found.version, found.device, found.state) == (version, "NVIDIA Orin", "built")
+    engine = load_engines(folder)
+    assert (engine.version, engine.device, engine.state) == (version, "NVIDIA Orin", "built")
     assert (folder / "encoder.engine").read_bytes() == b"an engine of " + version.encode()
-    assert [file.attention for file in found.files] == ["unknown", "unknown"]
+    assert [file.attention for file in engine.files] == ["unknown", "unknown"]
     encoder, decoder = asked()
     assert "STRONGLY_TYPED" in encoder["network_flags"]
     assert encoder["flags"] == decoder["flags"] == ["TF32"]
@@ -61,8 +61,8 @@ def test_one_path_builds_with_every_version(
     assert "workspace" not in encoder
     assert "optimization_level" not in encoder
     library = tensorrt_api.Library(flavor="tensorrt", version=version, targets=())
-    made = load_manifest(copy)
-    assert check_loadable(folder, made, library=library, device=DEVICE) == found
+    manifest = load_manifest(copy)
+    assert check_loadable(folder, manifest, library=library, device=DEVICE) == engine
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -70,10 +70,10 @@ def test_options_reach_the_builder(tensorrt, bundle: Path, tmp_path: Path, versi
     asked = tensorrt(version)
     copy = copied(bundle, tmp_path)
     cache = tmp_path / "kernels.cache"
-    given = ["--workspace", "2", "--optimization-level", "4", "--timing-cache", cache]
+    options = ["--workspace", "2", "--optimization-level", "4", "--timing-cache", cache]
     for _ in range(2):
         done = call(
-            *("build-engine", copy, "--fp32", "--flavor", "tensorrt", "--force", *given),
+            *("build-engine", copy, "--fp32", "--flavor", "tensorrt", "--force", *options),
             *("--no-tf32", "--no-fused-attention"),
         )
         assert done.code == 0, done.err
@@ -86,7 +86,7 @@ def test_options_reach_the_builder(tensorrt, bundle: Path, tmp_path: Path, versi
     assert cache.read_bytes() == b"times of kernels"
     assert last["timing_caches"][0] == len(b"times of kernels")
     assert "fused_attention changed" not in done.out
-    plain = call("build-engine", copy, "--fp32", "--flavor", "tensorrt", *given, "--no-tf32")
+    plain = call("build-engine", copy, "--fp32", "--flavor", "tensorrt", *options, "--no-tf32")
     assert "because: fused_attention changed from False to True" in plain.out
     assert asked()[-1]["read_past_a_relu"] == 7
 
@@ -150,7 +150,7 @@ def test_a_builder_without_polygraphy_names_the_extra(
     tensorrt("10.13.0")
     (tmp_path / "polygraphy.py").write_text("raise ModuleNotFoundError('polygraphy')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{FAKE}")
-    one = AxisRange(min=1, opt=1, max=1)
+    single = AxisRange(min=1, opt=1, max=1)
     job = engine_builder.Job(
         onnx=str(bundle / "encoder.onnx"),
         output=str(tmp_path / "x.engine"),
@@ -158,10 +158,10 @@ def test_a_builder_without_polygraphy_names_the_extra(
             flavor="tensorrt",
             precision="fp32",
             targets=("sm87",),
-            batch=one,
-            points=one,
-            prompts=one,
-            embeddings=one,
+            batch=single,
+            points=single,
+            prompts=single,
+            embeddings=single,
             tf32=True,
             fused_attention=True,
             workspace_gb=None,
