@@ -1,21 +1,17 @@
 """A checkpoint file → its tensors in float32, and where they came from.
 
-Files are opened without running code they carry: `torch.load(weights_only=True)` or safetensors.
+Files are read without running code they carry (`pickles.py`), or as safetensors.
 Everything about the architecture is read later, from keys and shapes (`architecture.py`).
 """
 
 from __future__ import annotations
 
 import logging
-import pickletools
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +20,20 @@ from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.manifest import Source
 from medsa_deploy.errors import CheckpointError
 
+from .containers import Weights, find_weights
 from .families.registry import missing_stems
+from .file_kinds import file_kind, folder_kind
 from .lora import LoRA, merge
+from .pickles import StandIn
 from .shapes import Shapes
+from .torch_files import SpecialTensor, read_torch_file
 
 logger = logging.getLogger(__name__)
 
 REL_POS = re.compile(r"(image_encoder\.blocks\.\d+\.attn\.)rel_(?:pos_)?([hw])\Z")
 """A relative-position table: `rel_pos_h` in Meta's and old Med-SA files, `rel_h` in newer ones."""
 
-HARMLESS = re.compile(
-    r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.nn\.parameter\.Parameter"
-    r"|torch\.(\w*Storage|storage\.\w+Storage|Size|Tensor|device|bool|(b?float|u?int)\d+)"
-)
-"""Objects torch rebuilds without running a file's code."""
-
 EXPECTED = "expected a checkpoint file (.pth, .pt or .safetensors)"
-SAVE_WEIGHTS = "save the weights alone, with torch.save(model.state_dict(), FILE)"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,19 +56,24 @@ class Checkpoint:
         return Shapes({key: tuple(value.shape) for key, value in self.tensors.items()})
 
 
-def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path, *, base: Path | None = None, weights: str | None = None, prefix: str | None = None
+) -> Checkpoint:
     """Read a `.pth`, `.pt` or `.safetensors` file, an adapter-only one laid over `base`.
 
-    Raises CheckpointError for a file that is missing, truncated, not a checkpoint, or that would
-    have to run code to be read.
+    `weights`: which state dict of several, by the keys it is under, joined by dots. `prefix`: of
+    its keys, if they are those of several networks. Nothing in the file is run; what lies beside
+    the weights does not matter. CheckpointError for a file that is missing, truncated or not a
+    checkpoint, and for a choice that is left open.
     """
     data = _read(path)
-    state, container = _state_dict(data, path)
-    tensors = _tensors(state, path)
-    notes: list[str] = []
+    found = _weights(data, path, weights, prefix)
+    notes = _remarks(found)
+    tensors, container = _tensors(found.entries, path), _container(data, found)
     if base is not None:
         container = "adapters over a base"
-        tensors = _lay_over(tensors, _tensors(_state_dict(_read(base), base)[0], base), base, notes)
+        base_weights = _weights(_read(base), base, None, None)
+        tensors = _lay_over(tensors, _tensors(base_weights.entries, base), base, notes)
     _require_stems(tensors, path, base)
     kinds = sorted({_name(v.dtype) for v in tensors.values() if v.is_floating_point()})
     if narrow := [kind for kind in kinds if kind != "float32"]:
@@ -87,6 +85,8 @@ def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
         dtype=", ".join(kinds),
         base=None if base is None else base.name,
         base_sha256=None if base is None else sha256(base),
+        weights=found.location,
+        prefix=found.prefix,
     )
     for note in notes:
         logger.warning("%s: %s", path.name, note)
@@ -95,77 +95,32 @@ def load_checkpoint(path: Path, *, base: Path | None = None) -> Checkpoint:
         source=source,
         tensors=merged,
         lora=lora,
-        public_training={"epoch", "path_helper"} <= set(data),
+        public_training=isinstance(data, dict) and {"epoch", "path_helper"} <= set(data),
         notes=tuple(notes),
     )
 
 
-def _read(path: Path) -> dict[Any, Any]:
-    """The dictionary a file holds, without running code it carries."""
+def _read(path: Path) -> Any:
+    """What a file holds, without running code it carries."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is {folder_kind(path)}; {EXPECTED}")
     if not path.is_file():
-        state = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path} {state}: {EXPECTED}")
+        raise CheckpointError(f"{path} does not exist: {EXPECTED}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty: {EXPECTED}")
-    data = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(data).__name__}, expected a state dict: {SAVE_WEIGHTS}"
-        )
-    return data
+    if kind := file_kind(path):
+        raise CheckpointError(f"{path} is {kind}; {EXPECTED}")
+    return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
 
 
-def _read_torch(path: Path) -> object:
+def _read_torch(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():  # about how the file was written, not about what it holds
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_torch_file(path)
     except MemoryError:
         raise
     except Exception as e:  # a damaged file makes a parser raise anything
-        if names := _code_in(path):
-            raise CheckpointError(
-                f"{path} holds Python objects ({_first_few(names)}) and would have to run code to "
-                f"be read, which is refused: {SAVE_WEIGHTS}"
-            ) from e
-        if "TorchScript" in str(e):
-            raise CheckpointError(
-                f"{path} is a TorchScript program, expected its weights: {SAVE_WEIGHTS}"
-            ) from e
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {EXPECTED}") from e
-
-
-def _code_in(path: Path) -> list[str]:
-    """Names of the Python objects a file asks for beyond tensors, as far as it can be parsed."""
-    names: set[str] = set()
-    with suppress(Exception):  # a damaged file makes a parser raise anything
-        if zipfile.is_zipfile(path):
-            names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        else:
-            with path.open("rb") as f:
-                names.update(_globals(f))
-    return sorted(name for name in names if not HARMLESS.fullmatch(name))
-
-
-def _globals(f: BinaryIO) -> Iterator[str]:
-    """Names a file of pickles would import, found by reading its opcodes, none of them executed.
-
-    torch's old format is four pickles, the third of them the state dict, followed by raw numbers.
-    """
-    for _ in range(4):
-        strings: list[Any] = ["", ""]
-        memo: dict[Any, Any] = {}
-        for opcode, value, _ in pickletools.genops(f):
-            if opcode.name in ("GLOBAL", "INST"):
-                yield str(value).replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":
-                yield ".".join(map(str, strings[-2:]))
-            elif "PUT" in opcode.name or opcode.name == "MEMOIZE":
-                memo[len(memo) if value is None else value] = strings[-1]
-            elif "GET" in opcode.name:
-                strings.append(memo.get(value))
-            elif isinstance(value, str):
-                strings.append(value)
+        reason = f" ({e})" if isinstance(e, CheckpointError) else ""
+        raise CheckpointError(f"{path} is truncated or not a checkpoint{reason}: {EXPECTED}") from e
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -184,34 +139,51 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is truncated or not safetensors: {EXPECTED}") from e
 
 
-def _state_dict(data: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], str]:
-    """The state dict inside a container, and what the container is called."""
-    for key in ("state_dict", "model"):
-        if isinstance(data.get(key), dict) and data[key]:
-            training = "epoch" in data or "optimizer" in data
-            return data[key], "training checkpoint" if training else f"state dict under '{key}'"
-    if any(isinstance(value, Tensor) for value in data.values()):
-        return data, "state dict"
-    raise CheckpointError(
-        f"{path} holds no weights: found {_first_few(data) or 'nothing'}, expected a state dict, "
-        "or one under 'state_dict' or 'model'"
-    )
+def _weights(data: Any, path: Path, location: str | None, prefix: str | None) -> Weights:
+    """The one state dict in what a file holds."""
+    try:
+        return find_weights(data, location=location, prefix=prefix)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
 
 
-def _tensors(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+def _container(data: Any, found: Weights) -> str:
+    """Form of the file, in words."""
+    if isinstance(data, dict) and found.location and {"epoch", "optimizer"} & set(data):
+        return "training checkpoint"
+    if isinstance(data, StandIn) and not found.location:
+        return f"pickled module {data.name}"
+    return f"state dict under '{found.location}'" if found.location else "state dict"
+
+
+def _remarks(found: Weights) -> list[str]:
+    """What was chosen and left out, in words."""
+    remarks = []
+    if found.prefix:
+        remarks.append(f"the prefix {found.prefix!r} was taken off its keys")
+    if found.left_out:
+        remarks.append(f"{found.left_out} tensors beside those under the prefix are left out")
+    return remarks
+
+
+def _tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """A state dict's tensors by SAM's names, as stored; CheckpointError for anything else."""
     for fault, has_fault in FAULTS.items():
-        if keys := [key for key, value in state.items() if has_fault(key, value)]:
+        if keys := [key for key, value in state.items() if has_fault(value)]:
             raise CheckpointError(
                 f"{path} has {fault}: {_first_few(keys)}; expected a state dict of finite tensors"
             )
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        name = REL_POS.sub(r"\1rel_pos_\2", key.removeprefix("module."))
+        name = REL_POS.sub(r"\1rel_pos_\2", key)
         if name in tensors:
             raise CheckpointError(f"{path} has two entries for {_first_few([name])}: expected one")
         tensors[name] = value.detach()
     return tensors
+
+
+def _is_special(kind: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, SpecialTensor) and value.kind == kind
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -219,13 +191,13 @@ def _is_finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(value.float().isfinite().all())
 
 
-FAULTS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "keys that are not names": lambda key, value: not isinstance(key, str),
-    "entries that are not tensors": lambda key, value: not isinstance(value, Tensor),
-    "sparse tensors": lambda key, value: value.layout != torch.strided,
-    "quantized tensors": lambda key, value: value.is_quantized,
-    "tensors without data": lambda key, value: value.is_meta,
-    "weights that are NaN or infinite": lambda key, value: not _is_finite(value),
+FAULTS: Mapping[str, Callable[[Any], bool]] = {
+    "sparse tensors": _is_special("sparse"),
+    "quantized tensors": _is_special("quantized"),
+    "nested tensors": _is_special("nested"),
+    "tensors without data": _is_special("without data"),
+    "entries that are not tensors": lambda value: not isinstance(value, Tensor),
+    "weights that are NaN or infinite": lambda value: not _is_finite(value),
 }
 """Faults that make an entry of a state dict unusable, tested in this order."""
 

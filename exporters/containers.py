@@ -16,10 +16,9 @@ from torch import Tensor
 
 from medsa_deploy.errors import CheckpointError
 
+from .families.registry import FAMILIES
 from .pickles import StandIn
 
-STEMS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
-"""Modules that every network here has; a file of adapters alone may lack some of them."""
 LEVELS = 3
 """How deep weights may be nested: `{"checkpoint": {"model": {"state_dict": {…}}}}`."""
 
@@ -45,7 +44,8 @@ def find_weights(data: Any, *, location: str | None = None, prefix: str | None =
     CheckpointError where there is no candidate, or where several are left to choose from.
 
     >>> import torch
-    >>> state = {f"module.{stem}weight": torch.zeros(1) for stem in STEMS}
+    >>> modules = ("image_encoder", "prompt_encoder", "mask_decoder")
+    >>> state = {f"module.{module}.weight": torch.zeros(1) for module in modules}
     >>> find_weights({"epoch": 3, "state_dict": state}).prefix
     'module.'
     """
@@ -71,12 +71,12 @@ def state_of_module(module: StandIn) -> dict[str, Any]:
     """Parameters and persistent buffers of a pickled `nn.Module`, by their dotted names."""
     state: dict[str, Any] = {}
     pending: list[tuple[str, Any]] = [("", module)]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while pending:
         name, part = pending.pop()
-        if not isinstance(part, StandIn) or id(part) in seen:
+        if not isinstance(part, StandIn) or id(part) in visited:
             continue
-        seen.add(id(part))
+        visited.add(id(part))
         passing = part.state.get("_non_persistent_buffers_set")
         for kind in ("_parameters", "_buffers"):
             tensors = part.state.get(kind)
@@ -92,12 +92,12 @@ def state_of_module(module: StandIn) -> dict[str, Any]:
 def _candidates(data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """(location, state dict) of everything that may be a network's weights."""
     pending: list[tuple[tuple[str, ...], Any]] = [((), data)]
-    seen: set[int] = set()
+    visited: set[int] = set()
     while pending:
         location, part = pending.pop(0)
-        if id(part) in seen:
+        if id(part) in visited:
             continue
-        seen.add(id(part))
+        visited.add(id(part))
         entries = state_of_module(part) if isinstance(part, StandIn) else part
         if not isinstance(entries, dict):
             continue
@@ -105,6 +105,11 @@ def _candidates(data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield ".".join(location), {k: v for k, v in entries.items() if _is_weight(k, v)}
         elif len(location) < LEVELS and isinstance(part, dict):
             pending += [((*location, key), v) for key, v in part.items() if isinstance(key, str)]
+
+
+def _modules() -> list[set[str]]:
+    """For each family, the modules that a whole network has; a file of adapters may lack some."""
+    return [{f"{stem.partition('.')[0]}." for stem in family.stems} for family in FAMILIES]
 
 
 def _is_network(entries: Mapping[Any, Any]) -> bool:
@@ -122,8 +127,8 @@ def _is_weight(key: Any, value: Any) -> bool:
 
 def _prefixes(key: str) -> Iterator[tuple[str]]:
     """What may stand before the network's own name in a key; in a tuple, since it may be empty."""
-    for stem in STEMS:
-        start = f".{key}".find(f".{stem}")
+    for module in {module for family in _modules() for module in family}:
+        start = f".{key}".find(f".{module}")
         if start >= 0:
             yield (key[:start],)
 
@@ -141,10 +146,10 @@ def _chosen_location(
     if not candidates:
         kind = data.name if isinstance(data, StandIn) else type(data).__name__
         keys = [key for key in data if isinstance(key, str)] if isinstance(data, dict) else []
-        shown = f" with {', '.join(key[:40] for key in keys[:6])}" if keys else ""
+        shown = f" with {', '.join(repr(key[:40])[1:-1] for key in keys[:6])}" if keys else ""
         raise CheckpointError(
             f"it holds no weights of a SAM: found a {kind[:60]}{shown}, expected keys under "
-            f"{', '.join(STEMS)}"
+            f"{', '.join(sorted({module for family in _modules() for module in family}))}"
         )
     if len(candidates) > 1:
         raise CheckpointError(
@@ -167,24 +172,28 @@ def _chosen_prefix(entries: Mapping[str, Any], prefix: str | None) -> str:
 
     A prefix that makes a whole network goes before those that make a part of one.
     """
-    stems: dict[str, set[str]] = {}
+    modules: dict[str, set[str]] = {}
     counts: Counter[str] = Counter()
     for key in entries:
         for (before,) in _prefixes(key):
-            stems.setdefault(before, set()).add(key[len(before) :].partition(".")[0])
+            modules.setdefault(before, set()).add(f"{key[len(before) :].partition('.')[0]}.")
             counts[before] += 1
     if prefix is not None:
-        if prefix not in stems:
+        if prefix not in modules:
             raise CheckpointError(
                 f"no key of a network begins with {prefix!r}; found: {_counted(counts)}"
             )
         return prefix
-    whole = [before for before, parts in stems.items() if len(parts) == len(STEMS)]
-    possible = whole or list(stems)
+    complete = [
+        before
+        for before, present in modules.items()
+        if any(family <= present for family in _modules())
+    ]
+    possible = complete or list(modules)
     if len(possible) > 1:
-        found = _counted(Counter({before: counts[before] for before in possible}))
+        choices = _counted(Counter({before: counts[before] for before in possible}))
         raise CheckpointError(
-            f"its keys are those of several networks: {found}: choose one with --prefix"
+            f"its keys are those of several networks: {choices}: choose one with --prefix"
         )
     return possible[0]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from medsa_deploy.errors import CheckpointError
 
@@ -66,6 +66,25 @@ CONTAINERS: Mapping[str, Callable[..., Any]] = {
 """Names of plain containers → how they are built here."""
 
 
+class BoundedFile:
+    """A file whose reads ask for no more bytes than it can hold, whatever a length in it says."""
+
+    def __init__(self, file: BinaryIO, most_bytes: int) -> None:
+        self._file, self._most_bytes = file, most_bytes
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
+        return self._file.read(min(count, self._most_bytes))
+
+    def readline(self) -> bytes:
+        """The bytes up to the next end of line."""
+        return self._file.readline(self._most_bytes)
+
+    def tell(self) -> int:
+        """The position."""
+        return self._file.tell()
+
+
 class PickleReader:
     """Interprets pickles, one after another."""
 
@@ -90,7 +109,7 @@ class PickleReader:
         """
         self._stack, self._memo = [], {}
         try:
-            for opcode, argument, _ in pickletools.genops(file):
+            for opcode, argument, _ in pickletools.genops(cast(IO[bytes], BoundedFile(file, self._budget))):
                 self._spend(1)
                 if opcode.name == "STOP":
                     return self._stack.pop()

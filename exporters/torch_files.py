@@ -39,6 +39,9 @@ DTYPES: Mapping[str, torch.dtype] = {
     "ComplexFloat": torch.complex64,
     "ComplexDouble": torch.complex128,
     "Untyped": torch.uint8,
+    "QUInt8": torch.uint8,
+    "QInt8": torch.int8,
+    "QInt32": torch.int32,
 }
 """Names of storages, without `Storage` → type of their numbers."""
 SPECIAL = {
@@ -72,9 +75,15 @@ class Storage:
 
 def read_torch_file(path: Path) -> Any:
     """The object that was saved; CheckpointError for a damaged file. See `pickles.StandIn`."""
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         return _Archive(path).load()
     return _Sequence(path).load()
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file begins as a ZIP does, which all of them do that torch writes."""
+    with path.open("rb") as f:
+        return f.read(4) == b"PK\x03\x04"
 
 
 class _TorchReader:
@@ -140,8 +149,8 @@ class _TorchReader:
         """A view of a storage's numbers, which must hold all of it."""
         if not isinstance(storage, Storage):
             raise CheckpointError("its pickle has a tensor without a storage")
-        whole = (offset, *size, *stride)
-        if not all(type(number) is int and number >= 0 for number in whole) or len(size) != len(
+        numbers = (offset, *size, *stride)
+        if not all(type(number) is int and number >= 0 for number in numbers) or len(size) != len(
             stride
         ):
             raise CheckpointError("its pickle has a tensor of impossible shape")
@@ -224,12 +233,12 @@ class _Archive(_TorchReader):
         """Read an entry of the archive, once."""
         if storage.values is None:
             data = bytearray(self.archive.read(self._entry(f"data/{storage.key}")))
-            wanted = storage.count * storage.dtype.itemsize
-            if len(data) < wanted:
+            expected = storage.count * storage.dtype.itemsize
+            if len(data) < expected:
                 raise CheckpointError(
-                    f"its storage {storage.key[:40]!r} has {len(data)} bytes, expected {wanted}"
+                    f"its storage {storage.key[:40]!r} has {len(data)} bytes, expected {expected}"
                 )
-            storage.values = _numbers(data[:wanted], storage.dtype, swapped=self.swapped)
+            storage.values = _numbers(data[:expected], storage.dtype, swapped=self.swapped)
         return storage.values
 
 
@@ -269,10 +278,11 @@ class _Sequence(_TorchReader):
     def values_of(self, storage: Storage) -> Tensor:
         """Memory that is filled when the numbers are reached."""
         if storage.values is None:
-            taken = sum(s.count * s.dtype.itemsize for s in self.storages.values())
-            if taken > self.size:
+            announced = sum(s.count * s.dtype.itemsize for s in self.storages.values())
+            if announced > self.size:
                 raise CheckpointError(
-                    f"its storages are said to hold {taken} bytes, more than the file's {self.size}"
+                    f"its storages are said to hold {announced} bytes, more than the file's "
+                    f"{self.size}"
                 )
             storage.values = torch.zeros(storage.count, dtype=storage.dtype)
         return storage.values

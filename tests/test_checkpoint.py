@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_containers(
     assert loaded.source.sha256 == sha256(path)
     assert loaded.source.dtype == "float32"
     assert loaded.public_training == public_training
-    assert loaded.notes == ()
+    prefixes = {"module."} & {loaded.source.prefix}
+    assert loaded.notes == tuple(f"the prefix {p!r} was taken off its keys" for p in prefixes)
     torch.testing.assert_close(dict(loaded.tensors), tiny_state(), rtol=0, atol=0)
     assert not any(value.requires_grad for value in loaded.tensors.values())
 
@@ -170,7 +172,10 @@ def test_adapters_are_laid_over_a_base_in_any_container(tmp_path: Path, wrap: Ca
     assert loaded.source.container == "adapters over a base"
     assert (loaded.source.base, loaded.source.base_sha256) == ("sam.pth", sha256(base))
     assert loaded.public_training
-    assert loaded.notes == ("laid over sam.pth: 5 of its 5 tensors are used",)
+    assert loaded.notes == (
+        "the prefix 'module.' was taken off its keys",
+        "laid over sam.pth: 5 of its 5 tensors are used",
+    )
     expected = state | {ADAPTER: torch.ones(2, 4)}
     torch.testing.assert_close(dict(loaded.tensors), expected, rtol=0, atol=0)
 
@@ -218,7 +223,8 @@ def test_keys_still_missing_over_the_base_are_listed(tmp_path: Path) -> None:
 def test_a_base_without_its_parts_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "adapters.pth", {ADAPTER: torch.ones(2, 4)})
     base = saved(tmp_path / "resnet.pth", {"layer1.0.conv1.weight": torch.ones(2)})
-    assert_refused(path, "over", "resnet.pth is not a SAM checkpoint", "--base", base=base)
+    with pytest.raises(CheckpointError, match=r"resnet\.pth: it holds no weights of a SAM"):
+        load_checkpoint(path, base=base)
 
 
 class Payload:
@@ -236,39 +242,108 @@ def pickled(path: Path, data: object, protocol: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "save",
-    [
-        saved,
-        lambda path, data: saved(path, data, _use_new_zipfile_serialization=False),
-        *(lambda path, data, n=n: pickled(path, data, n) for n in range(6)),
-    ],
-    ids=["zip", "legacy", *(f"pickle{n}" for n in range(6))],
-)
-def test_a_pickle_that_needs_code_is_refused_and_not_run(tmp_path: Path, save: Callable) -> None:
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_objects_beside_the_weights_do_not_matter_and_do_not_run(
+    tmp_path: Path, zipped: bool
+) -> None:
     created = tmp_path / "created"
-    path = save(tmp_path / "a.pth", training(tiny_state()) | {"path_helper": Payload(created)})
-    assert_refused(path, f"{os.mkdir.__module__}.mkdir", "refused", "torch.save(model.state_dict()")
+    beside = {
+        "path_helper": Payload(created),
+        "best_tol": np.float64(0.5),
+        "curve": np.arange(3),
+        "args": argparse.Namespace(lr=1e-4, folder=Path("x")),
+        "optimizer": defaultdict(dict, {"state": {}}),
+        "model_copy": torch.nn.Linear(2, 2),
+    }
+    data = training(tiny_state()) | beside
+    path = saved(tmp_path / "a.pth", data, _use_new_zipfile_serialization=zipped)
+    loaded = load_checkpoint(path)
+    torch.testing.assert_close(dict(loaded.tensors), tiny_state(), rtol=0, atol=0)
+    assert loaded.public_training
+    assert loaded.source.weights == "state_dict"
     assert not created.exists()
     pickle.loads(pickle.dumps(Payload(created)))
     assert created.exists()  # the payload works where it is let
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_plain_pickle_is_no_checkpoint_and_does_not_run(tmp_path: Path, protocol: int) -> None:
+    created = tmp_path / "created"
+    data = training(tiny_state()) | {"path_helper": Payload(created)}
+    assert_refused(pickled(tmp_path / "a.pth", data, protocol), "expected a checkpoint file")
+    assert not created.exists()
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
-    ("data", "name"),
+    ("data", "words"),
     [
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        ({"a": np.zeros(3)}, "numpy"),
-        (training(tiny_state()) | {"best_tol": np.float64(0.5)}, "numpy"),
-        ({"a": Path("x")}, "pathlib"),
+        (torch.nn.Linear(2, 2), "found a torch.nn.modules.linear.Linear"),
+        ({"a": np.zeros(3)}, "found a dict with a"),
+        ({"a": Path("x")}, "found a dict with a"),
     ],
 )
-def test_the_object_that_needs_code_is_named(
-    tmp_path: Path, data: object, name: str, zipped: bool
+def test_what_a_file_holds_instead_is_named(
+    tmp_path: Path, data: object, words: str, zipped: bool
 ) -> None:
     path = saved(tmp_path / "a.pth", data, _use_new_zipfile_serialization=zipped)
-    assert_refused(path, name, "refused", "torch.save")
+    assert_refused(path, "no weights of a SAM", words)
+
+
+PREFIXES = (
+    *("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net."),
+    *("sam.", "sam_model.", "medsam_model.", "a.b.c."),
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix_is_taken_off_aloud(tmp_path: Path, prefix: str) -> None:
+    state = {f"{prefix}{key}": value for key, value in tiny_state().items()}
+    loaded = load_checkpoint(saved(tmp_path / "a.ckpt", {"state_dict": state, "epoch": 1}))
+    torch.testing.assert_close(dict(loaded.tensors), tiny_state(), rtol=0, atol=0)
+    assert loaded.source.prefix == prefix
+    assert f"the prefix {prefix!r} was taken off its keys" in loaded.notes
+
+
+def test_two_networks_in_one_file_are_a_choice(tmp_path: Path) -> None:
+    teacher = {f"teacher.{k}": v + 1 for k, v in tiny_state().items()}
+    student = {f"student.{k}": v for k, v in tiny_state().items()}
+    path = saved(tmp_path / "a.pth", teacher | student)
+    assert_refused(path, "teacher. (6 keys), student. (6 keys)", "choose one with --prefix")
+    loaded = load_checkpoint(path, prefix="student.")
+    torch.testing.assert_close(dict(loaded.tensors), tiny_state(), rtol=0, atol=0)
+    assert "6 tensors beside those under the prefix are left out" in loaded.notes
+    with pytest.raises(CheckpointError, match=r"begins with 'net\.'"):
+        load_checkpoint(path, prefix="net.")
+
+
+def test_two_sets_of_weights_are_a_choice(tmp_path: Path) -> None:
+    ema = {key: value + 1 for key, value in tiny_state().items()}
+    path = saved(tmp_path / "a.pth", {"model": tiny_state(), "state_dict_ema": ema, "epoch": 3})
+    assert_refused(path, "model (6 tensors), state_dict_ema (6 tensors)", "one with --weights")
+    loaded = load_checkpoint(path, weights="state_dict_ema")
+    torch.testing.assert_close(dict(loaded.tensors), ema, rtol=0, atol=0)
+    assert loaded.source.weights == "state_dict_ema"
+    with pytest.raises(CheckpointError, match="there are no weights under 'ema'"):
+        load_checkpoint(path, weights="ema")
+
+
+def test_a_whole_pickled_module_is_read_by_its_state(tmp_path: Path) -> None:
+    class Sam(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("image_encoder", "prompt_encoder", "mask_decoder"):
+                setattr(self, name, torch.nn.ModuleDict({"patch_embed": torch.nn.Linear(2, 2)}))
+
+    module = Sam()
+    globals()["Sam"], Sam.__qualname__ = Sam, "Sam"
+    try:
+        path = saved(tmp_path / "a.pth", module)
+    finally:
+        del globals()["Sam"]  # as where the class is not installed
+    loaded = load_checkpoint(path)
+    torch.testing.assert_close(dict(loaded.tensors), dict(module.state_dict()), rtol=0, atol=0)
+    assert loaded.source.container.startswith("pickled module ")
 
 
 def test_what_torch_save_writes_of_tensors_alone_is_named_by_no_object(tmp_path: Path) -> None:
@@ -293,31 +368,34 @@ def csr() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ([torch.ones(2)], "holds a list, expected a state dict"),
-        (torch.ones(2), "holds a Tensor, expected a state dict"),
-        (None, "holds a NoneType"),
-        ({}, "holds no weights: found nothing"),
-        ({"epoch": 3, "loss": 0.5}, "holds no weights: found epoch, loss"),
-        ({"state_dict": {}}, "holds no weights: found state_dict"),
-        ({"state_dict": [torch.ones(2)]}, "holds no weights"),
-        (tiny_state() | {"epoch": 3}, "entries that are not tensors: epoch"),
-        ({"model": {"state_dict": tiny_state()}}, "entries that are not tensors: state_dict"),
+        ([torch.ones(2)], "no weights of a SAM: found a list"),
+        (torch.ones(2), "no weights of a SAM: found a Tensor"),
+        (None, "no weights of a SAM: found a NoneType"),
+        ({}, "no weights of a SAM: found a dict"),
+        ({"epoch": 3, "loss": 0.5}, "found a dict with epoch, loss"),
+        ({"state_dict": {}}, "found a dict with state_dict"),
+        ({"state_dict": [torch.ones(2)]}, "found a dict with state_dict"),
+        (tiny_state() | {ADAPTER: "text"}, f"entries that are not tensors: {ADAPTER}"),
         (tiny_state() | {ADAPTER: torch.full((2,), torch.nan)}, f"NaN or infinite: {ADAPTER}"),
         (tiny_state() | {ADAPTER: torch.tensor([1, -torch.inf])}, f"NaN or infinite: {ADAPTER}"),
         (tiny_state() | {"x": torch.tensor([1e300], dtype=torch.float64)}, "NaN or infinite: x"),
-        (tiny_state() | {"x": torch.eye(3).to_sparse()}, "sparse tensors: x"),
-        (tiny_state() | {"x": csr()}, "sparse tensors: x"),
-        (tiny_state() | {"x": quantized()}, "quantized tensors: x"),
-        (tiny_state() | {"x": torch.ones(3, device="meta")}, "tensors without data: x"),
-        (tiny_state() | {7: torch.ones(2)}, "keys that are not names: int"),
-        ({10**300: torch.ones(2)}, "keys that are not names: int"),
-        ({10**6000: torch.ones(2)}, "not a checkpoint"),
-        ({("a", 1): torch.ones(2)}, "keys that are not names: tuple"),
-        (tiny_state() | {f"module.{ADAPTER}": torch.ones(2)}, f"two entries for {ADAPTER}"),
+        (tiny_state() | {ADAPTER: torch.eye(3).to_sparse()}, f"sparse tensors: {ADAPTER}"),
+        (tiny_state() | {ADAPTER: csr()}, f"sparse tensors: {ADAPTER}"),
+        (tiny_state() | {ADAPTER: quantized()}, f"quantized tensors: {ADAPTER}"),
+        (
+            tiny_state() | {ADAPTER: torch.ones(3, device="meta")},
+            f"tensors without data: {ADAPTER}",
+        ),
+        ({7: torch.ones(2)}, "found a dict"),
+        ({10**6000: torch.ones(2)}, "found a dict"),
+        ({("a", 1): torch.ones(2)}, "found a dict"),
         (tiny_state() | {f"{TABLE}h": torch.ones(2)}, f"two entries for {TABLE}pos_h"),
-        ({"conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}, "found conv1.weight, fc.bias"),
-        ({f"layer{i}": torch.ones(1) for i in range(99)}, "layer5 and 93 more"),
-        ({"a\nb" * 5000: torch.ones(2)}, "is not a SAM checkpoint"),
+        (
+            {"conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)},
+            "found a dict with conv1.weight, fc.bias",
+        ),
+        ({f"layer{i}": torch.ones(1) for i in range(99)}, "layer4, layer5, expected"),
+        ({"a\nb" * 5000: torch.ones(2)}, "no weights of a SAM"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, data: object, words: str) -> None:

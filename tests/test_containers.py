@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from medsa_deploy.errors import CheckpointError
-from medsa_deploy.exporters.containers import STEMS, find_weights
+from medsa_deploy.exporters.containers import find_weights
 from medsa_deploy.exporters.torch_files import read_torch_file
 
+STEMS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 STATE = {f"{stem}layer.weight": torch.full((2,), float(i)) for i, stem in enumerate(STEMS)}
 
 

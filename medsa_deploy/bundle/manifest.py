@@ -64,6 +64,10 @@ class Source:
     base: str | None = None
     """File name of the base checkpoint, for a file that holds adapters only."""
     base_sha256: str | None = None
+    weights: str = ""
+    """Keys of the containers around the weights in the file, joined by dots; empty for none."""
+    prefix: str = ""
+    """What was taken off the weights' own keys: `module.`; empty for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,17 @@ from medsa_deploy import stages
 
 from . import console
 from .network_facts import print_guesses, print_network
-from .options import Base, Checkpoint, Images, Json, OverrideOptions, overrides_of, with_options
+from .options import (
+    Base,
+    Checkpoint,
+    Images,
+    Json,
+    OverrideOptions,
+    Prefix,
+    Weights,
+    overrides_of,
+    with_options,
+)
 from .parity_table import print_parity
 
 
@@ -26,6 +36,8 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle")] = False,
     base: Base = None,
+    weights: Weights = None,
+    prefix: Prefix = None,
     images: Images = None,
     json: Json = False,
 ) -> None:
@@ -48,6 +60,8 @@ def export(
             images=images,
             overrides=parsed,
             force=force,
+            weights=weights,
+            prefix=prefix,
             on_step=on_step,
         )
     console.print_json(result) if json else _print_export(result)

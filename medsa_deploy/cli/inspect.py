@@ -12,7 +12,16 @@ from medsa_deploy import stages
 
 from . import console
 from .network_facts import print_guesses, print_network
-from .options import Base, Checkpoint, Json, OverrideOptions, overrides_of, with_options
+from .options import (
+    Base,
+    Checkpoint,
+    Json,
+    OverrideOptions,
+    Prefix,
+    Weights,
+    overrides_of,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from medsa_deploy.exporters.lora import LoRA
@@ -20,7 +29,12 @@ if TYPE_CHECKING:
 
 @with_options
 def inspect(
-    checkpoint: Checkpoint, overrides: OverrideOptions, base: Base = None, json: Json = False
+    checkpoint: Checkpoint,
+    overrides: OverrideOptions,
+    base: Base = None,
+    weights: Weights = None,
+    prefix: Prefix = None,
+    json: Json = False,
 ) -> None:
     """Show what network a checkpoint holds.
 
@@ -28,7 +42,13 @@ def inspect(
 
     medsa-deploy inspect ckpt.pth
     """
-    inspection = stages.inspect_checkpoint(checkpoint, base=base, overrides=overrides_of(overrides))
+    inspection = stages.inspect_checkpoint(
+        checkpoint,
+        base=base,
+        overrides=overrides_of(overrides),
+        weights=weights,
+        prefix=prefix,
+    )
     console.print_json(inspection) if json else _print_inspection(inspection)
 
 

@@ -23,6 +23,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Base = Annotated[
     Path | None, typer.Option(help="SAM checkpoint that an adapter-only checkpoint belongs to")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Which of several weights in the file, such as ema.model"),
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help="Beginning of the network's keys, if several networks are in the weights"),
+]
 Images = Annotated[Path | None, typer.Option(help="Your images, added to the parity check")]
 IntensityWindow = Annotated[
     str | None,

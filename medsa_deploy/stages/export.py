@@ -52,12 +52,15 @@ def export_checkpoint(
     images: Path | None,
     overrides: Overrides,
     force: bool,
+    weights: str | None = None,
+    prefix: str | None = None,
     on_step: OnStep = lambda step: None,
 ) -> Export:
     """Write a checkpoint's bundle, and prove it equal to the checkpoint's own network.
 
     `output`: by default the checkpoint's name with the suffix `.medsa`. `base`: the SAM checkpoint
     that a file of adapters goes over. `images`: a file or folder, compared besides the seeded ones.
+    `weights`, `prefix`: which state dict in the file, and which of its keys, if that is open.
 
     ParityError, and no bundle, if the graphs exceed the limits of `verify` on any of the images.
     """
@@ -65,7 +68,9 @@ def export_checkpoint(
     check_target(target, force=force)
     start = perf_counter()
     on_step("read the checkpoint")
-    loaded, architecture = read_checkpoint(checkpoint, base, overrides)
+    loaded, architecture = read_checkpoint(
+        checkpoint, base, overrides, weights=weights, prefix=prefix
+    )
     manifest = _manifest(loaded, architecture)
     cases = parity_cases(manifest, images)
     with new_bundle(target) as folder:

@@ -35,9 +35,18 @@ class Inspection:
     """Linear layers with a low-rank update, which is merged into their weights."""
 
 
-def inspect_checkpoint(checkpoint: Path, *, base: Path | None, overrides: Overrides) -> Inspection:
-    """Read a checkpoint's facts; nothing is written."""
-    loaded, architecture = read_checkpoint(checkpoint, base, overrides)
+def inspect_checkpoint(
+    checkpoint: Path,
+    *,
+    base: Path | None,
+    overrides: Overrides,
+    weights: str | None = None,
+    prefix: str | None = None,
+) -> Inspection:
+    """Read a checkpoint's facts; nothing is written. `weights`, `prefix`: see `load_checkpoint`."""
+    loaded, architecture = read_checkpoint(
+        checkpoint, base, overrides, weights=weights, prefix=prefix
+    )
     return Inspection(
         source=loaded.source,
         network=architecture.network,
@@ -49,13 +58,18 @@ def inspect_checkpoint(checkpoint: Path, *, base: Path | None, overrides: Overri
 
 
 def read_checkpoint(
-    path: Path, base: Path | None, overrides: Overrides
+    path: Path,
+    base: Path | None,
+    overrides: Overrides,
+    *,
+    weights: str | None = None,
+    prefix: str | None = None,
 ) -> tuple[Checkpoint, Architecture]:
     """A checkpoint's tensors, and the architecture inferred from them."""
     with export_extra():
         from medsa_deploy.exporters.architecture import infer
         from medsa_deploy.exporters.checkpoint import load_checkpoint
-    loaded = load_checkpoint(path, base=base)
+    loaded = load_checkpoint(path, base=base, weights=weights, prefix=prefix)
     return loaded, infer(loaded, overrides)
 
 

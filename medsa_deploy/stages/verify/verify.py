@@ -263,6 +263,8 @@ def _checkpoint_outputs(
         from medsa_deploy.exporters.checkpoint import load_checkpoint
         from medsa_deploy.exporters.networks import build_reference
         from medsa_deploy.exporters.reference import ReferenceBackend
-    loaded = load_checkpoint(checkpoint, base=base)
+    loaded = load_checkpoint(
+        checkpoint, base=base, weights=source.weights or None, prefix=source.prefix or None
+    )
     backend = ReferenceBackend(build_reference(manifest.network, loaded.tensors))
     return [outputs.tensors for outputs in reference_outputs(backend, manifest, cases)]
