@@ -67,9 +67,9 @@ def load_checkpoint(
     checkpoint, and for a choice that is left open.
     """
     data = _read(path)
-    found = _weights(data, path, weights, prefix)
-    notes = _remarks(found)
-    tensors, container = _tensors(found.entries, path), _container(data, found)
+    chosen = _weights(data, path, weights, prefix)
+    notes = _remarks(chosen)
+    tensors, container = _tensors(chosen.entries, path), _container(data, chosen)
     if base is not None:
         container = "adapters over a base"
         base_weights = _weights(_read(base), base, None, None)
@@ -85,8 +85,8 @@ def load_checkpoint(
         dtype=", ".join(kinds),
         base=None if base is None else base.name,
         base_sha256=None if base is None else sha256(base),
-        weights=found.location,
-        prefix=found.prefix,
+        weights=chosen.location,
+        prefix=chosen.prefix,
     )
     for note in notes:
         logger.warning("%s: %s", path.name, note)
@@ -147,22 +147,22 @@ def _weights(data: Any, path: Path, location: str | None, prefix: str | None) ->
         raise CheckpointError(f"{path}: {e}") from e
 
 
-def _container(data: Any, found: Weights) -> str:
+def _container(data: Any, weights: Weights) -> str:
     """Form of the file, in words."""
-    if isinstance(data, dict) and found.location and {"epoch", "optimizer"} & set(data):
+    if isinstance(data, dict) and weights.location and {"epoch", "optimizer"} & set(data):
         return "training checkpoint"
-    if isinstance(data, StandIn) and not found.location:
+    if isinstance(data, StandIn) and not weights.location:
         return f"pickled module {data.name}"
-    return f"state dict under '{found.location}'" if found.location else "state dict"
+    return f"state dict under '{weights.location}'" if weights.location else "state dict"
 
 
-def _remarks(found: Weights) -> list[str]:
+def _remarks(weights: Weights) -> list[str]:
     """What was chosen and left out, in words."""
     remarks = []
-    if found.prefix:
-        remarks.append(f"the prefix {found.prefix!r} was taken off its keys")
-    if found.left_out:
-        remarks.append(f"{found.left_out} tensors beside those under the prefix are left out")
+    if weights.prefix:
+        remarks.append(f"the prefix {weights.prefix!r} was taken off its keys")
+    if weights.left_out:
+        remarks.append(f"{weights.left_out} tensors beside those under the prefix are left out")
     return remarks
 
 
@@ -214,18 +214,18 @@ def _lay_over(
         for key in adapters
         if ".mlp.layers.0.0." in key or ".mlp.fc." in key
     }
-    kept = {
+    used_tensors = {
         key: value
         for key, value in base.items()
         if key not in adapters and not any(key.startswith(f"{b}.mlp.lin") for b in replaced)
     }
-    notes.append(f"laid over {path.name}: {len(kept)} of its {len(base)} tensors are used")
-    if any(REL_POS.match(key) and value.any() for key, value in kept.items()):
+    notes.append(f"laid over {path.name}: {len(used_tensors)} of its {len(base)} tensors are used")
+    if any(REL_POS.match(key) and value.any() for key, value in used_tensors.items()):
         notes.append(
             f"the relative-position tables are those of {path.name}; the public code since January "
             "2024 trains without them: adapters from it need a base whose tables are zero"
         )
-    return kept | adapters
+    return used_tensors | adapters
 
 
 def _require_stems(tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> None:

@@ -188,14 +188,14 @@ def _name_nodes(model: Any) -> None:
     What else the exporter says is dropped, such as paths of sources.
     """
     for node in model.graph.all_nodes():
-        scopes = node.metadata_props.get(METADATA, "")
-        module = innermost(scopes)
+        module_path = node.metadata_props.get(METADATA, "")
+        module = innermost(module_path)
         node.name = node_name(module, node.name)
         for value in node.outputs:
             if value.name and not value.is_graph_output():
                 value.name = node_name(module, value.name)
         node.metadata_props.clear()
-        node.metadata_props[METADATA] = scopes
+        node.metadata_props[METADATA] = module_path
 
 
 def _name_axes(model: Any, graph: GraphContract) -> None:

@@ -109,7 +109,8 @@ class PickleReader:
         """
         self._stack, self._memo = [], {}
         try:
-            for opcode, argument, _ in pickletools.genops(cast(IO[bytes], BoundedFile(file, self._budget))):
+            bounded = cast(IO[bytes], BoundedFile(file, self._budget))
+            for opcode, argument, _ in pickletools.genops(bounded):
                 self._spend(1)
                 if opcode.name == "STOP":
                     return self._stack.pop()

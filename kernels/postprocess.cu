@@ -5,8 +5,8 @@
 // Logits: (count, rows.inputs, columns.inputs) float32, finite. The Axis tables, float32, hold both of
 //   SAM's bilinear steps as one: logits -> network frame, cropped of its padding, -> image.
 // Output of threshold_masks: (count, height, ceil(width/32)) uint32; bit i of word j is pixel 32 j + i
-//   of a row, set where the logit is above `cut`; bits beyond the width are 0.
-// Output of label_map: (height, width) uint8: 0 where no logit is above `cut`, else 1 + the class of
+//   of a row, set where the logit is above `threshold_logit`; bits beyond the width are 0.
+// Output of label_map: (height, width) uint8: 0 where no logit is above the threshold, else 1 + the class of
 //   the highest, the first of equals. count <= 255.
 // Tally, for both: (count, 5) uint32, 0 before: area, width - x0, height - y0, x1, y1 of each mask, or
 //   of each class's pixels, with x1, y1 exclusive; all 0 for an empty one.
@@ -16,7 +16,7 @@
 // label_map, on ceil(width/32) x ceil(height/32) x 1.
 //
 // Tolerance: logits differ from the reference's by up to 1e-6 of the largest magnitude (order of sums;
-// nvcc's fused multiply-add included), so that a pixel whose logit is that close to `cut`, or to
+// nvcc's fused multiply-add included), so that a pixel whose logit is that close to the threshold, or to
 // another class's, may fall to the other side.
 //
 // Design. A bilinear pixel reads 3 x 3 logits at most where the network is no smaller than they are,
@@ -34,7 +34,7 @@ struct Postprocess {
     Axis rows;
     Axis columns;
     int count;
-    float cut;
+    float threshold_logit;
     unsigned* masks;       // threshold_masks
     unsigned char* labels; // label_map
     unsigned* tally;
@@ -85,7 +85,7 @@ extern "C" __global__ void threshold_masks(const Postprocess p) {
     const int top = blockIdx.y * TILE_ROWS, end = min(top + TILE_ROWS, p.rows.outputs);
     clear(figures, FIGURES);
     for (int y = top + threadIdx.y; y < end; y += WARPS) {
-        const bool inside = x < p.columns.outputs && logit_of(p, blockIdx.z, x, y) > p.cut;
+        const bool inside = x < p.columns.outputs && logit_of(p, blockIdx.z, x, y) > p.threshold_logit;
         const unsigned word = __ballot_sync(ALL_LANES, inside);
         if (threadIdx.x == 0) {
             const long long row = static_cast<long long>(blockIdx.z) * p.rows.outputs + y;
@@ -104,7 +104,7 @@ extern "C" __global__ void label_map(const Postprocess p) {
     for (int y = top + threadIdx.y; y < end; y += WARPS) {
         int label = 0;
         if (x < p.columns.outputs) {
-            float highest = p.cut;
+            float highest = p.threshold_logit;
             for (int index = 0; index < p.count; ++index) {
                 const float logit = logit_of(p, index, x, y);
                 if (logit > highest) {
@@ -115,11 +115,11 @@ extern "C" __global__ void label_map(const Postprocess p) {
             p.labels[static_cast<long long>(y) * p.columns.outputs + x] = static_cast<unsigned char>(label);
         }
         // one round for each label that the warp holds
-        for (unsigned rest = __ballot_sync(ALL_LANES, label); rest;) {
-            const int one = __shfl_sync(ALL_LANES, label, __ffs(rest) - 1);
-            const unsigned word = __ballot_sync(ALL_LANES, label == one);
-            if (threadIdx.x == 0) add_word(p, figures + (one - 1) * FIGURES, word, left, y);
-            rest &= ~word;
+        for (unsigned unseen = __ballot_sync(ALL_LANES, label); unseen;) {
+            const int first = __shfl_sync(ALL_LANES, label, __ffs(unseen) - 1);
+            const unsigned word = __ballot_sync(ALL_LANES, label == first);
+            if (threadIdx.x == 0) add_word(p, figures + (first - 1) * FIGURES, word, left, y);
+            unseen &= ~word;
         }
     }
     add_block(p.tally, figures, p.count * FIGURES);

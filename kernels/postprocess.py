@@ -31,7 +31,7 @@ class Parameters(ctypes.Structure):
         ("rows", AxisParameters),
         ("columns", AxisParameters),
         ("count", ctypes.c_int),
-        ("cut", ctypes.c_float),
+        ("threshold_logit", ctypes.c_float),
         ("masks", ctypes.c_uint64),
         ("labels", ctypes.c_uint64),
         ("tally", ctypes.c_uint64),
@@ -80,12 +80,12 @@ class Postprocessing:
 
 
 def postprocessing(
-    logits_size: tuple[int, int], count: int, frame: Frame, cut: float, *, labels: bool
+    logits_size: tuple[int, int], count: int, frame: Frame, threshold_logit: float, *, labels: bool
 ) -> Postprocessing:
     """Plan the kernel that makes logits (count, *logits_size) into masks at the image's size.
 
-    cut: the logit that must be exceeded. labels: one label map of `count` classes instead of
-    `count` masks.
+    threshold_logit: the logit that must be exceeded. labels: one label map of `count` classes
+    instead of `count` masks.
     """
     if count < 1 or (labels and count > MOST_CLASSES):
         raise UsageError(f"a label map holds 1 to {MOST_CLASSES} classes, not {count}")
@@ -105,7 +105,7 @@ def postprocessing(
         tables=rows.bytes + columns.bytes,
         tally_shape=(count, 5),
         entry="label_map" if labels else "threshold_masks",
-        _parameters=Parameters(count=count, cut=cut),
+        _parameters=Parameters(count=count, threshold_logit=threshold_logit),
         _rows=rows,
         _columns=columns,
     )
@@ -142,16 +142,16 @@ def region(mask: NDArray[np.bool_]) -> Region:
 
 
 def reference_masks(
-    logits: NDArray[np.float32], frame: Frame, cut: float
+    logits: NDArray[np.float32], frame: Frame, threshold_logit: float
 ) -> tuple[Words, list[Region]]:
     """What `threshold_masks` has to give for logits (count, h, w)."""
-    masks = transforms.upsample(logits, frame) > cut
+    masks = transforms.upsample(logits, frame) > threshold_logit
     return pack(masks), [region(mask) for mask in masks]
 
 
 def reference_labels(
-    logits: NDArray[np.float32], frame: Frame, cut: float
+    logits: NDArray[np.float32], frame: Frame, threshold_logit: float
 ) -> tuple[NDArray[np.uint8], list[Region]]:
     """What `label_map` has to give for logits of classes (count, h, w)."""
-    labels = transforms.label_map(transforms.upsample(logits, frame), cut)
+    labels = transforms.label_map(transforms.upsample(logits, frame), threshold_logit)
     return labels, [region(labels == k + 1) for k in range(len(logits))]

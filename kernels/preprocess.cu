@@ -47,10 +47,10 @@ struct Preprocess {
     int width;
     int channels;
     int flip; // levels: 255 makes low values bright, 0 leaves them
-    // others: display = clamp((value - low - rest) * scale, least, most); low + rest is in double
+    // others: display = clamp((value - low - remainder) * scale, least, most); low + remainder is in double
     // precision what the window and the rescale slope and intercept make of it
     float low;
-    float rest;
+    float remainder;
     float scale;
     float least;
     float most;
@@ -94,7 +94,7 @@ template <typename T>
 struct Windowed {
     using Element = T;
     static __device__ float value(const Preprocess& p, Element element) {
-        const float shown = (static_cast<float>(element) - p.low - p.rest) * p.scale;
+        const float shown = (static_cast<float>(element) - p.low - p.remainder) * p.scale;
         return fminf(fmaxf(shown, p.least), p.most);
     }
 };

@@ -46,7 +46,7 @@ class Parameters(ctypes.Structure):
         ("channels", ctypes.c_int),
         ("flip", ctypes.c_int),
         ("low", ctypes.c_float),
-        ("rest", ctypes.c_float),
+        ("remainder", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("least", ctypes.c_float),
         ("most", ctypes.c_float),
@@ -276,5 +276,5 @@ def _set_window(parameters: Parameters, intensities: Intensities) -> None:
         parameters.least, parameters.most = 0.0, 255.0
     low = (low - intensities.intercept) / intensities.slope
     parameters.low = low
-    parameters.rest = low - parameters.low  # the field has rounded it to float32
+    parameters.remainder = low - parameters.low  # the field has rounded it to float32
     parameters.scale = scale * intensities.slope

@@ -58,8 +58,8 @@ class SparsePrompts(nn.Module):
     def __init__(self, layers: DecoderLayers) -> None:
         super().__init__()
         self.across, self.down = map(constant, 2 * math.pi * layers.frequencies)
-        nothing = torch.zeros(1, 2 * layers.frequencies.shape[1])
-        embeddings = [layers.label_embeddings.get(label, nothing) for label in LABELS]
+        zeros = torch.zeros(1, 2 * layers.frequencies.shape[1])
+        embeddings = [layers.label_embeddings.get(label, zeros) for label in LABELS]
         placed = torch.tensor([label not in layers.unplaced_labels for label in LABELS])
         self.scale = 2 / layers.image_size
         self.kinds = constant(torch.cat(embeddings))

@@ -66,7 +66,7 @@ void preprocess_both(Entry entry, Entry resize_entry, PreprocessWeight sum) {
     p.pitch = static_cast<long long>(row + padding) * sizeof(Element) * (upwards ? -1 : 1);
     p.frame = frame.data() + (upwards ? static_cast<std::size_t>(row + padding) * (p.height - 1) : 0);
     p.flip = between(0, 1) * 255;
-    p.low = -100, p.rest = 0.5f, p.scale = 0.1f, p.least = 0, p.most = 255;
+    p.low = -100, p.remainder = 0.5f, p.scale = 0.1f, p.least = 0, p.most = 255;
     p.rounding = between(TRUNCATE, HALF_UP);
     for (int c = 0; c < 3; ++c) p.mean[c] = 100.0f + c, p.std[c] = 50.0f + c;
 
@@ -91,7 +91,7 @@ void preprocess_both(Entry entry, Entry resize_entry, PreprocessWeight sum) {
 void postprocess_both() {
     Postprocess p{};
     const int height = between(1, 120), width = between(1, 120), h = between(1, 40), w = between(1, 40);
-    p.count = between(1, 5), p.cut = static_cast<float>(between(-1000, 1000));
+    p.count = between(1, 5), p.threshold_logit = static_cast<float>(between(-1000, 1000));
     const auto logits = noise<float>(static_cast<std::size_t>(p.count) * h * w);
     const Table<float> rows(h, height, 1), columns(w, width, 1);
     std::vector<unsigned> masks(static_cast<std::size_t>(p.count) * height * tiles_of(width) - too_short);

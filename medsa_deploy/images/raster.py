@@ -130,9 +130,13 @@ def read_tiff_volume(path: Path, *, axis: int | None) -> Volume:
 
 def write_tiff(path: Path, pages: np.ndarray) -> None:
     """Write (pages, H, W) uint8 as a TIFF with a page each, compressed without loss."""
-    first, *others = (PIL.Image.fromarray(np.ascontiguousarray(page)) for page in pages)
+    first, *later_pages = (PIL.Image.fromarray(np.ascontiguousarray(page)) for page in pages)
     first.save(
-        path, format="TIFF", compression="tiff_adobe_deflate", save_all=True, append_images=others
+        path,
+        format="TIFF",
+        compression="tiff_adobe_deflate",
+        save_all=True,
+        append_images=later_pages,
     )
 
 

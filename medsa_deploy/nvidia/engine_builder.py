@@ -89,7 +89,9 @@ def _build(job: Job, on_progress: OnProgress) -> Outcome:
     try:
         network = network_from_onnx_path(job.onnx, strongly_typed=True)
     except PolygraphyException as e:
-        raise BundleError(f"{job.onnx} cannot be parsed by {name}: {_said(complaints, e)}") from e
+        raise BundleError(
+            f"{job.onnx} cannot be parsed by {name}: {_first_complaint(complaints, e)}"
+        ) from e
     if not options.fused_attention:
         _keep_attention_plain(library, network[1])
     try:
@@ -98,7 +100,7 @@ def _build(job: Job, on_progress: OnProgress) -> Outcome:
     except PolygraphyException as e:
         raise BuildError(
             f"{name} {library.__version__} cannot build {Path(job.onnx).name}: "
-            f"{_said(complaints, e)}"
+            f"{_first_complaint(complaints, e)}"
         ) from e
     attention = _attention(options, plan)
     try:
@@ -128,7 +130,7 @@ def _prepare_polygraphy(flavor: tensorrt_api.Flavor) -> list[str]:
     return complaints
 
 
-def _said(complaints: list[str], error: Exception) -> str:
+def _first_complaint(complaints: list[str], error: Exception) -> str:
     """The library's first complaint, which later ones follow from; else Polygraphy's."""
     text = complaints[0] if complaints else " ".join(str(error).split())
     return text if len(text) <= 300 else text[:299] + "…"
