@@ -95,10 +95,7 @@ def compute(machine: Machine, manifest: Manifest, network: BrightPixels) -> None
 
     for role, function in (("encoder", encoder), ("decoder", decoder)):
         graph = manifest.graphs[role]
-        function.tensors = {
-            t.name: tuple(axis if isinstance(axis, int) else -1 for axis in t.shape)
-            for t in (*graph.inputs, *graph.outputs)
-        }
+        function.tensors = {t.name: t.shape for t in (*graph.inputs, *graph.outputs)}
         machine.functions[role] = function
 
 

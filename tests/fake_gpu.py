@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import re
 import struct
 import sys
 import threading
@@ -363,6 +364,29 @@ def bindings_driver(machine: Machine) -> ModuleType:
     return driver
 
 
+def engine_shapes(
+    tensors: dict[str, tuple[int | str, ...]], profile: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """A graph's tensors, axes by number or name → their shapes in an engine; dynamic axes are -1.
+
+    An axis whose smallest and largest size are the same in the only optimization profile is static.
+    So is an output's axis that follows from such axes alone: `max(E,P)`.
+    """
+    sizes = {
+        axis: {smallest, largest}
+        for name, shapes in profile.items()
+        for axis, smallest, largest in zip(tensors[name], shapes[0], shapes[2], strict=True)
+    }
+
+    def size(axis: int | str) -> int:
+        if isinstance(axis, int):
+            return axis
+        parts = [sizes[part] for part in re.findall(r"\w+", axis) if part in sizes]
+        return max(max(part) for part in parts) if all(len(part) == 1 for part in parts) else -1
+
+    return {name: tuple(size(axis) for axis in shape) for name, shape in tensors.items()}
+
+
 def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
     """What runs engines of tensorrt or tensorrt_rtx. An engine's file names one of the functions.
 
@@ -498,7 +522,7 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
             return library.DataType[getattr(self._function, "dtypes", {}).get(name, "FLOAT")]
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return self._tensors[name]
+            return engine_shapes(self._tensors, self._profile)[name]
 
         def create_runtime_config(self) -> IRuntimeConfig:
             return IRuntimeConfig()

@@ -15,6 +15,7 @@ import onnx
 import PIL.Image
 import pytest
 from command_line import accept_changes, call, contents, copied, edit_manifest
+from test_builder import assert_shapes
 from test_interrupt import begun, ended
 
 from medsa_deploy import stages
@@ -98,6 +99,18 @@ def test_engines_that_are_up_to_date_are_left_alone(built: Path) -> None:
     assert "up to date" in done.out
     assert contents(built) == before
     assert {p: p.stat().st_mtime_ns for p in built.rglob("*")} == times
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_axes_that_do_not_vary_are_static_and_the_runtime_takes_them(
+    built: Path, role: str
+) -> None:
+    """One embedding at a time is the default, so that its axis is static."""
+    (folder,) = built.glob("engines/*")
+    file, graph = load_engines(folder).file(role), load_manifest(built).graphs[role]
+    shapes = assert_shapes(folder / file.path, graph, file.profile)
+    batch = {"encoder": -1, "decoder": 1}[role]
+    assert shapes["image_embeddings"][0] == batch
 
 
 def test_a_dry_run_says_what_and_why_and_writes_nothing(bundle: Path, built: Path) -> None:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from struct import unpack_from
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from fake_gpu import engine_shapes
 from onnx import TensorProto, helper, numpy_helper
 
-from medsa_deploy.bundle.manifest import load_manifest
+from medsa_deploy.bundle.manifest import GraphContract, load_manifest
 from medsa_deploy.errors import BuildError, BundleError
-from medsa_deploy.nvidia import engine_builder
+from medsa_deploy.nvidia import engine_builder, tensorrt_api
 from medsa_deploy.nvidia.engine_builder import Job
 from medsa_deploy.nvidia.engines import AxisRange, EngineOptions, optimization_profile
+from medsa_deploy.runtime.backends.tensor_contract import axis_ranges, check_contract
+from medsa_deploy.stages.build_engine.plan import EngineRequest, plan_engines
 
 pytestmark = pytest.mark.tensorrt
 
@@ -56,6 +63,49 @@ def job_of(bundle: Path, role: str, output: Path, options: EngineOptions = OPTIO
     )
 
 
+def default_job(bundle: Path, role: str, output: Path) -> Job:
+    """The job that build-engine makes of a bundle's graph where no option is given."""
+    request = EngineRequest(precision="fp32", flavor="rtx", targets=("sm86",))
+    plan = plan_engines(bundle, request, tensorrt_api.query_library("rtx"))
+    (engine,) = (engine for engine in plan.engines if engine.role == role)
+    onnx_path = bundle / next(iter(engine.sources))
+    return Job(
+        onnx=str(onnx_path), output=str(output), options=plan.options, profile=engine.profile
+    )
+
+
+def plan_shapes(plan: bytes, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes that a TensorRT-RTX plan records of its inputs and outputs; dynamic axes are -1.
+
+    Each tensor's record has its name's length and its name, and ends with its rank, twice, and its
+    axes. Dynamic ones are numbers below 0. Without a GPU no plan can be deserialized.
+    """
+    shapes = {}
+    for name in names:
+        record = re.compile(
+            re.escape(len(name).to_bytes(8, "little") + name.encode())
+            + rb"\x1c\x80\x01\0.{,400}?Y\x80\x01\0\x07\x80\x01\0"
+            + rb"(.)\0\0\0\x01\x80\x09\x80\x01\0\1\0{7}",
+            re.DOTALL,
+        )
+        (match,) = record.finditer(plan)
+        axes = unpack_from(f"<{match[1][0]}q", plan, match.end())
+        shapes[name] = tuple(max(axis, -1) for axis in axes)
+    return shapes
+
+
+def assert_shapes(plan: Path, graph: GraphContract, profile: dict[str, Any]) -> dict[str, Any]:
+    """A plan's static axes are those of the stand-in, and the runtime takes them."""
+    tensors = {tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)}
+    shapes = plan_shapes(plan.read_bytes(), tensors)
+    assert shapes == engine_shapes(tensors, profile)
+    smallest, largest = ({name: s[i] for name, s in profile.items()} for i in (0, 2))
+    ranges = axis_ranges(graph, smallest, largest)
+    opened = [(n, "float32", [None if a < 0 else a for a in s]) for n, s in shapes.items()]
+    check_contract(plan, opened, graph, ranges)
+    return shapes
+
+
 def attention_graph(path: Path) -> Job:
     """softmax(q·kᵀ)·v in float16, as the networks have it: heads of 64."""
     shape = ["B", 2, 64, 64]
@@ -79,13 +129,32 @@ def attention_graph(path: Path) -> Job:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "axes"),
+    [
+        ("medsa_3d_chunk6", "encoder", {"image": (6,), "image_embeddings": (6,)}),
+        ("medsa_3d_chunk6", "decoder", {"image_embeddings": (1,), "point_coords": (-1, -1)}),
+        ("medsa_efficient", "decoder", {"image_embeddings": (1,), "point_coords": (-1, 6)}),
+    ],
+)
+def test_axes_that_the_default_profile_does_not_vary_are_static(
+    name: str, role: str, axes: dict[str, tuple[int, ...]], bundle_of, tmp_path: Path
+) -> None:
+    """Those of a 2D network: see test_build_engine.py; of more embeddings than one: below."""
+    job = default_job(bundle_of(name), role, tmp_path / "default.engine")
+    engine_builder.build(job)
+    graph = load_manifest(bundle_of(name)).graphs[role]
+    shapes = assert_shapes(Path(job.output), graph, job.profile)
+    assert {tensor: shapes[tensor][: len(first)] for tensor, first in axes.items()} == axes
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_build(name: str, bundle_of, tmp_path: Path) -> None:
     percents: list[int] = []
     output = tmp_path / "encoder.engine"
-    done = engine_builder.build(
-        job_of(bundle_of(name), "encoder", output), on_progress=percents.append
-    )
+    job = job_of(bundle_of(name), "encoder", output)
+    done = engine_builder.build(job, on_progress=percents.append)
+    assert_shapes(output, load_manifest(bundle_of(name)).graphs["encoder"], job.profile)
     assert output.stat().st_size > 1e6
     assert done.seconds > 0
     assert percents == sorted(set(percents))
@@ -107,6 +176,8 @@ def test_a_decoder_builds_with_every_axis_dynamic(bundle_of, tmp_path: Path) -> 
     assert job.profile["image_embeddings"][2][0] == 3
     engine_builder.build(job)
     assert output.stat().st_size > 1e7
+    graph = load_manifest(bundle_of("medsa_hyp_2d")).graphs["decoder"]
+    assert assert_shapes(output, graph, job.profile)["image_embeddings"][0] == -1
 
 
 def test_attention_is_fused_unless_it_is_to_stay_plain(tmp_path: Path) -> None:

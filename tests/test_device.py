@@ -788,6 +788,36 @@ def test_engines_of_another_contract_are_refused(
         open_engines(plain, folder)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"points": AxisRange(min=2, opt=2, max=2)},
+        {"prompts": AxisRange(min=3, opt=3, max=3)},
+        {"embeddings": AxisRange(min=1, opt=1, max=2)},
+        {"batch": AxisRange(min=2, opt=2, max=2)},
+    ],
+    ids=lambda sizes: next(iter(sizes)),
+)
+def test_axes_that_cannot_vary_are_static_in_the_engine(
+    machine: Machine, plain: Session, tmp_path: Path, sizes: dict[str, AxisRange]
+) -> None:
+    folder = write(tmp_path / "b.medsa" / "engines" / "x", plain.manifest, describe(**sizes))
+    with open_engines(plain, folder) as session:
+        decoder = session.backend._decoder._engine
+        assert (decoder.get_tensor_shape("point_coords")[1] == 2) == ("points" in sizes)
+        assert (decoder.get_tensor_shape("low_res_masks")[0] == 3) == ("prompts" in sizes)
+        assert (decoder.get_tensor_shape("image_embeddings")[0] == 1) != ("embeddings" in sizes)
+
+
+def test_a_static_axis_outside_the_profile_is_another_graphs(
+    machine: Machine, plain: Session, folder: Path
+) -> None:
+    tensors = machine.functions["decoder"].tensors
+    machine.functions["decoder"].tensors = tensors | {"low_res_masks": (4, 1, SIDE, SIDE)}
+    with pytest.raises(errors.BundleError, match=r"low_res_masks is float32 \(4, 1, 60, 60\)"):
+        open_engines(plain, folder)
+
+
 def test_chunks_of_slices(machine: Machine, tmp_path: Path) -> None:
     plain = bright_pixels(chunk=4, context=0.3)
     compute(machine, plain.manifest, BrightPixels(plain.manifest.network, context=0.3))

@@ -23,7 +23,7 @@ from medsa_deploy.nvidia.device_array import FLOAT32, DeviceArray
 from medsa_deploy.nvidia.engines import EngineFile, Shape
 
 from .interface import Array, TimedLayer
-from .tensor_contract import check_contract
+from .tensor_contract import axis_ranges, check_contract
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ class EngineRun:
         self._engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())
         if self._engine is None:
             raise self._failure(f"{self._path} was not loaded", EngineChangedError)
-        check_contract(self._path, self._tensors(), graph)
+        ranges = axis_ranges(graph, self.smallest, self.largest)
+        check_contract(self._path, self._tensors(), graph, ranges)
         self._runtime_cache: Any = None
         self._cache_path = cache_folder().parent / "rtx" / f"{file.sha256}.cache"
         self._cached = b""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,22 @@ Opened = tuple[str, str, Sequence[int | str | None]]
 """Name, dtype and shape of a file's tensor; the length of a dynamic axis is not a number."""
 
 
-def check_contract(path: Path, opened: Iterable[Opened], graph: GraphContract) -> None:
-    """BundleError unless the file's tensors have the manifest's names, types and fixed axes."""
+def check_contract(
+    path: Path,
+    opened: Iterable[Opened],
+    graph: GraphContract,
+    axis_ranges: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
+    """BundleError unless the file's tensors have the manifest's names, types and fixed axes.
+
+    axis_ranges: see `axis_ranges`; an engine's axis may be static at a size within its range.
+    """
     described = (*graph.inputs, *graph.outputs)
-    actual = {name: f"{dtype} {_axes(shape)}" for name, dtype, shape in opened}
+    named = {tensor.name: tensor.shape for tensor in described}
+    actual = {
+        name: f"{dtype} {_axes(_without_static(shape, named.get(name, ()), axis_ranges or {}))}"
+        for name, dtype, shape in opened
+    }
     expected = {t.name: f"{t.dtype} {_axes(t.shape)}" for t in described}
     differing = [
         f"{name} is {actual.get(name, 'absent')}, the manifest says {expected.get(name, 'absent')}"
@@ -31,6 +44,30 @@ def check_contract(path: Path, opened: Iterable[Opened], graph: GraphContract) -
             f"{path} is not the graph its manifest describes: {'; '.join(differing)}: "
             "export the checkpoint again"
         )
+
+
+def axis_ranges(
+    graph: GraphContract,
+    smallest: Mapping[str, Sequence[int]],
+    largest: Mapping[str, Sequence[int]],
+) -> dict[str, tuple[int, int]]:
+    """Smallest and largest size of each named axis of an engine, outputs included.
+
+    smallest, largest: input → its shape in the only optimization profile. An axis that cannot vary
+    there is static in the engine. `max(E,P)` is as long as the longest axis that it names.
+    """
+    ranges = {
+        axis: (smallest[tensor.name][i], largest[tensor.name][i])
+        for tensor in graph.inputs
+        for i, axis in enumerate(tensor.shape)
+        if isinstance(axis, str)
+    }
+    for axis in {axis for tensor in graph.outputs for axis in tensor.shape}:
+        if isinstance(axis, str) and axis not in ranges:
+            parts = [ranges[part] for part in re.findall(r"\w+", axis) if part in ranges]
+            if parts:
+                ranges[axis] = max(low for low, _ in parts), max(high for _, high in parts)
+    return ranges
 
 
 def mask_shape(decoder: GraphContract) -> tuple[int, ...] | None:
@@ -57,6 +94,26 @@ def decoder_inputs(
         inputs["mask_input"] = no_mask if mask is None else mask
         inputs["has_mask_input"] = np.array([mask is not None], np.float32)
     return inputs
+
+
+def _without_static(
+    shape: Sequence[int | str | None],
+    axes: Sequence[int | str],
+    ranges: Mapping[str, tuple[int, int]],
+) -> Sequence[int | str | None]:
+    """A shape in which a size within the range of the manifest's named axis is None, as dynamic."""
+    if len(shape) != len(axes):
+        return shape
+    return [
+        None
+        if isinstance(size, int) and isinstance(axis, str) and _within(size, ranges.get(axis))
+        else size
+        for size, axis in zip(shape, axes, strict=True)
+    ]
+
+
+def _within(size: int, limits: tuple[int, int] | None) -> bool:
+    return limits is not None and limits[0] <= size <= limits[1]
 
 
 def _axes(shape: Sequence[int | str | None]) -> str:
