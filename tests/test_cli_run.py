@@ -332,7 +332,7 @@ def bad(arguments: str, message: str):
         # images
         bad("missing.png --point 5,5", "missing.png does not exist"),
         bad("truncated.png --point 5,5", "truncated.png cannot be read as an image"),
-        bad("text.png --point 5,5", "text.png is damaged, or a variant of PNG"),
+        bad("text.png --point 5,5", "text.png is damaged, or a variant of its format"),
         bad("empty.png --point 5,5", "empty.png is an empty file"),
         bad("notes.txt --point 5,5", "notes.txt is not a known image"),
         bad("constant.png --point 5,5", "constant.png: every pixel is 7: nothing to segment"),
