@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medsa_deploy.errors import CheckpointError
 
-from .families.registry import FAMILIES
+from .families import registry
 from .pickles import StandIn
 
 LEVELS = 3
@@ -109,7 +109,7 @@ def _candidates(data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _modules() -> list[set[str]]:
     """For each family, the modules that a whole network has; a file of adapters may lack some."""
-    return [{f"{stem.partition('.')[0]}." for stem in family.stems} for family in FAMILIES]
+    return [{f"{stem.partition('.')[0]}." for stem in family.stems} for family in registry.FAMILIES]
 
 
 def _is_network(entries: Mapping[Any, Any]) -> bool:

@@ -224,6 +224,11 @@ def test_keys_that_it_lacks_are_named(tmp_path: Path, key: str, words: list[str]
         assert word in done.error
 
 
+def test_a_prefix_before_its_keys_is_left_out(tmp_path: Path) -> None:
+    torch.save({f"net.{k}": v for k, v in pond_tensors().items()}, tmp_path / "x.pth")
+    assert call("inspect", tmp_path / "x.pth", "--json").json["network"]["family"] == "pond"
+
+
 def test_options_that_are_not_for_it(checkpoint: Path) -> None:
     assert "with adapters; this is a Pond" in call("inspect", checkpoint, "--depth-chunk=4").error
     assert "is for efficient_sam: leave" in call("inspect", checkpoint, "--pad-points=6").error
