@@ -134,6 +134,19 @@ def test_what_does_not_fit_is_named_without_reading_the_engines(
     assert caught.value.exit_code == 2
 
 
+def test_engines_that_another_model_built_are_worth_a_warning(
+    folder: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    for device in (None, DEVICE.name):
+        edit(folder, device=device)
+        check(folder, manifest)
+    assert caplog.text == ""
+    edit(folder, device="RTX A2000")
+    assert check(folder, manifest).device == "RTX A2000"
+    assert "was built on RTX A2000, and this machine's GPU is RTX 3090, of the same" in caplog.text
+    assert "build them with medsa-deploy build-engine" in caplog.text
+
+
 def test_engines_are_found_by_flavor_precision_and_gpu(folder: Path) -> None:
     bundle = folder.parent.parent
     for targets in (("sm89",), ("sm80", "sm86", "sm89")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,8 @@ from medsa_deploy.errors import (
 
 from . import cuda, tensorrt_api
 from .tensorrt_api import Flavor
+
+logger = logging.getLogger(__name__)
 
 ENGINE_SCHEMA = 1
 ENGINE_FILENAME = "engine.json"
@@ -277,4 +280,13 @@ def _check_device(engine: Engine, folder: Path, device: cuda.Device | None, agai
         raise EngineDeviceError(
             f"{folder} was built for {', '.join(engine.options.targets)}; this machine's "
             f"{device.name} is {device.capability}: {again}"
+        )
+    if engine.device not in (None, device.name):
+        logger.warning(
+            "%s was built on %s, and this machine's GPU is %s, of the same compute capability: its "
+            "kernels may be slower here, or refused: %s",
+            folder,
+            engine.device,
+            device.name,
+            again,
         )
