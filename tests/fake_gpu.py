@@ -15,6 +15,7 @@ import re
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from time import perf_counter
@@ -77,11 +78,19 @@ class Machine:
         """The name in an engine's file → what it computes."""
         self.uploaded: dict[int, np.dtype[Any]] = {}
         """Address → dtype of the values that were copied there last."""
+        self.elsewhere: dict[int, str] = {}
+        """Address of memory on another GPU, and what that GPU is called."""
         self.current = threading.local()
         self.on_wait: Callable[[], None] = lambda: None
         """Called where the GPU is waited for: raises what a test wants."""
+        self.on_capture: Callable[[], None] = lambda: None
+        """Called while a stream captures."""
+        self.loaded: set[str] = set()
+        """Kernels that were launched before, which the driver has loaded."""
         self.refuses: str | None = None
         """What TensorRT says in place of running."""
+        self.recovers: str | None = None
+        """An error that TensorRT reports, and gets over."""
         self.uncapturable = self.unlaunchable = False
         """Whether graphs cannot be captured; whether those there are cannot be launched."""
         self.runtime_cache: bytes | None = None
@@ -102,6 +111,11 @@ class Machine:
         address = block.ctypes.data + start
         self.blocks[address] = block[start : start + size]
         return address
+
+    def wait_for_all(self) -> None:
+        """Wait for every stream, as the libraries do while they load; that breaks captures."""
+        self.check()
+        assert all(stream.capturing is None for stream in self.streams.values()), "capture broken"
 
     def view(self, address: int, size: int) -> np.ndarray:
         """Bytes at an address, all of one allocation."""
@@ -281,6 +295,9 @@ def pycuda_driver(machine: Machine) -> ModuleType:
                 source=self._source, entry=self._entry, grid=grid, parameters=parameters
             )
             machine.launched.append(self._entry)
+            if stream.capturing is not None and self._entry not in machine.loaded:
+                raise CudaLogicError("cuLaunchKernel failed: a capture allows no lazy loading")
+            machine.loaded.add(self._entry)
             stream.add(lambda: cuda_on_host.run(launch))
 
     class Module:
@@ -302,12 +319,32 @@ def bindings_driver(machine: Machine) -> ModuleType:
     """cuda.bindings.driver: calls give a status first."""
     driver = ModuleType("cuda.bindings.driver")
     driver.CUresult = enum.Enum(
-        "CUresult", {"CUDA_SUCCESS": 0, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": 901}
+        "CUresult",
+        {
+            "CUDA_SUCCESS": 0,
+            "CUDA_ERROR_INVALID_VALUE": 1,
+            "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": 901,
+        },
     )
     driver.CUstreamCaptureMode = enum.Enum(
         "CUstreamCaptureMode", {"CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1}
     )
+    driver.CUpointer_attribute = enum.Enum(
+        "CUpointer_attribute", {"CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL": 9}
+    )
     done = driver.CUresult.CUDA_SUCCESS
+
+    def cuPointerGetAttribute(attribute: enum.Enum, ptr: int) -> tuple[Any, ...]:
+        assert attribute is driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        if ptr in machine.elsewhere:
+            return done, 1
+        if any(start <= ptr <= start + block.nbytes for start, block in machine.blocks.items()):
+            return done, 0
+        return driver.CUresult.CUDA_ERROR_INVALID_VALUE, None
+
+    def cuDeviceGetName(length: int, dev: int) -> tuple[Any, ...]:
+        names = [DEVICE.name, *machine.elsewhere.values()]
+        return done, names[dev].encode().ljust(length, b"\0")
 
     class CUstream:
         def __init__(self, init_value: int = 0) -> None:
@@ -322,6 +359,7 @@ def bindings_driver(machine: Machine) -> ModuleType:
         machine.check()
         assert mode is driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         machine.streams[int(stream)].capturing = []
+        machine.on_capture()
         return (done,)
 
     def cuStreamSynchronize(stream: CUstream) -> tuple[Any, ...]:
@@ -359,6 +397,7 @@ def bindings_driver(machine: Machine) -> ModuleType:
     for function in (
         *(cuStreamBeginCapture, cuStreamEndCapture, cuStreamSynchronize, cuGraphInstantiate),
         *(cuGraphDestroy, cuGraphLaunch, cuGraphExecDestroy),
+        *(cuPointerGetAttribute, cuDeviceGetName),
     ):
         setattr(driver, function.__name__, function)
     return driver
@@ -440,6 +479,7 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
 
         def __init__(self, engine: ICudaEngine, has_memory: bool) -> None:
             self._engine, self._has_memory = engine, has_memory
+            self._configured: Callable[[], object] = lambda: self
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
 
@@ -474,6 +514,8 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
             """Why the engine cannot be queued now."""
             if machine.refuses is not None:
                 return machine.refuses
+            if self._configured() is None:
+                return "its runtime configuration is gone"
             if not self._has_memory:
                 return "no scratch memory"
             if unset := self._engine._profile.keys() - self._shapes.keys():
@@ -488,6 +530,8 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
 
         def execute_async_v3(self, stream_handle: int) -> bool:
             machine.check()
+            if machine.recovers is not None:
+                self._refuse(machine.recovers)
             if problem := self._problem():
                 return self._refuse(problem)
             machine.enqueued += 1
@@ -499,7 +543,12 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
                     assert values.dtype == np.float32
                     np.copyto(machine.array(addresses[n], values.shape), values)
 
-            machine.streams[stream_handle].add(work)
+            stream = machine.streams[stream_handle]
+            if machine.strategy == "WHOLE_GRAPH_CAPTURE":  # within this call
+                stream.capturing = []
+                machine.on_capture()
+                stream.capturing = None
+            stream.add(work)
             if self.profiler is not None:
                 assert machine.strategy != "WHOLE_GRAPH_CAPTURE"
                 for layer in LAYERS:
@@ -528,18 +577,21 @@ def tensorrt_runtime(machine: Machine, name: str, version: str) -> ModuleType:
             return IRuntimeConfig()
 
         def create_execution_context(self, strategy: Any) -> IExecutionContext | None:
-            machine.check()
+            machine.wait_for_all()
             if machine.refuses is not None:
                 self._logger.log(ILogger.ERROR, machine.refuses)
                 return None
-            return IExecutionContext(self, isinstance(strategy, IRuntimeConfig))
+            context = IExecutionContext(self, isinstance(strategy, IRuntimeConfig))
+            if isinstance(strategy, IRuntimeConfig):
+                context._configured = weakref.ref(strategy)
+            return context
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
             self._logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
-            machine.check()
+            machine.wait_for_all()
             try:
                 plan = json.loads(serialized_engine)
                 return ICudaEngine(self._logger, machine.functions[plan["name"]], plan["profile"])

@@ -14,7 +14,7 @@ typedef int CUresult;
 typedef void *Handle;
 typedef unsigned long long Address;
 
-enum { OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NOT_FOUND = 500 };
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NOT_FOUND = 500 };
 static const size_t MOST_BYTES = 1 << 30; /* of one allocation */
 
 static FILE *log_file(void) {
@@ -39,7 +39,7 @@ CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 CUresult cuDeviceGetCount(int *count) { *count = 1; return 0; }
 CUresult cuDeviceGet(int *device, int index) { *device = index; return 0; }
 CUresult cuDeviceGetName(char *name, int length, int device) {
-    snprintf(name, length, "stub");
+    snprintf(name, length, "stub %d", device);
     return 0;
 }
 CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
@@ -60,6 +60,14 @@ CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uin
     if (!*function) *function = dlsym(RTLD_DEFAULT, versioned);
     if (status) *status = *function ? 0 : 1;
     return *function ? 0 : NOT_FOUND;
+}
+
+/* Addresses from 1 << 40 on are of a second GPU, the first page is nobody's. */
+CUresult cuPointerGetAttribute(void *value, int attribute, Address address) {
+    LOG("cuPointerGetAttribute %d\n", attribute);
+    if (address < 4096) return INVALID_VALUE;
+    *(int *)value = address >> 40 ? 1 : 0;
+    return 0;
 }
 
 /* The context is one for the process; a thread's stack of them is a count. */

@@ -138,6 +138,7 @@ def test_what_cannot_be_captured_runs_plainly(
         same(session, plain, frame(seed), **POINT)
     assert machine.replayed == 0
     assert "runs without CUDA graphs: cuStreamEndCapture failed" in caplog.text
+    assert session.backend.facts()["cuda_graphs"] is False
 
 
 def test_nothing_is_allocated_between_frames(machine: Machine, session: Session) -> None:
@@ -427,7 +428,7 @@ def test_without_kernels_masks_are_made_on_the_processor(
 def test_a_full_memory_for_masks_is_named_and_leaves_nothing(
     machine: Machine, session: Session, plain: Session
 ) -> None:
-    embedding = session.encode(frame(0)[:40])
+    embedding, other = session.encode(frame(0)[:40]), session.encode(frame(1)[:40])
     before = machine.used, machine.pinned
     machine.capacity = machine.used
     for _ in range(2):
@@ -438,6 +439,7 @@ def test_a_full_memory_for_masks_is_named_and_leaves_nothing(
         session.segment(embedding, points=[(9, 9)])
     assert (machine.used, machine.pinned) == before
     machine.pinnable = np.inf
+    del other
     same(session, plain, frame(0)[:40], points=[(9, 9)])
 
 
@@ -466,6 +468,32 @@ def test_other_arrays_on_the_gpu_are_refused(
     theirs.__cuda_array_interface__["strides"] = strides
     with pytest.raises(errors.UsageError, match="expected contiguous float32"):
         session.backend.encode(theirs)
+
+
+@pytest.mark.parametrize("values", ["image", "frame", "embedding"])
+def test_arrays_on_another_gpu_are_refused(
+    machine: Machine, session: Session, plain: Session, values: str
+) -> None:
+    """Where a kernel would read them, and end every program's use of this GPU."""
+    shapes = {"image": (1, 3, SIDE, SIDE), "frame": (SIDE, SIDE), "embedding": (1, 1, 15, 15)}
+    pixels = np.zeros(shapes[values], np.uint8 if values == "frame" else np.float32)
+    theirs = machine.put(pixels)
+    address = theirs.__cuda_array_interface__["data"][0]
+    machine.elsewhere[address] = "NVIDIA A2"
+    coordinates, labels = np.zeros((1, 2, 2), np.float32), np.ones((1, 2), np.float32)
+    calls = {
+        "image": lambda: session.backend.encode(theirs),
+        "frame": lambda: session.encode(theirs),
+        "embedding": lambda: session.backend.decode(theirs, coordinates, labels, None),
+    }
+    message = r"is on NVIDIA A2 \(GPU 1\).* on NVIDIA Orin \(GPU 0\): copy it there"
+    with pytest.raises(errors.UsageError, match=message):
+        calls[values]()
+    machine.elsewhere.clear()
+    theirs.__cuda_array_interface__["data"] = (0xDEAD000, False)
+    with pytest.raises(errors.UsageError, match="not memory of a GPU: CUDA_ERROR_INVALID_VALUE"):
+        calls[values]()
+    same(session, plain, frame(0), **POINT)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, SIDE, SIDE + 4), (3, 3, SIDE, SIDE), (1, 1, SIDE, SIDE)])
@@ -502,6 +530,23 @@ def test_a_full_memory_that_tensorrt_reports_is_named(
     assert machine.used == machine.pinned == 0
 
 
+def test_memory_that_nothing_uses_makes_room(
+    machine: Machine, session: Session, plain: Session
+) -> None:
+    """Embeddings' memory, which is kept for the next images, for masks; once for each request."""
+    held = [session.encode(frame(seed)) for seed in range(3)]
+    embedding, released = held[0], held[1].values.nbytes
+    del held
+    machine.capacity = machine.used
+    before = machine.used
+    same_masks = session.segment(embedding, points=[(9, 9)], on_device=True)
+    assert machine.used < before - released
+    wanted = plain.segment(plain.encode(frame(0)), points=[(9, 9)])
+    assert_array_equal(np.asarray(same_masks.masks), wanted.masks)
+    with pytest.raises(errors.DeviceMemoryError):
+        [session.encode(frame(seed)) for seed in range(3)]
+
+
 def test_a_full_memory_mid_stream_leaves_a_session_that_works(
     machine: Machine, session: Session, plain: Session
 ) -> None:
@@ -526,6 +571,7 @@ def test_a_full_memory_at_each_stage_of_a_stream_leaves_nothing(
     image = frame(0)[:40]
     with open_engines(plain, folder) as session:
         embedding, theirs = session.encode(image), machine.put(image)
+        other = session.encode(image)  # no memory is idle
 
         def step() -> object:
             if stage == "frame":
@@ -543,6 +589,7 @@ def test_a_full_memory_at_each_stage_of_a_stream_leaves_nothing(
                 failed += 1
         assert failed > 0
         machine.capacity = np.inf
+        del other
         step()
         after = machine.used
         for _ in range(5):
@@ -610,6 +657,19 @@ def test_a_graph_that_cannot_be_launched_is_named(
         session.segment(embedding, **POINT)
     machine.unlaunchable = False
     same(session, plain, frame(0), **POINT)
+
+
+def test_an_error_that_tensorrt_got_over_is_not_the_cause_of_another(
+    machine: Machine, session: Session
+) -> None:
+    machine.recovers = "[defaultAllocator.cpp::allocate] Cuda failure: out of memory"
+    embedding = session.encode(frame(0))
+    session.segment(embedding, **POINT)
+    machine.recovers, machine.refuses = None, "IExecutionContext::enqueueV3: Error Code 3"
+    for call in (lambda: session.encode(frame(0)), lambda: session.segment(embedding, **POINT)):
+        with pytest.raises(errors.DeviceError, match=r"IExec.*Error Code 3") as caught:
+            call()
+        assert not isinstance(caught.value, errors.DeviceMemoryError)
 
 
 def test_what_tensorrt_refuses_is_said(machine: Machine, session: Session, plain: Session) -> None:
@@ -715,6 +775,48 @@ def test_threads_on_a_chain_wait_for_each_other(
     for seed in range(3):
         wanted = plain.segment(plain.encode(frame(seed)), **POINT)
         assert_array_equal(found[seed], wanted.low_res_logits)
+
+
+@pytest.mark.parametrize("other_call", ["read", "open"])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_nothing_breaks_a_capture(monkeypatch, tmp_path: Path, name: str, other_call: str) -> None:
+    """Neither reading an embedding in another thread, nor opening another session.
+
+    TensorRT-RTX captures within its own call.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machine = fake_gpu.install(monkeypatch, name=name)
+    flavor = "rtx" if name == "tensorrt_rtx" else "tensorrt"
+    plain = session_of(machine)
+    folder = write(tmp_path / "x", plain.manifest, describe(flavor))
+    session = open_engines(plain, folder, flavor=flavor)
+    embedding = session.encode(frame(0))
+    results: list[np.ndarray] = []
+
+    def call() -> None:
+        if other_call == "read":
+            results.append(np.asarray(embedding.values))
+        else:
+            with open_engines(plain, folder, flavor=flavor) as other:
+                results.append(np.asarray(other.encode(frame(0)).values))
+
+    threads: list[threading.Thread] = []
+
+    def on_capture() -> None:
+        if threads:
+            return
+        threads.append(threading.Thread(target=call))
+        threads[0].start()
+        threads[0].join(0.3)
+        assert threads[0].is_alive(), "it did not wait for the capture"
+
+    machine.on_capture = on_capture
+    for _ in range(3):
+        found = session.segment(embedding, **POINT)
+    threads[0].join(30)
+    wanted = plain.encode(frame(0))
+    assert_array_equal(results[0], wanted.values)
+    assert_array_equal(found.masks, plain.segment(wanted, **POINT).masks)
 
 
 def test_a_session_used_after_close_is_refused(machine: Machine, session: Session) -> None:

@@ -94,6 +94,18 @@ print(json.dumps(queued))
 """
 
 
+OWNERS = """
+from medsa_deploy.nvidia.cuda import check_owner
+said = []
+for address in (0, 1 << 20, 5, 1 << 40):
+    try:
+        check_owner(address)
+    except errors.UsageError as e:
+        said.append(str(e))
+print(json.dumps(said))
+"""
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stub, compiled."""
@@ -181,6 +193,16 @@ def test_a_graph_is_captured_through_cuda_bindings(library: Path, tmp_path: Path
         f"cuGraphLaunch 0xb0 {STREAM}",
         "cuGraphExecDestroy 0xb0",
     ]
+
+
+def test_the_gpu_of_an_array_is_asked_for_through_cuda_bindings(
+    library: Path, tmp_path: Path
+) -> None:
+    done, calls = run(library, tmp_path, OWNERS)
+    nobodys, theirs = answer(done)
+    assert "0x5 is not memory of a GPU: CUDA_ERROR_INVALID_VALUE" in nobodys
+    assert "the array is on stub 1 (GPU 1), this session on stub 0 (GPU 0)" in theirs
+    assert calls == ["cuPointerGetAttribute 9"] * 3
 
 
 def test_a_capture_that_fails_is_an_error_of_the_device(library: Path, tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ NON_BLOCKING = 1
 """CU_STREAM_NON_BLOCKING of cuda.h: what others do in the default stream disturbs no capture."""
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DEVICE_INDEX = 0
+"""The GPU that sessions use, of those that CUDA shows."""
+LOADING = threading.RLock()
+"""Held in this process while work is captured, and while engines are opened or closed: libraries
+wait for the whole GPU then, which breaks every capture. It is taken before a `Gpu`'s own lock."""
+
 MAJOR, MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
 
@@ -62,7 +68,7 @@ def device() -> Device | None:
     calls = (
         (driver.cuInit, 0),
         (driver.cuDriverGetVersion, ctypes.byref(version)),
-        (driver.cuDeviceGet, ctypes.byref(handle), 0),
+        (driver.cuDeviceGet, ctypes.byref(handle), DEVICE_INDEX),
         (driver.cuDeviceGetName, name, len(name), handle),
         (driver.cuDeviceGetAttribute, ctypes.byref(major), MAJOR, handle),
         (driver.cuDeviceGetAttribute, ctypes.byref(minor), MINOR, handle),
@@ -92,6 +98,8 @@ class Gpu:
         self._closed = False
         self._device: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
+        self.release_idle: Callable[[], bool] = lambda: False
+        """Frees memory that nothing uses, where there is none left; whether there was any."""
         with self._translate_errors():
             self._context = _primary_context()
         self._capture_lock = threading.Lock()
@@ -119,8 +127,16 @@ class Gpu:
                 self._driver.Context.pop()
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes, which stay allocated until `free` or `close`."""
-        memory = self._driver.mem_alloc(max(size, 1))
+        """The address of `size` bytes, which stay allocated until `free` or `close`.
+
+        Where memory is full, `release_idle` makes room once.
+        """
+        try:
+            memory = self._driver.mem_alloc(max(size, 1))
+        except self._driver.MemoryError:
+            if not self.release_idle():
+                raise
+            memory = self._driver.mem_alloc(max(size, 1))
         self._device[int(memory)] = memory
         return int(memory)
 
@@ -206,16 +222,23 @@ class Gpu:
         """Wait for the stream that an array's `__cuda_array_interface__` names.
 
         For the default stream see `join_default_stream`. PyTorch names no stream: its caller waits
-        for work in any other.
+        for work in any other. UsageError for an array on another GPU, or on none.
         """
+        check_owner(int(interface["data"][0] or 0))
         stream = interface.get("stream")
         if stream not in (None, LEGACY_STREAM):
             driver = _bindings()
             _call(driver, driver.cuStreamSynchronize, driver.CUstream(stream))
 
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While a library captures work of this stream: nothing waits for it, or for the GPU."""
+        with LOADING, self._capture_lock:
+            yield
+
     def capture(self, queue: Callable[[], None]) -> CapturedGraph:
         """The work that `queue` puts into the stream, as a graph; it is not run."""
-        with self._capture_lock:
+        with self.capturing():
             return CapturedGraph(self.stream, queue)
 
     def close(self) -> None:
@@ -291,7 +314,7 @@ def _primary_context() -> Any:
     """
     driver = _pycuda()
     driver.init()
-    return driver.Device(0).retain_primary_context()
+    return driver.Device(DEVICE_INDEX).retain_primary_context()
 
 
 def _pycuda() -> Any:
@@ -307,13 +330,40 @@ def check_graphs() -> None:
     _bindings()
 
 
-def _bindings() -> Any:
+def check_owner(address: int) -> None:
+    """UsageError unless an address is memory of the GPU that sessions use.
+
+    A kernel that reads another's ends the context, for PyTorch as well.
+    """
+    if not address:  # of an array without values
+        return
+    driver = _bindings("taking arrays that are on the GPU")
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    status, owner = driver.cuPointerGetAttribute(attribute, address)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise UsageError(
+            f"the array's address {address:#x} is not memory of a GPU: {status.name}: copy its "
+            "values to the GPU first"
+        )
+    if int(owner) != DEVICE_INDEX:
+        theirs, ours = (_device_name(driver, index) for index in (int(owner), DEVICE_INDEX))
+        raise UsageError(
+            f"the array is on {theirs} (GPU {int(owner)}), this session on {ours} "
+            f"(GPU {DEVICE_INDEX}): copy it there"
+        )
+
+
+def _device_name(driver: Any, index: int) -> str:
+    """What a GPU is called."""
+    name: bytes = _call(driver, driver.cuDeviceGetName, 256, index)
+    return name.partition(b"\0")[0].decode(errors="replace")
+
+
+def _bindings(purpose: str = "replaying CUDA graphs (cuda_graphs=False: none)") -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as e:
-        raise MissingDependencyError(
-            "cuda-bindings", extra="cuda", purpose="replaying CUDA graphs (cuda_graphs=False: none)"
-        ) from e
+        raise MissingDependencyError("cuda-bindings", extra="cuda", purpose=purpose) from e
     return driver
 
 

@@ -24,10 +24,14 @@ class Owner:
 
 
 class MemoryPool:
-    """Memory for arrays, allocated by a `Gpu` that is current, which frees it when it is closed."""
+    """Memory for arrays, allocated by a `Gpu` that is current, which frees it when it is closed.
+
+    Where its memory is full, the `Gpu` has the pool release what nothing holds.
+    """
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
+        gpu.release_idle = self.release_idle
         self._free: OrderedDict[int, list[int]] = OrderedDict()
         """Bytes → addresses of memory that nothing holds."""
 
@@ -37,9 +41,19 @@ class MemoryPool:
         free = self._free.setdefault(size, [])
         self._free.move_to_end(size)
         for old in list(self._free)[:-SIZES]:
-            while self._free[old]:
-                self._gpu.free(self._free[old].pop())
+            self._release(self._free[old])
         address = free.pop() if free else self._gpu.allocate(size)
         owner = Owner(self._gpu)
         weakref.finalize(owner, free.append, address)
         return DeviceArray(address, shape, owner, self._gpu.read, np.dtype(dtype))
+
+    def release_idle(self) -> bool:
+        """Release all memory that nothing holds; whether there was any."""
+        return any([self._release(addresses) for addresses in self._free.values()])
+
+    def _release(self, addresses: list[int]) -> bool:
+        """Release memory at addresses; whether there was any."""
+        released = bool(addresses)
+        while addresses:
+            self._gpu.free(addresses.pop())
+        return released

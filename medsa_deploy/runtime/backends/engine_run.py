@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class EngineRun:
         """
         self._library, self._gpu, self._flavor = opening.library, opening.gpu, opening.flavor
         self._timer = tensorrt_api.layer_timer(self._library) if opening.time_layers else None
-        self._cuda_graphs = opening.cuda_graphs
+        self.cuda_graphs = opening.cuda_graphs
+        """Whether CUDA graphs are replayed; no longer, once a capture failed."""
         self._graph, self._path = graph, folder / file.path
         self.smallest = {name: shapes[0] for name, shapes in file.profile.items()}
         """Input → its smallest shape in the optimization profile."""
@@ -93,12 +94,14 @@ class EngineRun:
         """Input → its largest."""
         self._logger = tensorrt_api.error_logger(self._library)
         self._runtime = self._library.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())
+        self._engine = self._call(self._runtime.deserialize_cuda_engine, self._path.read_bytes())
         if self._engine is None:
             raise self._failure(f"{self._path} was not loaded", EngineChangedError)
         ranges = axis_ranges(graph, self.smallest, self.largest)
         check_contract(self._path, self._tensors(), graph, ranges)
         self._runtime_cache: Any = None
+        self._runtime_config: Any = None
+        """TensorRT-RTX's; it lives as long as the context that was made with it."""
         self._cache_path = cache_folder().parent / "rtx" / f"{file.sha256}.cache"
         self._cached = b""
         self._seen: OrderedDict[tuple[Any, ...], _Captured | None] = OrderedDict()
@@ -162,11 +165,12 @@ class EngineRun:
         with suppress(MedsaError), self._gpu.current():
             while self._seen:
                 self._forget()
-            self._context = self._engine = self._runtime = self._runtime_cache = None
+            self._context = self._runtime_config = self._runtime_cache = None
+            self._engine = self._runtime = None
 
     def _queue_engine(self, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
         """Queue the engine, by replaying a graph where these shapes and addresses have one."""
-        if self._flavor == "rtx" or not self._cuda_graphs:  # RTX keeps graphs of its own
+        if self._flavor == "rtx" or not self.cuda_graphs:  # RTX keeps graphs of its own
             self._enqueue(self._context, shapes, addresses)
             return
         key = (*shapes.values(), *addresses.values())
@@ -199,7 +203,7 @@ class EngineRun:
     def _no_graphs(self, error: DeviceError) -> None:
         """Do without, from here on."""
         logger.warning("%s runs without CUDA graphs: %s", self._path, error)
-        self._cuda_graphs = False
+        self.cuda_graphs = False
 
     def _forget(self) -> None:
         """Release the graph that was used longest ago."""
@@ -210,24 +214,27 @@ class EngineRun:
     def _enqueue(self, context: Any, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
         """Queue the engine in a context."""
         for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
+            if not self._call(context.set_input_shape, name, shape):
                 raise self._failure(f"{name} cannot have the shape {shape}", DeviceError)
         for name, address in addresses.items():
-            if not context.set_tensor_address(name, address):
+            if not self._call(context.set_tensor_address, name, address):
                 raise self._failure(f"{name} cannot lie at {address:#x}", DeviceError)
         self._execute(context)
 
     def _execute(self, context: Any) -> None:
-        if not context.execute_async_v3(self._gpu.stream):
+        captures = self._flavor == "rtx" and self.cuda_graphs  # within the call
+        with self._gpu.capturing() if captures else nullcontext():
+            queued = self._call(context.execute_async_v3, self._gpu.stream)
+        if not queued:
             raise self._failure(f"{self._path} failed", DeviceError)
 
     def _new_context(self) -> Any:
         """An execution context. TensorRT's share their scratch memory: one stream runs them all."""
         if self._flavor == "rtx":
-            context = self._engine.create_execution_context(self._runtime_config())
+            settings = self._runtime_config = self._new_runtime_config()
         else:
-            strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = self._engine.create_execution_context(strategy)
+            settings = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._call(self._engine.create_execution_context, settings)
         if context is None:
             raise self._failure(f"{self._path} has no execution context", DeviceError)
         if self._flavor == "tensorrt":
@@ -236,7 +243,7 @@ class EngineRun:
             context.profiler = self._timer
         return context
 
-    def _runtime_config(self) -> Any:
+    def _new_runtime_config(self) -> Any:
         """TensorRT-RTX's: its own CUDA graphs, and kernels it compiled for this GPU before.
 
         These are native code that comes without a SHA-256, so they lie in the user's cache folder
@@ -245,7 +252,7 @@ class EngineRun:
         config = self._engine.create_runtime_config()
         strategies = self._library.CudaGraphStrategy
         config.cuda_graph_strategy = (
-            strategies.WHOLE_GRAPH_CAPTURE if self._cuda_graphs else strategies.DISABLED
+            strategies.WHOLE_GRAPH_CAPTURE if self.cuda_graphs else strategies.DISABLED
         )
         self._runtime_cache = config.create_runtime_cache()
         with suppress(OSError):
@@ -300,12 +307,19 @@ class EngineRun:
             tensors.append((name, word, shape))
         return tensors
 
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a call of TensorRT's; errors that it reports from here on are this call's.
+
+        It may report an error of an earlier call that it got over.
+        """
+        self._logger.errors.clear()
+        return function(*arguments)
+
     def _failure(self, event: str, kind: type[Exception]) -> Exception:
         """The error for a call that TensorRT refused, with TensorRT's reason."""
         lines = self._logger.errors or ["no reason given"]
         reason = lines[0][:300]  # the others follow from it
         full = any("outofmemory" in line.lower().replace(" ", "") for line in lines)
-        self._logger.errors.clear()
         if full:
             return DeviceMemoryError(
                 f"the GPU's memory is full ({reason}): close what else uses it, or build engines "

@@ -77,11 +77,12 @@ class TensorRTBackend:
         self._lock = threading.Lock()
         self._gpu = Gpu()
         self._pool = MemoryPool(self._gpu)
-        try:
-            self._open(folder, manifest.graphs, library)
-        except BaseException:
-            self._gpu.close()
-            raise
+        with cuda.LOADING:
+            try:
+                self._open(folder, manifest.graphs, library)
+            except BaseException:
+                self._gpu.close()
+                raise
 
     def _open(self, folder: Path, graphs: dict[str, GraphContract], library: Any) -> None:
         """Load both engines, and allocate what images and prompts need of memory."""
@@ -238,13 +239,13 @@ class TensorRTBackend:
             "precision": self._engine.options.precision,
             "state": self._engine.state,
             "tf32": self._engine.options.tf32,
-            "cuda_graphs": self._cuda_graphs,
+            "cuda_graphs": self._encoder.cuda_graphs and self._decoder.cuda_graphs,
             "masks": "processor" if self._masks is None else "GPU",
         }
 
     def close(self) -> None:
         """Release everything on the GPU, once a call that is running has ended."""
-        with self._lock:
+        with self._lock, cuda.LOADING:
             self._encoder.close()
             self._decoder.close()
             self._frames.close()
