@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.manifest import Source
-from medsa_deploy.errors import CheckpointError
+from medsa_deploy.errors import CheckpointError, about
 
 from .containers import Weights, find_weights
 from .families.registry import missing_stems
@@ -102,6 +102,11 @@ def load_checkpoint(
 
 def _read(path: Path) -> Any:
     """What a file holds, without running code it carries."""
+    with about(path):
+        return _content(path)
+
+
+def _content(path: Path) -> Any:
     if path.is_dir():
         raise CheckpointError(f"{path} is {folder_kind(path)}; {EXPECTED}")
     if not path.is_file():
@@ -144,7 +149,8 @@ def _weights(data: Any, path: Path, location: str | None, prefix: str | None) ->
     try:
         return find_weights(data, location=location, prefix=prefix)
     except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
+        with about(path):
+            raise CheckpointError(f"{path}: {e}") from e
 
 
 def _container(data: Any, weights: Weights) -> str:

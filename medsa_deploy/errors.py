@@ -39,14 +39,20 @@ A message says what was found, what was expected and what to do, in that order. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class MedsaError(Exception):
     """Base of every error this package raises on purpose.
 
-    `exit_code` is the exit code of the command line.
+    `exit_code` is the exit code of the command line. `path` is the file or folder that could not be
+    used, if it is known.
     """
 
     exit_code = 3
+    path: Path | None = None
 
 
 class UsageError(MedsaError):
@@ -143,6 +149,20 @@ class DeviceMemoryError(DeviceError):
 
 class DeviceLostError(DeviceError):
     """The device was reset, unplugged or faulted; it is unusable until the process is restarted."""
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Give errors of this package the path that they are about, unless they have one.
+
+    >>> with suppress(ImageError), about(Path("a.png")):
+    ...     raise ImageError("a.png is empty")
+    """
+    try:
+        yield
+    except MedsaError as e:
+        e.path = e.path or path
+        raise
 
 
 def one_line(error: BaseException) -> str:

@@ -51,13 +51,15 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The one line that says what was wrong, with nothing on stdout."""
-        assert self.out == ""
+        """The one line that says what was wrong, with nothing on stdout but what --json says."""
         errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, self.err
         assert self.err.endswith(f"{errors[0]}\n"), self.err
         assert "Traceback" not in self.err
-        return errors[0].removeprefix("error: ")
+        message = errors[0].removeprefix("error: ")
+        if self.out:
+            assert self.json["error"]["message"] == message
+        return message
 
 
 def call(*arguments: object) -> Done:

@@ -301,3 +301,26 @@ def test_inspect_refuses_what_is_no_checkpoint(workplace: Path, name: str) -> No
     done = call("inspect", f"{name}.pth")
     assert done.code == 2
     assert name in done.error
+
+
+def test_an_error_is_one_document_for_programs(tmp_path: Path) -> None:
+    missing = tmp_path / "none.pth"
+    done = call("inspect", missing, "--json")
+    assert done.code == 2
+    fault = done.json["error"]
+    assert done.json.keys() == {"error"}
+    assert (fault["kind"], fault["path"]) == ("CheckpointError", str(missing))
+    assert fault["message"] == done.error
+    assert "does not exist" in fault["message"]
+
+
+def test_a_parsers_error_is_one_document_for_programs() -> None:
+    done = call("inspect", "a.pth", "--frob", "--json")
+    assert done.code == 2
+    assert done.json["error"] == {"kind": "UsageError", "message": done.error, "path": None}
+
+
+def test_a_bundle_that_is_not_there_is_named_for_programs(tmp_path: Path) -> None:
+    done = call("verify", tmp_path / "none.medsa", "--json")
+    assert done.json["error"]["kind"] == "BundleError"
+    assert done.json["error"]["path"] == str(tmp_path / "none.medsa")

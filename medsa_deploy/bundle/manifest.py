@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from medsa_deploy.errors import BundleError
+from medsa_deploy.errors import BundleError, about
 
 from .atomic import write_text
 from .strict_json import decode
@@ -370,6 +370,11 @@ def load_manifest(bundle: Path) -> Manifest:
     >>> load_manifest(bundle).network.image_size
     256
     """
+    with about(bundle):
+        return _read_manifest(bundle)
+
+
+def _read_manifest(bundle: Path) -> Manifest:
     if not bundle.is_dir():
         state = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
         raise BundleError(f"{bundle} {state}: make a bundle with medsa-deploy export CHECKPOINT")

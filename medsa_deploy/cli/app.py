@@ -39,6 +39,7 @@ app = typer.Typer(
 for _command in COMMANDS:
     app.command()(_command)
 
+INTERRUPTED = "interrupted; no partial output was left behind"
 ParserError: Any = typer.BadParameter.__bases__[0]
 """The parser's usage error: from click, or from the copy of click in newer versions of typer."""
 
@@ -65,8 +66,12 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; every error becomes one line and an exit code."""
+    """Run the command line; every error becomes one line and an exit code.
+
+    With --json an error is also one document on stdout.
+    """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    json = "--json" in arguments
     console.prepare()
     interrupts = console.catch_interrupts()
     try:
@@ -76,9 +81,9 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as e:
         if len(arguments) < len(sys.argv[1:]):
             traceback.print_exc()
-        code = None if interrupts else console.print_failure(_usage_error(e))
+        code = None if interrupts else console.print_failure(_usage_error(e), json=json)
     if interrupts:  # even if a library turned the KeyboardInterrupt into another error
-        console.print_error("interrupted; no partial output was left behind")
+        console.print_fault("Interrupted", INTERRUPTED, None, json=json)
         sys.stdout.flush()
         os._exit(130)  # a plain exit may end by a signal, if C code has seen the interrupt
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -94,20 +94,36 @@ def print_warning(message: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(message)}")
 
 
-def print_failure(error: BaseException) -> int:
-    """Print the error that ended a command as one line; returns the exit code."""
+def print_failure(error: BaseException, *, json: bool) -> int:
+    """Print the error that ended a command as one line; returns the exit code.
+
+    `json`: print it on stdout too, as `{"error": {"kind", "message", "path"}}`.
+    """
+    message, code = _explain(error)
+    path = getattr(error, "path", None) or getattr(error, "filename", None)
+    print_fault(type(error).__name__, message, path, json=json)
+    return code
+
+
+def print_fault(kind: str, message: str, path: Path | str | None, *, json: bool) -> None:
+    """One line on stderr and, for programs, one document on stdout."""
+    print_error(message)
+    if json:
+        about = None if path is None else str(path)
+        fault = {"kind": kind, "message": " ".join(message.split()), "path": about}
+        print_json({"error": fault})
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """An error's message and the exit code it ends a command with."""
     if isinstance(error, MedsaError):
-        print_error(str(error))
-        return error.exit_code
+        return str(error), error.exit_code
     if isinstance(error, OSError):
-        print_error(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        return 2
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2
     if isinstance(error, MemoryError):
-        print_error("out of memory: use a smaller image size or fewer prompts at a time")
-        return 3
+        return "out of memory: use a smaller image size or fewer prompts at a time", 3
     text = f"{type(error).__name__}: {error}".rstrip(": ")
-    print_error(f"{text} (a fault in medsa-deploy; --debug shows where)")
-    return 3
+    return f"{text} (a fault in medsa-deploy; --debug shows where)", 3
 
 
 @contextmanager

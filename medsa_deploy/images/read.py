@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from medsa_deploy.errors import ImageError, MissingDependencyError
+from medsa_deploy.errors import ImageError, MissingDependencyError, about
 
 from .files import suffix
 from .image import Image, Nan, check_image
@@ -38,7 +38,11 @@ def read_image(
     >>> read_image("head.npy", axis=0, index=2).pixels.shape
     (4, 5)
     """
-    path = Path(path)
+    with about(Path(path)):
+        return _read_image(Path(path), axis, index, nan)
+
+
+def _read_image(path: Path, axis: int | None, index: int | None, nan: Nan) -> Image:
     file_format = format_of(path)
     sliced = axis is not None or index is not None
     if sliced and file_format in ("raster", "dicom") and not _is_volume(path, file_format, []):
@@ -69,7 +73,18 @@ def read_volume(
     >>> volume.shape, len(volume), volume.slice_size
     ((3, 4, 5), 3, (4, 5))
     """
-    path = Path(path)
+    with about(Path(path)):
+        return _read_checked_volume(Path(path), axis, volume, series, phase, nan)
+
+
+def _read_checked_volume(
+    path: Path,
+    axis: int | None,
+    volume: int | None,
+    series: str | None,
+    phase: int | None,
+    nan: Nan,
+) -> Volume:
     file_format = "series" if path.is_dir() else format_of(path)
     if file_format == "raster" and not _is_volume(path, file_format, []):
         raise ImageError(f"{path} is a picture; expected a volume: NIfTI, NRRD, DICOM series, .npy")
