@@ -155,8 +155,12 @@ class DeviceLostError(DeviceError):
 def about(path: Path) -> Iterator[None]:
     """Give errors of this package the path that they are about, unless they have one.
 
-    >>> with suppress(ImageError), about(Path("a.png")):
-    ...     raise ImageError("a.png is empty")
+    >>> try:
+    ...     with about(Path("a.png")):
+    ...         raise ImageError("a.png is empty")
+    ... except ImageError as e:
+    ...     print(e.path)
+    a.png
     """
     try:
         yield

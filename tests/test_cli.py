@@ -268,7 +268,7 @@ def workplace(checkpoint_of, bundle: Path, tmp_path: Path) -> Path:
         (["truncated.pth"], "truncated.pth is truncated or not a checkpoint"),
         (["text.pth"], "text.pth is"),
         (["empty.pth"], "empty.pth is empty"),
-        (["resnet.pth"], "resnet.pth is not a SAM checkpoint"),
+        (["resnet.pth"], "resnet.pth: it holds no weights of a SAM"),
         (["ckpt.pth"], "ckpt.medsa exists: replace it with --force, or name another with -o"),
         (["ckpt.pth", "-o", "folder"], "folder exists and is not a bundle"),
         (["ckpt.pth", "-o", "folder", "--force"], "folder exists and is not a bundle"),

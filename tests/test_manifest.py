@@ -73,6 +73,8 @@ def full() -> Manifest:
     return Manifest(
         source=Source(
             checkpoint="adapters.pth",
+            weights="state_dict",
+            prefix="module.",
             sha256="a" * 64,
             container="adapters over a base",
             dtype="float16, float32",
