@@ -142,7 +142,13 @@ def measure(device: cuda.Device) -> dict[str, Any]:
     torch_on = "cuda" if torch.cuda.is_available() else "cpu"
     with gpu.current():
         rate = gpu.copied_bytes_per_ms()
-        modules = {s: gpu.module(cubins.cubin(s, device.capability)) for s in cubins.SOURCES}
+        cuda_major = int(device.driver_cuda.partition(".")[0])
+        modules = {
+            source: cubins.load_kernels(
+                source, device.capability, gpu.module, driver_cuda=cuda_major
+            )
+            for source in cubins.SOURCES
+        }
 
         def launch(kernel: Launch) -> None:
             parameters = bytes(kernel.parameters)

@@ -1,4 +1,4 @@
-"""CUDA C++ → cubins, by nvcc or NVRTC. Neither needs a driver or a GPU.
+"""CUDA C++ → cubins or PTX, by nvcc or NVRTC. Neither needs a driver or a GPU.
 
 nvcc comes with a CUDA toolkit. NVRTC, the same compiler as a library, comes from a package index.
 """
@@ -22,23 +22,32 @@ from typing import Protocol
 from medsa_deploy.errors import BuildError, MissingDependencyError
 
 STANDARD = "c++17"
+VIRTUAL = "compute"
+"""What targets of PTX begin with: `compute86`."""
 HEADER = "device.cuh"
 """What the sources include, from their own folder."""
 
 
 class Compiler(Protocol):
-    """What makes cubins."""
+    """What makes cubins, each for one kind of GPU, and PTX, which a driver compiles for its own."""
 
     @property
     def name(self) -> str:
         """Which compiler, and its version."""
 
     @property
+    def cuda(self) -> int | None:
+        """Major version of the CUDA that it belongs to; None if it does not say."""
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """GPUs it compiles for: `sm75`, …, in order."""
 
     def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
-        """A source for one target → its cubin, and the compiler's messages; or BuildError."""
+        """A source for one target → its cubin, and the compiler's messages; or BuildError.
+
+        target: `sm86` for a cubin; `compute86` for PTX that newer GPUs than that take as well.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,10 @@ class Nvcc:
         match = re.search(r"release [\d.]+, V([\d.]+)", self._run("--version"))
         return f"nvcc {match[1] if match else 'of an unknown version'}"
 
+    @property
+    def cuda(self) -> int | None:
+        return _major(self.name)
+
     @cached_property
     def targets(self) -> tuple[str, ...]:
         return _in_order(re.findall(r"compute_(\d+)", self._run("--list-gpu-arch")))
@@ -61,12 +74,14 @@ class Nvcc:
     def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
         _check_target(self, target)
         with TemporaryDirectory(prefix="medsa-") as folder:
-            output = Path(folder) / "kernel.cubin"
+            output = Path(folder) / "kernel"
             messages = self._run(
-                *("-cubin", f"-arch={_architecture(target)}", f"-std={STANDARD}"),
+                "-ptx" if _is_ptx(target) else "-cubin",
+                *(f"-arch={_architecture(target)}", f"-std={STANDARD}"),
                 *(*self.options, "-o", str(output), str(source)),
             )
-            return output.read_bytes(), messages
+            end = b"\0" if _is_ptx(target) else b""  # text, which a driver reads to its end
+            return output.read_bytes() + end, messages
 
     def _run(self, *arguments: str) -> str:
         try:
@@ -92,6 +107,10 @@ class Nvrtc:
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         return f"NVRTC {major.value}.{minor.value}"
+
+    @property
+    def cuda(self) -> int | None:
+        return _major(self.name)
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -121,7 +140,8 @@ class Nvrtc:
             messages = self._result("nvrtcGetProgramLog", program).rstrip(b"\0").decode().strip()
             if failed:
                 raise BuildError(f"{self.name} failed on {source.name}:\n{messages}")
-            return self._result("nvrtcGetCUBIN", program), messages
+            form = "nvrtcGetPTX" if _is_ptx(target) else "nvrtcGetCUBIN"
+            return self._result(form, program), messages
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
@@ -141,23 +161,28 @@ class Nvrtc:
 
 
 @cache
-def find_compiler(target: str | None = None) -> Compiler:
+def find_compiler(target: str | None = None, driver_cuda: int | None = None) -> Compiler:
     """nvcc on the PATH or in a toolkit's usual place, else NVRTC; if both, one for `target`.
 
-    MissingDependencyError if neither is installed.
+    driver_cuda: major version of the newest CUDA that the driver runs; it may refuse what a newer
+    compiler made, so such a compiler is only taken if there is no other. MissingDependencyError if
+    none is installed.
     """
     compilers: list[Compiler] = []
     if path := find_nvcc():
         compilers.append(Nvcc(path=path))
-    if path := find_nvrtc():
+    if path := find_nvrtc(driver_cuda):
         compilers.append(Nvrtc(path))
     if not compilers:
         raise MissingDependencyError(
             "nvidia-cuda-nvrtc", extra="kernels", purpose="compiling CUDA kernels without nvcc"
         )
-    if target is None:
-        return compilers[0]
-    return next((compiler for compiler in compilers if target in compiler.targets), compilers[0])
+
+    def faults(compiler: Compiler) -> tuple[bool, bool]:
+        too_new = driver_cuda is not None and (compiler.cuda or 0) > driver_cuda
+        return too_new, target is not None and target not in compiler.targets
+
+    return min(compilers, key=faults)
 
 
 def find_nvcc() -> str | None:
@@ -167,32 +192,47 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def find_nvrtc() -> str | None:
-    """Path of NVRTC's library in the package nvidia-cuda-nvrtc; newest CUDA first."""
+def find_nvrtc(driver_cuda: int | None = None) -> str | None:
+    """Path of NVRTC's library in the packages nvidia-cuda-nvrtc and nvidia-cuda-nvrtc-cu12.
+
+    The newest; with `driver_cuda`, the newest of those that are no newer than it, if there are any.
+    """
     spec = find_spec("nvidia")
     pattern = "*/bin/**/nvrtc64_*.dll" if sys.platform == "win32" else "*/lib/libnvrtc.so.*"
     folders = list(spec.submodule_search_locations or ()) if spec else []
     libraries = [path for folder in folders for path in Path(folder).glob(pattern)]
-    newest = max(libraries, key=_version, default=None)
+    known = [path for path in libraries if driver_cuda and _cuda_of(path) <= driver_cuda]
+    newest = max(known or libraries, key=_cuda_of, default=None)
     return None if newest is None else str(newest)
 
 
-def _version(path: Path) -> list[int]:
-    """The numbers in a library's name."""
-    return [int(number) for number in re.findall(r"\d+", path.name)]
+def _cuda_of(path: Path) -> int:
+    """Major version of CUDA of `libnvrtc.so.12` or `nvrtc64_120_0.dll`."""
+    match = re.search(r"\.so\.(\d+)|nvrtc64_(\d+)\d_", path.name)
+    return int(match[1] or match[2]) if match else 0
+
+
+def _major(name: str) -> int | None:
+    """The first number of the version in a compiler's name."""
+    match = re.search(r" (\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def _in_order(numbers: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"sm{number}" for number in sorted(set(map(int, numbers))))
 
 
+def _is_ptx(target: str) -> bool:
+    return target.startswith(VIRTUAL)
+
+
 def _architecture(target: str) -> str:
-    """`sm_86` for `sm86`."""
-    return target.replace("sm", "sm_")
+    """`sm_86` for `sm86`, `compute_86` for `compute86`."""
+    return re.sub(r"(\D+)(\d+)", r"\1_\2", target)
 
 
 def _check_target(compiler: Compiler, target: str) -> None:
-    if target not in compiler.targets:
+    if target.replace(VIRTUAL, "sm") not in compiler.targets:
         raise BuildError(
             f"{compiler.name} does not compile for {target!r}; it does for: "
             f"{', '.join(compiler.targets)}"

@@ -622,6 +622,12 @@ def install(
         monkeypatch.delitem(sys.modules, other, raising=False)
     monkeypatch.setitem(sys.modules, name, tensorrt_runtime(machine, name, version))
     monkeypatch.setattr(cuda, "device", lambda: DEVICE)
-    monkeypatch.setattr(tensorrt, "cubin", lambda source, target, bundle: source.encode())
+
+    def load_kernels(
+        source: str, target: str, load_module: Callable[[bytes], Any], **_: Any
+    ) -> Any:
+        return load_module(source.encode())
+
+    monkeypatch.setattr(tensorrt, "load_kernels", load_kernels)
     cuda._primary_context.cache_clear()
     return machine

@@ -413,10 +413,10 @@ def test_sizes_of_masks_do_not_pile_up(machine: Machine, session: Session) -> No
 def test_without_kernels_masks_are_made_on_the_processor(
     machine: Machine, plain: Session, folder: Path, monkeypatch, caplog
 ) -> None:
-    def cubin(source: str, target: str, bundle: Path) -> bytes:
+    def load_kernels(source: str, *arguments: object, **options: object) -> None:
         raise errors.MissingDependencyError("nvidia-cuda-nvrtc", extra="kernels", purpose="it")
 
-    monkeypatch.setattr(tensorrt, "cubin", cubin)
+    monkeypatch.setattr(tensorrt, "load_kernels", load_kernels)
     with open_engines(plain, folder) as session:
         assert "masks are made on the processor: it needs nvidia-cuda-nvrtc" in caplog.text
         assert session.backend.facts()["masks"] == "processor"

@@ -41,7 +41,11 @@ def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
 def test_kernels_are_timed_beside_what_they_replace(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the stand-in, whose milliseconds are the host's: that everything is there."""
     machine = fake_gpu.install(monkeypatch)
-    monkeypatch.setattr(cubins, "cubin", lambda source, target: source.encode())
+    monkeypatch.setattr(
+        cubins,
+        "load_kernels",
+        lambda source, target, load_module, driver_cuda: load_module(source.encode()),
+    )
     small = {"WARM_UP": 0, "RUNS": 2, "REPEATS": 2, "ROTATED": 1 << 16, "S": 32}
     for name, value in small.items():
         monkeypatch.setattr(gpu_kernels, name, value)

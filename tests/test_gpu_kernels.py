@@ -6,7 +6,8 @@ through the stand-in, to see that what runs them is right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import fake_gpu
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medsa_deploy.kernels.axes import BLOCK, Launch
-from medsa_deploy.kernels.cubins import cubin
+from medsa_deploy.kernels.cubins import load_kernels
 from medsa_deploy.kernels.postprocess import Region, postprocessing, regions
 from medsa_deploy.kernels.preprocess import EXTREMES_BYTES
 from medsa_deploy.nvidia import cuda
@@ -39,9 +40,9 @@ def cases(number: int) -> settings:
 class OnGpu:
     """Runs the kernels on copies of numpy's arrays."""
 
-    def __init__(self, gpu: Gpu, cubins: dict[str, bytes]) -> None:
+    def __init__(self, gpu: Gpu, load_module: Callable[[str], Any]) -> None:
         self.gpu = gpu
-        self.modules = {source: gpu.module(data) for source, data in cubins.items()}
+        self.modules = {source: load_module(source) for source in fake_gpu.PARAMETERS}
 
     def put(self, data: bytes) -> int:
         address = self.gpu.allocate(len(data))
@@ -106,14 +107,20 @@ def on_gpu(request: pytest.FixtureRequest) -> Iterator[OnGpu]:
     """This machine's GPU; or the stand-in, where a test asks for it."""
     if request.node.get_closest_marker("gpu") is None:
         fake_gpu.install(request.getfixturevalue("monkeypatch"))
-        cubins = {source: source.encode() for source in fake_gpu.PARAMETERS}
+        gpu = Gpu()
+
+        def load_module(source: str) -> Any:
+            return gpu.module(source.encode())
     else:
         device = cuda.device()
         assert device is not None
-        cubins = {source: cubin(source, device.capability) for source in fake_gpu.PARAMETERS}
-    gpu = Gpu()
+        gpu, driver_cuda = Gpu(), int(device.driver_cuda.partition(".")[0])
+
+        def load_module(source: str) -> Any:
+            return load_kernels(source, device.capability, gpu.module, driver_cuda=driver_cuda)
+
     with gpu.current():
-        yield OnGpu(gpu, cubins)
+        yield OnGpu(gpu, load_module)
     gpu.close()
 
 

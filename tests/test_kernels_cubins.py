@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,9 @@ def test_every_architecture_compiles_without_a_warning(source, compiler, target)
 
 def test_the_usual_targets_are_known_to_every_compiler() -> None:
     for compiler in {id(known): known for _, known, _ in ALL}.values():
-        assert set(cubins.TARGETS) <= set(compiler.targets)
+        *usual, ptx = cubins.TARGETS
+        assert {"sm103", "sm110", "sm121"} < set(usual) <= set(compiler.targets)
+        assert ptx.replace("compute", "sm") in compiler.targets
 
 
 @pytest.fixture
@@ -75,13 +78,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
     real: Compiler = Nvcc(path=NVCC, options=QUICK) if NVCC else Nvrtc(NVRTC)
 
     class Counting:
-        name, targets = real.name, real.targets
+        name, targets, cuda = real.name, real.targets, real.cuda
 
         def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
             compiled.append((source.stem, target))
             return real.cubin(source, target)
 
-    monkeypatch.setattr(cubins, "find_compiler", lambda target=None: Counting())
+    monkeypatch.setattr(cubins, "find_compiler", lambda *wanted: Counting())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return compiled
 
@@ -90,7 +93,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither nvcc nor NVRTC, and an empty cache."""
     monkeypatch.setattr(compilers, "find_nvcc", lambda: None)
-    monkeypatch.setattr(compilers, "find_nvrtc", lambda: None)
+    monkeypatch.setattr(compilers, "find_nvrtc", lambda driver_cuda: None)
     monkeypatch.setattr(cubins, "find_compiler", compilers.find_compiler.__wrapped__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
 
@@ -222,6 +225,131 @@ def test_a_compiler_that_knows_the_target_is_taken(
     compilers.find_compiler.cache_clear()
 
 
+def test_another_compilers_cubins_are_not_used(quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    cubins.cubin("postprocess", "sm86")
+    compiler = type(cubins.find_compiler())
+    monkeypatch.setattr(compiler, "name", "nvcc 12.6.1")
+    cubins.cubin("postprocess", "sm86")
+    assert len(quick) == 2
+    assert len(list(cubins.cache_folder().glob("*-sm86-nvcc_12.6.1-*"))) == 1
+
+
+class Driver:
+    """Takes the code that `accepts` says, and notes what it was offered."""
+
+    def __init__(self, accepts: Callable[[bytes], bool]) -> None:
+        self.accepts, self.offered = accepts, list[bytes]()
+
+    def load(self, content: bytes) -> bytes:
+        self.offered.append(content)
+        if not self.accepts(content):
+            raise BuildError("the driver does not take the kernels")
+        return content
+
+
+class NamedCompiler:
+    """Its code says who compiled it, for what and how often."""
+
+    name, cuda, targets = "named 12.6", 12, ("sm75", "sm80", "sm86", "sm87", "sm120")
+    count = 0
+
+    def cubin(self, source: Path, target: str) -> tuple[bytes, str]:
+        NamedCompiler.count += 1
+        return f"{target} {self.count}".encode(), ""
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(NamedCompiler, "count", 0)
+    monkeypatch.setattr(cubins, "find_compiler", lambda *wanted: NamedCompiler())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_refused_cubin_is_dropped_and_compiled(named, bundle: Path, tmp_path: Path) -> None:
+    """A bundle's, and one that is cached: by a driver that takes what is compiled now."""
+    mine = copied(bundle, tmp_path)
+    cubins.build(mine, ["sm86"])  # 1 and 2
+    driver = Driver(lambda content: content == b"sm86 3")
+    for _ in range(2):
+        assert cubins.load_kernels("preprocess", "sm86", driver.load, bundle=mine) == b"sm86 3"
+    assert driver.offered == [b"sm86 1", b"sm86 3", b"sm86 1", b"sm86 3"]
+    later = Driver(lambda content: content == b"sm86 4")
+    assert cubins.load_kernels("preprocess", "sm86", later.load) == b"sm86 4"
+    assert later.offered == [b"sm86 3", b"sm86 4"]
+    (cached,) = cubins.cache_folder().iterdir()
+    assert cached.read_bytes() == b"sm86 4"
+
+
+def test_a_driver_that_takes_nothing_leaves_an_empty_cache(named) -> None:
+    driver = Driver(lambda content: False)
+    with pytest.raises(BuildError, match="does not take the kernels"):
+        cubins.load_kernels("preprocess", "sm86", driver.load)
+    assert driver.offered == [b"sm86 1", b"compute86 2"]
+    assert not list(cubins.cache_folder().glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("sm86", ["sm86", "sm80", "sm86", "compute75", "compute86"]),
+        ("sm89", ["sm86", "sm80", "compute75", "compute87"]),
+        ("sm87", ["sm87", "sm87", "compute75", "compute87"]),
+        ("sm121", ["sm120", "compute75", "compute120"]),
+        ("sm103", ["compute75", "compute87"]),
+        ("sm90", ["compute75", "compute87"]),
+    ],
+)
+def test_forms_are_offered_best_first(
+    named, bundle: Path, tmp_path: Path, target: str, expected: list[str]
+) -> None:
+    """Its own cubin, lower minors of its capability unless one is a Jetson's, and PTX last."""
+    mine = copied(bundle, tmp_path)
+    cubins.build(mine)
+    driver = Driver(lambda content: False)
+    with pytest.raises(BuildError):
+        cubins.load_kernels("postprocess", target, driver.load, bundle=mine)
+    assert [content.decode().split()[0] for content in driver.offered] == expected
+
+
+def test_what_a_compiler_does_not_know_is_left_out_of_the_usual_targets(
+    named, bundle: Path, tmp_path: Path
+) -> None:
+    mine = copied(bundle, tmp_path)
+    kernels = cubins.build(mine)
+    assert [file.path for file in kernels.files if file.source == "preprocess"] == [
+        *(f"preprocess-{target}.cubin" for target in NamedCompiler.targets),
+        "preprocess-compute75.ptx",
+    ]
+    done = call("build-kernels", mine, "--target", "sm_103")
+    assert done.code == 2
+    assert "named 12.6 does not compile for sm103" in done.err
+
+
+@pytest.mark.parametrize("compiler", {known.name: known for _, known, _ in ALL}.values())
+def test_ptx_is_text_that_ends(compiler) -> None:
+    """For a driver, which looks for its end."""
+    ptx, messages = compiler.cubin(cubins.source_path("postprocess"), "compute75")
+    assert messages == ""
+    assert b".target sm_75" in ptx
+    assert b".entry threshold_masks" in ptx
+    assert ptx.endswith(b"\0")
+
+
+def test_a_compiler_no_newer_than_the_driver_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = tmp_path / "nvcc"
+    new.write_text("#!/bin/sh\necho compute_75\necho 'release 14.1, V14.1.7'\n")
+    new.chmod(0o755)
+    monkeypatch.setattr(compilers, "find_nvcc", lambda: str(new))
+    compilers.find_compiler.cache_clear()
+    assert compilers.find_compiler("sm75").cuda == 14
+    assert compilers.find_compiler("sm75", 14).cuda == 14
+    assert compilers.find_compiler("sm75", 13).name.startswith("NVRTC 13")
+    assert compilers.find_compiler("sm75", 12).cuda == 14  # both are too new: the first
+    compilers.find_compiler.cache_clear()
+
+
 def test_the_newest_nvrtc_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda_nvrtc/lib/libnvrtc.so.12", "cu13/lib/libnvrtc.so.13"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -231,6 +359,8 @@ def test_the_newest_nvrtc_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     newest = compilers.find_nvrtc()
     assert newest is not None
     assert newest.endswith("libnvrtc.so.13")
+    chosen = [compilers.find_nvrtc(driver_cuda) for driver_cuda in (11, 12, 13, 14)]
+    assert [str(path)[-2:] for path in chosen] == ["13", "12", "13", "13"]
 
 
 def test_without_a_compiler_the_extra_is_named(no_compiler, bundle: Path, tmp_path: Path) -> None:

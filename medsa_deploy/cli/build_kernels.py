@@ -19,7 +19,8 @@ def build_kernels(
         list[str] | None,
         typer.Option(
             metavar="smXX",
-            help="Compute capability to compile for, repeatable; default the common ones",
+            help="Compute capability to compile for, repeatable; computeXX for PTX, which newer "
+            "GPUs take as well; default the common ones, and PTX",
         ),
     ] = None,
     json: Json = False,

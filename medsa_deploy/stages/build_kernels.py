@@ -27,9 +27,12 @@ class KernelBuild:
 def build_kernels(
     bundle: Path, targets: Sequence[str] = (), *, on_step: OnStep = lambda step: None
 ) -> KernelBuild:
-    """Compile the kernels for `targets`, such as `sm87` or `sm_87`; default `cubins.TARGETS`."""
+    """Compile the kernels for `targets`, such as `sm87` or `sm_87`; `compute75` is PTX.
+
+    Without targets, for those of `cubins.TARGETS` that the compiler knows.
+    """
     start = perf_counter()
-    architectures = [target.replace("sm_", "sm") for target in targets] or cubins.TARGETS
+    architectures = [target.replace("_", "") for target in targets]
     build = cubins.build(bundle, architectures, on_step=on_step)
     return KernelBuild(
         bundle=bundle,

@@ -50,9 +50,9 @@ class _Planned:
 class FramePreprocessor:
     """Runs the preprocessing kernels on a `Gpu` that is current, which owns the memory."""
 
-    def __init__(self, gpu: Gpu, size: int, cubin: Callable[[], bytes]) -> None:
-        """`size`: S of the network. `cubin`: the kernels for this GPU, asked for once."""
-        self._gpu, self._size, self._cubin = gpu, size, cubin
+    def __init__(self, gpu: Gpu, size: int, load_module: Callable[[], Any]) -> None:
+        """`size`: S of the network. `load_module`: gives the kernels, loaded; called once."""
+        self._gpu, self._size, self._load_module = gpu, size, load_module
         self._module: Any = None
         self._output = 0
         self._planned: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
@@ -71,7 +71,7 @@ class FramePreprocessor:
         layout = _format(interface)
         self._gpu.wait_for_owner(interface)
         if self._module is None:
-            self._module = self._gpu.module(self._cubin())
+            self._module = self._load_module()
         if not self._output:
             self._output = self._gpu.allocate(FLOAT32 * 3 * self._size**2)
         planned = self._plan(layout, conventions, window)

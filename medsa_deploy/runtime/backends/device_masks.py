@@ -42,11 +42,11 @@ class _Planned:
 class MaskMaker:
     """Runs the postprocessing kernels on a `Gpu` that is current, which owns the memory."""
 
-    def __init__(self, gpu: Gpu, cubin: bytes, logits: tuple[int, ...]) -> None:
-        """cubin: the kernels for this GPU. logits: (P, K, 4g, 4g), of the decoder's largest run."""
+    def __init__(self, gpu: Gpu, module: Any, logits: tuple[int, ...]) -> None:
+        """module: the kernels, loaded. logits: (P, K, 4g, 4g), of the decoder's largest run."""
         self._gpu = gpu
         self._most_sets, self._count, self._side, _ = logits
-        self._module: Any = gpu.module(cubin)
+        self._module = module
         self._planned: OrderedDict[tuple[Any, ...], _Planned] = OrderedDict()
 
     def queue(

@@ -25,7 +25,7 @@ from medsa_deploy.errors import (
     PromptError,
     UsageError,
 )
-from medsa_deploy.kernels.cubins import cubin
+from medsa_deploy.kernels.cubins import load_kernels
 from medsa_deploy.nvidia import cuda, tensorrt_api
 from medsa_deploy.nvidia.cuda import Gpu
 from medsa_deploy.nvidia.device_array import DeviceArray, on_device
@@ -68,8 +68,7 @@ class TensorRTBackend:
         library = tensorrt_api.load(flavor)
         described = tensorrt_api.describe(library, flavor)
         self._engine = check_loadable(folder, manifest, library=described, device=device)
-        bundle, capability = folder.parent.parent, device.capability if device else ""
-        self._cubin = partial(cubin, target=capability, bundle=bundle)
+        self._bundle, self._device = folder.parent.parent, device
         self._about = {"version": described.version, "device": device.name if device else None}
         self.name: str = flavor
         self._flavor = flavor
@@ -107,7 +106,9 @@ class TensorRTBackend:
                 self._no_mask = self._zeros(self._decoder.largest["mask_input"])
             (shape,) = self._encoder.output_shapes(self._encoder.smallest["image"][0])
             size = self._encoder.largest["image"][-1]
-            self._frames = FramePreprocessor(self._gpu, size, partial(self._cubin, "preprocess"))
+            self._frames = FramePreprocessor(
+                self._gpu, size, partial(self._load_kernels, "preprocess")
+            )
             self._masks = self._mask_maker()
             embeddings = self._pool.array(shape), self._pool.array(shape)
             del embeddings  # the pool now has memory for an image and the next
@@ -117,7 +118,7 @@ class TensorRTBackend:
         most_rows = max(shape[0] for shape in self._decoder.largest.values())
         logits, *_ = self._decoder.output_shapes(most_rows)
         try:
-            return MaskMaker(self._gpu, self._cubin("postprocess"), logits)
+            return MaskMaker(self._gpu, self._load_kernels("postprocess"), logits)
         except (BuildError, MissingDependencyError) as e:
             logger.warning(
                 "masks are made on the processor: %s; or put kernels for this GPU into the bundle, "
@@ -125,6 +126,17 @@ class TensorRTBackend:
                 e,
             )
             return None
+
+    def _load_kernels(self, source: str) -> Any:
+        """Kernels that this GPU's driver takes; see `load_kernels`."""
+        assert self._device is not None  # check_loadable saw it
+        return load_kernels(
+            source,
+            self._device.capability,
+            self._gpu.module,
+            bundle=self._bundle,
+            driver_cuda=int(self._device.driver_cuda.partition(".")[0]),
+        )
 
     def encode(self, image: Any) -> Any:
         """image (B, 3, S, S) on the host or the GPU → image_embeddings (B, 256, g, g) on the GPU.
