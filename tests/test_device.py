@@ -5,6 +5,7 @@ What runs here is the package's own code; what stands in is pycuda, cuda-binding
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -956,6 +957,26 @@ def test_kernels_of_rtx_are_kept(monkeypatch, tmp_path: Path) -> None:
     open_engines(plain, folder, flavor="rtx").close()
     assert machine.runtime_cache == b"compiled kernels"
     assert not list(folder.glob("*cache*"))
+
+
+def test_kernels_of_rtx_that_cannot_be_kept_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = fake_gpu.install(monkeypatch, name="tensorrt_rtx")
+    plain = session_of(machine)
+    folder = write(tmp_path / "x", plain.manifest, describe("rtx"))
+    session = open_engines(plain, folder, flavor="rtx")
+
+    def write_half(path: Path, data: bytes) -> None:
+        with path.open("wb") as f:
+            f.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    session.close()
+    assert list((tmp_path / "medsa-deploy" / "rtx").iterdir()) == []
+    assert machine.used == 0
 
 
 def chain(session: Session, plain: Session, *, also=()) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from dataclasses import asdict, replace
@@ -234,6 +235,23 @@ def test_a_large_engine_is_refused_in_under_a_second(folder: Path, manifest: Man
     assert time.perf_counter() - start < 0.5
     with pytest.raises(errors.EngineChangedError, match="another SHA-256"):
         check(folder, manifest)
+
+
+def test_a_description_that_cannot_be_written_leaves_the_earlier_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    engine = load_engines(folder)
+
+    def write_half(path: Path, data: bytes) -> None:
+        with path.open("wb") as f:
+            f.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        save_engines(replace(engine, state="verified"), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 sizes = st.lists(st.integers(1, 64), min_size=3, max_size=3).map(sorted)
