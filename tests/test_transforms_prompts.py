@@ -147,9 +147,9 @@ def test_corners_of_the_image_are_inside(point):
 
 
 def test_a_mask_alone_is_a_prompt():
+    """As in SAM's predictor, which pads points only."""
     coords, labels = converted(mask=np.zeros((MASK_SIZE, MASK_SIZE)))
-    np.testing.assert_array_equal(coords, [[0, 0]])
-    np.testing.assert_array_equal(labels, [-1])
+    assert (coords.shape, labels.shape) == ((0, 2), (0,))
 
 
 @pytest.mark.parametrize("sets", [1, 3])

@@ -150,7 +150,7 @@ class Conventions:
     """Factor on coordinates, applied after `point_frame`."""
     pad_points: int | None = None
     """Points in a padded set, box corners included; padding is (−1, −1) with label −1. 0: none.
-    None: SAM's rule, one point (0, 0) with label −1 in a set without a box."""
+    None: SAM's rule, one point (0, 0) with label −1 after points without a box."""
     intensity_window: tuple[float, float] | None = None
     """Intensities mapped to black and white, for images that are not 8-bit."""
     threshold: float = 0.5

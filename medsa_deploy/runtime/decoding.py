@@ -163,7 +163,7 @@ def _in_order(
 
 
 def _has_prompt(prompt: Prompt) -> bool:
-    """Whether a prompt set holds more than the padding point that every set without a box gets."""
+    """Whether a prompt set holds anything."""
     return len(prompt.points) > 0 or prompt.box is not None or prompt.mask is not None
 
 

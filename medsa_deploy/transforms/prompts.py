@@ -95,7 +95,8 @@ def network_prompt(
     """A prompt set → the decoder's `point_coords` (N', 2) and `point_labels` (N',), float32.
 
     Points first, then the box's two corners with labels 2 and 3, then padding of label −1: one
-    point (0, 0), only when there is no box, or as many (−1, −1) as `pad_points` wants. Coordinates
+    point (0, 0) after points without a box, or as many (−1, −1) as `pad_points` wants. A mask alone
+    has no points at all: N' is 0. Coordinates
     are pixels of the network's frame (`point_frame` "image": of the image), times `point_scale`,
     x and y swapped for `point_order` "yx". SAM's +0.5 is in the graph. `mask_size`: 4g; None for a
     network without mask prompts. PromptError for points and boxes outside the image, an empty box,
@@ -122,8 +123,9 @@ def network_prompt(
 def _padding(prompt: Prompt, points: int, pad_points: int | None) -> Floats:
     """(n, 2) coordinates of the padding points of a set that has `points`, box corners included."""
     if pad_points is None:
-        # SAM gives every set without a box one such token; a second one changes the masks
-        return np.zeros((1 if prompt.box is None else 0, 2), np.float32)
+        # SAM pads points without a box, but not a mask alone; another token changes the masks
+        padded = len(prompt.points) > 0 and prompt.box is None
+        return np.zeros((1 if padded else 0, 2), np.float32)
     if points > pad_points > 0:
         raise PromptError(
             f"the prompt has {points} points (a box counts as two), but this network takes at most "
