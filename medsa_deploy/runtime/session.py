@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Thread
 from time import perf_counter
 from types import TracebackType
 from typing import Self
@@ -168,9 +169,16 @@ class Session:
             sizes = sorted({frame.image_size for frame in frames})
             raise ImageError(f"the slices of a chunk have different sizes: {sizes}")
         prepared = perf_counter()
-        values = backend.encode(batch[0][None] if len(batch) == 1 else np.stack(batch))
-        split = as_split_decoder(backend)
-        part = None if split is None else split.decode_image(values)
+        side = 4 * self.manifest.network.embedding_size
+        # for the first click; onnxruntime and openvino compute outside of Python's lock
+        preparing = Thread(target=transforms.prepare_upsampling, args=(side, frames[0]))
+        preparing.start()
+        try:
+            values = backend.encode(batch[0][None] if len(batch) == 1 else np.stack(batch))
+            split = as_split_decoder(backend)
+            part = None if split is None else split.decode_image(values)
+        finally:
+            preparing.join()
         end = perf_counter()
         check_finite(backend, "an embedding", values)
         each = 1e3 / len(images)

@@ -5,7 +5,7 @@ These steps surround the graphs. They must be those of the network's training, o
 
 from .image import Frame, frame_of, preprocess
 from .intensities import check_not_flat, display_values, intensities
-from .masks import label_map, probability_to_logit, upsample
+from .masks import label_map, prepare_upsampling, probability_to_logit, upsample
 from .preprocessing import PREPROCESSING, PreprocessingSpec
 from .prompts import NO_MASK_PROMPTS, Prompt, network_prompt, prompts
 
@@ -21,6 +21,7 @@ __all__ = [
     "intensities",
     "label_map",
     "network_prompt",
+    "prepare_upsampling",
     "preprocess",
     "probability_to_logit",
     "prompts",

@@ -21,13 +21,25 @@ def upsample(logits: Floats, frame: Frame) -> Floats:
     `postprocess_masks`. Both steps are linear, so they are applied as one.
     """
     logits = np.asarray(logits, dtype=np.float32)
-    rows, columns = (
-        resampling.upsample_operator(n, frame.network_size, content, size)
-        for n, content, size in zip(
-            logits.shape[-2:], frame.content_size, frame.image_size, strict=True
-        )
-    )
+    rows, columns = _upsample_operators(logits.shape[-2], frame)
     return resampling.resample(logits, rows, columns)
+
+
+def prepare_upsampling(side: int, frame: Frame) -> None:
+    """Build what `upsample` needs for logits (4g, 4g) of a frame, so that the first click has it.
+
+    `side`: 4g. Operators stay in memory for the frames that were used last.
+    """
+    _upsample_operators(side, frame)
+
+
+def _upsample_operators(side: int, frame: Frame) -> tuple[resampling.Operator, resampling.Operator]:
+    """Along rows, and along columns."""
+    rows, columns = (
+        resampling.upsample_operator(side, frame.network_size, content, size)
+        for content, size in zip(frame.content_size, frame.image_size, strict=True)
+    )
+    return rows, columns
 
 
 def probability_to_logit(threshold: float) -> float:
