@@ -1,6 +1,7 @@
 # make demo   real weights → bundle → masks on a real MR image
 # make test   every check and test (what CI runs)
-# make gpu-check   on a machine with an NVIDIA GPU: kernels, engines, sessions, latencies, recorded
+# make gpu-check   on a machine with an NVIDIA GPU: kernels, engines, sessions, latencies, recorded;
+#                  PARTS="kernels engines" for some of it, REHEARSE=1 on stand-ins, without a GPU
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -17,16 +18,16 @@ demo: $(STAMP)
 test: check unit
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --cov
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --cov
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 gpu-check: $(STAMP)
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(PARTS)
 
 # Type checker and import linter see a plain install: an editable one hides exporters/ from them.
 check: $(STAMP)

@@ -23,7 +23,7 @@ from medsa_deploy.evaluation.parity import run_case
 from medsa_deploy.exporters.architecture import Architecture, Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
 from medsa_deploy.exporters.families.sam_vit import folded as vit
-from medsa_deploy.exporters.graphs import contract
+from medsa_deploy.exporters.graphs import contract, export_encoder
 from medsa_deploy.exporters.networks import build_reference, fold
 from medsa_deploy.exporters.reference import ReferenceNetwork
 
@@ -272,17 +272,15 @@ def test_batches_of_whole_chunks_in_onnxruntime(
 
 
 def test_paper_grouping_in_onnxruntime(checkpoint_of, tmp_path: Path) -> None:
-    path = checkpoint_of("medsa_hyp_3d")
-    options = ("--depth-chunk", 4, "--sd-trans", "paper", "--classes", 2)
-    done = call("export", path, "-o", tmp_path / "paper.medsa", *options)
-    assert done.code == 0, done.err
-    made = load_manifest(tmp_path / "paper.medsa")
-    assert made.network.sd_trans == "paper"
-    network = build_reference(made.network, load_checkpoint(path).tensors)
+    loaded = load_checkpoint(checkpoint_of("medsa_hyp_3d"))
+    network = infer(loaded, Overrides(depth_chunk=4, sd_trans="paper", classes=2)).network
+    assert network.sd_trans == "paper"
+    reference = build_reference(network, loaded.tensors)
+    path = tmp_path / "encoder.onnx"
+    export_encoder(fold(reference).encoder, contract(network)["encoder"], path, chunk=4)
     images = seeded.image(6, (8, 3, 256, 256))
-    encoder = ort.InferenceSession(tmp_path / "paper.medsa" / "encoder.onnx")
-    (found,) = encoder.run(None, {"image": images})
-    assert relative_l2(found, network.encode(torch.from_numpy(images)).numpy()) <= 2e-5
+    (embeddings,) = ort.InferenceSession(path).run(None, {"image": images})
+    assert relative_l2(embeddings, reference.encode(torch.from_numpy(images)).numpy()) <= 2e-5
 
 
 def test_the_depth_branch_projects_nothing_twice(bundle_3d: Path) -> None:

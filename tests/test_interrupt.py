@@ -103,7 +103,7 @@ def test_an_interrupted_folder_leaves_whole_masks_only(
     for i in range(300):
         PIL.Image.fromarray(np.roll(pixels, i, axis=1)).save(frames / f"{i:03}.bmp")
     process = begun("run", bundle, frames, "--point", "100,100", "-o", masks)
-    while not (masks.exists() and len(list(masks.glob("*.mask.png"))) > 3):
+    while not (masks.exists() and len(list(masks.glob("[0-9]*.mask.png"))) > 3):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     assert_interrupted(ended(process, number))

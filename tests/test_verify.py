@@ -194,7 +194,7 @@ def test_difference() -> None:
     assert difference(expected, expected) == TensorParity(relative_l2=0, max_abs=0)
     found = difference(expected, np.array([3.0, 4.5], np.float32))
     assert found == TensorParity(relative_l2=pytest.approx(0.1), max_abs=0.5)
-    with pytest.raises(ParityError, match=r"shapes: \(1,\), expected \(2,\)"):
+    with pytest.raises(ParityError, match=r"shapes: found \(1,\), expected \(2,\)"):
         difference(expected, expected[:1])
 
 

@@ -41,9 +41,17 @@ def whole(shape: tuple[int, ...]) -> Structure:
 
 
 def segmented(
-    session: Session, path: Path, *structures: Structure, options: VolumeOptions, **others: Any
+    session: Session,
+    path: Path,
+    *structures: Structure,
+    options: VolumeOptions,
+    mask: Path | None = None,
+    **selection: Any,
 ) -> VolumeSegmentation:
-    return stages.segment_volume_file(session, path, structures, options, **others)
+    chosen = stages.VolumeSelection(**selection)
+    return stages.segment_volume_file(
+        session, path, structures, options, mask=mask, selection=chosen
+    )
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
@@ -122,7 +130,7 @@ def test_one_of_several_volumes(folder: Path) -> None:
     with pytest.raises(ImageError, match=r"choose one of its volumes \(--volume\) 0…2"):
         segmented(session, folder / "4d.nii.gz", whole(SHAPE), options=options, mask=out)
     assert not out.exists()
-    segmented(session, folder / "4d.nii.gz", whole(SHAPE), options=options, mask=out, number=1)
+    segmented(session, folder / "4d.nii.gz", whole(SHAPE), options=options, mask=out, volume=1)
     np.testing.assert_array_equal(np.asarray(nibabel.load(out).dataobj), array[..., 1] > 0)
 
 
