@@ -219,7 +219,7 @@ def test_verify_judges_it(bundle: Path, tmp_path: Path) -> None:
     assert all("encoder-onnxruntime: " in failure for failure in failures)
 
 
-@pytest.mark.parametrize("head_size", [16, 20])
+@pytest.mark.parametrize("head_size", [16, pytest.param(20, marks=pytest.mark.slow)])
 def test_zero_tables_and_other_head_sizes(export, image: np.ndarray, head_size: int) -> None:
     made = export(f"zero{head_size}", head_size=head_size)
     assert operators(made / NAME).count("MultiHeadAttention") == 1

@@ -15,7 +15,6 @@ import onnx
 import PIL.Image
 import pytest
 from command_line import accept_changes, call, command, contents, copied, start
-from golden_cases import TABLELESS_2D, GoldenCase
 from onnx import helper, numpy_helper
 
 from medsa_deploy import load, stages
@@ -26,7 +25,6 @@ from medsa_deploy.bundle.node_names import module_of
 from medsa_deploy.evaluation.cases import parity_cases, seeded_image
 from medsa_deploy.evaluation.metrics import dice
 from medsa_deploy.evaluation.parity import DICE_TOLERANCE, LIMITS, parity_failures
-from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.graph.files import load_graph
 from medsa_deploy.stages.quantize.candidates import CandidateRunner
 
@@ -94,20 +92,10 @@ def test_float16_is_in_the_bundle_with_its_recipe(half: Path, bundle: Path) -> N
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_the_network(name: str, checkpoint_of: Any, tmp_path: Path) -> None:
-    case = GoldenCase(name)
-    size = case.size if name in TABLELESS_2D else None
-    classes = None if name == "medsa_mobile" else case.classes
-    made = stages.export_checkpoint(
-        checkpoint_of(name),
-        output=tmp_path / "a.medsa",
-        base=None,
-        images=None,
-        overrides=Overrides(classes=classes, image_size=size),
-        force=False,
-    )
-    assert call("quantize", made.bundle, "--fp16").code == 0
-    assert parity_failures(load_manifest(made.bundle).parity[-1]) == []
+def test_every_form_of_the_network(name: str, bundle_of: Any, tmp_path: Path) -> None:
+    bundle = copied(bundle_of(name), tmp_path)
+    assert call("quantize", bundle, "--fp16").code == 0
+    assert parity_failures(load_manifest(bundle).parity[-1]) == []
 
 
 def test_a_network_that_sees_depth(bundle_3d: Path, tmp_path: Path) -> None:
@@ -320,23 +308,12 @@ def test_int8_goes_when_the_decoder_it_used_is_replaced(every: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_int8_of_every_form(name: str, checkpoint_of: Any, tmp_path: Path) -> None:
-    case = GoldenCase(name)
-    made = stages.export_checkpoint(
-        checkpoint_of(name),
-        output=tmp_path / "a.medsa",
-        base=None,
-        images=None,
-        overrides=Overrides(
-            classes=None if name == "medsa_mobile" else case.classes,
-            image_size=case.size if name in TABLELESS_2D else None,
-        ),
-        force=False,
-    )
+def test_int8_of_every_form(name: str, bundle_of: Any, tmp_path: Path) -> None:
+    bundle = copied(bundle_of(name), tmp_path)
     images = images_in(tmp_path / "images", 32)
     for target in ("tensorrt", "cpu"):
-        stages.quantize_bundle(made.bundle, precision="int8", calibration=[images], target=target)
-    assert call("verify", made.bundle).code == 0
+        stages.quantize_bundle(bundle, precision="int8", calibration=[images], target=target)
+    assert call("verify", bundle).code == 0
 
 
 # What goes wrong
