@@ -1,23 +1,30 @@
 """What this machine's GPU can do: the kernels, engines built on it and for it, and models on it.
 
-    make gpu-check     → benchmarks/results/GPU/gpu_check.json
+    make gpu-check                     → benchmarks/results/GPU/gpu_check.json
+    make gpu-check PARTS="kernels engines"
+    make gpu-check REHEARSE=1          every part on stand-ins, without a GPU
 
-Parts, each of which is said to be ok, failed, or not run for want of something that is named:
+Parts, most valuable first. Each says what it needs and about how long it takes, 15 minutes in all;
+then that it is ok, failed, or not run for want of something that is named. The record is written
+after each part, so that a run that is cut short keeps what it had; parts that are named are added.
 
 - kernels: on random frames and logits against their references;
 - sanitizer: the same under every tool of compute-sanitizer;
-- kernel_times: see gpu_kernels.py;
 - engines: of a small network with seeded weights, built by TensorRT on this GPU, and by
   TensorRT-RTX for it, by its compute capability and as "the current device";
-- sessions: every test of tests/test_gpu.py, with the engines of each library;
-- models: a Med-SA ViT-B at 1024×1024 with seeded weights, by every backend of a GPU in float32 and
-  float16: `medsa-deploy profile`, and the encoder's share of the measured float16 matrix peak.
+- sessions: engines and ONNX Runtime's CUDA provider against ONNX Runtime on the processor;
+- latency: of the small network, with CUDA graphs and without;
+- threads: two sessions in two threads, while a third is opened;
+- full_memory: a session on a GPU without free memory;
+- kernel_times: see gpu_kernels.py;
+- models: a Med-SA ViT-B at 1024×1024: see gpu_models.py.
 
 Exit code 1 if a part failed, 2 without an NVIDIA GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -26,25 +33,37 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from benchmarks.gpu_commands import (
+    ROOT,
+    NotRun,
+    build,
+    export,
+    installed_flavors,
+    knows_this_gpu,
+    need,
+    onnxruntime_has_cuda,
+    profile,
+    pytest_of,
+    rehearsing,
+    run_python,
+)
+from benchmarks.gpu_models import models
+from medsa_deploy.bundle.atomic import write_text
 from medsa_deploy.nvidia import cuda, tensorrt_api
 
-ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PROVIDER = "CUDAExecutionProvider"
-SIDE = 8192
-"""Side of the matrices whose product is the peak."""
-RUNS = 30
-Part = Callable[[Path], dict[str, Any]]
-"""Takes an empty folder and gives results; NotRun if something is missing, or another error."""
+SANITIZED_EXAMPLES = 15
+"""Random cases of a test under compute-sanitizer."""
+PYCUDA = "pip install '.[cuda]'"
 
 FOR_CURRENT = """
 import os, sys
@@ -66,12 +85,39 @@ print("ready", flush=True)
 """
 
 
-class NotRun(Exception):
-    """Something is missing; the message names it and what to install."""
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing to check."""
+
+    run: Callable[[Path], dict[str, Any]]
+    """Takes the folder that all parts share and gives results; NotRun if something is missing, or
+    another error."""
+    needs: str
+    """What it takes on a machine with a GPU."""
+    minutes: float
+    """About how long it takes there."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Check everything, say what came of each part, and write the record."""
+    parser = argparse.ArgumentParser(prog="gpu-check", description="Check this machine's GPU.")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; default all")
+    parser.add_argument("--rehearse", action="store_true", help="on stand-ins, without a GPU")
+    parser.add_argument("--results", type=Path, help="folder of the record")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}")
+    names = [name for name in PARTS if name in options.parts or not options.parts]
+    results = options.results or RESULTS
+    if options.rehearse and options.results is None:
+        results = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    with tempfile.TemporaryDirectory() as folder:
+        with stand_ins(Path(folder)) if options.rehearse else nullcontext():
+            return check(names, Path(folder), results)
+
+
+def check(names: Sequence[str], folder: Path, results: Path) -> int:
+    """Check some parts, add them to the record in `results`, and give the exit code."""
     device = cuda.device()
     if device is None:
         print(
@@ -79,43 +125,69 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    path = results / re.sub(r"\W+", "-", device.name.lower()).strip("-") / "gpu_check.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
+        **(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": asdict(device),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "rehearsal": rehearsing(),
     }
-    path = RESULTS / re.sub(r"\W+", "-", device.name.lower()).strip("-") / "gpu_check.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, part in PARTS.items():
-        record[name] = outcome(part)
+    for name in names:
+        part = PARTS[name]
+        print(f"{name}: needs {part.needs}; about {part.minutes:g} min", flush=True)
+        record[name] = {"outcome": "begun"}  # what is there stays, if it hangs
+        write_text(path, json.dumps(record, indent=2) + "\n")
+        start = perf_counter()
+        record[name] = outcome(part, folder) | {"seconds": round(perf_counter() - start, 1)}
         message = record[name].get("said")
         print(f"{name}: {record[name]['outcome']}{f': {message}' if message else ''}", flush=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")  # what is there stays, if one hangs
+        write_text(path, json.dumps(record, indent=2) + "\n")
     print(path)
-    return int(any(record[name]["outcome"] == "failed" for name in PARTS))
+    return int(any(record[name]["outcome"] == "failed" for name in names))
 
 
-def outcome(part: Part) -> dict[str, Any]:
+@contextmanager
+def stand_ins(folder: Path) -> Iterator[None]:
+    """The stand-ins of the tests in place of a GPU, its libraries and compute-sanitizer."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import pytest
+    import rehearsal
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        rehearsal.install(monkeypatch)
+        rehearsal.put_sanitizer(monkeypatch, folder)
+        yield
+
+
+def outcome(part: Part, folder: Path) -> dict[str, Any]:
     """What a part found, and whether it ran."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            return {"outcome": "ok"} | part(Path(folder))
+        return {"outcome": "ok"} | part.run(folder)
     except NotRun as e:
         return {"outcome": "not run", "said": str(e)}
     except Exception as e:  # the other parts are of use without it
         return {"outcome": "failed", "said": f"{type(e).__name__}: {e}"}
 
 
+def worst(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Results by name, with one outcome for all."""
+    failed = any(result["outcome"] == "failed" for result in results.values())
+    return {"outcome": "failed" if failed else "ok", **results}
+
+
 def kernels(folder: Path) -> dict[str, Any]:
     """The kernels against their references, on this GPU."""
-    need("pycuda", "pip install '.[cuda]'")
-    return pytest_of("tests/test_gpu_kernels.py")
+    need("pycuda", PYCUDA)
+    env = {"MEDSA_TEST_EXAMPLES": "3"} if rehearsing() else {}
+    return pytest_of("tests/test_gpu_kernels.py", env=env)
 
 
 def sanitizer(folder: Path) -> dict[str, Any]:
     """The same under compute-sanitizer, tool by tool."""
-    need("pycuda", "pip install '.[cuda]'")
+    need("pycuda", PYCUDA)
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     places = os.pathsep.join(str(Path(home) / "bin") for home in homes if home)
     name = "compute-sanitizer"
@@ -123,18 +195,23 @@ def sanitizer(folder: Path) -> dict[str, Any]:
     if program is None:
         raise NotRun(f"{name} was not found: it comes with the CUDA toolkit")
     results = {}
-    for tool in SANITIZERS:
+    for tool in SANITIZERS[:1] if rehearsing() else SANITIZERS:
         watched = (program, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
-        results[tool] = pytest_of("tests/test_gpu_kernels.py", "-k", "random", watched=watched)
-    worst = "failed" if any(result["outcome"] == "failed" for result in results.values()) else "ok"
-    return {"outcome": worst, **results}
+        env = {"MEDSA_TEST_EXAMPLES": "1" if rehearsing() else str(SANITIZED_EXAMPLES)}
+        results[tool] = pytest_of(
+            "tests/test_gpu_kernels.py", "-k", "random", watched=watched, env=env
+        )
+    return worst(results)
 
 
 def kernel_times(folder: Path) -> dict[str, Any]:
     """See gpu_kernels.py."""
-    need("pycuda", "pip install '.[cuda]'")
-    done = run_python("benchmarks/gpu_kernels.py")
-    return dict(json.loads(done.stdout))
+    need("pycuda", PYCUDA)
+    if rehearsing():
+        import rehearsal
+
+        return rehearsal.kernel_times()
+    return dict(json.loads(run_python("benchmarks/gpu_kernels.py").stdout))
 
 
 def engines(folder: Path) -> dict[str, Any]:
@@ -145,156 +222,72 @@ def engines(folder: Path) -> dict[str, Any]:
     bundle = export(folder)
     usable = [flavor for flavor in flavors if knows_this_gpu(flavor)]
     results: dict[str, Any] = {"built": [build(bundle, *case) for case in cases(usable)]}
-    if "rtx" in flavors:
+    if "rtx" in flavors and not rehearsing():
         results["rtx_for_current_device"] = for_current(bundle)
     failed = not all(engine["built"] for engine in results["built"])
     return {"outcome": "failed" if failed else "ok", **results}
 
 
 def sessions(folder: Path) -> dict[str, Any]:
-    """Every test of a session on a GPU, with the engines of each library; and ONNX Runtime's."""
-    need("pycuda", "pip install '.[cuda]'")
-    results = {
-        flavor: pytest_of(
-            "tests/test_gpu.py", "-k", "not onnxruntime", env={"MEDSA_TEST_FLAVOR": flavor}
-        )
-        for flavor in installed_flavors()
-        if knows_this_gpu(flavor)
-    }
+    """Every other test of a session on a GPU, with the engines of each library; ONNX Runtime's."""
+    results = by_flavor(folder, "not onnxruntime and not threads and not memory")
     if onnxruntime_has_cuda():
         results["onnxruntime"] = pytest_of("tests/test_gpu.py", "-k", "onnxruntime")
-    if not results:
-        raise NotRun("no backend of a GPU: pip install '.[cuda,tensorrt]', or '.[gpu]'")
-    failed = any(result["outcome"] == "failed" for result in results.values())
-    return {"outcome": "failed" if failed else "ok", **results}
+    return worst(results)
 
 
-def models(folder: Path) -> dict[str, Any]:
-    """A ViT-B by every backend of a GPU: latencies of every stage, and the encoder's share."""
-    from export import vit_b_checkpoint
+def threads(folder: Path) -> dict[str, Any]:
+    """Two sessions in two threads, while a third is opened."""
+    return worst(by_flavor(folder, "threads", rehearsed="rtx"))
 
-    flavors = [f for f in installed_flavors() if knows_this_gpu(f) and find_spec("pycuda")]
-    backends = [*flavors, *(["onnxruntime-cuda"] if onnxruntime_has_cuda() else [])]
-    if not backends:
-        raise NotRun("no backend of a GPU: pip install '.[cuda,tensorrt]', or '.[gpu]'")
-    vit_b_checkpoint(folder / "b.pth", rel_pos_scale=0.0)
-    bundle = folder / "b.medsa"
-    run_medsa("export", folder / "b.pth", check=True)
-    run_medsa("quantize", bundle, "--fp16", check=True)
-    gflop = encoder_gflop(folder / "b.pth", bundle)
-    peak = matrix_peak(folder) if "onnxruntime-cuda" in backends else None
-    runs = [
-        profiled(bundle, backend, precision, gflop, peak)
-        for backend in backends
-        for precision in ("fp32", "fp16")
-    ]
-    failed = not all("profile" in run for run in runs)
+
+def full_memory(folder: Path) -> dict[str, Any]:
+    """A session on a GPU without free memory."""
+    return worst(by_flavor(folder, "memory"))
+
+
+def by_flavor(
+    folder: Path, expression: str, *, rehearsed: tensorrt_api.Flavor = "tensorrt"
+) -> dict[str, dict[str, Any]]:
+    """Tests of a session with the engines of each library; NotRun if there is none.
+
+    rehearsed: the library that a rehearsal takes.
+    """
+    need("pycuda", PYCUDA)
+    flavors = [flavor for flavor in installed_flavors() if knows_this_gpu(flavor)]
+    if not flavors:
+        raise NotRun("no library of engines: pip install '.[cuda,tensorrt]'")
+    bundle = export(folder)
     return {
-        "outcome": "failed" if failed else "ok",
-        "encoder_gflop": gflop,
-        "float16_peak_tflop_per_s": peak,
-        "runs": runs,
+        flavor: pytest_of(
+            *("tests/test_gpu.py", "-k", expression),
+            env={"MEDSA_TEST_FLAVOR": flavor, "MEDSA_TEST_BUNDLE": str(bundle)},
+        )
+        for flavor in ([rehearsed] if rehearsing() else flavors)
     }
 
 
-def profiled(
-    bundle: Path, backend: str, precision: str, gflop: float, peak: float | None
-) -> dict[str, Any]:
-    """A backend's profile, with what it says where it cannot run; engines are built first."""
-    result: dict[str, Any] = {"backend": backend, "precision": precision}
-    if backend in tensorrt_api.FLAVORS:
-        result["engine"] = build(bundle, backend, precision)  # type: ignore[arg-type]
-        if not result["engine"]["built"]:
-            return result
-    options = ("--backend", backend, "--precision", precision, "--runs", RUNS, "--json")
-    done = run_medsa("profile", bundle, *options)
-    if done.returncode:
-        return result | {"said": last_lines(done)}
-    result["profile"] = json.loads(done.stdout)
-    encode = result["profile"]["stages"]["encode"]["p50_ms"]
-    result["encoder_tflop_per_s"] = gflop / encode
-    if peak is not None:
-        result["encoder_share_of_float16_peak"] = gflop / encode / peak
-    return result
-
-
-def encoder_gflop(checkpoint: Path, bundle: Path) -> float:
-    """Billions of additions and multiplications of the encoder's products, for one image."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from medsa_deploy.bundle.manifest import load_manifest
-    from medsa_deploy.exporters.checkpoint import load_checkpoint
-    from medsa_deploy.exporters.networks import build_reference
-
-    network = load_manifest(bundle).network
-    reference = build_reference(network, load_checkpoint(checkpoint).tensors).to("meta")
-    side = network.image_size
-    with FlopCounterMode(display=False) as counter:
-        reference.image_encoder(torch.empty(1, 3, side, side, device="meta"))
-    return float(counter.get_total_flops() / 1e9)
-
-
-def matrix_peak(folder: Path, provider: str = PROVIDER) -> float:
-    """TFLOP/s of the best of ten float16 products by ONNX Runtime's CUDA provider."""
-    import numpy as np
-    import onnxruntime as ort
-    from onnx import TensorProto, helper, save
-
-    half, shape = TensorProto.FLOAT16, [SIDE, SIDE]
-    device = "cuda" if provider == PROVIDER else "cpu"
-    a, b, c = (helper.make_tensor_value_info(name, half, shape) for name in "abc")
-    product = helper.make_node("MatMul", ["a", "b"], ["c"])
-    graph, path = helper.make_graph([product], "peak", [a, b], [c]), folder / "peak.onnx"
-    opset = helper.make_opsetid("", 20)
-    save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
-    session = ort.InferenceSession(path, providers=[provider])
-    binding, random = session.io_binding(), np.random.default_rng(0)
-    for name in "ab":
-        values = random.normal(0, 0.01, shape).astype(np.float16)
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values, device))
-    binding.bind_output("c", device)
-    seconds = []
-    for _ in range(12):
-        start = perf_counter()
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        seconds.append(perf_counter() - start)
-    return 2 * SIDE**3 / min(seconds[2:]) / 1e12
-
-
-def export(folder: Path) -> Path:
-    """A bundle of a small Med-SA network, from a golden case."""
-    import torch
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from golden_cases import GoldenCase
-
-    state = GoldenCase("medsa_2d").state_dict
-    torch.save({name: torch.from_numpy(value) for name, value in state.items()}, folder / "a.pth")
-    run_medsa("export", folder / "a.pth", check=True)
-    return folder / "a.medsa"
+def latency(folder: Path) -> dict[str, Any]:
+    """Of the small network's engines, with CUDA graphs and without."""
+    need("pycuda", PYCUDA)
+    flavors = [flavor for flavor in installed_flavors() if knows_this_gpu(flavor)]
+    if not flavors:
+        raise NotRun("no library of engines: pip install '.[cuda,tensorrt]'")
+    bundle, results = export(folder), {}
+    for flavor in flavors:
+        engine = build(bundle, flavor, "fp32")
+        for name, options in (("graphs", ()), ("no_graphs", ("--no-cuda-graphs",))):
+            result = profile(bundle, flavor, "fp32", *options) if engine["built"] else engine
+            replayed = result.get("profile", {}).get("facts", {}).get("cuda_graphs")
+            state = "ok" if replayed == (name == "graphs") else "failed"
+            results[f"{flavor}_{name}"] = {"outcome": state, **result}
+    return worst(results)
 
 
 def cases(flavors: list[tensorrt_api.Flavor]) -> Iterator[tuple[tensorrt_api.Flavor, str]]:
     """Every installed library with every precision that needs no images."""
-    yield from ((flavor, precision) for flavor in flavors for precision in ("fp32", "fp16"))
-
-
-def build(bundle: Path, flavor: tensorrt_api.Flavor, precision: str) -> dict[str, Any]:
-    """Build engines for this machine's GPU: what they are, or what was said instead."""
-    device = cuda.device()
-    assert device is not None
-    target = ["--target", device.capability] if flavor == "rtx" else []
-    done = run_medsa(
-        "build-engine", bundle, f"--{precision}", "--flavor", flavor, *target, "--json"
-    )
-    built = not done.returncode
-    result: dict[str, Any] = {"flavor": flavor, "precision": precision, "built": built}
-    if not built:
-        return result | {"said": done.stderr.strip().splitlines()[-1:]}
-    written = json.loads(done.stdout)
-    return result | {"engine": written["engine"], "seconds": written["seconds"]}
+    precisions = ("fp32",) if rehearsing() else ("fp32", "fp16")
+    yield from ((flavor, precision) for flavor in flavors for precision in precisions)
 
 
 def for_current(bundle: Path) -> dict[str, Any]:
@@ -315,84 +308,17 @@ def for_current(bundle: Path) -> dict[str, Any]:
     }
 
 
-def pytest_of(
-    *arguments: str, watched: tuple[str, ...] = (), env: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """Tests marked gpu, in a process of their own that another may watch."""
-    command = [*watched, sys.executable, "-m", "pytest", "-m", "gpu", "-q", *arguments]
-    environment = os.environ | (env or {})
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    state = "failed" if done.returncode else "ok"
-    return {"outcome": state, "said": last_lines(done) if done.returncode else tail(done.stdout)}
-
-
-def run_python(script: str) -> subprocess.CompletedProcess[str]:
-    """A script of this project, as its own process; RuntimeError with what it said if it fails."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(last_lines(done))
-    return done
-
-
-def need(library: str, install: str) -> None:
-    """NotRun where a library is not installed."""
-    if find_spec(library) is None:
-        raise NotRun(f"{library} is not installed: {install}")
-
-
-def installed_flavors() -> list[tensorrt_api.Flavor]:
-    """TensorRT and TensorRT-RTX, as far as they are here."""
-    return [flavor for flavor in tensorrt_api.FLAVORS if tensorrt_api.installed(flavor)]
-
-
-def knows_this_gpu(flavor: tensorrt_api.Flavor) -> bool:
-    """Whether a library builds for the GPU that is here; TensorRT-RTX says for which it does."""
-    device = cuda.device()
-    return (
-        flavor == "tensorrt"
-        or (device and device.capability) in tensorrt_api.query_library(flavor).targets
-    )
-
-
-def onnxruntime_has_cuda() -> bool:
-    """Whether ONNX Runtime is the build for GPUs."""
-    import onnxruntime
-
-    return PROVIDER in onnxruntime.get_available_providers()
-
-
-def tail(text: str) -> str:
-    """The last line."""
-    return (text.strip().splitlines() or [""])[-1]
-
-
-def last_lines(done: subprocess.CompletedProcess[str]) -> str:
-    """How a process that failed ended."""
-    return " | ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-
-
-def run_medsa(*arguments: object, check: bool = False) -> subprocess.CompletedProcess[str]:
-    """The command line, as its own process."""
-    return subprocess.run(
-        [sys.executable, "-m", "medsa_deploy.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=check,
-    )
-
-
 PARTS: dict[str, Part] = {
-    "kernels": kernels,
-    "sanitizer": sanitizer,
-    "kernel_times": kernel_times,
-    "engines": engines,
-    "sessions": sessions,
-    "models": models,
+    "kernels": Part(run=kernels, needs=f"pycuda ({PYCUDA}) and nvcc or NVRTC", minutes=1),
+    "sanitizer": Part(run=sanitizer, needs="the same, and compute-sanitizer", minutes=3),
+    "engines": Part(run=engines, needs="TensorRT or TensorRT-RTX, and torch", minutes=1.5),
+    "sessions": Part(run=sessions, needs="engines and pycuda; or onnxruntime-gpu", minutes=1.5),
+    "latency": Part(run=latency, needs="engines, pycuda and cuda-bindings", minutes=0.5),
+    "threads": Part(run=threads, needs="engines and pycuda", minutes=0.5),
+    "full_memory": Part(run=full_memory, needs="engines and pycuda", minutes=0.5),
+    "kernel_times": Part(run=kernel_times, needs="pycuda, torch and OpenCV", minutes=1),
+    "models": Part(run=models, needs="all of the above, and 8 GB of GPU memory", minutes=5.5),
 }
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

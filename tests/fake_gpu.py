@@ -42,6 +42,15 @@ ALIGNMENT = 256
 """Bytes: CUDA aligns what it allocates, and TensorRT wants scratch memory aligned."""
 
 
+KERNELS = threading.Lock()
+"""Held while a kernel runs: the host's fibers are one thread's at a time."""
+
+
+def run_kernel(launch: Launch) -> None:
+    with KERNELS:
+        cuda_on_host.run(launch)
+
+
 class CudaError(Exception):
     pass
 
@@ -99,7 +108,7 @@ class Machine:
 
     @property
     def used(self) -> int:
-        return sum(block.nbytes for block in self.blocks.values())
+        return sum(block.nbytes for block in list(self.blocks.values()))
 
     def check(self) -> None:
         assert getattr(self.current, "depth", 0) > 0, "no current context"
@@ -115,11 +124,12 @@ class Machine:
     def wait_for_all(self) -> None:
         """Wait for every stream, as the libraries do while they load; that breaks captures."""
         self.check()
-        assert all(stream.capturing is None for stream in self.streams.values()), "capture broken"
+        streams = list(self.streams.values())
+        assert all(stream.capturing is None for stream in streams), "capture broken"
 
     def view(self, address: int, size: int) -> np.ndarray:
         """Bytes at an address, all of one allocation."""
-        for start, block in self.blocks.items():
+        for start, block in list(self.blocks.items()):  # another thread may allocate
             if start <= address and address + size <= start + block.nbytes:
                 return block[address - start : address - start + size]
         raise AssertionError(f"{size} bytes at {address:#x} are not allocated")
@@ -298,7 +308,7 @@ def pycuda_driver(machine: Machine) -> ModuleType:
             if stream.capturing is not None and self._entry not in machine.loaded:
                 raise CudaLogicError("cuLaunchKernel failed: a capture allows no lazy loading")
             machine.loaded.add(self._entry)
-            stream.add(lambda: cuda_on_host.run(launch))
+            stream.add(lambda: run_kernel(launch))
 
     class Module:
         """A source of kernels, as host C++. A cubin is its name."""
@@ -338,7 +348,8 @@ def bindings_driver(machine: Machine) -> ModuleType:
         assert attribute is driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         if ptr in machine.elsewhere:
             return done, 1
-        if any(start <= ptr <= start + block.nbytes for start, block in machine.blocks.items()):
+        blocks = list(machine.blocks.items())
+        if any(start <= ptr <= start + block.nbytes for start, block in blocks):
             return done, 0
         return driver.CUresult.CUDA_ERROR_INVALID_VALUE, None
 
@@ -421,7 +432,8 @@ def engine_shapes(
         if isinstance(axis, int):
             return axis
         parts = [sizes[part] for part in re.findall(r"\w+", axis) if part in sizes]
-        return max(max(part) for part in parts) if all(len(part) == 1 for part in parts) else -1
+        is_static = parts and all(len(part) == 1 for part in parts)
+        return max(max(part) for part in parts) if is_static else -1
 
     return {name: tuple(size(axis) for axis in shape) for name, shape in tensors.items()}
 
@@ -617,6 +629,7 @@ def install(
     package = ModuleType("cuda")
     package.bindings = bindings
     for module in (pycuda, pycuda.driver, package, bindings, bindings.driver):
+        module.__spec__ = ModuleSpec(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for other in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.delitem(sys.modules, other, raising=False)

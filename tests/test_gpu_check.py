@@ -8,14 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fake_gpu
 import numpy as np
 import pytest
+import rehearsal
 
-from benchmarks import gpu_check, gpu_kernels
+from benchmarks import gpu_check, gpu_kernels, gpu_models
 from medsa_deploy.bundle.manifest import load_manifest
-from medsa_deploy.kernels import cubins
 from medsa_deploy.nvidia import cuda
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +25,16 @@ ROOT = Path(__file__).parents[1]
 def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
     """Hidden, if this machine has one."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_check.py"],
+        [sys.executable, "-m", "benchmarks.gpu_check", "--results", tmp_path],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
-        cwd=tmp_path,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
     assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
     assert done.stderr == (
         "gpu-check: no NVIDIA driver or GPU was found on this machine; nothing was checked\n"
     )
@@ -40,27 +42,15 @@ def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
 
 def test_kernels_are_timed_beside_what_they_replace(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the stand-in, whose milliseconds are the host's: that everything is there."""
-    machine = fake_gpu.install(monkeypatch)
+    machines: list[fake_gpu.Machine] = []
+    install = rehearsal.install
     monkeypatch.setattr(
-        cubins,
-        "load_kernels",
-        lambda source, target, load_module, driver_cuda: load_module(source.encode()),
+        rehearsal, "install", lambda patches: machines.append(install(patches)) or machines[0]
     )
-    small = {"WARM_UP": 0, "RUNS": 2, "REPEATS": 2, "ROTATED": 1 << 16, "S": 32}
-    for name, value in small.items():
-        monkeypatch.setattr(gpu_kernels, name, value)
-    frames = [
-        gpu_kernels.FrameCase(**{**vars(case), "shape": (20, 30, *case.shape[2:])})
-        for case in gpu_kernels.FRAMES
-    ]
-    masks = [
-        gpu_kernels.MaskCase(**{**vars(case), "image_size": (20, 30)}) for case in gpu_kernels.MASKS
-    ]
-    monkeypatch.setattr(gpu_kernels, "FRAMES", frames)
-    monkeypatch.setattr(gpu_kernels, "MASKS", masks)
-    record = gpu_kernels.measure(fake_gpu.DEVICE)
+    record = rehearsal.kernel_times()
+    (machine,) = machines
     assert record["copy_gb_per_s"] > 0
-    assert len(record["cases"]) == len(frames) + len(masks)
+    assert len(record["cases"]) == len(gpu_kernels.FRAMES) + len(gpu_kernels.MASKS)
     for case in record["cases"]:
         timed = {name: ms for name, ms in case.items() if name == "ms" or name.endswith("_ms")}
         floor = timed.pop("floor_ms")
@@ -145,28 +135,104 @@ def test_what_cannot_run_is_said_and_what_fails_ends_with_1(
     def cannot(folder: Path) -> None:
         raise gpu_check.NotRun("pip install something")
 
-    parts = {"good": lambda folder: {"found": 1}, "bad": fails, "absent": cannot}
+    def part(run: Callable[[Path], Any]) -> gpu_check.Part:
+        return gpu_check.Part(run=run, needs="a GPU", minutes=0.5)
+
+    parts = {"good": part(lambda folder: {"found": 1}), "bad": part(fails), "absent": part(cannot)}
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     assert gpu_check.main() == 1
-    record = json.loads((tmp_path / "nvidia-orin" / "gpu_check.json").read_text())
+    path = tmp_path / "nvidia-orin" / "gpu_check.json"
+    record = json.loads(path.read_text())
+    for name in parts:
+        assert record[name].pop("seconds") < 9
     assert record["good"] == {"outcome": "ok", "found": 1}
     assert record["bad"] == {"outcome": "failed", "said": "RuntimeError: no such luck"}
     assert record["absent"] == {"outcome": "not run", "said": "pip install something"}
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
-        "good: ok",
-        "bad: failed: RuntimeError: no such luck",
-        "absent: not run: pip install something",
+    needs = "needs a GPU; about 0.5 min"
+    assert capsys.readouterr().out.splitlines() == [
+        *(f"good: {needs}", "good: ok"),
+        *(f"bad: {needs}", "bad: failed: RuntimeError: no such luck"),
+        *(f"absent: {needs}", "absent: not run: pip install something"),
+        str(path),
     ]
     del parts["bad"]
     assert gpu_check.main() == 0
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And parts that are named are added to the record."""
+    fake_gpu.install(monkeypatch)
+
+    def cut(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    def part(run: Callable[[Path], Any]) -> gpu_check.Part:
+        return gpu_check.Part(run=run, needs="a GPU", minutes=0.5)
+
+    parts = {"first": part(lambda folder: {"found": 1}), "second": part(cut)}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    path = tmp_path / "nvidia-orin" / "gpu_check.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--results", str(tmp_path)])
+    assert json.loads(path.read_text())["first"]["found"] == 1
+    assert json.loads(path.read_text())["second"] == {"outcome": "begun"}
+    parts["second"] = part(lambda folder: {"found": 2})
+    assert gpu_check.main(["second", "--results", str(tmp_path)]) == 0
+    record = json.loads(path.read_text())
+    assert [record[name]["found"] for name in parts] == [1, 2]
+    with pytest.raises(SystemExit):
+        gpu_check.main(["third"])
+
+
+def test_the_rehearsal_runs_every_part_to_its_end(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MEDSA_TEST_BUNDLE", str(bundle))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = gpu_check.main(["--rehearse", "--results", str(tmp_path)])
+    output = capsys.readouterr().out
+    record = json.loads((tmp_path / "nvidia-orin" / "gpu_check.json").read_text())
+    assert code == 0, output
+    assert record["rehearsal"] is True
+    assert {record[name]["outcome"] for name in gpu_check.PARTS} == {"ok"}, output
+    for name, part in gpu_check.PARTS.items():
+        assert f"{name}: needs {part.needs}; about {part.minutes:g} min" in output
+    for name, expected in (("sessions", 6), ("threads", 1), ("full_memory", 1)):
+        (said,) = [result["said"] for result in record[name].values() if isinstance(result, dict)]
+        assert said.startswith(f"{expected} passed")
+    assert record["latency"]["tensorrt_graphs"]["profile"]["facts"]["cuda_graphs"] is True
+    assert {run["backend"] for run in record["models"]["runs"]} == {"tensorrt", "rtx"}
+    assert "MEDSA_REHEARSAL" not in os.environ
+
+
+def test_everything_takes_fifteen_minutes_on_a_gpu() -> None:
+    assert sum(part.minutes for part in gpu_check.PARTS.values()) <= 15
+
+
+def test_the_document_says_what_has_run_on_a_gpu() -> None:
+    """Each row says where it has run; nothing has where there is no record of it."""
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    table = text.partition("## What has run where\n\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    states = {row[0]: row[1] for row in rows[2:]}
+    assert len(states) >= 6
+    records = [json.loads(path.read_text()) for path in gpu_check.RESULTS.glob("*/gpu_check.json")]
+    devices = {record["device"]["name"] for record in records}
+    for name, state in states.items():
+        ran = state.startswith("run on ") and any(device in state for device in devices)
+        assert state == "not run" or ran, name
 
 
 def test_the_encoders_products_are_counted(
     bundle: Path, checkpoint_of: Callable[[str], Path]
 ) -> None:
     """Of blocks, adapters, patches and neck; attention and the padding of windows are the rest."""
-    gflop = gpu_check.encoder_gflop(checkpoint_of("medsa_2d"), bundle)
+    gflop = gpu_models.encoder_gflop(checkpoint_of("medsa_2d"), bundle)
     facts = load_manifest(bundle).network
     (width,), (depth,) = facts.widths, facts.depths
     block = (12 + 2 * 2 * 0.25) * width**2  # projections, MLP, and two adapters of a quarter
@@ -176,5 +242,5 @@ def test_the_encoders_products_are_counted(
 
 
 def test_the_peak_is_of_a_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "SIDE", 64)
-    assert 0 < gpu_check.matrix_peak(tmp_path, "CPUExecutionProvider") < 100
+    monkeypatch.setattr(gpu_models, "SIDE", 64)
+    assert 0 < gpu_models.matrix_peak(tmp_path, "CPUExecutionProvider") < 100

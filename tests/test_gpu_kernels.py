@@ -6,6 +6,7 @@ through the stand-in, to see that what runs them is right.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import test_kernels_postprocess as post
 import test_kernels_preprocess as pre
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rehearsal import rehearsing
 
 from medsa_deploy.kernels.axes import BLOCK, Launch
 from medsa_deploy.kernels.cubins import load_kernels
@@ -24,6 +26,10 @@ from medsa_deploy.kernels.preprocess import EXTREMES_BYTES
 from medsa_deploy.nvidia import cuda
 from medsa_deploy.nvidia.cuda import Gpu
 
+MOST_EXAMPLES = int(os.environ.get("MEDSA_TEST_EXAMPLES", "1000"))
+"""Of a test; under compute-sanitizer each takes many times as long."""
+SCANNER, NETWORK = ((60, 80), 64) if rehearsing() else ((1500, 2000), 1024)
+"""Size of a scanner's frame, and of the network's."""
 GUARD = 64
 """Bytes before and after an output that must stay as they are."""
 
@@ -31,7 +37,7 @@ GUARD = 64
 def cases(number: int) -> settings:
     """One GPU serves all cases of a test."""
     return settings(
-        max_examples=number,
+        max_examples=min(number, MOST_EXAMPLES),
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
@@ -104,8 +110,8 @@ class OnGpu:
 
 @pytest.fixture
 def on_gpu(request: pytest.FixtureRequest) -> Iterator[OnGpu]:
-    """This machine's GPU; or the stand-in, where a test asks for it."""
-    if request.node.get_closest_marker("gpu") is None:
+    """This machine's GPU; the stand-in in a rehearsal, and where a test does not ask for a GPU."""
+    if request.node.get_closest_marker("gpu") is None or rehearsing():
         fake_gpu.install(request.getfixturevalue("monkeypatch"))
         gpu = Gpu()
 
@@ -144,10 +150,10 @@ def test_random_masks_and_label_maps(on_gpu: OnGpu, case: post.Case) -> None:
 @pytest.mark.parametrize("element", ["uint8", "uint16", "int16", "float32"])
 def test_frames_of_a_scanners_size(on_gpu: OnGpu, profile: str, element: str) -> None:
     random = np.random.default_rng(0)
-    pixels = pre.noise(random, element, (1500, 2000), steps=8)
+    pixels = pre.noise(random, element, SCANNER, steps=8)
     window = None if element == "uint8" else pre.window_of(random, pixels)
     case = pre.Case(
-        pixels=pixels, profile=profile, size=1024, intensities=pre.Intensities(window=window)
+        pixels=pixels, profile=profile, size=NETWORK, intensities=pre.Intensities(window=window)
     )
     pre.assert_close(case, on_gpu.frame(case))
 
