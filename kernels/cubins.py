@@ -262,8 +262,8 @@ def _compatible(target: str, known_targets: Iterable[str]) -> list[str]:
         and _number(known) < number
         and not {known, target} & set(JETSONS)
     ]
-    own = [target] if target in known_targets else []
-    return own + sorted(lower, key=_number, reverse=True)
+    exact = [target] if target in known_targets else []
+    return exact + sorted(lower, key=_number, reverse=True)
 
 
 def _takes_ptx(target: str, known: str) -> bool:
@@ -307,8 +307,8 @@ def _verified(file: tuple[Path, str]) -> bytes:
 
 def _cache_path(source: str, target: str, compiler: Compiler) -> Path:
     """Where a cubin is cached: another compiler's, or another source's, is another file."""
-    made_by = re.sub(r"[^\w.]+", "_", compiler.name)
-    return cache_folder() / f"{source}-{target}-{made_by}-{sources_sha256(source)[:24]}.cubin"
+    compiler_name = re.sub(r"[^\w.]+", "_", compiler.name)
+    return cache_folder() / f"{source}-{target}-{compiler_name}-{sources_sha256(source)[:24]}.cubin"
 
 
 def _cached(source: str, target: str, compiler: Compiler | None) -> list[Path]:
