@@ -46,11 +46,12 @@ def segmented(
     *structures: Structure,
     options: VolumeOptions,
     mask: Path | None = None,
+    overlay: Path | None = None,
     **selection: Any,
 ) -> VolumeSegmentation:
     chosen = stages.VolumeSelection(**selection)
     return stages.segment_volume_file(
-        session, path, structures, options, mask=mask, selection=chosen
+        session, path, structures, options, mask=mask, overlay=overlay, selection=chosen
     )
 
 
