@@ -18,7 +18,7 @@ from medsa_deploy import load, transforms
 from medsa_deploy.errors import ImageError, PromptError, UsageError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.images import Volume, read_volume
-from medsa_deploy.images.npy import NpySlices
+from medsa_deploy.images.npy import ArraySlices
 from medsa_deploy.images.volume import VolumeBox
 from medsa_deploy.runtime import Session, Structure, VolumeOptions, VolumePrediction, segment_volume
 from medsa_deploy.runtime.volumes import segment
@@ -42,7 +42,7 @@ def volume_of(array: np.ndarray) -> Volume:
         spacing_mm=(1, 1, 1),
         affine=None,
         dtype=array.dtype,
-        slices=NpySlices(path=path, array=array, axis=0),
+        slices=ArraySlices(path=path, array=array, axis=0),
     )
 
 

@@ -14,6 +14,8 @@ from medsa_deploy.errors import ImageError, MedsaError, UsageError, one_line
 
 logger = logging.getLogger(__name__)
 
+MOST_GZIP = 1032
+"""The highest compression ratio of gzip."""
 DOUBLE_SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".seg.nrrd")
 
 

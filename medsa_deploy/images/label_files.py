@@ -13,8 +13,8 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .labels import Labels
-from .raster import FORMATS, is_raster_volume, read_raster, read_tiff_volume
-from .read import format_of
+from .raster import FORMATS, is_raster_volume, read_raster
+from .read import format_of, open_volume
 from .volume import Volume
 
 MOST_LABELS = 200
@@ -37,21 +37,11 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
         from .dicom_seg import read_segmentation
 
         return read_segmentation(path)
-    if file_format == "nifti":
-        from .nifti import read_nifti_volume
-
-        volume = read_nifti_volume(path, axis=None, volume=None)
-        return Labels(path=path, values=_whole_numbers(path, _voxels(volume)), affine=volume.affine)
-    if file_format == "nrrd":
-        from .nrrd import read_nrrd_volume
-
-        volume = read_nrrd_volume(path, axis=None)
-        return Labels(path=path, values=_whole_numbers(path, _voxels(volume)), affine=volume.affine)
     if file_format == "npy":
         return Labels(path=path, values=_whole_numbers(path, _array(path)))
-    if is_raster_volume(path):
-        pages = _voxels(read_tiff_volume(path, axis=None))
-        return Labels(path=path, values=_whole_numbers(path, pages))
+    if file_format != "raster" or is_raster_volume(path):
+        volume = open_volume(path, file_format, None, None)
+        return Labels(path=path, values=_whole_numbers(path, _voxels(volume)), affine=volume.affine)
     return Labels(path=path, values=_whole_numbers(path, _picture(path)))
 
 

@@ -19,7 +19,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from medsa_deploy.errors import ImageError
 
-from .files import reading
+from .files import MOST_GZIP, reading
 from .image import Image, Plane, choose_slice
 from .nifti_files import files_of, is_compressed, load
 from .volume import Volume, default_axis, warn_of_spacing
@@ -35,8 +35,6 @@ COLOURS = ("R", "G", "B")
 """Fields of a voxel in an RGB24 or RGBA32 NIfTI."""
 UNITS_MM = {1: 1000.0, 2: 1.0, 3: 0.001}
 """mm in a metre, millimetre and micrometre, by the lowest three bits of xyzt_units."""
-MOST_GZIP = 1032
-"""The highest compression ratio of gzip."""
 
 
 def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:

@@ -30,12 +30,12 @@ def read_npy(path: Path, *, axis: int | None, index: int | None) -> Image:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class NpySlices:
-    """The slices of an array that is mapped into memory, not loaded."""
+class ArraySlices:
+    """The slices of an array: mapped from a .npy, or held in memory for another format."""
 
     path: Path
     array: np.ndarray
-    """(X, Y, Z)"""
+    """(X, Y, Z), or (X, Y, Z, 3) of colours."""
     axis: int
 
     def read(self, index: int) -> Image:
@@ -72,7 +72,7 @@ def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
         spacing_mm=(1.0, 1.0, 1.0),
         affine=None,
         dtype=np.dtype(np.float32) if stored.kind == "f" else stored,
-        slices=NpySlices(path=path, array=array, axis=axis),
+        slices=ArraySlices(path=path, array=array, axis=axis),
     )
 
 

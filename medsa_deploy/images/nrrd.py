@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from medsa_deploy.errors import ImageError, MissingDependencyError
 
-from .files import reading
+from .files import MOST_GZIP, reading
 from .image import Image, choose_slice
+from .npy import ArraySlices
 from .overlay import PALETTE
 from .volume import Volume, default_axis
 
@@ -31,26 +31,9 @@ except ImportError as e:
 
 TO_NIFTI = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's axes point to left and posterior, NIfTI's to right and anterior."""
-MOST_COMPRESSION = 1032
-"""The highest compression ratio of gzip."""
 MOST_HEADER = 1 << 20
 """Bytes in which a header ends."""
 DATA_FILE = re.compile(rb"^(?:data ?file:=?|ElementDataFile *=) *(.*?)\r?$", re.M | re.I)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class NrrdSlices:
-    """The slices of a volume that is held in memory."""
-
-    path: Path
-    voxels: np.ndarray
-    """(X, Y, Z) or (X, Y, Z, 3)"""
-    axis: int
-
-    def read(self, index: int) -> Image:
-        """The slice, (H, W) or (H, W, 3)."""
-        pixels = np.array(np.moveaxis(self.voxels, self.axis, 0)[index])
-        return Image(pixels=pixels, path=self.path)
 
 
 def is_nrrd_volume(path: Path) -> bool:
@@ -70,7 +53,7 @@ def read_nrrd(path: Path, *, axis: int | None, index: int | None) -> Image:
     if axis is None and index is None and shape[2] == 1:
         return Image(pixels=np.array(voxels[:, :, 0].swapaxes(0, 1)), path=path)
     plane = choose_slice(path, shape, 2 if axis is None else axis, index)
-    return NrrdSlices(path=path, voxels=voxels, axis=plane.axis).read(plane.index)
+    return ArraySlices(path=path, array=voxels, axis=plane.axis).read(plane.index)
 
 
 def read_nrrd_volume(path: Path, *, axis: int | None) -> Volume:
@@ -95,7 +78,7 @@ def read_nrrd_volume(path: Path, *, axis: int | None) -> Volume:
         affine=affine,
         dtype=np.dtype(np.float32) if voxels.dtype.kind == "f" else voxels.dtype,
         colour=voxels.ndim == 4,
-        slices=NrrdSlices(path=path, voxels=voxels, axis=axis),
+        slices=ArraySlices(path=path, array=voxels, axis=axis),
     )
 
 
@@ -194,9 +177,8 @@ def _header(path: Path) -> SimpleITK.ImageFileReader:
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-    item = np.dtype(np.uint8).itemsize  # the least that a voxel takes
-    announced = math.prod(reader.GetSize()) * reader.GetNumberOfComponents() * item
-    if announced > sum(file.stat().st_size for file in files) * MOST_COMPRESSION:
+    announced = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()  # a byte each, or more
+    if announced > sum(file.stat().st_size for file in files) * MOST_GZIP:
         raise ImageError(
             f"{path} cannot be read as NRRD or MetaImage: its header announces {announced} voxels, "
             "more than the file can hold; it is damaged or cut off, copy or export it again"

@@ -101,7 +101,7 @@ def _read_checked_volume(
     if file_format in ("series", "dicom"):
         opened = _read_dicom_volume(path, axis, series, phase)
     else:
-        opened = _read_volume(path, file_format, axis, volume)
+        opened = open_volume(path, file_format, axis, volume)
     return check_volume(replace(opened, nan=nan))
 
 
@@ -232,10 +232,10 @@ def _read(path: Path, file_format: Format, axis: int | None, index: int | None) 
     return read_raster(path, page=index)
 
 
-def _read_volume(
+def open_volume(
     path: Path, file_format: Format | Literal["series"], axis: int | None, volume: int | None
 ) -> Volume:
-    """The volume, from the format's reader."""
+    """The volume in a file that is not DICOM, from the format's reader, unchecked."""
     if file_format == "nifti":
         from .nifti import read_nifti_volume
 
