@@ -25,8 +25,12 @@ MANIFEST_FILENAME = "manifest.json"
 
 RelPos = Literal["zero", "real", "none"]
 TwoWay = Literal["meta", "public"]
-Outputs = Literal["classes", "sam"]
-PreprocessingName = Literal["medsa", "sam", "medsam", "litemedsam"]
+Outputs = Literal["classes", "sam", "labels"]
+PreprocessingName = Literal[
+    "medsa", "sam", "medsam", "litemedsam", "efficientsam", "sam-med2d", "finetune-sam", "samed"
+]
+PostprocessingName = Literal["sam", "medsam", "efficientsam", "finetune-sam", "samed"]
+PromptNeed = Literal["required", "optional", "none"]
 PointOrder = Literal["xy", "yx"]
 PointFrame = Literal["network", "image"]
 DepthGrouping = Literal["public", "paper"]
@@ -109,9 +113,10 @@ class Network(FamilyFacts):
     """Form of the decoder's two-way blocks: Meta's, or the public Med-SA code's."""
     mask_tokens: int
     classes: int
-    """N: masks for each prompt when `outputs` is `classes`."""
+    """N: the classes that masks are of, the background not counted."""
     outputs: Outputs
-    """`classes`: masks 0…N−1. `sam`: all mask tokens; mask 0 for one mask, 1… for several."""
+    """`classes`: masks 0…N−1. `sam`: all mask tokens; mask 0 for one mask, 1… for several.
+    `labels`: masks 0…N of classes that exclude each other; the highest wins, 0 is background."""
     hyp_lengths: tuple[int, ...] = ()
     """HyP-Adpt's widths L_0…L_K in the first two-way block that has it; empty without HyP-Adpt."""
     hyp_prompt_length: int = 0
@@ -131,7 +136,11 @@ class Network(FamilyFacts):
     @property
     def masks(self) -> int:
         """K: masks in the decoder's output."""
-        return self.classes if self.outputs == "classes" else self.mask_tokens
+        return {
+            "classes": self.classes,
+            "labels": self.classes + 1,
+            "sam": self.mask_tokens,
+        }[self.outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +163,14 @@ class Conventions:
     intensity_window: tuple[float, float] | None = None
     """Intensities mapped to black and white, for images that are not 8-bit."""
     threshold: float = 0.5
-    """Probability above which a pixel belongs to the mask."""
+    """Probability above which a pixel belongs to the mask. Masks of `labels` have none."""
     class_names: tuple[str, ...] = ()
+    postprocess: PostprocessingName = "sam"
+    """How low-resolution logits become values of the image's pixels. Bundles that do not say have
+    SAM's way."""
+    prompts: PromptNeed = "required"
+    """Whether the network segments without a prompt: `required` never, `optional` with or without,
+    `none` only without."""
 
 
 @dataclass(frozen=True, kw_only=True)
