@@ -27,6 +27,7 @@ from pydicom.uid import RLELossless, generate_uid
 
 from medsa_deploy.errors import ImageError, MissingDependencyError, UsageError
 from medsa_deploy.images import (
+    SegmentationDetails,
     Volume,
     check_segmentation_target,
     is_volume,
@@ -677,7 +678,8 @@ def test_what_a_segmentation_says(tmp_path: Path) -> None:
     volume = read_volume(save(datasets, tmp_path / "s"))
     names = ("liver", "Läsion 肿瘤", "a\\b\n" + "c" * 70, "absent")
     labels = label_sets(volume.shape)["three"]
-    write_segmentation(tmp_path / "seg.dcm", labels, volume, names=names, tool="a tool")
+    details = SegmentationDetails(tool="a tool")
+    write_segmentation(tmp_path / "seg.dcm", labels, volume, names=names, details=details)
     dataset = pydicom.dcmread(tmp_path / "seg.dcm")
     assert dataset.SOPClassUID == pydicom.uid.SegmentationStorage
     assert (dataset.Modality, dataset.SegmentationType) == ("SEG", "BINARY")
@@ -782,7 +784,8 @@ def test_what_a_segmentation_needs_is_named(
         assert "\n" not in str(caught.value)
         assert str(caught.value).endswith("write .npy or .nii.gz")
     write_segmentation(tmp_path / "seg.nii.gz", labels, volume)
-    assert {path.name for path in tmp_path.iterdir()} == {"s", "seg.nii.gz"}
+    tables = {"seg.labels.txt", "seg.labels.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "seg.nii.gz", *tables}
 
 
 def test_a_slice_is_never_overwritten(tmp_path: Path) -> None:

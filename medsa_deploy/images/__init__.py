@@ -14,6 +14,7 @@ from .label_files import read_labels
 from .labels import Labels
 from .overlay import check_overlay_suffix, draw_overlay, write_overlay
 from .read import find_images, holds_volume, is_derived, is_volume, read_image, read_volume
+from .segments import SegmentationDetails
 from .volume import Volume
 from .write import (
     check_mask_suffix,
@@ -27,6 +28,7 @@ __all__ = [
     "Image",
     "Labels",
     "Plane",
+    "SegmentationDetails",
     "Volume",
     "check_mask_suffix",
     "check_overlay_suffix",

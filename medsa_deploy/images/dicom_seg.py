@@ -4,6 +4,8 @@ The segmentation type is BINARY, one segment for each label: every viewer reads 
 LABELMAP (2023). Frames without a voxel of their segment are left out. If there is no voxel at all,
 every frame is written, because a segmentation without frames is invalid. The patient and study are
 copied from the source, as the standard requires: the segmentation belongs to the patient's record.
+Each segment says what viewers need: codes, a colour, a tracking identifier, and the algorithm with
+the bundle that computed it.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import numpy as np
 from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
 
 from .dicom import frame_count, functional_group, load, load_header
+from .dicom_uids import derived_uid
 from .files import logged_warnings, reading
 from .labels import Labels
+from .segments import Segment, SegmentationDetails
 from .series import DicomSlices, slice_header
 from .stacking import SAME_ORIENTATION, TO_NIFTI, SliceHeader
+from .structure_codes import Code, StructureCodes
 from .volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -52,48 +57,86 @@ def check_dicom_source(path: Path, volume: Volume) -> None:
     """
     labels = np.zeros(volume.shape, np.uint8)
     labels[0, 0, 0] = 1
-    segmentation(path, labels, volume, names=(), tool="medsa-deploy")
+    segment = Segment(label=1, name="check", codes=StructureCodes(), colour=(0, 0, 0))
+    segmentation(path, labels, volume, [segment], SegmentationDetails())
 
 
 def segmentation(
-    path: Path, labels: np.ndarray, volume: Volume, *, names: Sequence[str], tool: str
+    path: Path,
+    labels: np.ndarray,
+    volume: Volume,
+    segments: Sequence[Segment],
+    details: SegmentationDetails,
 ) -> Any:
-    """A segmentation dataset of `labels`, (columns, rows, slices) uint8.
+    """A segmentation dataset of `labels`, (columns, rows, slices) uint8, one segment a label.
 
-    Label k becomes segment k, called `names[k - 1]`. `path` only appears in messages.
+    `path` only appears in messages.
     """
     highdicom = _highdicom()
-    sources = _sources(path, volume)
+    sources = source_headers(path, volume)
     headers = _slices(volume).headers
     planes = labels.transpose(2, 1, 0)
     if len(sources) == 1 and len(headers) > 1:  # frames of a multi-frame file: in file order
         planes = planes[np.argsort([header.number or 0 for header in headers])]
-    with _writing(path):
+    origin = uid_origin(sources, details)
+    with writing(path):
         dataset = highdicom.seg.Segmentation(
             source_images=sources,
             pixel_array=np.ascontiguousarray(planes),
             segmentation_type="BINARY",
-            segment_descriptions=_segments(highdicom, int(labels.max()), names, tool),
-            series_instance_uid=highdicom.UID(),
+            segment_descriptions=[
+                _segment(highdicom, segment, details, origin[0]) for segment in segments
+            ],
+            series_instance_uid=_uid(highdicom, details, *origin, "series"),
             series_number=int(sources[0].get("SeriesNumber") or 0) % 10**6 + 1000,
-            sop_instance_uid=highdicom.UID(),
+            sop_instance_uid=_uid(highdicom, details, *origin, "segmentation"),
             instance_number=1,
-            manufacturer=tool,
-            manufacturer_model_name=tool,
-            software_versions=_version(),
+            manufacturer=details.tool,
+            manufacturer_model_name=details.tool,
+            software_versions=package_version(),
             device_serial_number="0",
             content_label="SEGMENTATION",
-            content_description=f"Segmentation by {tool}",
-            series_description=f"Segmentation by {tool}",
+            content_description=f"Segmentation by {details.tool}",
+            series_description=f"Segmentation by {details.tool}",
             omit_empty_frames=bool(labels.any()),
         )
+        _add_side(dataset, segments)
         dataset.SpecificCharacterSet = UTF_8  # for any class name
     return dataset
 
 
+def uid_origin(sources: Sequence[Any], details: SegmentationDetails) -> tuple[str, ...]:
+    """The texts that derived UIDs of a source's segmentation derive from; the series comes first.
+
+    An instance is counted once, in whichever order the files are.
+    """
+    instances = sorted({str(source.SOPInstanceUID) for source in sources})
+    series = str(sources[0].SeriesInstanceUID)
+    return (series, *instances, details.bundle_sha256 or "", details.identity or "")
+
+
+def segmentation_uid(path: Path, volume: Volume, details: SegmentationDetails) -> str:
+    """The SOP Instance UID that the segmentation of a volume gets; `details` have an identity.
+
+    >>> segmentation_uid(Path("seg.dcm"), volume, SegmentationDetails(identity="rule 1"))[:5]
+    '2.25.'
+    """
+    return derived_uid(*uid_origin(source_headers(path, volume), details), "segmentation")
+
+
+def tracking_uid(series: str, segment: Segment, details: SegmentationDetails) -> str:
+    """The UID of a finding: the same for a structure of a series whenever a bundle segments it."""
+    return derived_uid(series, details.bundle_sha256 or "", "tracking", segment.name)
+
+
+def _uid(highdicom: Any, details: SegmentationDetails, *parts: str) -> str:
+    """A derived UID if the details have an identity, and otherwise a new one."""
+    return str(highdicom.UID()) if details.identity is None else derived_uid(*parts)
+
+
 def save(dataset: Any, temporary: Path, path: Path) -> None:
     """Write a segmentation to `temporary`; messages name `path`."""
-    with _writing(path):
+    with writing(path):
         dataset.save_as(temporary, enforce_file_format=True)
 
 
@@ -187,7 +230,7 @@ def _slices(volume: Volume) -> DicomSlices:
     return volume.slices
 
 
-def _sources(path: Path, volume: Volume) -> list[Any]:
+def source_headers(path: Path, volume: Volume) -> list[Any]:
     """The complete headers of the source files, in slice order; one for a multi-frame file."""
     first = _slices(volume).headers[0]
     if first.position is not None and first.spacing is None:
@@ -222,30 +265,54 @@ def _sources(path: Path, volume: Volume) -> list[Any]:
     return sources
 
 
-def _segments(highdicom: Any, highest: int, names: Sequence[str], tool: str) -> list[Any]:
-    """A description for every label up to the highest and for every name; at least one."""
+def _segment(highdicom: Any, segment: Segment, details: SegmentationDetails, series: str) -> Any:
+    """A segment's description."""
     from pydicom.sr.codedict import codes
 
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name=tool,
-        family=codes.DCM.ArtificialIntelligence,
-        version=_version(),
+    region = segment.codes.region
+    return highdicom.seg.SegmentDescription(
+        segment_number=segment.label,
+        segment_label=one_line_label(segment.name),
+        segmented_property_category=concept(highdicom, segment.codes.category),
+        segmented_property_type=concept(highdicom, segment.codes.type),
+        algorithm_type="AUTOMATIC" if details.automatic else "SEMIAUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=details.tool,
+            family=codes.DCM.ArtificialIntelligence,
+            version=package_version(),
+            parameters=algorithm_parameters(details) or None,
+        ),
+        tracking_uid=tracking_uid(series, segment, details),
+        tracking_id=one_line_label(segment.name),
+        anatomic_regions=None if region is None else [concept(highdicom, region)],
+        display_color=highdicom.color.CIELabColor.from_rgb(*segment.colour),
     )
-    return [
-        highdicom.seg.SegmentDescription(
-            segment_number=k + 1,
-            segment_label=_label(names[k] if k < len(names) else f"segment {k + 1}"),
-            # A class name says nothing in coded terms, so the codes are the widest that exist.
-            segmented_property_category=codes.SCT.Tissue,
-            segmented_property_type=codes.SCT.Tissue,
-            algorithm_type="SEMIAUTOMATIC",
-            algorithm_identification=algorithm,
-        )
-        for k in range(max(highest, len(names), 1))
-    ]
 
 
-def _version() -> str:
+def algorithm_parameters(details: SegmentationDetails) -> dict[str, str]:
+    """The bundle and its SHA-256, as parameters of the algorithm."""
+    facts = {"bundle": details.bundle, "bundle-sha256": details.bundle_sha256}
+    return {name: text for name, text in facts.items() if text}
+
+
+def _add_side(dataset: Any, segments: Sequence[Segment]) -> None:
+    """Left or right, which highdicom's description has no parameter for."""
+    highdicom = _highdicom()
+    for item, segment in zip(dataset.SegmentSequence, segments, strict=True):
+        if (side := segment.codes.modifier) is not None:
+            kind = item.SegmentedPropertyTypeCodeSequence[0]
+            kind.SegmentedPropertyTypeModifierCodeSequence = [concept(highdicom, side)]
+        if (side := segment.codes.region_modifier) is not None:
+            region = item.AnatomicRegionSequence[0]
+            region.AnatomicRegionModifierSequence = [concept(highdicom, side)]
+
+
+def concept(highdicom: Any, code: Code) -> Any:
+    """A code as highdicom's coded concept."""
+    return highdicom.sr.CodedConcept(code.value, code.scheme, code.meaning)
+
+
+def package_version() -> str:
     """This package's version, from its installation: importing its root would be circular."""
     try:
         return version("medsa-deploy")
@@ -253,13 +320,13 @@ def _version() -> str:
         return "unknown"
 
 
-def _label(name: str) -> str:
+def one_line_label(name: str) -> str:
     """A class name as a DICOM string: one line without backslashes, at most 64 characters."""
     return " ".join(name.replace("\\", "/").split())[:LABEL_LENGTH] or "unnamed"
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Raise highdicom's errors as ImageError, and log its warnings; OSError passes through."""
     try:
         with logged_warnings(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from medsa_deploy.errors import ImageError, UsageError
 
 from .files import check_suffix, output_file, suffix
 from .image import Image
+from .label_tables import json_table, snap_table, table_paths
 from .raster import write_tiff
+from .segments import Segment, SegmentationDetails, segments, warn_of_unknown
 from .volume import Volume
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".nii", ".nii.gz")
@@ -93,18 +96,23 @@ def write_segmentation(
     volume: Volume,
     *,
     names: Sequence[str] = (),
-    tool: str = "medsa-deploy",
+    details: SegmentationDetails | None = None,
+    measurements: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the labels of `volume`, (X, Y, Z) uint8 in its stored order, by the suffix of `path`.
 
     0 is background; label k is called `names[k - 1]`. .nii, .nii.gz: with the shape, affine,
-    spacing, codes and units of a NIfTI, or the affine of another volume. .nrrd, .mha: with its
-    affine; .seg.nrrd also has names and colours, as 3D Slicer reads them. .npy: the array. .tif: a
-    page for each slice. .dcm: a semi-automatic DICOM segmentation by `tool`, with a segment for
-    each label; it keeps the names too. ImageError if the labels do not fit the volume or the file
-    cannot be written; UsageError as in `check_segmentation_target`.
+    spacing, codes and units of a NIfTI, or the affine of another volume; tables of the labels stand
+    beside it (`label_tables`). .nrrd, .mha: with its affine; .seg.nrrd also has names and colours,
+    as 3D Slicer reads them. .npy: the array. .tif: a page for each slice. .dcm: a DICOM
+    segmentation with a segment for each label, its codes and colour; `measurements` names a second
+    file, for a structured report of each segment's volume and longest diameter.
+
+    Every file is written, or none. ImageError if the labels do not fit the volume or a file cannot
+    be written; UsageError as in `check_segmentation_target`.
     """
     path = Path(path)
+    report = None if measurements is None else Path(measurements)
     if labels.dtype != np.uint8:
         raise ImageError(f"{path}: the labels have dtype {labels.dtype}; expected uint8")
     if labels.shape != volume.shape:
@@ -115,28 +123,80 @@ def write_segmentation(
             "give one for each"
         )
     _check_target(path, volume)
-    if suffix(path) == ".dcm":
-        from .dicom_seg import save, segmentation
+    check_report_target(report, path)
+    details = details or SegmentationDetails()
+    described = _described(path, labels, names, details)
+    with ExitStack() as files:  # each gets its name once all are written
+        if suffix(path) == ".dcm":
+            _write_dicom(files, path, report, labels, volume, described, details)
+            return
+        if suffix(path) in (".nii", ".nii.gz"):
+            for table, text in zip(
+                table_paths(path), (snap_table(described), json_table(described)), strict=True
+            ):
+                files.enter_context(output_file(table)).write_text(text, encoding="utf-8")
+        temporary = files.enter_context(output_file(path))
+        _write_labels(temporary, labels, volume, described)
 
-        dataset = segmentation(path, labels, volume, names=names, tool=tool)
-        with output_file(path) as temporary:
-            save(dataset, temporary, path)
+
+def check_report_target(report: Path | None, segmentation: Path) -> None:
+    """UsageError unless measurements can be written to `report`, beside a DICOM segmentation."""
+    if report is None:
         return
-    with output_file(path) as temporary:
-        _write_labels(temporary, labels, volume, names)
+    if suffix(segmentation) != ".dcm":
+        raise UsageError(
+            f"{report}: measurements are a report on a DICOM segmentation, and {segmentation} is "
+            "none: write the segmentation to a .dcm"
+        )
+    check_suffix(report, (".dcm",), "report of measurements")
+    if report.resolve() == segmentation.resolve():
+        raise UsageError("two outputs have the same name: give each its own")
 
 
-def _write_labels(path: Path, labels: np.ndarray, volume: Volume, names: Sequence[str]) -> None:
+def _described(
+    path: Path, labels: np.ndarray, names: Sequence[str], details: SegmentationDetails
+) -> tuple[Segment, ...]:
+    """The segments of a format that has room for their names; none of another."""
+    if suffix(path) in (".nii", ".nii.gz", ".seg.nrrd", ".dcm"):
+        return segments(int(labels.max()), names, details.styles)
+    return ()
+
+
+def _write_dicom(
+    files: ExitStack,
+    path: Path,
+    report: Path | None,
+    labels: np.ndarray,
+    volume: Volume,
+    described: Sequence[Segment],
+    details: SegmentationDetails,
+) -> None:
+    """Write a DICOM segmentation and the report of its measurements."""
+    from .dicom_seg import save, segmentation
+
+    dataset = segmentation(path, labels, volume, described, details)
+    warn_of_unknown(described)
+    if report is not None:
+        from .dicom_sr import measurement_report
+
+        content = measurement_report(report, dataset, labels, volume, described, details)
+        save(content, files.enter_context(output_file(report)), report)
+    save(dataset, files.enter_context(output_file(path)), path)
+
+
+def _write_labels(
+    path: Path, labels: np.ndarray, volume: Volume, described: Sequence[Segment]
+) -> None:
     """Write labels in the format of `path`'s suffix; the library of each is imported here."""
     match suffix(path):
         case ".npy":
             np.save(path, np.ascontiguousarray(labels), allow_pickle=False)
         case ".tif" | ".tiff":
             write_tiff(path, np.stack([volume.plane(labels, k) for k in range(len(volume))]))
-        case ".nrrd" | ".mha" | ".seg.nrrd" as ending:
+        case ".nrrd" | ".mha" | ".seg.nrrd":
             from .nrrd import write_nrrd_labels
 
-            write_nrrd_labels(path, labels, volume, names, segments=ending == ".seg.nrrd")
+            write_nrrd_labels(path, labels, volume, described)
         case _:
             from .nifti import write_nifti_labels
 
