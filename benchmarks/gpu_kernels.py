@@ -36,7 +36,7 @@ from medsa_deploy.kernels.preprocess import (
 )
 from medsa_deploy.nvidia import cuda
 from medsa_deploy.nvidia.cuda import Gpu
-from medsa_deploy.transforms import PREPROCESSING, Frame
+from medsa_deploy.transforms import PREPROCESSING, Frame, MaskRule
 
 WARM_UP, RUNS, REPEATS = 3, 20, 50
 """Samples that do not count, those that do, and launches in each."""
@@ -46,6 +46,7 @@ S = 1024
 """Side of the network's frame."""
 
 Array = NDArray[Any]
+SAM_MASKS = MaskRule(postprocess="sam")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,7 @@ def frame_on_gpu(
 def masks_on_gpu(gpu: TimedGpu, launch: Callable[[Launch], None], case: MaskCase) -> dict[str, Any]:
     """Milliseconds of a postprocessing kernel, and the bytes it cannot do without."""
     logits = logits_of(case)
-    plan = postprocessing((S // 4, S // 4), case.count, placed(case), 0.0, labels=case.labels)
+    plan = postprocessing((S // 4, S // 4), case.count, placed(case), SAM_MASKS, labels=case.labels)
     output_bytes = int(np.prod(plan.shape)) * (1 if case.labels else 4)
     inputs, outputs = gpu.buffers(logits.nbytes), gpu.buffers(output_bytes)
     for address in inputs:
@@ -319,7 +320,7 @@ def mask_tools(case: MaskCase, torch_on: str) -> dict[str, Callable[[], Any]]:
         return (best + 1) * (highest > 0)
 
     return {
-        "numpy": lambda: chosen(transforms.upsample(logits, frame)),
+        "numpy": lambda: chosen(transforms.pixel_values(logits, frame, "sam")),
         "opencv": opencv,
         "torch": in_torch,
     }

@@ -10,8 +10,8 @@ import numpy as np
 
 from medsa_deploy import transforms
 from medsa_deploy.errors import UsageError
-from medsa_deploy.transforms import Frame
-from medsa_deploy.transforms.resampling import bilinear_taps, compose, crop
+from medsa_deploy.transforms import POSTPROCESSING, Frame, MaskRule
+from medsa_deploy.transforms.masks import MOST_CLASSES
 
 from .axes import AxisParameters, AxisTable, Launch, axis_table, tiles
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Words = NDArray[np.uint32]
-
-MOST_CLASSES = 255
 
 
 class Parameters(ctypes.Structure):
@@ -31,7 +29,11 @@ class Parameters(ctypes.Structure):
         ("rows", AxisParameters),
         ("columns", AxisParameters),
         ("count", ctypes.c_int),
-        ("threshold_logit", ctypes.c_float),
+        ("channels", ctypes.c_int),
+        ("probabilities", ctypes.c_int),
+        ("exclusive", ctypes.c_int),
+        ("only", ctypes.c_int),
+        ("threshold", ctypes.c_float),
         ("masks", ctypes.c_uint64),
         ("labels", ctypes.c_uint64),
         ("tally", ctypes.c_uint64),
@@ -62,9 +64,11 @@ class Postprocessing:
     _rows: AxisTable
     _columns: AxisTable
 
-    def launch(self, *, logits: int, output: int, tally: int, tables: int) -> Launch:
-        """The launch for device addresses."""
+    def launch(self, *, logits: int, output: int, tally: int, tables: int, only: int = 0) -> Launch:
+        """The launch for device addresses. `only`: the one class of a label map of competing
+        classes whose pixels are 1; 0 for all classes."""
         parameters = Parameters.from_buffer_copy(self._parameters)
+        parameters.only = only
         parameters.logits, parameters.tally = logits, tally
         parameters.masks = parameters.labels = output
         parameters.rows = self._rows.parameters(tables)
@@ -80,20 +84,24 @@ class Postprocessing:
 
 
 def postprocessing(
-    logits_size: tuple[int, int], count: int, frame: Frame, threshold_logit: float, *, labels: bool
+    logits_size: tuple[int, int],
+    count: int,
+    frame: Frame,
+    rule: MaskRule,
+    *,
+    labels: bool,
+    channels: int | None = None,
 ) -> Postprocessing:
     """Plan the kernel that makes logits (count, *logits_size) into masks at the image's size.
 
-    threshold_logit: the logit that must be exceeded. labels: one label map of `count` classes
-    instead of `count` masks.
+    labels: one label map of `count` classes instead of `count` masks. channels: the logits of masks
+    that compete, which are `count` + 1, or more for a launch that makes one class alone.
     """
     if count < 1 or (labels and count > MOST_CLASSES):
         raise UsageError(f"a label map holds 1 to {MOST_CLASSES} classes, not {count}")
     rows, columns = (
         axis_table(
-            compose(
-                crop(bilinear_taps(n, frame.network_size), content), bilinear_taps(content, size)
-            ),
+            POSTPROCESSING[rule.postprocess].axis_taps(n, frame.network_size, content, size),
             n,
             np.float32,
         )
@@ -105,7 +113,13 @@ def postprocessing(
         tables=rows.bytes + columns.bytes,
         tally_shape=(count, 5),
         entry="label_map" if labels else "threshold_masks",
-        _parameters=Parameters(count=count, threshold_logit=threshold_logit),
+        _parameters=Parameters(
+            count=count,
+            channels=channels or count + rule.exclusive,
+            probabilities=POSTPROCESSING[rule.postprocess].probabilities,
+            exclusive=rule.exclusive,
+            threshold=rule.threshold,
+        ),
         _rows=rows,
         _columns=columns,
     )
@@ -142,16 +156,20 @@ def region(mask: NDArray[np.bool_]) -> Region:
 
 
 def reference_masks(
-    logits: NDArray[np.float32], frame: Frame, threshold_logit: float
+    logits: NDArray[np.float32], frame: Frame, rule: MaskRule
 ) -> tuple[Words, list[Region]]:
-    """What `threshold_masks` has to give for logits (count, h, w)."""
-    masks = transforms.upsample(logits, frame) > threshold_logit
+    """What `threshold_masks` has to give for logits (channels, h, w)."""
+    masks = transforms.image_masks(logits, frame, rule)
     return pack(masks), [region(mask) for mask in masks]
 
 
 def reference_labels(
-    logits: NDArray[np.float32], frame: Frame, threshold_logit: float
+    logits: NDArray[np.float32], frame: Frame, rule: MaskRule
 ) -> tuple[NDArray[np.uint8], list[Region]]:
-    """What `label_map` has to give for logits of classes (count, h, w)."""
-    labels = transforms.label_map(transforms.upsample(logits, frame), threshold_logit)
-    return labels, [region(labels == k + 1) for k in range(len(logits))]
+    """What `label_map` has to give for logits of classes (channels, h, w)."""
+    values = transforms.pixel_values(logits, frame, rule.postprocess)
+    if rule.exclusive:
+        labels = transforms.exclusive_labels(values)
+    else:
+        labels = transforms.label_map(values, rule.threshold)
+    return labels, [region(labels == k + 1) for k in range(len(logits) - rule.exclusive)]

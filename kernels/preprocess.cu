@@ -7,12 +7,14 @@
 // Output: (3, size, size) float32 or float16; the frame's content lies at the top left, the rest is
 //   0; one channel is repeated to three.
 // Reference: `reference` in preprocess.py, which is what the runtime does in numpy and Pillow. Both
-//   resize with the weights of the Axis tables made there: Pillow's, scikit-image's or OpenCV's.
+//   resize with the weights of the Axis tables made there: Pillow's, scikit-image's, OpenCV's,
+//   torch's or SciPy's.
 //
 // Entries, one launch each:
-//   preprocess_levels                 uint8 as it is, profiles with mean and std (medsa, sam): Pillow's
-//                                     integers, rounded to whole grey levels after each axis
-//   preprocess_{u8,u16,i16,f32}       through a window, the same profiles
+//   preprocess_levels                 uint8 as it is, profiles with mean and std that Pillow resizes
+//                                     (medsa, sam, finetune-sam): its integers, rounded to whole grey
+//                                     levels after each axis
+//   preprocess_{u8,u16,i16,f32}       through a window, all profiles with mean and std
 //   resize_{levels,u8,u16,i16,f32}, then normalise
 //                                     min-max profiles (medsam, litemedsam): what the resized image's
 //                                     minimum is shows only when all of it is resized, so there are two

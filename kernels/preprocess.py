@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from medsa_deploy import transforms
 from medsa_deploy.bundle.manifest import PreprocessingName
 from medsa_deploy.errors import UsageError
 from medsa_deploy.transforms import PREPROCESSING, Frame
-from medsa_deploy.transforms.resampling import area_taps, cubic_taps
+from medsa_deploy.transforms.resampling import FILTER_TAPS, ROUNDED
 
 from .axes import AxisParameters, AxisTable, Launch, axis_table, fixed_point, pillow_taps, tiles
 
@@ -28,6 +28,9 @@ ENTRIES: Mapping[Element, str] = {"uint8": "u8", "uint16": "u16", "int16": "i16"
 
 TRUNCATE, HALF_EVEN, HALF_UP = range(3)
 """`Rounding` of preprocess.cu."""
+
+WHOLE_LEVELS = ROUNDED | {"bilinear"}
+"""Filters that make whole grey levels of a uint8 image; the others are resized as a window is."""
 
 EXTREMES_BYTES = 32
 """`extremes` of preprocess.cu, and what aligns that which follows it."""
@@ -154,6 +157,8 @@ def preprocessing(
     _check(frame_format, profile, intensities)
     row = PREPROCESSING[profile]
     levels = frame_format.element == "uint8" and intensities.plain
+    if levels and row.filter not in WHOLE_LEVELS:
+        levels, intensities = False, replace(intensities, window=(0.0, 255.0))
     size = frame_format.height, frame_format.width
     frame = transforms.frame_of(size, profile, network_size)
     rows, columns = (
@@ -252,7 +257,7 @@ def _table(profile: PreprocessingName, n: int, m: int, *, levels: bool) -> AxisT
         if levels:
             return fixed_point(axis_table(taps, n, np.float64))
     else:
-        taps = (cubic_taps if filter_ == "cubic" else area_taps)(n, m)
+        taps = FILTER_TAPS[filter_](n, m)
     return axis_table(taps, n, np.float64 if levels else np.float32)
 
 

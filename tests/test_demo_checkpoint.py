@@ -24,7 +24,7 @@ from benchmarks.demo_checkpoint.evaluation import dice
 from benchmarks.demo_checkpoint.recipe import CHECKPOINT, RESULT
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import load_checkpoint
-from medsa_deploy.transforms import upsample
+from medsa_deploy.transforms import pixel_values
 
 ROOT = Path(__file__).parents[1]
 STYLES: tuple[phantoms.Style, ...] = ("ultrasound", "ct", "folded")
@@ -388,7 +388,7 @@ def test_the_checkpoint_segments_a_held_out_block() -> None:
     prompt = prompts.sample(np.random.default_rng(1), chunk.structures["brain"], clicks=0)
     image = torch.from_numpy(chunk.image)[:, None].expand(-1, 3, -1, -1)
     logits, _ = model(image, *prompts.decoder_inputs(prompt, chunk.frame))
-    masks = upsample(logits.numpy(), chunk.frame) > 0
+    masks = pixel_values(logits.numpy(), chunk.frame, "sam") > 0
     published = json.loads(RESULT.read_text())["dice"]["test"]["adapted"]["box"]
     for i, name in enumerate(network.CLASSES[:3]):
         assert dice(masks[:, i], chunk.structures[name]) > published[name] - 0.05

@@ -313,8 +313,9 @@ def test_frames_the_kernels_cannot_read_are_refused(
 def assert_masks(found: Prediction, wanted: Prediction) -> None:
     """Those that numpy makes of the logits, but where these are the threshold up to rounding."""
     assert_array_equal(found.low_res_logits, wanted.low_res_logits)
-    logits = transforms.upsample(wanted.low_res_logits, wanted.frame)
-    cut = transforms.probability_to_logit(wanted.threshold)
+    rule = wanted.rule
+    logits = transforms.pixel_values(wanted.low_res_logits, wanted.frame, rule.postprocess)
+    cut = rule.threshold
     clear = np.abs(logits - cut) > TOLERANCE * max(float(np.abs(logits).max()), abs(cut))
     masks = np.asarray(found.masks)
     assert masks.dtype == np.bool_

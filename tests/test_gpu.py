@@ -107,8 +107,11 @@ def test_masks_are_made_on_the_gpu_and_may_stay_there(
             for on_device in (False, True):
                 prediction = session.segment(embedding, **prompt, on_device=on_device)
                 assert isinstance(prediction.masks, DeviceArray) == on_device
-                logits = transforms.upsample(prediction.low_res_logits, prediction.frame)
-                threshold = transforms.probability_to_logit(prediction.threshold)
+                rule = prediction.rule
+                logits = transforms.pixel_values(
+                    prediction.low_res_logits, prediction.frame, rule.postprocess
+                )
+                threshold = rule.threshold
                 clear = np.abs(logits - threshold) > 1e-6 * max(
                     float(np.abs(logits).max()), abs(threshold)
                 )

@@ -108,6 +108,8 @@ def full() -> Manifest:
         ),
         conventions=Conventions(
             preprocess="medsa",
+            postprocess="medsam",
+            prompts="optional",
             point_order="yx",
             point_frame="image",
             prompt_scope="slice",

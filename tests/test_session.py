@@ -23,7 +23,8 @@ from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.sam import modeling
 from medsa_deploy.images import Image
 from medsa_deploy.runtime import Prediction, Session
-from medsa_deploy.transforms import Prompt, prompts, resampling
+from medsa_deploy.transforms import Prompt, prompts
+from medsa_deploy.transforms.masks import axis_operator
 
 HEIGHT, WIDTH = 120, 160
 POINTS = np.array([[[30.0, 40.0]], [[100.5, 20.0]], [[159.0, 119.0]]])
@@ -722,10 +723,10 @@ def test_another_schema_version_is_refused(bundle: Path, tmp_path: Path) -> None
 
 
 def test_what_the_first_click_needs_is_built_while_the_image_is_encoded(session: Session) -> None:
-    resampling.upsample_operator.cache_clear()
+    axis_operator.cache_clear()
     rng = np.random.default_rng(0)
     embedding = session.encode(rng.integers(0, 255, (211, 307), np.uint8))
-    built = resampling.upsample_operator.cache_info().misses
+    built = axis_operator.cache_info().misses
     assert built == 2
     session.segment(embedding, points=[(100, 50)])
-    assert resampling.upsample_operator.cache_info().misses == built
+    assert axis_operator.cache_info().misses == built

@@ -228,7 +228,7 @@ def test_extreme_shapes_keep_content(profile, shape):
     assert max(frame.content_size) == 256
     assert np.isfinite(out).all()
     logits = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
-    assert transforms.upsample(logits, frame).shape == shape[:2]
+    assert transforms.pixel_values(logits, frame, "sam").shape == shape[:2]
 
 
 @pytest.mark.parametrize("profile", PREPROCESSING)

@@ -16,7 +16,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.transforms import Frame
 
 
-def postprocess(logits: np.ndarray, frame: Frame) -> np.ndarray:
+def sam_postprocess(logits: np.ndarray, frame: Frame) -> np.ndarray:
     """SAM's postprocess_masks, in the precision of `logits`."""
     size = (frame.network_size, frame.network_size)
     masks = F.interpolate(torch.from_numpy(logits), size, mode="bilinear", align_corners=False)
@@ -34,23 +34,28 @@ def frame_of(size: tuple[int, int], network_size: int, profile: str) -> Frame:
     "size",
     [(1024, 1024), (512, 512), (240, 320), (197, 233), (1411, 999), (1, 1), (1, 900), (1999, 3)],
 )
-def test_upsample_is_sams_postprocessing(size, network_size, profile):
+def test_pixel_values_is_sams_postprocessing(size, network_size, profile):
     frame = frame_of(size, network_size, profile)
     rng = np.random.default_rng(7)
     logits = rng.uniform(-10, 10, (2, 3, network_size // 4, network_size // 4)).astype(np.float32)
-    out = transforms.upsample(logits, frame)
+    out = transforms.pixel_values(logits, frame, "sam")
     assert out.dtype == np.float32
     assert out.shape == (2, 3, *size)
-    exact = postprocess(logits.astype(np.float64), frame)
+    exact = sam_postprocess(logits.astype(np.float64), frame)
     np.testing.assert_allclose(out, exact, atol=1e-5, rtol=0)
     # torch's float32 positions have errors of their own: 1e-4 of a sample, on this white noise
-    np.testing.assert_allclose(out, postprocess(logits, frame), atol=2e-3, rtol=0)
+    np.testing.assert_allclose(out, sam_postprocess(logits, frame), atol=2e-3, rtol=0)
 
 
-def test_upsample_takes_a_single_mask_and_none():
+def test_pixel_values_takes_a_single_mask_and_none():
     frame = frame_of((30, 50), 64, "sam")
-    assert transforms.upsample(np.ones((16, 16), np.float32), frame).shape == (30, 50)
-    assert transforms.upsample(np.ones((0, 3, 16, 16), np.float32), frame).shape == (0, 3, 30, 50)
+    assert transforms.pixel_values(np.ones((16, 16), np.float32), frame, "sam").shape == (30, 50)
+    assert transforms.pixel_values(np.ones((0, 3, 16, 16), np.float32), frame, "sam").shape == (
+        0,
+        3,
+        30,
+        50,
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -62,7 +67,7 @@ def test_upsample_takes_a_single_mask_and_none():
 )
 def test_upsampled_constant_logits_are_constant(height, width, profile, value):
     frame = frame_of((height, width), 128, profile)
-    out = transforms.upsample(np.full((1, 32, 32), value, np.float32), frame)
+    out = transforms.pixel_values(np.full((1, 32, 32), value, np.float32), frame, "sam")
     np.testing.assert_allclose(out, value, rtol=5e-7, atol=1e-30)
 
 

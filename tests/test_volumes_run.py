@@ -157,7 +157,7 @@ class Direct:
 
     def full(self, logits: np.ndarray) -> np.ndarray:
         frame = self.embeddings[0][0].frame
-        return transforms.upsample(logits.astype(np.float32), frame)
+        return transforms.pixel_values(logits.astype(np.float32), frame, "sam")
 
 
 def mean(parts: list[tuple[float, np.ndarray]]) -> np.ndarray:

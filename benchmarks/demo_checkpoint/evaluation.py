@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medsa_deploy.transforms import Frame, upsample
+from medsa_deploy.transforms import Frame, pixel_values
 
 from .chunks import Chunk
 from .network import CLASSES, PROMPTED, DemoNetwork
@@ -118,5 +118,5 @@ def _masks(
         network.prompt_encoder.sparse(coords, labels),
         network.prompt_encoder.dense(None),
     )
-    above: Mask = upsample(logits.numpy(), frame) > 0
+    above: Mask = pixel_values(logits.numpy(), frame, "sam") > 0
     return above

@@ -23,7 +23,7 @@ from medsa_deploy.runtime.backends.interface import (
     ImagePart,
     as_split_decoder,
 )
-from medsa_deploy.transforms import Frame
+from medsa_deploy.transforms import Frame, MaskRule
 
 from .cases import Case
 from .metrics import dice
@@ -118,15 +118,19 @@ def decode_case(
 
 
 def compare_case(
-    case: Case, expected: NetworkOutputs, actual: NetworkOutputs, threshold: float
+    case: Case, expected: NetworkOutputs, actual: NetworkOutputs, rule: MaskRule
 ) -> CaseParity:
-    """Compare two networks' outputs; `threshold` is the probability that a mask's pixels exceed."""
-    threshold_logit = transforms.probability_to_logit(threshold)
+    """Compare two networks' outputs, and the masks that they become by one rule."""
     tensors = {
         name: difference(value, actual.tensors[name]) for name, value in expected.tensors.items()
     }
     masks = [
-        transforms.upsample(outputs.tensors["low_res_masks"], outputs.frame) > threshold_logit
+        np.stack(
+            [
+                transforms.image_masks(of_set, outputs.frame, rule)
+                for of_set in outputs.tensors["low_res_masks"]
+            ]
+        )
         for outputs in (expected, actual)
     ]
     return CaseParity(
@@ -242,7 +246,7 @@ def compare_cases(
     """Compare every case, encoded once, with each form of the decoder that the backend has."""
     backend = FiniteBackend(session.backend)
     finite_session = Session(session.manifest, backend)
-    threshold = session.conventions.threshold
+    rule = transforms.mask_rule(session.manifest)
     forms = (False, True) if backend.splits else (False,)
     comparisons: dict[bool, list[CaseParity]] = {split: [] for split in forms}
     nan_counts = dict.fromkeys(forms, 0)
@@ -251,7 +255,7 @@ def compare_cases(
         for split in forms:
             actual = decode_case(finite_session, case, embeddings, split=split)
             reference = NetworkOutputs(tensors=tensors, frame=actual.frame)
-            comparisons[split].append(compare_case(case, reference, actual, threshold))
+            comparisons[split].append(compare_case(case, reference, actual, rule))
             nan_counts[split] += backend.count
             backend.count = 0
     parity = None

@@ -12,7 +12,7 @@ from medsa_deploy import transforms
 from medsa_deploy.errors import UsageError
 from medsa_deploy.kernels.postprocess import Region, region, unpack
 from medsa_deploy.nvidia.device_array import DeviceArray
-from medsa_deploy.transforms import Frame
+from medsa_deploy.transforms import Frame, MaskRule
 
 from .backends.interface import Array, DeviceMasks, MaskRequest
 
@@ -33,13 +33,14 @@ class Prediction:
 
     masks: NDArray[np.bool_] | DeviceArray
     """(P, K, H, W) bool at the image's size; with `on_device` a `DeviceArray`, which belongs to its
-    session."""
+    session. If classes exclude each other, there is none for the background."""
     scores: Array
     """(P, K) predicted IoU of each mask."""
     low_res_logits: Array
-    """(P, K, 4g, 4g) float32; one of them can be the mask prompt of a further call."""
-    threshold: float
-    """Probability above which a pixel belongs to a mask."""
+    """(P, K, 4g, 4g) float32; one of them can be the mask prompt of a further call. If classes
+    exclude each other, the background's come first: (P, K + 1, 4g, 4g)."""
+    rule: MaskRule
+    """How the logits became masks, with the threshold."""
     classes: bool
     """Whether K counts classes; otherwise the K masks of a set are candidates for one object."""
     frame: Frame
@@ -51,6 +52,11 @@ class Prediction:
     """The regions, if a GPU made the masks and counted them."""
     degraded: str | None = None
     """Why a fallback backend made this; None if the backend that was asked for did."""
+
+    @property
+    def threshold(self) -> float:
+        """Probability above which a pixel belongs to a mask."""
+        return self.rule.probability
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -80,18 +86,25 @@ class Prediction:
         ]
 
     def label_map(self) -> NDArray[np.uint8]:
-        """(H, W): 0 for background, else a number from 1; the highest logit wins an overlap.
+        """(H, W): 0 for background, else a number from 1; the highest value wins an overlap.
 
         If K counts several classes, numbers are classes, over all prompt sets. Otherwise numbers
         are prompt sets, each with its best candidate.
         """
+        if self.rule.exclusive:
+            return transforms.exclusive_labels(self._highest_values())
         if self.classes and self.masks.shape[1] > 1:
-            sets = (transforms.upsample(of_set, self.frame) for of_set in self.low_res_logits)
-            logits = reduce(np.maximum, sets)
-        else:
-            best_logits = self.low_res_logits[np.arange(len(self.best)), self.best]
-            logits = transforms.upsample(best_logits, self.frame)
-        return transforms.label_map(logits, transforms.probability_to_logit(self.threshold))
+            return transforms.label_map(self._highest_values(), self.rule.threshold)
+        best_logits = self.low_res_logits[np.arange(len(self.best)), self.best]
+        return transforms.label_map(self._values(best_logits), self.rule.threshold)
+
+    def _values(self, logits: Array) -> Array:
+        """Logits (n, 4g, 4g) → values of the image's pixels (n, H, W)."""
+        return transforms.pixel_values(logits, self.frame, self.rule.postprocess)
+
+    def _highest_values(self) -> Array:
+        """(n, H, W): each class's highest values over all prompt sets."""
+        return reduce(np.maximum, map(self._values, self.low_res_logits))
 
 
 def full_size_masks(
@@ -100,8 +113,9 @@ def full_size_masks(
     """(P, n, H, W) bool: the masks that a GPU made, or else those of the logits (P, n, 4g, 4g)."""
     if device_masks is None:
         # set by set: the logits of an image's size take four times as much as their masks
-        full_size = (transforms.upsample(of_set, request.frame) for of_set in logits)
-        return np.stack([of_set > request.threshold_logit for of_set in full_size])
+        return np.stack(
+            [transforms.image_masks(of_set, request.frame, request.rule) for of_set in logits]
+        )
     if isinstance(device_masks.masks, DeviceArray):
         return device_masks.masks
     return unpack(device_masks.masks, request.frame.image_size[1])

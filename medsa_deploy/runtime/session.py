@@ -171,7 +171,10 @@ class Session:
         prepared = perf_counter()
         side = 4 * self.manifest.network.embedding_size
         # for the first click; onnxruntime and openvino compute outside of Python's lock
-        preparing = Thread(target=transforms.prepare_upsampling, args=(side, frames[0]))
+        preparing = Thread(
+            target=transforms.prepare_postprocessing,
+            args=(side, frames[0], self.conventions.postprocess),
+        )
         preparing.start()
         try:
             values = backend.encode(batch[0][None] if len(batch) == 1 else np.stack(batch))
@@ -254,18 +257,13 @@ class Session:
         because a padding point is a token, and moves the masks.
         """
         backend, network = self.backend, self.manifest.network
-        if multimask and network.outputs == "classes":
+        if multimask and network.outputs != "sam":
             raise UsageError("multimask is for SAM's outputs; this network's masks are classes")
         chosen = range(network.masks)
         if network.outputs == "sam":
             chosen = chosen[1:] if multimask else chosen[:1]
-        probability = self.conventions.threshold if threshold is None else threshold
-        request = MaskRequest(
-            frame=embedding.frame,
-            threshold_logit=transforms.probability_to_logit(probability),
-            chosen=chosen,
-            on_device=on_device,
-        )
+        rule = transforms.mask_rule(self.manifest, threshold)
+        request = MaskRequest(frame=embedding.frame, rule=rule, chosen=chosen, on_device=on_device)
         start = perf_counter()
         logits, scores, device_masks = decode_masks(
             backend, self.manifest, embedding, prompts, request
@@ -275,14 +273,16 @@ class Session:
         logits, scores = (a[:, chosen.start : chosen.stop] for a in (logits, scores))
         decoded = perf_counter()
         masks = full_size_masks(logits, device_masks, request)
+        if rule.exclusive:
+            scores = scores[:, 1:]
         end = perf_counter()
         size = embedding.frame.image_size
         return Prediction(
             masks=masks,
             scores=scores,
             low_res_logits=logits,
-            threshold=probability,
-            classes=network.outputs == "classes",
+            rule=rule,
+            classes=network.outputs != "sam",
             frame=embedding.frame,
             timings_ms={"decode": 1e3 * (decoded - start), "postprocess": 1e3 * (end - decoded)},
             counted=None

@@ -5,25 +5,43 @@ These steps surround the graphs. They must be those of the network's training, o
 
 from .image import Frame, frame_of, preprocess
 from .intensities import check_not_flat, display_values, intensities
-from .masks import label_map, prepare_upsampling, probability_to_logit, upsample
+from .masks import (
+    MaskRule,
+    exclusive_labels,
+    image_masks,
+    label_map,
+    mask_rule,
+    pixel_values,
+    prepare_postprocessing,
+    probability_to_logit,
+    threshold_value,
+)
+from .postprocessing import POSTPROCESSING, PostprocessingSpec
 from .preprocessing import PREPROCESSING, PreprocessingSpec
 from .prompts import NO_MASK_PROMPTS, Prompt, network_prompt, prompts
 
 __all__ = [
     "NO_MASK_PROMPTS",
+    "POSTPROCESSING",
     "PREPROCESSING",
     "Frame",
+    "MaskRule",
+    "PostprocessingSpec",
     "PreprocessingSpec",
     "Prompt",
     "check_not_flat",
     "display_values",
+    "exclusive_labels",
     "frame_of",
+    "image_masks",
     "intensities",
     "label_map",
+    "mask_rule",
     "network_prompt",
-    "prepare_upsampling",
+    "pixel_values",
+    "prepare_postprocessing",
     "preprocess",
     "probability_to_logit",
     "prompts",
-    "upsample",
+    "threshold_value",
 ]

@@ -3,43 +3,138 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medsa_deploy.bundle.manifest import Manifest, PostprocessingName
 from medsa_deploy.errors import UsageError
 
 from . import resampling
 from .image import Frame
 from .intensities import Floats
+from .postprocessing import POSTPROCESSING
+
+MOST_CLASSES = 255
+"""Classes that a label map of uint8 holds beside the background."""
 
 
-def upsample(logits: Floats, frame: Frame) -> Floats:
-    """Low-resolution logits (…, 4g, 4g) float32 → logits of the image's pixels (…, H, W) float32.
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """How a network's low-resolution logits become masks."""
 
-    Bilinear to the network's frame, cropped of padding, then bilinear to the image, as SAM's
-    `postprocess_masks`. Both steps are linear, so they are applied as one.
+    postprocess: PostprocessingName
+    """How logits become values of the image's pixels."""
+    probability: float = 0.5
+    """The threshold: probability above which a pixel belongs to a mask."""
+    exclusive: bool = False
+    """Whether the masks of a prompt set compete: a pixel belongs to the highest, and mask 0 is the
+    background. There is no threshold then."""
+
+    @property
+    def threshold(self) -> float:
+        """The value that a mask's pixels exceed: see `threshold_value`."""
+        return threshold_value(self.probability, self.postprocess)
+
+
+def mask_rule(manifest: Manifest, probability: float | None = None) -> MaskRule:
+    """The rule of a bundle's network, with its own threshold or another probability.
+
+    UsageError unless 0 < probability < 1, and for a threshold on masks that exclude each other.
     """
-    logits = np.asarray(logits, dtype=np.float32)
-    rows, columns = _upsample_operators(logits.shape[-2], frame)
-    return resampling.resample(logits, rows, columns)
+    conventions, exclusive = manifest.conventions, manifest.network.outputs == "labels"
+    if exclusive and probability is not None:
+        raise UsageError(
+            "a threshold was given, but this network's classes exclude each other: a pixel belongs "
+            "to the highest; leave the threshold out"
+        )
+    if probability is None:
+        probability = conventions.threshold
+    probability_to_logit(probability)
+    return MaskRule(
+        postprocess=conventions.postprocess, probability=probability, exclusive=exclusive
+    )
 
 
-def prepare_upsampling(side: int, frame: Frame) -> None:
-    """Build what `upsample` needs for logits (4g, 4g) of a frame, so that the first click has it.
+def image_masks(logits: Floats, frame: Frame, rule: MaskRule) -> NDArray[np.bool_]:
+    """Logits of one prompt set's masks (K, 4g, 4g) → masks of the image's size (n, H, W).
+
+    n is K, or K − 1 of masks that exclude each other: those of the classes, without background.
+    """
+    values = pixel_values(logits, frame, rule.postprocess)
+    if rule.exclusive:
+        classes = np.arange(1, len(values), dtype=np.uint8)
+        return exclusive_labels(values) == classes[:, None, None]
+    return values > rule.threshold
+
+
+def pixel_values(logits: Floats, frame: Frame, postprocess: PostprocessingName) -> Floats:
+    """Low-resolution logits (…, 4g, 4g) float32 → values of the image's pixels (…, H, W) float32.
+
+    The values are logits or, for a postprocessing that resizes probabilities, probabilities;
+    `threshold_value` is comparable with them.
+
+    >>> frame = Frame(image_size=(2, 4), network_size=4, content_size=(4, 4))
+    >>> pixel_values(np.eye(4, dtype=np.float32), frame, "finetune-sam").tolist()
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+    """
+    values = np.asarray(logits, dtype=np.float32)
+    if POSTPROCESSING[postprocess].probabilities:
+        values = sigmoid(values)
+    rows, columns = _operators(values.shape[-2], frame, postprocess)
+    return resampling.resample(values, rows, columns)
+
+
+def prepare_postprocessing(side: int, frame: Frame, postprocess: PostprocessingName) -> None:
+    """Build what `pixel_values` needs for logits (4g, 4g) of a frame, before the first click.
 
     `side`: 4g. Operators stay in memory for the frames that were used last.
     """
-    _upsample_operators(side, frame)
+    _operators(side, frame, postprocess)
 
 
-def _upsample_operators(side: int, frame: Frame) -> tuple[resampling.Operator, resampling.Operator]:
+def _operators(
+    side: int, frame: Frame, postprocess: PostprocessingName
+) -> tuple[resampling.Operator, resampling.Operator]:
     """Along rows, and along columns."""
     rows, columns = (
-        resampling.upsample_operator(side, frame.network_size, content, size)
+        axis_operator(postprocess, side, frame.network_size, content, size)
         for content, size in zip(frame.content_size, frame.image_size, strict=True)
     )
     return rows, columns
+
+
+@lru_cache(maxsize=16)
+def axis_operator(
+    postprocess: PostprocessingName, n: int, network: int, content: int, m: int
+) -> resampling.Operator:
+    """The float32 operator from n logits to m pixels; a few MB at most."""
+    taps = POSTPROCESSING[postprocess].axis_taps(n, network, content, m)
+    return resampling.banded(taps, np.float32)
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Logits → probabilities, float32; no logit overflows."""
+    with np.errstate(under="ignore"):
+        decay = np.exp(-np.abs(logits))
+    return np.asarray(np.where(logits < 0, decay, np.float32(1)) / (1 + decay), np.float32)
+
+
+def threshold_value(probability: float, postprocess: PostprocessingName) -> float:
+    """The value that a pixel of a mask exceeds, among those of `pixel_values`.
+
+    Where a pixel on the threshold belongs to the mask, it is the next smaller float32. UsageError
+    unless 0 < probability < 1.
+
+    >>> threshold_value(0.5, "sam"), threshold_value(0.5, "medsam")
+    (0.0, 0.5)
+    """
+    spec = POSTPROCESSING[postprocess]
+    logit = probability_to_logit(probability)
+    value = probability if spec.probabilities else logit
+    return float(np.nextafter(np.float32(value), np.float32(-np.inf))) if spec.inclusive else value
 
 
 def probability_to_logit(threshold: float) -> float:
@@ -53,12 +148,28 @@ def probability_to_logit(threshold: float) -> float:
     return math.log(threshold) - math.log1p(-threshold)
 
 
-def label_map(logits: Floats, threshold_logit: float) -> NDArray[np.uint8]:
-    """Logits of K classes (K, H, W) → (H, W) uint8: 0 background, k + 1 for class k.
+def label_map(values: Floats, threshold: float) -> NDArray[np.uint8]:
+    """Pixel values of K classes (K, H, W) → (H, W) uint8: 0 background, k + 1 for class k.
 
-    A pixel belongs to its class with the highest logit if that is above `threshold_logit`.
+    A pixel belongs to its class with the highest value if that is above `threshold`.
     """
-    if not 1 <= len(logits) <= 255:
-        raise UsageError(f"a label map holds 1 to 255 classes, not {len(logits)}")
-    best = (logits.argmax(axis=0) + 1).astype(np.uint8)
-    return np.where(logits.max(axis=0) > threshold_logit, best, np.uint8(0))
+    _check_classes(len(values))
+    best = (values.argmax(axis=0) + 1).astype(np.uint8)
+    return np.where(values.max(axis=0) > threshold, best, np.uint8(0))
+
+
+def exclusive_labels(values: Floats) -> NDArray[np.uint8]:
+    """Pixel values of a background and K classes (K + 1, H, W) → (H, W) uint8: the highest's index.
+
+    Of equal values the first wins; no value is compared with a threshold.
+
+    >>> exclusive_labels(np.array([[[0.5, 0.0]], [[-1.0, 2.0]]], np.float32)).tolist()
+    [[0, 1]]
+    """
+    _check_classes(len(values) - 1)
+    return values.argmax(axis=0).astype(np.uint8)
+
+
+def _check_classes(count: int) -> None:
+    if not 1 <= count <= MOST_CLASSES:
+        raise UsageError(f"a label map holds 1 to {MOST_CLASSES} classes, not {count}")

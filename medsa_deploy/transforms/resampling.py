@@ -1,15 +1,15 @@
-"""An image → the image at another size, as Pillow, scikit-image or OpenCV resizes it.
+"""An image → the image at another size, as Pillow, scikit-image, OpenCV, torch or SciPy resizes it.
 
 The networks saw images resized by these libraries, but the runtime depends on Pillow alone. The
-filters of the other two are separable. Each is written as *taps*: for every output sample of an
-axis, the input samples it reads and their weights. Taps are laid out as a banded matrix and applied
-to each axis in turn: `rows @ image @ columns.T`. Taps compose, so two resizes cost as much as one.
+filters of the others are separable. Each is written as *taps*: for every output sample of an axis,
+the input samples it reads and their weights. Taps are laid out as a banded matrix and applied to
+each axis in turn: `rows @ image @ columns.T`. Taps compose, so two resizes cost as much as one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-Filter = Literal["bilinear", "cubic", "area"]
+Filter = Literal["bilinear", "cubic", "area", "linear", "nearest", "spline"]
 
 BLOCK = 64
 """Output samples per block of a banded matrix. 256² → 1024² in float32 on two CPU cores took 2.0 ms
@@ -39,7 +39,7 @@ class Taps:
     indices: NDArray[np.intp]
     """(m, t), each 0…n−1; an index may occur more than once in a row."""
     weights: NDArray[np.float64]
-    """(m, t); every row sums to 1."""
+    """(m, t); every row sums to 1, or to 0 for an output sample outside of the input."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,34 +60,79 @@ class Operator:
 def resize(planes: NDArray[Any], size: tuple[int, int], filter_: Filter) -> NDArray[Any]:
     """(C, H, W) uint8 or float32 → (C, h, w), float32 or float64 unless Pillow keeps uint8.
 
-    `bilinear` is Pillow's, `cubic` scikit-image's and `area` OpenCV's; all antialiased. A uint8
-    image comes out in whole grey levels, as these libraries or their callers round them.
+    Antialiased are Pillow's `bilinear`, scikit-image's `cubic` and OpenCV's `area`. A uint8 image
+    comes out of these in whole grey levels, as the libraries or their callers round them. Not
+    antialiased are torch's `linear`, OpenCV's `nearest` and SciPy's cubic `spline`, which may
+    overshoot the image's range; the code that uses them rounds nothing.
     """
     if filter_ == "bilinear":
         return _pillow_bilinear(planes, size)
-    taps = cubic_taps if filter_ == "cubic" else area_taps
     rows, columns = (
-        resize_operator(taps, n, m) for n, m in zip(planes.shape[1:], size, strict=True)
+        resize_operator(FILTER_TAPS[filter_], n, m)
+        for n, m in zip(planes.shape[1:], size, strict=True)
     )
     content = resample(planes, rows, columns)
+    if filter_ not in ROUNDED:
+        return content
     np.clip(content, float(planes.min()), float(planes.max()), out=content)
     if planes.dtype != np.uint8:
         return content
     return _truncated(content) if filter_ == "cubic" else _opencv_rounded(content, planes.shape[1:])
 
 
-def bilinear_taps(n: int, m: int) -> Taps:
+def bilinear_taps(n: int, m: int, *, extent: float | None = None) -> Taps:
     """Linear interpolation between sample centres, held at the ends, without antialiasing.
 
-    `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` on one axis.
+    `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` on one axis. `extent`:
+    the part of the axis that the output covers, in samples; None for all of it.
     """
-    position = np.maximum(_centres(n, m), 0)
-    left = np.floor(position).astype(np.intp)
+    position = np.maximum(_centres(extent or n, m), 0)
+    left = np.minimum(np.floor(position).astype(np.intp), n - 1)
     right = position - left
     return Taps(
         indices=np.stack([left, np.minimum(left + 1, n - 1)], axis=1),
         weights=np.stack([1 - right, right], axis=1),
     )
+
+
+def bicubic_taps(n: int, m: int, *, extent: float | None = None) -> Taps:
+    """Cubic convolution with a = −0.75, ends repeated, without antialiasing (Keys 1981).
+
+    `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` on one axis. `extent`: as
+    for `bilinear_taps`.
+    """
+    position = _centres(extent or n, m)
+    left = np.floor(position).astype(np.intp)
+    t = position - left
+    weights = [_cubic_far(t + 1), _cubic_near(t), _cubic_near(1 - t), _cubic_far(2 - t)]
+    return Taps(
+        indices=np.clip(left[:, None] + np.arange(-1, 3), 0, n - 1),
+        weights=np.stack(weights, axis=1),
+    )
+
+
+def nearest_taps(n: int, m: int, *, extent: float | None = None) -> Taps:
+    """The sample at or before each output sample's start.
+
+    `torch.nn.functional.interpolate(mode="nearest")` on one axis, in its float32 arithmetic, which
+    decides at the borders between samples. `extent`: as for `bilinear_taps`.
+    """
+    scale = np.float32((extent or n) / m)
+    return _selecting(np.floor(np.arange(m, dtype=np.float32) * scale), n)
+
+
+def opencv_nearest_taps(n: int, m: int) -> Taps:
+    """The sample at or before each output sample's start: OpenCV's `INTER_NEAREST` on one axis."""
+    return _selecting(np.floor(np.arange(m) * (1 / (m / n))), n)
+
+
+def aligned_nearest_taps(n: int, m: int) -> Taps:
+    """The nearest sample, first and last samples on each other; halves go to the later one.
+
+    `scipy.ndimage.zoom(order=0)` on one axis; see `_within`.
+    """
+    position = _aligned(n, m)
+    return _within(_selecting(np.floor(position + 0.5), n), position, n)
 
 
 def area_taps(n: int, m: int) -> Taps:
@@ -117,9 +162,36 @@ def cubic_taps(n: int, m: int) -> Taps:
     """
     if n == m:
         return Taps(indices=np.arange(n)[:, None], weights=np.ones((n, 1)))
-    kernel = np.convolve(_gaussian(max(0.0, (n / m - 1) / 2)), _inverse_spline())
-    reach = len(kernel) // 2
-    position = _centres(n, m)
+    blur = _gaussian(max(0.0, (n / m - 1) / 2))
+    return _spline_taps(np.convolve(blur, _inverse_spline()), _centres(n, m), n)
+
+
+def aligned_spline_taps(n: int, m: int) -> Taps:
+    """Cubic B-spline interpolation with mirrored ends, first and last samples on each other.
+
+    `scipy.ndimage.zoom(order=3)` on one axis; see `_within`.
+    """
+    if n == m:
+        return Taps(indices=np.arange(n)[:, None], weights=np.ones((n, 1)))
+    position = _aligned(n, m)
+    return _within(_spline_taps(_inverse_spline(), position, n), position, n)
+
+
+FILTER_TAPS: Mapping[Filter, Callable[[int, int], Taps]] = {
+    "cubic": cubic_taps,
+    "area": area_taps,
+    "linear": bilinear_taps,
+    "nearest": opencv_nearest_taps,
+    "spline": aligned_spline_taps,
+}
+"""The filters that are made of taps; Pillow's arithmetic is its own."""
+ROUNDED = frozenset({"cubic", "area"})
+"""The filters whose result is cut to the image's range, and to whole levels if the image is."""
+
+
+def _spline_taps(kernel: NDArray[np.float64], position: NDArray[np.float64], n: int) -> Taps:
+    """The spline whose coefficients are the samples filtered with `kernel`, at positions (m,)."""
+    m, reach = len(position), len(kernel) // 2
     left = np.floor(position).astype(np.intp)
     weights = np.zeros((m, len(kernel) + 3))
     for k, weight in enumerate(_spline_weights(position - left)):
@@ -162,14 +234,6 @@ def banded(taps: Taps, dtype: DTypeLike) -> Operator:
 def resize_operator(taps: Callable[[int, int], Taps], n: int, m: int) -> Operator:
     """The float64 operator that resizes an axis from n to m samples; a few MB at most."""
     return banded(taps(n, m), np.float64)
-
-
-@lru_cache(maxsize=16)
-def upsample_operator(n: int, frame: int, content: int, m: int) -> Operator:
-    """The float32 operator n → frame, cut to its first `content` samples, → m; bilinear twice."""
-    return banded(
-        compose(crop(bilinear_taps(n, frame), content), bilinear_taps(content, m)), np.float32
-    )
 
 
 def resample(image: NDArray[Any], rows: Operator, columns: Operator) -> NDArray[Any]:
@@ -218,9 +282,40 @@ def _opencv_rounded(
     return np.floor(content + 0.5) if halving else np.rint(content)
 
 
-def _centres(n: int, m: int) -> NDArray[np.float64]:
+def _centres(n: float, m: int) -> NDArray[np.float64]:
     """(m,) centres of m equal parts of an axis of n samples, in samples."""
     return np.asarray((np.arange(m) + 0.5) * (n / m) - 0.5, np.float64)
+
+
+def _aligned(n: int, m: int) -> NDArray[np.float64]:
+    """(m,) positions from the first to the last of n samples, in samples."""
+    return np.asarray(np.arange(m) * ((n - 1) / max(m - 1, 1)), np.float64)
+
+
+def _within(taps: Taps, position: NDArray[np.float64], n: int) -> Taps:
+    """Taps without those of positions beyond the last sample, which become 0.
+
+    Round-off puts the last position there at some sizes. SciPy then gives 0, so a network trained
+    with it has seen such borders.
+    """
+    inside = position <= n - 1
+    return Taps(indices=taps.indices, weights=taps.weights * inside[:, None])
+
+
+def _selecting(indices: NDArray[np.floating[Any]], n: int) -> Taps:
+    """One sample for each output sample: whole numbers (m,), cut to 0…n−1."""
+    whole = np.clip(indices.astype(np.intp), 0, n - 1)
+    return Taps(indices=whole[:, None], weights=np.ones((len(whole), 1)))
+
+
+def _cubic_near(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys's kernel with a = −0.75 within one sample of its centre."""
+    return ((2 - 0.75) * x - (3 - 0.75)) * x * x + 1
+
+
+def _cubic_far(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys's kernel with a = −0.75 one to two samples from its centre."""
+    return -0.75 * (((x - 5) * x + 8) * x - 4)
 
 
 def _gaussian(sigma: float) -> NDArray[np.float64]:

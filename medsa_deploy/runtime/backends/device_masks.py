@@ -57,17 +57,20 @@ class MaskMaker:
         logits: address of (P, K, 4g, 4g) float32. target: (P, n, H, W) bool, for masks that stay on
         the GPU.
         """
-        planned, n = self._plan(request), len(request.chosen)
+        planned, n = self._plan(request), request.count
         launch_masks, figures = planned.plan.tally_shape
         self._gpu.clear(planned.tally, WORD * figures * n * sets)
         output = planned.masks if target is None else target.address
+        exclusive = request.rule.exclusive
         for first in range(0, n * sets, launch_masks):
-            plane = first // n * self._count + request.chosen[first % n]
+            # masks that exclude each other are made from all of a set's logits
+            channel = 0 if exclusive else request.chosen[first % n]
             launch = planned.plan.launch(
-                logits=logits + FLOAT32 * plane * self._side**2,
+                logits=logits + FLOAT32 * (first // n * self._count + channel) * self._side**2,
                 output=output + first // launch_masks * planned.launch_bytes,
                 tally=planned.tally + WORD * figures * first,
                 tables=planned.tables,
+                only=first % n + 1 if exclusive and target is not None else 0,
             )
             parameters = bytes(launch.parameters)
             self._gpu.launch(self._module, launch.entry, launch.grid, BLOCK, parameters)
@@ -93,8 +96,8 @@ class MaskMaker:
         Masks for the host are made packed, a prompt set a launch; those that stay on the GPU as
         label maps of one class.
         """
-        n, on_device = len(request.chosen), request.on_device
-        key = (request.frame, request.threshold_logit, n, on_device)
+        n, on_device = request.count, request.on_device
+        key = (request.frame, request.rule, n, on_device)
         if key in self._planned:
             self._planned.move_to_end(key)
             return self._planned[key]
@@ -102,8 +105,9 @@ class MaskMaker:
             (self._side, self._side),
             1 if on_device else n,
             request.frame,
-            request.threshold_logit,
+            request.rule,
             labels=on_device,
+            channels=len(request.chosen) if request.rule.exclusive else None,
         )
         self._planned[key] = planned = self._allocate(plan, n * self._most_sets)
         if len(self._planned) > VIEWS:

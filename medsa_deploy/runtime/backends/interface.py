@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medsa_deploy.bundle.manifest import Conventions, Role
 from medsa_deploy.errors import DeviceError, UsageError
 from medsa_deploy.nvidia.device_array import DeviceArray
-from medsa_deploy.transforms import Frame
+from medsa_deploy.transforms import Frame, MaskRule
 
 Array = NDArray[np.float32]
 HostOrDevice: TypeAlias = NDArray[np.float32] | DeviceArray
@@ -115,12 +115,16 @@ class MaskRequest:
 
     frame: Frame
     """How the image lies in the network's frame."""
-    threshold_logit: float
-    """The logit that a mask's pixels exceed."""
+    rule: MaskRule
     chosen: range
     """Which of a prompt set's K masks: n neighbours."""
     on_device: bool = False
     """Whether the masks stay on the GPU."""
+
+    @property
+    def count(self) -> int:
+        """n: masks of a prompt set, without the background of those that exclude each other."""
+        return len(self.chosen) - self.rule.exclusive
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -196,7 +196,7 @@ class TensorRTBackend:
             self._check_prompts(len(embeddings), point_coords)
             request, device_masks = (request if self._masks else None), None
             if request is not None and request.on_device:
-                shape = (len(request.chosen), *request.frame.image_size)
+                shape = (request.count, *request.frame.image_size)
                 device_masks = self._pool.array((max(len(embeddings), sets), *shape), np.bool_)
             parts, start = [], 0
             for count in _even_parts(sets, self._decoder.largest["point_coords"][0]):

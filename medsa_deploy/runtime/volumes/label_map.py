@@ -1,4 +1,4 @@
-"""Logits of structures, slice by slice in any order → the label map of a volume."""
+"""Pixel values of structures, slice by slice in any order → the label map of a volume."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from medsa_deploy.runtime.backends.interface import Array
 
 
 class LabelMap:
-    """Every voxel has the label of the highest logit so far that is above a threshold.
+    """Every voxel has the label of the highest value so far that is above a threshold.
 
-    Of equal logits the lower label wins, so the order in which they are added does not matter.
+    Values are those of `transforms.pixel_values`. Of equal values the lower label wins, so the
+    order in which they are added does not matter.
     """
 
-    def __init__(self, volume: Volume, threshold_logit: float, *, revisited: bool) -> None:
-        """`threshold_logit`: the logit that must be exceeded. `revisited`: slices are added to more
-        than once. The highest logits are kept for that, 4 bytes per voxel of the added slices."""
+    def __init__(self, volume: Volume, threshold: float, *, revisited: bool) -> None:
+        """`threshold`: the value that must be exceeded. `revisited`: slices are added to more
+        than once. The highest values are kept for that, 4 bytes per voxel of the added slices."""
         axes = (volume.axis, *volume.plane_axes)  # a slice's voxels are neighbours in memory
         slices = np.zeros([volume.shape[axis] for axis in axes], np.uint8)
         self.labels: NDArray[np.uint8] = slices.transpose(np.argsort(axes))
         """(X, Y, Z) in the volume's stored order; 0 is background."""
         self._volume = volume
-        self._threshold_logit = threshold_logit
+        self._threshold = threshold
         self._highest: dict[int, Array] | None = {} if revisited else None
 
-    def add(self, index: int, logits: Array, labels: Sequence[int]) -> None:
-        """Add the logits (n, H, W) of a slice, and the label of each of the n."""
+    def add(self, index: int, values: Array, labels: Sequence[int]) -> None:
+        """Add the values (n, H, W) of a slice, and the label of each of the n."""
         plane = self._volume.plane(self.labels, index)
         highest = None if self._highest is None else self._highest.get(index)
         if highest is None:
-            highest = np.full(plane.shape, self._threshold_logit, np.float32)
-        for candidate, label in zip(logits, labels, strict=True):
+            highest = np.full(plane.shape, self._threshold, np.float32)
+        for candidate, label in zip(values, labels, strict=True):
             wins = candidate > highest
             wins |= (candidate == highest) & (label < plane)
             np.copyto(highest, candidate, where=wins)

@@ -23,7 +23,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.backends.interface import Array
 from medsa_deploy.runtime.decoding import SETS_AT_ONCE
-from medsa_deploy.transforms import Frame, Prompt
+from medsa_deploy.transforms import Frame, MaskRule, Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .chunk_encoder import ChunkEncoder
@@ -125,10 +125,7 @@ def segment_volume(
     """
     options = options or VolumeOptions()
     margin = _margin(options)
-    threshold = options.threshold
-    if threshold is None:
-        threshold = session.conventions.threshold
-    threshold_logit = transforms.probability_to_logit(threshold)
+    rule = transforms.mask_rule(session.manifest, options.threshold)
     labels_of = labelling(structures, session.manifest)
     prompts = [slice_prompts(structure, volume) for structure in structures]
     total = len(volume)
@@ -140,8 +137,8 @@ def segment_volume(
         on_slice=lambda done: on_slice(done, total),
     )
     work = _prompted(prompts, encoder, session)
-    label_map = LabelMap(volume, threshold_logit, revisited=len(structures) > 1)
-    run = _Run(session, encoder, labels_of, label_map, threshold_logit)
+    label_map = LabelMap(volume, rule.threshold, revisited=len(structures) > 1)
+    run = _Run(session, encoder, labels_of, label_map, rule)
     if options.propagate:
         run.propagate(work, margin)
     else:
@@ -209,7 +206,7 @@ class _Run:
         encoder: ChunkEncoder,
         labelling: Labelling,
         label_map: LabelMap,
-        threshold_logit: float,
+        rule: MaskRule,
     ) -> None:
         self.session = session
         self.encoder = encoder
@@ -218,8 +215,7 @@ class _Run:
         """For each structure, the decoder's masks that it needs."""
         self.labels = [[label for _, label in channels] for channels in labelling.channels]
         """For each structure, the labels that these masks become."""
-        self.threshold_logit = threshold_logit
-        """The logit above which a pixel belongs to a mask."""
+        self.rule, self.threshold = rule, rule.threshold
         self.decode_ms: dict[int, float] = defaultdict(float)
         """Slice → milliseconds, for every slice that was segmented."""
         self.frame: Frame | None = None
@@ -238,7 +234,7 @@ class _Run:
         prompted: list[Boxes] = [{} for _ in self.masks]
         for index, structure, logits in self._decoded(work):
             pixels = self._pixels(logits)
-            prompted[structure][index] = _box(pixels > self.threshold_logit, margin)
+            prompted[structure][index] = _box(pixels > self.threshold, margin)
             self._label(index, structure, pixels)
         for batch in self._batches_within_memory(prompted):
             self._follow(batch, margin)
@@ -295,7 +291,7 @@ class _Run:
                 work = {start: {index: sets} for start in self.encoder.holding(index)}
                 for _, structure, logits in self._decoded(work):
                     pixels = self._pixels(logits)
-                    boxes[structure] = _box(pixels > self.threshold_logit, margin)
+                    boxes[structure] = _box(pixels > self.threshold, margin)
                     yield index, structure, logits, pixels
 
     def _decoded(self, work: Work) -> Iterator[tuple[int, int, Array]]:
@@ -332,9 +328,9 @@ class _Run:
                 yield structure, of_set[self.masks[structure]]
 
     def _pixels(self, logits: Array) -> Array:
-        """(n, 4g, 4g) → (n, H, W)."""
+        """Logits (n, 4g, 4g) → pixel values (n, H, W)."""
         assert self.frame is not None
-        return transforms.upsample(logits, self.frame)
+        return transforms.pixel_values(logits, self.frame, self.rule.postprocess)
 
     def _label(self, index: int, structure: int, pixels: Array) -> None:
         self.label_map.add(index, pixels, self.labels[structure])

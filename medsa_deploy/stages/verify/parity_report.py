@@ -91,11 +91,11 @@ def worst_mask(
     dice, _, i, k = min(ranked)
     case = cases[i]
     actual = run_case(Session(session.manifest, FiniteBackend(session.backend)), case)
-    number, channel = divmod(k, actual.tensors["low_res_masks"].shape[1])
-    threshold_logit = transforms.probability_to_logit(session.conventions.threshold)
+    rule = transforms.mask_rule(session.manifest)
+    masks_of_set = actual.tensors["low_res_masks"].shape[1] - rule.exclusive
+    number, channel = divmod(k, masks_of_set)
     reference, mask = (
-        transforms.upsample(tensors["low_res_masks"][number, channel][None], actual.frame)[0]
-        > threshold_logit
+        transforms.image_masks(tensors["low_res_masks"][number], actual.frame, rule)[channel]
         for tensors in (expected[i], actual.tensors)
     )
     image, prompt = _subject(case, number)
