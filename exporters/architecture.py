@@ -20,11 +20,12 @@ from .checkpoint import Checkpoint
 from .conventions import conventions_of
 from .depth import depth_of
 from .families.family import Family
-from .families.registry import family_of
+from .families.registry import family_of, possible_codes
 from .guesses import Guess, Overrides
 from .key_check import misfit
 from .sd_trans import SDTrans
 from .shapes import Shapes
+from .training import ORIGINS, TrainingCode
 
 __all__ = ["Architecture", "Guess", "Overrides", "infer"]
 
@@ -34,6 +35,7 @@ ADAPTERS = {
     "hyp": r"mask_decoder\..*\.HyP_Adapter\.",
     "decoder-mlp": r"mask_decoder\..*\.MLP_Adapter\.",
     "decoder-image": r"mask_decoder\..*\.Image_Adapter\.",
+    "decoder": r"mask_decoder\.transformer\.layers\.\d+\.Adapter\.",
 }
 """Kinds of adapter, and their keys."""
 DEPTH_ADAPTERS = {"depth": r"image_encoder\.blocks\.\d+\.Depth_Adapter\."}
@@ -51,24 +53,39 @@ class Architecture:
 
 def infer(checkpoint: Checkpoint, overrides: Overrides) -> Architecture:
     """The network's facts and conventions; CheckpointError lists keys that do not fit them."""
-    shapes = checkpoint.shapes
-    family = family_of(shapes)
+    shapes, evidence = checkpoint.shapes, checkpoint.evidence
+    family = family_of(evidence, overrides.trained_with)
     guesses: list[Guess] = []
-    if checkpoint.lora and family.sized_by_tables and overrides.image_size is None:
-        raise UsageError(
-            "a LoRA checkpoint does not show its image size (its tables always have 127 rows): "
-            "give --image-size"
-        )
+    if overrides.image_size is None and (reason := family.hidden_size(evidence)):
+        raise UsageError(reason)
     checked = family.checked(shapes)
-    adapted = bool(checkpoint.lora or _adapters(shapes, in_3d=False))
+    adapted = bool(checkpoint.lora or _adapters(shapes, family, in_3d=False))
+    code = _trained_with(checkpoint, family, overrides, guesses)
     facts = family.facts(checked, overrides, guesses, adapted=adapted)
     depth = depth_of(shapes, family, overrides, guesses)
     network = _network(checkpoint, family, facts, depth, overrides, guesses)
     _check_keys(checkpoint.tensors, family, network, checked)
-    conventions = conventions_of(
-        network, family, overrides, guesses, public_training=checkpoint.public_training
-    )
+    conventions = conventions_of(network, family, code, overrides, guesses)
     return Architecture(network=network, conventions=conventions, guesses=tuple(guesses))
+
+
+def _trained_with(
+    checkpoint: Checkpoint, family: Family, overrides: Overrides, guesses: list[Guess]
+) -> TrainingCode:
+    """The code that trained the network; a guess if its keys may be another's."""
+    if overrides.trained_with is not None:
+        return overrides.trained_with
+    codes = family.codes(checkpoint.evidence)
+    if checkpoint.public_training and "med-sa" in codes:
+        return "med-sa"
+    code, *alternatives = codes
+    alternatives += [each for each in possible_codes(checkpoint.evidence) if each not in codes]
+    if alternatives:
+        because = f"{ORIGINS[code].because}; files of {', '.join(alternatives)} may look the same"
+        guesses.append(
+            Guess(fact="trained with", value=code, because=because, option="--trained-with")
+        )
+    return code
 
 
 def _network(
@@ -82,11 +99,13 @@ def _network(
     """All facts about the network."""
     tensors, shapes = checkpoint.tensors, checkpoint.shapes
     in_3d = depth is not None
-    adapters = _adapters(shapes, in_3d=in_3d)
+    adapters = _adapters(shapes, family, in_3d=in_3d)
     adapters += tuple(sorted({update.kind.split()[0] for update in checkpoint.lora}))
     two_way = family.decoder.two_way(shapes)
-    public = bool(adapters) or two_way == "public"
+    public = bool(adapters) or two_way == "public" or overrides.trained_with == "med-sa"
     outputs: Outputs = "classes" if family.classes_if_public and public else "sam"
+    if family.first_label is not None:
+        outputs = "labels"
     mask_tokens = shapes["mask_decoder.mask_tokens.weight"][0]
     used = {k: v.numel() for k, v in tensors.items() if family.uses(k, in_3d=in_3d)}
     lengths, prompt_length = _hyp_lengths(shapes)
@@ -95,11 +114,11 @@ def _network(
         rel_pos=_rel_pos(tensors),
         adapters=adapters,
         parameters=sum(used.values()),
-        adapter_parameters=sum(n for key, n in used.items() if "_Adapter." in key)
+        adapter_parameters=sum(n for key, n in used.items() if "Adapter." in key)
         + sum(update.parameters for update in checkpoint.lora),
         two_way=two_way,
         mask_tokens=mask_tokens,
-        classes=_classes(mask_tokens, outputs, overrides, guesses),
+        classes=_classes(mask_tokens, outputs, family.first_label, overrides, guesses),
         outputs=outputs,
         hyp_lengths=lengths,
         hyp_prompt_length=prompt_length,
@@ -109,9 +128,9 @@ def _network(
     )
 
 
-def _adapters(shapes: Shapes, *, in_3d: bool) -> tuple[str, ...]:
+def _adapters(shapes: Shapes, family: Family, *, in_3d: bool) -> tuple[str, ...]:
     """Kinds of adapter that run."""
-    kinds = ADAPTERS | DEPTH_ADAPTERS if in_3d else ADAPTERS
+    kinds = {**ADAPTERS, **(DEPTH_ADAPTERS if in_3d else {}), **family.adapters}
     return tuple(kind for kind, keys in kinds.items() if any(re.match(keys, k) for k in shapes))
 
 
@@ -134,8 +153,16 @@ def _hyp_lengths(shapes: Shapes) -> tuple[tuple[int, ...], int]:
     return (), 0
 
 
-def _classes(mask_tokens: int, outputs: Outputs, overrides: Overrides, guesses: list[Guess]) -> int:
-    """N: not stored, but a decoder has max(4, N) mask tokens."""
+def _classes(
+    mask_tokens: int,
+    outputs: Outputs,
+    first_label: int | None,
+    overrides: Overrides,
+    guesses: list[Guess],
+) -> int:
+    """N: not stored, but a decoder has max(4, N) mask tokens, or one for each label."""
+    if first_label is not None:
+        return _label_classes(mask_tokens, first_label, overrides)
     if outputs == "sam":
         if overrides.classes not in (None, 1):
             raise UsageError(
@@ -155,6 +182,22 @@ def _classes(mask_tokens: int, outputs: Outputs, overrides: Overrides, guesses: 
     if not 1 <= overrides.classes <= mask_tokens:
         raise UsageError(f"--classes {overrides.classes}: {decoder} has 1 to {mask_tokens} classes")
     return overrides.classes
+
+
+def _label_classes(mask_tokens: int, first_label: int, overrides: Overrides) -> int:
+    """Classes beside the background; `--classes` may count it, as finetune-SAM's code does."""
+    labels = mask_tokens - first_label
+    if labels < 2:
+        raise CheckpointError(
+            f"a decoder with {mask_tokens} mask tokens has no class beside the background: "
+            f"expected at least {first_label + 2}"
+        )
+    if overrides.classes not in (None, labels, labels - 1):
+        raise UsageError(
+            f"--classes {overrides.classes}: a decoder with {mask_tokens} mask tokens has "
+            f"{labels - 1} classes and the background: leave the option out"
+        )
+    return labels - 1
 
 
 def _check_keys(

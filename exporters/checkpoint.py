@@ -7,9 +7,8 @@ Everything about the architecture is read later, from keys and shapes (`architec
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,15 @@ from medsa_deploy.bundle.manifest import Source
 from medsa_deploy.errors import CheckpointError, about
 
 from .containers import Weights, find_weights
-from .families.registry import missing_stems
+from .families.registry import family_of, layout_of, merged, missing_stems
 from .file_kinds import file_kind, folder_kind
-from .lora import LoRA, merge
+from .layouts import REL_POS
+from .lora import LoRA
 from .pickles import StandIn
 from .shapes import Shapes
 from .torch_files import SpecialTensor, read_torch_file
 
 logger = logging.getLogger(__name__)
-
-REL_POS = re.compile(r"(image_encoder\.blocks\.\d+\.attn\.)rel_(?:pos_)?([hw])\Z")
-"""A relative-position table: `rel_pos_h` in Meta's and old Med-SA files, `rel_h` in newer ones."""
 
 EXPECTED = "expected a checkpoint file (.pth, .pt or .safetensors)"
 
@@ -49,11 +46,18 @@ class Checkpoint:
     """Changes that were made while the file was read."""
     lora: tuple[LoRA, ...] = ()
     """The linear layers that carried a low-rank update."""
+    stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of every tensor of the file, and of its base, before updates were merged."""
 
     @property
     def shapes(self) -> Shapes:
         """Shape of every tensor."""
         return Shapes({key: tuple(value.shape) for key, value in self.tensors.items()})
+
+    @property
+    def evidence(self) -> Shapes:
+        """Shape of every tensor, low-rank factors included: what shows the network's family."""
+        return Shapes({**self.stored, **self.shapes})
 
 
 def load_checkpoint(
@@ -90,11 +94,14 @@ def load_checkpoint(
     )
     for note in notes:
         logger.warning("%s: %s", path.name, note)
-    merged, lora = merge({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    tensors_merged, lora = merged(
+        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    )
     return Checkpoint(
         source=source,
-        tensors=merged,
+        tensors=tensors_merged,
         lora=lora,
+        stored={key: tuple(value.shape) for key, value in tensors.items()},
         public_training=isinstance(data, dict) and {"epoch", "path_helper"} <= set(data),
         notes=tuple(notes),
     )
@@ -211,27 +218,13 @@ FAULTS: Mapping[str, Callable[[Any], bool]] = {
 def _lay_over(
     adapters: dict[str, Tensor], base: dict[str, Tensor], path: Path, notes: list[str]
 ) -> dict[str, Tensor]:
-    """An adapter-only state dict over the one of a base SAM, read from `path`.
-
-    A two-way block that brings the public code's MLP replaces Meta's, whose keys differ.
-    """
-    replaced = {
-        key[: key.index(".mlp.")]
-        for key in adapters
-        if ".mlp.layers.0.0." in key or ".mlp.fc." in key
-    }
-    used_tensors = {
-        key: value
-        for key, value in base.items()
-        if key not in adapters and not any(key.startswith(f"{b}.mlp.lin") for b in replaced)
-    }
-    notes.append(f"laid over {path.name}: {len(used_tensors)} of its {len(base)} tensors are used")
-    if any(REL_POS.match(key) and value.any() for key, value in used_tensors.items()):
-        notes.append(
-            f"the relative-position tables are those of {path.name}; the public code since January "
-            "2024 trains without them: adapters from it need a base whose tables are zero"
-        )
-    return used_tensors | adapters
+    """An adapter-only state dict over the one of a base SAM, read from `path`."""
+    shapes = Shapes({key: tuple(value.shape) for key, value in base.items()})
+    renamed = family_of(shapes).layout.as_base(base)
+    under = layout_of(adapters).under(adapters, renamed, path.name)
+    notes.append(f"laid over {path.name}: {len(under.tensors)} of its {len(base)} tensors are used")
+    notes += under.notes
+    return under.tensors | adapters
 
 
 def _require_stems(tensors: Mapping[str, Tensor], path: Path, base: Path | None) -> None:
@@ -245,7 +238,7 @@ def _require_stems(tensors: Mapping[str, Tensor], path: Path, base: Path | None)
             f"{path} over {base} is not a SAM checkpoint: {lacks}; give the SAM checkpoint the "
             "adapters were trained on with --base FILE"
         )
-    if any("_Adapter." in key or ".lora_" in key for key in tensors):
+    if any(map(layout_of(tensors).adapter_keys.search, tensors)):
         raise CheckpointError(
             f"{path} holds adapters only ({len(tensors)} tensors; {lacks}): give the SAM "
             "checkpoint they were trained on with --base FILE"

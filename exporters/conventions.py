@@ -7,36 +7,31 @@ from __future__ import annotations
 
 import math
 
-from medsa_deploy.bundle.manifest import Conventions, Network
+from medsa_deploy.bundle.manifest import Conventions, Network, PostprocessingName, PromptNeed
 from medsa_deploy.errors import UsageError
-from medsa_deploy.transforms import probability_to_logit
+from medsa_deploy.transforms import PREPROCESSING, probability_to_logit
 
-from .families.family import Family, Origin
+from .families.family import Family
 from .families.registry import padded_families
 from .guesses import Guess, Overrides
+from .training import ORIGINS, Origin, TrainingCode
 
 BOX_AND_CLICK = 3
 """Points that a box and a click are."""
-
-PUBLIC_CODE = Origin(
-    preprocess="medsa", point_order="yx", because="trained by the public Med-SA code"
-)
-SAM = Origin(preprocess="sam", point_order="xy", because="SAM's keys")
 
 
 def conventions_of(
     network: Network,
     family: Family,
+    code: TrainingCode,
     overrides: Overrides,
     guesses: list[Guess],
-    *,
-    public_training: bool,
 ) -> Conventions:
-    """The user's options, and defaults by origin; UsageError for an option that cannot be used.
+    """The user's options, and defaults by the code that trained the network.
 
-    `public_training`: the file is a training container of the public Med-SA code.
+    UsageError for an option that cannot be used.
     """
-    origin = _origin(network, family, public_training)
+    origin = ORIGINS[code]
     _add_guesses(network, origin, overrides, guesses)
     return Conventions(
         preprocess=overrides.preprocess or origin.preprocess,
@@ -48,15 +43,28 @@ def conventions_of(
         intensity_window=_intensity_window(overrides.intensity_window),
         threshold=0.5 if overrides.threshold is None else _threshold(overrides.threshold),
         class_names=_class_names(overrides.class_names or (), network.classes),
+        postprocess=_postprocess(network, origin, overrides),
+        prompts=_prompts(origin, overrides, guesses),
     )
 
 
-def _origin(network: Network, family: Family, public_training: bool) -> Origin:
-    """The family's own origin if it has one, else the code that trained the network."""
-    if origin := family.conventions.origins.get(network.family):
-        return origin
-    public = public_training or network.adapters or network.two_way == "public"
-    return PUBLIC_CODE if public else SAM
+def _postprocess(network: Network, origin: Origin, overrides: Overrides) -> PostprocessingName:
+    """That of the code that trained the network.
+
+    `--preprocess medsam` says which code it was of SAM's; other networks keep their own way.
+    """
+    named = overrides.preprocess if network.outputs == "sam" else None
+    preprocess = named or origin.preprocess
+    return PREPROCESSING[preprocess].postprocess
+
+
+def _prompts(origin: Origin, overrides: Overrides, guesses: list[Guess]) -> PromptNeed:
+    if overrides.prompts is not None:
+        return "required" if overrides.prompts else "none"
+    if origin is ORIGINS["finetune-sam"]:
+        because = "finetune-SAM trains without prompts, or with a box"
+        guesses.append(Guess(fact="prompts", value="none", because=because, option="--prompts"))
+    return origin.prompts
 
 
 def _add_guesses(
@@ -64,7 +72,8 @@ def _add_guesses(
 ) -> None:
     """The guesses of preprocessing, order of clicks and prompt scope, unless options set them."""
     order = origin.point_order
-    if overrides.preprocess is None:
+    named = overrides.trained_with is not None
+    if overrides.preprocess is None and not named:
         because = origin.because
         if origin.preprocess == "sam":
             because += "; MedSAM's files look the same, but need --preprocess medsam"
@@ -76,7 +85,7 @@ def _add_guesses(
                 option="--preprocess",
             )
         )
-    if overrides.point_order is None:
+    if overrides.point_order is None and not named and origin.prompts != "none":
         because = origin.because
         if order == "yx":
             because += ", which samples clicks as (row, column)"
@@ -113,8 +122,8 @@ def _point_scale(
 def _pad_points(family: Family, overrides: Overrides, guesses: list[Guess]) -> int | None:
     """Points a prompt set is padded to; None is SAM's rule.
 
-    The public code pads efficient_sam's clicks to six. It does not handle boxes; EfficientSAM's own
-    code counts their corners among the six, as this function does.
+    The public code and EfficientSAM's own pad clicks to six. The public one does not handle boxes;
+    EfficientSAM's counts their corners among the six, as this function does.
     """
     pad = overrides.pad_points
     default = family.conventions.pad_points
@@ -129,7 +138,7 @@ def _pad_points(family: Family, overrides: Overrides, guesses: list[Guess]) -> i
                 "more, as a box and a click are"
             )
         return pad
-    because = "as the public Med-SA code pads them, box corners counted"
+    because = f"as {family.conventions.pads} pads them, box corners counted"
     guesses.append(
         Guess(fact="points padded to", value=str(default), because=because, option="--pad-points")
     )

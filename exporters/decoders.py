@@ -41,6 +41,7 @@ ADAPTERS = {
     "mask_decoder.transformer.layers.#.HyP_Adapter.norms.#.weight": "*",
     "mask_decoder.transformer.layers.#.MLP_Adapter.D_fc1.weight": "* 256",
     "mask_decoder.transformer.layers.#.Image_Adapter.D_fc1.weight": "* 256",
+    "mask_decoder.transformer.layers.#.Adapter.D_fc1.weight": "* 256",
 }
 """Keys that a decoder may have."""
 

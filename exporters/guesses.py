@@ -14,6 +14,8 @@ from medsa_deploy.bundle.manifest import (
 )
 from medsa_deploy.errors import UsageError
 
+from .training import TrainingCode
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
@@ -31,6 +33,10 @@ class Overrides:
     slices: int | None = None
     """Slices the encoder takes, with a `depth_chunk` of `none`."""
     sd_trans: DepthGrouping | None = None
+    trained_with: TrainingCode | None = None
+    """The code that trained the network."""
+    prompts: bool | None = None
+    """Whether the network was trained with prompts."""
     preprocess: PreprocessingName | None = None
     intensity_window: tuple[float, float] | None = None
     point_order: PointOrder | None = None

@@ -7,7 +7,7 @@ AdaLoRA    W + B (E ∘ A) / (ranknum + 1e-5), E scaling the rows of A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from medsa_deploy.errors import CheckpointError
 
+QKV_KIND = "lora on q and v"
+"""A fused projection whose rows of q and v have factors of their own."""
 PARTS = ("lora_A", "lora_B", "lora_E", "ranknum")
 
 
@@ -90,3 +92,54 @@ def _merged(linear: str, weight: Tensor, parts: Mapping[str, Tensor]) -> tuple[T
         raise CheckpointError(f"{linear}: its weight with its low-rank update is NaN or infinite")
     count = a.numel() + b.numel() + (rank if kind == "adalora" else 0)
     return merged, LoRA(linear=linear, rank=rank, kind=kind, parameters=count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A product of two factors, unscaled, that is added to rows of a weight."""
+
+    a: Tensor
+    """(r, in)"""
+    b: Tensor
+    """(rows, r)"""
+    third: int | None = None
+    """Which third of the weight's rows: 0 for q, 2 for v. None for all of them."""
+
+
+def with_products(linear: str, weight: Tensor, products: Sequence[Product]) -> tuple[Tensor, LoRA]:
+    """A linear's weight (out, in) plus b @ a on its rows, in the type it has.
+
+    CheckpointError for factors that do not fit it, and for a sum that is not finite.
+
+    >>> ones = Product(a=torch.ones(1, 2), b=torch.ones(1, 1), third=2)
+    >>> with_products("qkv", torch.zeros(3, 2), [ones])[0].tolist()
+    [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    """
+    total = weight.double()
+    for product in products:
+        rows = slice(None)
+        if product.third is not None and weight.ndim == 2:
+            third = weight.shape[0] // 3
+            rows = slice(product.third * third, (product.third + 1) * third)
+        factors = (product.a, product.b)
+        fits = all(factor.ndim == 2 and all(factor.shape) for factor in (*factors, weight))
+        if (
+            not fits
+            or product.b.shape != (len(total[rows]), len(product.a))
+            or product.a.shape[1] != weight.shape[1]
+        ):
+            shapes = ", ".join(str(tuple(factor.shape)) for factor in factors)
+            raise CheckpointError(
+                f"{linear}: its low-rank update ({shapes}) does not fit its weight "
+                f"{tuple(weight.shape)}"
+            )
+        total[rows] += product.b.double() @ product.a.double()
+    merged = total.to(weight.dtype)
+    if not merged.isfinite().all():
+        raise CheckpointError(f"{linear}: its weight with its low-rank update is NaN or infinite")
+    return merged, LoRA(
+        linear=linear,
+        rank=max(len(product.a) for product in products),
+        kind="lora" if products[0].third is None else QKV_KIND,
+        parameters=sum(product.a.numel() + product.b.numel() for product in products),
+    )

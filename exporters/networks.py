@@ -46,7 +46,7 @@ def fold(reference: ReferenceNetwork) -> FoldedNetwork:
     network = reference.network
     family = family_named(network.family)
     layers = family.decoder.layers(reference.prompt_encoder, reference.mask_decoder)
-    decoder = Decoder(layers, network.masks).eval()
+    decoder = Decoder(layers, family.leaving(network)).eval()
     return FoldedNetwork(
         encoder=family.fold_encoder(reference.encoder, network).eval(),
         decoder=decoder,

@@ -60,18 +60,21 @@ def checkpoint_of(shared_folder: Path) -> Maker:
         with FileLock(folder / f"{name}.lock"):
             if path.exists():
                 return path
-            state = {k: torch.from_numpy(v) for k, v in GoldenCase(name).state_dict.items()}
-            torch.save(
-                {
-                    "epoch": 3,
-                    "model": "sam",
-                    "state_dict": state,
-                    "optimizer": {},
-                    "best_tol": 0.1,
-                    "path_helper": {"prefix": "logs"},
-                },
-                path,
-            )
+            case = GoldenCase(name)
+            state = {k: torch.from_numpy(v) for k, v in case.state_dict.items()}
+            medsa = {
+                "epoch": 3,
+                "model": "sam",
+                "state_dict": state,
+                "optimizer": {},
+                "best_tol": 0.1,
+                "path_helper": {"prefix": "logs"},
+            }
+            files = {"model": {"model": state}, "bare": state}
+            if case.base is not None:
+                base = {k: torch.from_numpy(v) for k, v in case.base.items()}
+                torch.save(base, folder / f"{name}-base.pth")
+            torch.save(files.get(case.settings.get("container"), medsa), path)
         return path
 
     return make
@@ -95,7 +98,10 @@ def bundle_of(shared_folder: Path, checkpoint_of: Maker) -> Maker:
             if path.exists():
                 return path
             options = [f"--{k.replace('_', '-')}={v}" for k, v in export_options(name).items()]
-            done = call("export", checkpoint_of(name), "-o", path, *options, "--json")
+            checkpoint = checkpoint_of(name)
+            if GoldenCase(name).base is not None:
+                options.append(f"--base={checkpoint.with_name(f'{name}-base.pth')}")
+            done = call("export", checkpoint, "-o", path, *options, "--json")
             assert done.code == 0, done.err
         return path
 

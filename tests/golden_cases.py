@@ -35,6 +35,16 @@ VIT_3D = ("medsa_3d_chunk6", "medsa_3d_no_chunk", "medsa_hyp_3d")
 TABLELESS_2D = ("medsa_lora", "medsa_mobile", "medsa_efficient_adalora")
 """Cases whose checkpoints do not show their image size."""
 
+ADAPTED_SAMS = (
+    "efficientsam_official",
+    "sam_med2d",
+    "finetune_sam_adapter",
+    "finetune_sam_lora",
+    "samed",
+)
+"""Cases of other code than the public Med-SA code."""
+UNSIZED_SAMS = ("efficientsam_official", "samed")
+
 CASES_2D = (*VIT_2D, "medsa_efficient", *TABLELESS_2D)
 
 
@@ -54,6 +64,14 @@ class GoldenCase:
         return seeded.state_dict(s["keys"], s["seed"], rel_pos_scale=s["rel_pos_scale"])
 
     @cached_property
+    def base(self) -> dict[str, np.ndarray] | None:
+        """The checkpoint that the case's file goes over, if any."""
+        base = self.settings.get("base")
+        if base is None:
+            return None
+        return seeded.state_dict(base["keys"], base["seed"], rel_pos_scale=base["rel_pos_scale"])
+
+    @cached_property
     def expected(self) -> dict[str, np.ndarray]:
         with np.load(FOLDER / f"{self.name}.npz") as data:
             return dict(data)
@@ -65,7 +83,7 @@ class GoldenCase:
     @property
     def shown_size(self) -> int | None:
         """What `--image-size` has to be given, if anything."""
-        return self.size if self.name in TABLELESS_2D else None
+        return self.size if self.name in TABLELESS_2D + UNSIZED_SAMS else None
 
     @property
     def efficient(self) -> bool:
@@ -85,9 +103,14 @@ class GoldenCase:
 
     @property
     def coords_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Points, then box corners, then SAM's padding point where there is no box."""
+        """Points, then box corners, then SAM's padding point where there is no box.
+
+        Nothing at all for a case without a prompt.
+        """
         s = self.settings
         boxes = s.get("boxes")
+        if not s["points"] and not boxes:
+            return np.zeros((1, 0, 2), np.float32), np.zeros((1, 0), np.float32)
         sets = len(s["points"] or boxes)
         coords = np.array(s["points"] or np.zeros((sets, 0, 2)), np.float32)
         labels = np.array(s["labels"] or np.zeros((sets, 0)), np.float32)
@@ -113,7 +136,7 @@ def export_options(name: str) -> dict[str, Any]:
     """What a case's checkpoint does not say, as fields of `Overrides`."""
     case = GoldenCase(name)
     options: dict[str, Any] = {}
-    if name != "medsa_mobile" and not case.efficient:
+    if name != "medsa_mobile" and not case.efficient and name not in ADAPTED_SAMS:
         options["classes"] = case.classes
     if name not in VIT_3D:
         return options | ({} if case.shown_size is None else {"image_size": case.shown_size})

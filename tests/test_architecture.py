@@ -31,7 +31,7 @@ def infer_keys(keys: Keys, *, public_training: bool = False, **overrides: Any) -
 
 def guessed(found: Architecture) -> dict[str, str]:
     """Option that overrules a guess → the guess, those about conventions and classes left out."""
-    others = {"--preprocess", "--point-order", "--classes"}
+    others = {"--preprocess", "--point-order", "--classes", "--trained-with"}
     return {g.option: g.value for g in found.guesses if g.option not in others}
 
 
@@ -309,7 +309,7 @@ def test_conventions_given_are_kept_and_not_guessed() -> None:
         "threshold": 0.25,
         "class_names": ("liver",),
     }
-    found = infer_keys(vit_keys(tables=(27, 31)), **given_ones)
+    found = infer_keys(vit_keys(tables=(27, 31)), trained_with="sam", **given_ones)
     assert {name: getattr(found.conventions, name) for name in given_ones} == given_ones
     assert found.guesses == ()
 
@@ -395,7 +395,7 @@ def test_efficient_sams_conventions_can_be_overruled() -> None:
         (efficient_keys(), {"pad_points": -1}, "--pad-points -1 cannot be used: give 0"),
         (efficient_keys(), {"point_scale": 0.0}, "--point-scale 0 cannot be used: give a number"),
         (efficient_keys(), {"point_scale": math.nan}, "--point-scale nan cannot be used"),
-        (vit_keys(), {"pad_points": 6}, "--pad-points is for efficient_sam: leave the option out"),
+        (vit_keys(), {"pad_points": 6}, "--pad-points is for efficient_sam, efficientsam: leave"),
         (vit_keys(), {"point_scale": math.inf}, "--point-scale inf cannot be used"),
     ],
 )
@@ -432,7 +432,7 @@ MLPS = "mask_decoder.output_hypernetworks_mlps"
         ),
         (
             {"image_encoder.blocks.0.mlp.fc1.weight": (256, 64)},
-            ["EfficientSAM's own weights", "as the public Med-SA code trains it"],
+            ["(efficientsam, 2 blocks", "blocks.1.mlp.fc1.weight", "blocks.*.mlp.lin1.weight (2×)"],
         ),
     ],
 )

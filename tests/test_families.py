@@ -231,7 +231,7 @@ def test_a_prefix_before_its_keys_is_left_out(tmp_path: Path) -> None:
 
 def test_options_that_are_not_for_it(checkpoint: Path) -> None:
     assert "with adapters; this is a Pond" in call("inspect", checkpoint, "--depth-chunk=4").error
-    assert "is for efficient_sam: leave" in call("inspect", checkpoint, "--pad-points=6").error
+    assert "is for efficient_sam, efficientsam: leave" in call("inspect", checkpoint, "--pad-points=6").error
 
 
 def test_a_family_that_no_row_describes(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_family_that_no_row_describes(bundle: Path, checkpoint: Path, tmp_path
     edit_manifest(unknown, network__family="lake")
     with load(unknown) as session:
         assert session.segment(session.encode(seeded_image(64, 1)), points=[[9, 9]]).masks.any()
-    words = "family 'lake'; this medsa-deploy knows litemedsam, mobile_sam, efficient_sam, medsa"
+    words = "family 'lake'; this medsa-deploy knows litemedsam, mobile_sam, efficient_sam, eff"
     with pytest.raises(BundleError, match=words):
         build_reference(load_manifest(unknown).network, load_checkpoint(checkpoint).tensors)
 

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from medsa_deploy.bundle.manifest import FamilyFacts, Network, PointOrder, PreprocessingName
+from medsa_deploy.bundle.manifest import FamilyFacts, Network
 from medsa_deploy.exporters.decoders import ADAPTERS as DECODER_ADAPTERS
 from medsa_deploy.exporters.decoders import SAM_DECODER, TWO_WAY_MLP, DecoderKind
 from medsa_deploy.exporters.guesses import Guess, Overrides
 from medsa_deploy.exporters.key_check import checked
+from medsa_deploy.exporters.layouts import MEDSA, FileLayout
 from medsa_deploy.exporters.reference import ReferenceNetwork
 from medsa_deploy.exporters.shapes import Shapes
+from medsa_deploy.exporters.training import TrainingCode, codes_by_keys
 
 UNUSED = re.compile(r"num_batches_tracked$|^pixel_(mean|std)$")
 """Keys that a checkpoint of any family may have and its network does not run."""
@@ -33,26 +35,26 @@ class ReadFacts(Protocol):
     ) -> FamilyFacts: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """The conventions that come with the code that trained a network."""
-
-    preprocess: PreprocessingName
-    point_order: PointOrder
-    because: str
-    """The evidence of the origin."""
+def low_rank_hides_size(shapes: Shapes) -> str | None:
+    """The public Med-SA code's updates come with tables of one length."""
+    if any(".lora_" in key for key in shapes):
+        return (
+            "a LoRA checkpoint does not show its image size (its tables always have 127 rows): "
+            "give --image-size"
+        )
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConventions:
     """Conventions that hold for a family whatever code trained it."""
 
-    origins: Mapping[str, Origin] = field(default_factory=dict)
-    """By the network's name; a name that is not here takes the conventions of what trained it."""
     click_frame: int | None = None
     """Side of the frame that clicks are scaled to; None: the network's image size."""
     pad_points: int | None = None
     """Points that a prompt set is padded to, box corners included; None: SAM's rule."""
+    pads: str = "the public Med-SA code"
+    """The code that pads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,19 @@ class Family:
     stems: tuple[str, ...]
     """Beginnings of keys that every whole checkpoint has."""
     recognises: Callable[[Shapes], bool]
-    """Whether keys are the family's. CheckpointError for a relative that is not supported."""
+    """Whether a file's keys show the family, low-rank factors included."""
+    codes: Callable[[Shapes], tuple[TrainingCode, ...]] = codes_by_keys
+    """The codes that may have trained a network of the family, the most likely first."""
+    admits: Callable[[Shapes], bool] | None = None
+    """Whether keys may be the family's, for families that are not always recognised; None: if they
+    are recognised."""
+    layout: FileLayout = MEDSA
+    """How its files hold weights."""
     required_keys: Mapping[str, str]
     """The encoder's keys, with their shapes (`key_check.py`)."""
     optional_keys: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Kind of adapter that no other family has → a pattern of its keys."""
     unused_keys: re.Pattern[str] = NO_KEY
     """Keys that a checkpoint may have and its network does not run."""
     unused_keys_in_2d: re.Pattern[str] = NO_KEY
@@ -83,10 +94,13 @@ class Family:
     """The reference encoder → the encoder that is exported, an equal function."""
     decoder: DecoderKind = SAM_DECODER
     conventions: FamilyConventions = FamilyConventions()
-    sized_by_tables: bool = False
-    """Whether relative-position tables show the image size; those of low-rank files do not."""
+    hidden_size: Callable[[Shapes], str | None] = lambda shapes: None
+    """Why a file does not show the image size and none can be guessed; None if that is not so."""
     classes_if_public: bool = False
     """Whether a network that the public Med-SA code trained has a mask for each class."""
+    first_label: int | None = None
+    """Number of the mask token of the background, if every later one is a class's and the classes
+    exclude each other."""
     takes_slices: bool = False
     """Whether SD-Trans can run in it: 3D."""
 
@@ -98,6 +112,11 @@ class Family:
             required={**self.required_keys, **self.decoder.required_keys, **TWO_WAY_MLP[form]},
             optional={**self.optional_keys, **DECODER_ADAPTERS},
         )
+
+    def possible_codes(self, shapes: Shapes) -> tuple[TrainingCode, ...]:
+        """The codes that may have trained a network with these keys as one of the family."""
+        admits = self.admits or self.recognises
+        return self.codes(shapes) if admits(shapes) else ()
 
     def uses(self, key: str, *, in_3d: bool) -> bool:
         """Whether the network runs a key that its checkpoint may have."""
@@ -113,4 +132,10 @@ class Family:
             encoder_key=self.encoder_key,
             prompt_encoder=prompt_encoder,
             mask_decoder=mask_decoder,
+            leaving=self.leaving(network),
         )
+
+    def leaving(self, network: Network) -> range:
+        """The mask tokens whose masks are the decoder's output."""
+        first = self.first_label or 0
+        return range(first, first + network.masks)

@@ -45,6 +45,17 @@ class AdaptedProjection(nn.Module):
         return p + self.fc2(F.gelu(hidden))
 
 
+def with_skips(*adapters: Adapter | None) -> nn.Sequential:
+    """The adapters that there are, each as a residual step, in their order."""
+    steps = []
+    for adapter in adapters:
+        if adapter is not None:
+            step = Adapter(adapter.D_fc1.in_features, adapter.D_fc1.out_features, skip=True)
+            step.D_fc1, step.D_fc2 = adapter.D_fc1, adapter.D_fc2
+            steps.append(step)
+    return nn.Sequential(*steps)
+
+
 class AdaptedMLP(nn.Module):
     """The block's ReLU MLP, and its adapter beside it, whose GELU keeps the two apart."""
 

@@ -18,7 +18,7 @@ from medsa_deploy.bundle.manifest import TwoWay
 from medsa_deploy.exporters.reference import decoder as reference
 from medsa_deploy.exporters.sam import TwoWayAttention
 
-from .adapters import AdaptedMLP, FoldedHyperPromptAdapter
+from .adapters import AdaptedMLP, FoldedHyperPromptAdapter, with_skips
 from .linear import constant, layer_norm, linear
 from .upscaling import Upscaling
 
@@ -169,6 +169,7 @@ class TwoWayBlock(nn.Module):
             if block.HyP_Adapter is None
             else FoldedHyperPromptAdapter(block.HyP_Adapter, fixed)
         )
+        self.token_adapters = with_skips(block.Adapter)
         self.norm2 = block.norm2
         self.mlp = AdaptedMLP(block.mlp, block.MLP_Adapter)
         self.norm3 = block.norm3
@@ -176,7 +177,7 @@ class TwoWayBlock(nn.Module):
         self.token_key = to_tokens.k_proj
         self.token_value = to_tokens.v_proj
         self.to_tokens = CrossAttention(to_tokens)
-        self.image_adapter = block.Image_Adapter
+        self.image_adapters = with_skips(block.Image_Adapter, block.Adapter)
         self.norm4 = block.norm4
 
     def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,14 +188,12 @@ class TwoWayBlock(nn.Module):
         )
         if self.hyper is not None:
             a = self.hyper(a, query_pe)
-        queries = self.norm2(queries + a)
+        queries = self.norm2(self.token_adapters(queries + a))
         queries = self.norm3(queries + self.mlp(queries))
         keys = keys + self.to_tokens(
             self.token_query(keys), self.token_key(queries + query_pe), self.token_value(queries)
         )
-        if self.image_adapter is not None:
-            keys = keys + self.image_adapter(keys)
-        return queries, self.norm4(keys)
+        return queries, self.norm4(self.image_adapters(keys))
 
 
 class MaskWeights(nn.Module):
@@ -225,14 +224,15 @@ class PredictsMasks(nn.Module):
     """The end of the decoder, whole or in parts."""
 
     side: int
-    masks: int
+    leaving: range
+    """The mask tokens whose masks leave."""
     mask_weights: MaskWeights
     upscaling: Upscaling
     iou: nn.Sequential
 
     def results(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The last tokens, iou and masks first, and image tokens → masks and predicted IoU."""
-        weights = self.mask_weights(queries[:, 1 : 1 + self.masks])
+        weights = self.mask_weights(queries[:, 1 + self.leaving.start : 1 + self.leaving.stop])
         masks = weights @ self.upscaling(keys).transpose(1, 2)
         return self._pixels(masks), self.iou(queries[:, 0])
 
@@ -240,20 +240,20 @@ class PredictsMasks(nn.Module):
         """(B, K, g² · 16), in the order (token, 2, 2, 2, 2) → (B, K, 4g, 4g)."""
         x = masks.unflatten(-1, (self.side, self.side, 2, 2, 2, 2))
         return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(
-            -1, self.masks, 4 * self.side, 4 * self.side
+            -1, len(self.leaving), 4 * self.side, 4 * self.side
         )
 
 
 class Decoder(PredictsMasks):
     """Prompts and embeddings → K low-resolution masks and their predicted IoU."""
 
-    def __init__(self, layers: DecoderLayers, masks: int) -> None:
+    def __init__(self, layers: DecoderLayers, leaving: range) -> None:
         super().__init__()
         transformer, fixed = layers.transformer, layers.output_tokens
         image_pe = layers.image_pe[0].flatten(1).T
         last = transformer.final_attn_token_to_image
         self.side = layers.image_pe.shape[-1]
-        self.masks = masks
+        self.leaving = leaving
         self.sparse = SparsePrompts(layers)
         self.dense = layers.mask_prompts
         self.fixed = constant(fixed)
@@ -264,8 +264,8 @@ class Decoder(PredictsMasks):
         self.last = CrossAttention(last)
         self.norm = transformer.norm_final_attn
         self.upscaling = layers.upscaling
-        self.mask_weights = MaskWeights(layers.mask_mlps[:masks], layers.act)
-        self.iou = _first_outputs(layers.iou_mlp, masks, layers.act)
+        self.mask_weights = MaskWeights([layers.mask_mlps[i] for i in leaving], layers.act)
+        self.iou = _some_outputs(layers.iou_mlp, leaving, layers.act)
 
     def forward(
         self,
@@ -318,8 +318,9 @@ def scaled_query(attention: TwoWayAttention) -> nn.Linear:
     return linear(scale * attention.q_proj.weight, scale * attention.q_proj.bias)
 
 
-def _first_outputs(layers: Sequence[nn.Linear], count: int, act: nn.Module) -> nn.Sequential:
+def _some_outputs(layers: Sequence[nn.Linear], rows: range, act: nn.Module) -> nn.Sequential:
     """The IoU head, its last layer cut to the masks that leave."""
     *hidden, last = layers
     steps = [step for layer in hidden for step in (layer, act)]
-    return nn.Sequential(*steps, linear(last.weight[:count], last.bias[:count]))
+    part = slice(rows.start, rows.stop)
+    return nn.Sequential(*steps, linear(last.weight[part], last.bias[part]))

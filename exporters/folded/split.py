@@ -102,11 +102,12 @@ class ClickBlock(nn.Module):
         self.image_query, self.image_out = block.image_query, block.to_image.out
         self.to_image = None if first else TokenToImage(block.image_key, block.image_value, heads)
         self.hyper = block.hyper
+        self.token_adapters = block.token_adapters
         self.norm2, self.mlp, self.norm3 = block.norm2, block.mlp, block.norm3
         self.token_key, self.token_value = block.token_key, block.token_value
         self.scores = None if first else Scores(block.token_query, heads)
         self.to_tokens = ImageToToken(block.to_tokens.out, heads)
-        self.image_adapter, self.norm4 = block.image_adapter, block.norm4
+        self.image_adapters, self.norm4 = block.image_adapters, block.norm4
 
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, projected: tuple[Tensor, ...]
@@ -123,15 +124,13 @@ class ClickBlock(nn.Module):
         a = self.image_out(a.transpose(1, 2).flatten(2))
         if self.hyper is not None:
             a = self.hyper(a, query_pe)
-        queries = self.norm2(queries + a)
+        queries = self.norm2(self.token_adapters(queries + a))
         queries = self.norm3(queries + self.mlp(queries))
         k = in_heads(self.token_key(queries + query_pe), self.heads)
         v = in_heads(self.token_value(queries), self.heads)
         scores = k @ image_query if self.scores is None else self.scores(k, keys)
         keys = keys + self.to_tokens(scores, v)
-        if self.image_adapter is not None:
-            keys = keys + self.image_adapter(keys)
-        return queries, self.norm4(keys)
+        return queries, self.norm4(self.image_adapters(keys))
 
 
 class ClickPart(PredictsMasks):
@@ -139,7 +138,7 @@ class ClickPart(PredictsMasks):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.side, self.masks, self.heads = decoder.side, decoder.masks, decoder.last.heads
+        self.side, self.leaving, self.heads = decoder.side, decoder.leaving, decoder.last.heads
         self.sparse, self.fixed = decoder.sparse, decoder.fixed
         self.blocks = nn.ModuleList(
             ClickBlock(block, first=i == 0) for i, block in enumerate(decoder.blocks)
@@ -168,8 +167,8 @@ class ClickPart(PredictsMasks):
         queries = tokens
         for block in self.blocks:
             queries, keys = block(queries, keys, tokens, tuple(projected))
-        leaving = slice(1 + self.masks)  # the iou token and those of the masks that leave
-        queries, tokens = queries[:, leaving], tokens[:, leaving]
+        read = slice(1 + self.leaving.stop)  # the iou token and those of the masks that leave
+        queries, tokens = queries[:, read], tokens[:, read]
         a = self.last(in_heads(self.last_query(queries + tokens), self.heads), keys)
         queries = self.norm(queries + self.last_out(a.transpose(1, 2).flatten(2)))
         return self.results(queries, keys)

@@ -1,7 +1,8 @@
-"""SAM's prompt encoder and mask decoder, with HyP-Adpt, as a checkpoint carries them.
+"""SAM's prompt encoder and mask decoder, with adapters, as a checkpoint carries them.
 
 The two-way block comes in two forms, told apart by the names of its MLP's keys: Meta's, and the
-public Med-SA code's. Each may carry the decoder adapters of section 3.4 of the paper.
+public Med-SA code's. Each may carry the decoder adapters of section 3.4 of the paper, or those of
+finetune-SAM: `Adapter`, on the tokens and on the image tokens, and `MLP_Adapter`.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class TwoWayBlock(nn.Module):
         self.HyP_Adapter = hyper_prompt_adapter(shapes, f"{prefix}.HyP_Adapter")
         self.MLP_Adapter = adapter(shapes, f"{prefix}.MLP_Adapter", skip=False)
         self.Image_Adapter = adapter(shapes, f"{prefix}.Image_Adapter", skip=False)
+        self.Adapter = adapter(shapes, f"{prefix}.Adapter", skip=True)
 
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
@@ -102,7 +104,10 @@ class TwoWayBlock(nn.Module):
         a = self.cross_attn_token_to_image(q=queries + query_pe, k=keys + key_pe, v=keys)
         if self.HyP_Adapter is not None:
             a = self.HyP_Adapter(a, query_pe)
-        queries = self.norm2(queries + a)
+        queries = queries + a
+        if self.Adapter is not None:
+            queries = self.Adapter(queries)
+        queries = self.norm2(queries)
 
         m = self.mlp(queries)
         if self.MLP_Adapter is not None:
@@ -114,6 +119,8 @@ class TwoWayBlock(nn.Module):
         )
         if self.Image_Adapter is not None:
             keys = keys + self.Image_Adapter(keys)
+        if self.Adapter is not None:
+            keys = self.Adapter(keys)
         return queries, self.norm4(keys)
 
     def _self_attention(self, queries: Tensor, query_pe: Tensor) -> Tensor:

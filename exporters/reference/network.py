@@ -13,7 +13,8 @@ class ReferenceNetwork(nn.Module):
     """Encoder, prompt encoder and decoder; the names of its state dict are the checkpoint's.
 
     `encoder_key`: what the encoder's keys begin with. `prompt_encoder` has the methods `sparse`,
-    `dense` and `get_dense_pe` of `decoder.PromptTokens`.
+    `dense` and `get_dense_pe` of `decoder.PromptTokens`. `leaving`: the mask tokens whose masks
+    leave.
     """
 
     def __init__(
@@ -24,9 +25,11 @@ class ReferenceNetwork(nn.Module):
         encoder_key: str,
         prompt_encoder: Any,
         mask_decoder: nn.Module,
+        leaving: range,
     ) -> None:
         super().__init__()
         self.network = network
+        self.leaving = leaving
         self.encoder_key = encoder_key
         self.add_module(encoder_key, encoder)
         self.prompt_encoder: Any = prompt_encoder
@@ -57,4 +60,5 @@ class ReferenceNetwork(nn.Module):
             prompts.sparse(point_coords, point_labels),
             prompts.dense(mask_input),
         )
-        return masks[:, : self.network.masks], iou[:, : self.network.masks]
+        tokens = slice(self.leaving.start, self.leaving.stop)
+        return masks[:, tokens], iou[:, tokens]

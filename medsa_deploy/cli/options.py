@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from medsa_deploy.bundle.manifest import PreprocessingName
 from medsa_deploy.runtime import BackendName
 from medsa_deploy.runtime import Precision as PrecisionName
 from medsa_deploy.stages.inspect import export_extra
@@ -100,9 +101,22 @@ class OverrideOptions:
         Literal["public", "paper"] | None,
         typer.Option(help="3D: how slices are grouped; public for the public code's checkpoints"),
     ] = None
+    trained_with: Annotated[
+        Literal["med-sa", "sam", "medsam", "sam-med2d", "finetune-sam", "samed", "efficientsam"]
+        | None,
+        typer.Option(
+            help="Code that trained the network, if its keys leave a choice: sets preprocessing, "
+            "prompts, which tokens are masks and the order of norm and windows"
+        ),
+    ] = None
+    prompts: Annotated[
+        bool | None,
+        typer.Option(
+            "--prompts/--no-prompts", help="Whether the network was trained with clicks or boxes"
+        ),
+    ] = None
     preprocess: Annotated[
-        Literal["medsa", "sam", "medsam", "litemedsam"] | None,
-        typer.Option(help="How images become the network's input"),
+        PreprocessingName | None, typer.Option(help="How images become the network's input")
     ] = None
     intensity_window: IntensityWindow = None
     point_order: Annotated[

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
 from medsa_deploy.bundle.manifest import TwoWay
-from medsa_deploy.errors import CheckpointError
 from medsa_deploy.exporters.decoders import TRANSFORMER
 from medsa_deploy.exporters.families.sam_vit import keys as sam_vit
 from medsa_deploy.exporters.shapes import Shapes
@@ -11,6 +12,9 @@ from medsa_deploy.exporters.shapes import Shapes
 STEMS, OPTIONAL, UNUSED_IN_2D = sam_vit.STEMS, sam_vit.OPTIONAL, sam_vit.UNUSED_IN_2D
 PROMPTS = ("prompt_encoder.invalid_points.", "prompt_encoder.bbox_")
 """Beginnings of keys that no other family has."""
+
+OWN_MLP = re.compile(r"(image_encoder\.blocks\.\d+\.mlp)\.fc([12])\.")
+"""An MLP as EfficientSAM's own code names it; the public Med-SA code's names are lin1 and lin2."""
 
 REQUIRED = sam_vit.REQUIRED | {"image_encoder.pos_embed": "1 197 C"}
 """197: a class token and 14×14."""
@@ -28,15 +32,18 @@ DECODER = TRANSFORMER | {
 
 
 def recognises(shapes: Shapes) -> bool:
-    """Whether it has EfficientSAM's prompts; CheckpointError for EfficientSAM's own weights."""
-    if not any(key.startswith(PROMPTS) for key in shapes):
-        return False
-    if "image_encoder.blocks.0.mlp.fc1.weight" in shapes:
-        raise CheckpointError(
-            "these are EfficientSAM's own weights (blocks with mlp.fc1): supported is "
-            "efficient_sam as the public Med-SA code trains it (blocks with mlp.lin1)"
-        )
-    return True
+    """Whether it has EfficientSAM's prompts, and blocks by the public Med-SA code's names."""
+    return has_prompts(shapes) and not has_own_blocks(shapes)
+
+
+def has_prompts(shapes: Shapes) -> bool:
+    """Whether it has EfficientSAM's prompts."""
+    return any(key.startswith(PROMPTS) for key in shapes)
+
+
+def has_own_blocks(shapes: Shapes) -> bool:
+    """Whether blocks have the names of EfficientSAM's own code."""
+    return any(OWN_MLP.match(key) for key in shapes)
 
 
 def two_way(shapes: Shapes) -> TwoWay:

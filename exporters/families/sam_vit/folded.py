@@ -6,6 +6,8 @@ relative-position tables) and 7 (constants).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from medsa_deploy.bundle.manifest import Network
@@ -33,7 +35,7 @@ class Block(nn.Module):
     def __init__(self, block: reference.Block, grid: int, slices: int) -> None:
         super().__init__()
         attention = block.attn
-        padded = block.norm1.bias if block.adapted else 0 * block.norm1.bias
+        padded = block.norm1.bias if block.windows_first else 0 * block.norm1.bias
         query, key, value, projection = folded_projections(
             attention.qkv, attention.proj, padded, attention.scale
         )
@@ -64,7 +66,11 @@ class Block(nn.Module):
         x = x + self.projection(space)
         if self.depth_fc2 is not None:
             x = x + self.depth_fc2(depth)
-        return x + self.mlp(self.norm2(x))
+        return x + self.token_mlp(self.norm2(x))
+
+    def token_mlp(self, n: Tensor) -> Tensor:
+        """The MLP and its adapter on normalised tokens: (B, H, W, C) → (B, H, W, C)."""
+        return self.mlp(n)
 
 
 class ImageEncoder(nn.Module):
@@ -73,11 +79,13 @@ class ImageEncoder(nn.Module):
     `slices`: how many images are encoded together.
     """
 
+    BLOCK: ClassVar[type[Block]] = Block
+
     def __init__(self, encoder: reference.ImageEncoder, grid: int, slices: int = 1) -> None:
         super().__init__()
         self.patch_embed = encoder.patch_embed.proj
         self.positions = constant(encoder.positions((grid, grid)))
-        self.blocks = nn.Sequential(*(Block(block, grid, slices) for block in encoder.blocks))
+        self.blocks = nn.Sequential(*(self.BLOCK(block, grid, slices) for block in encoder.blocks))
         self.neck = Neck(encoder.neck)
 
     def forward(self, image: Tensor) -> Tensor:

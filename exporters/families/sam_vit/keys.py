@@ -6,6 +6,7 @@ import re
 
 from medsa_deploy.exporters.decoders import STEMS as DECODER_STEMS
 from medsa_deploy.exporters.shapes import Shapes
+from medsa_deploy.exporters.training import TrainingCode, codes_by_keys
 
 STEMS = ("image_encoder.patch_embed.", *DECODER_STEMS)
 
@@ -22,9 +23,24 @@ OPTIONAL = {
     "image_encoder.blocks.#.MLP_Adapter.D_fc1.weight": "* C",
     "image_encoder.blocks.#.Depth_Adapter.D_fc1.weight": "* C",
 }
+FOREIGN = re.compile(
+    r"\.Adapter\.|\.linear_[ab]_[qv]\.|_proj\.w_[ab]\.|^w_[ab]_\d|^prompt_encoder\.(invalid|bbox)_"
+)
+"""Keys of families that share the ViT."""
 UNUSED_IN_2D = re.compile(r"^image_encoder\.blocks\.\d+\.Depth_Adapter\.")
 
 
 def recognises(shapes: Shapes) -> bool:
     """Whether there are ViT blocks."""
     return shapes.count("image_encoder.blocks") > 0
+
+
+def admits(shapes: Shapes) -> bool:
+    """Whether all adapters and updates, if any, are the public Med-SA code's."""
+    return recognises(shapes) and not any(map(FOREIGN.search, shapes))
+
+
+def codes(shapes: Shapes) -> tuple[TrainingCode, ...]:
+    """SAM-Med2D may train SAM without adapters."""
+    codes = codes_by_keys(shapes)
+    return codes if codes == ("med-sa",) else ("sam", "medsam", "sam-med2d", "med-sa")

@@ -6,7 +6,7 @@ and saves nothing.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +42,17 @@ class Block(nn.Module):
         shapes: Shapes,
         prefix: str,
         *,
+        width: int,
         heads: int,
         window: int,
         sd_trans: SDTrans | None,
         eps: float,
     ) -> None:
         super().__init__()
-        hidden, width = shapes[f"{prefix}.mlp.lin1.weight"]
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = _attention(shapes, f"{prefix}.attn", width, heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLPBlock(width, hidden)
+        self.mlp = self.mlp_of(shapes, f"{prefix}.mlp")
         self.Space_Adapter = adapter(shapes, f"{prefix}.Space_Adapter", skip=True)
         self.MLP_Adapter = adapter(shapes, f"{prefix}.MLP_Adapter", skip=False)
         self.Depth_Adapter = (
@@ -61,19 +61,26 @@ class Block(nn.Module):
         self.sd_trans = sd_trans
         self.window = window
 
+    @staticmethod
+    def mlp_of(shapes: Shapes, prefix: str) -> nn.Module:
+        """The MLP that a checkpoint holds under `prefix`."""
+        hidden, width = shapes[f"{prefix}.lin1.weight"]
+        return MLPBlock(width, hidden)
+
     @property
-    def adapted(self) -> bool:
-        """Whether this is Med-SA's block rather than SAM's."""
+    def windows_first(self) -> bool:
+        """Whether windows are cut before norm1: Med-SA's order rather than SAM's."""
         return self.Space_Adapter is not None or self.MLP_Adapter is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        x = x + (self._space_of_windows(x) if self.adapted else self._space(x))
-        n = self.norm2(x)
+        x = x + (self._space_of_windows(x) if self.windows_first else self._space(x))
+        return x + self.token_mlp(self.norm2(x))
+
+    def token_mlp(self, n: Tensor) -> Tensor:
+        """The MLP and its adapter on normalised tokens: (B, H, W, C) → (B, H, W, C)."""
         y = self.mlp(n)
-        if self.MLP_Adapter is not None:
-            y = y + 0.5 * self.MLP_Adapter(n)
-        return x + y
+        return y if self.MLP_Adapter is None else y + 0.5 * self.MLP_Adapter(n)
 
     def _space(self, x: Tensor) -> Tensor:
         """SAM: norm, cut into windows, attend."""
@@ -114,6 +121,9 @@ class ImageEncoder(nn.Module):
 
     EPS = 1e-6
     """Of the blocks' norms."""
+    BLOCK: ClassVar[type[Block]] = Block
+    RESIZE = "bicubic"
+    """Interpolation of the table of positions."""
 
     def __init__(
         self,
@@ -132,9 +142,10 @@ class ImageEncoder(nn.Module):
         )
         self.pos_embed = nn.Parameter(torch.empty(shapes[f"{prefix}.pos_embed"]))
         self.blocks = nn.ModuleList(
-            Block(
+            self.BLOCK(
                 shapes,
                 f"{prefix}.blocks.{i}",
+                width=width,
                 heads=heads,
                 window=0 if i in global_blocks else window,
                 sd_trans=sd_trans,
@@ -164,7 +175,7 @@ class ImageEncoder(nn.Module):
         channels_first = self.position_table().permute(0, 3, 1, 2)
         if channels_first.shape[2:] != grid:
             channels_first = F.interpolate(
-                channels_first, grid, mode="bicubic", align_corners=False
+                channels_first, grid, mode=self.RESIZE, align_corners=False
             )
         return channels_first.permute(0, 2, 3, 1)
 

@@ -1,5 +1,5 @@
 """TinyViT: mobile_sam and LiteMedSAM."""
 
-from . import conventions, facts, folded, keys, reference
+from . import facts, folded, keys, reference
 
-__all__ = ["conventions", "facts", "folded", "keys", "reference"]
+__all__ = ["facts", "folded", "keys", "reference"]

@@ -15,6 +15,8 @@ from medsa_deploy.exporters.guesses import (
 )
 from medsa_deploy.exporters.shapes import Shapes
 
+from .keys import is_lite
+
 LITE_IMAGE_SIZE, LITE_PATCH = 256, 4
 MOBILE_IMAGE_SIZE = 1024
 
@@ -37,7 +39,7 @@ def facts_of(
                 f"expected (a divisor of the width {width}, a square)"
             )
     # Besides the patch embedding, two stages halve the resolution.
-    lite = shapes["image_encoder.patch_embed.seq.0.c.weight"][2] == 1
+    lite = is_lite(shapes)
     patch = LITE_PATCH if lite else 4 * LITE_PATCH
     size = overrides.image_size
     if size is None:

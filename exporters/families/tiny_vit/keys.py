@@ -6,6 +6,7 @@ import re
 
 from medsa_deploy.exporters.decoders import STEMS as DECODER_STEMS
 from medsa_deploy.exporters.shapes import Shapes
+from medsa_deploy.exporters.training import TrainingCode, codes_by_keys
 
 STEMS = ("image_encoder.patch_embed.", *DECODER_STEMS)
 
@@ -41,3 +42,13 @@ UNUSED = re.compile(
 def recognises(shapes: Shapes) -> bool:
     """Whether there are stages."""
     return shapes.count("image_encoder.layers") > 0
+
+
+def is_lite(shapes: Shapes) -> bool:
+    """Whether the patch embedding keeps the resolution: LiteMedSAM's; mobile_sam's quarters it."""
+    return shapes.get("image_encoder.patch_embed.seq.0.c.weight", ())[2:3] == (1,)
+
+
+def codes(shapes: Shapes) -> tuple[TrainingCode, ...]:
+    """LiteMedSAM's code trains its own network; others train mobile_sam."""
+    return ("litemedsam",) if is_lite(shapes) else codes_by_keys(shapes)

@@ -1,0 +1,20 @@
+"""A SAMed network's keys and shapes → facts, as SAM's ViT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from medsa_deploy.bundle.manifest import FamilyFacts
+from medsa_deploy.exporters.families.sam_vit import facts as sam_vit
+from medsa_deploy.exporters.guesses import Guess, Overrides
+from medsa_deploy.exporters.shapes import Shapes
+
+FIRST_LABEL = 0
+"""Each of its N + 1 mask tokens is a label."""
+
+
+def facts_of(
+    shapes: Shapes, overrides: Overrides, guesses: list[Guess], *, adapted: bool
+) -> FamilyFacts:
+    """Heads and windows from the base's relative-position tables."""
+    return replace(sam_vit.facts_of(shapes, overrides, guesses, adapted=adapted), family="samed")
