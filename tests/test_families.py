@@ -231,7 +231,10 @@ def test_a_prefix_before_its_keys_is_left_out(tmp_path: Path) -> None:
 
 def test_options_that_are_not_for_it(checkpoint: Path) -> None:
     assert "with adapters; this is a Pond" in call("inspect", checkpoint, "--depth-chunk=4").error
-    assert "is for efficient_sam, efficientsam: leave" in call("inspect", checkpoint, "--pad-points=6").error
+    assert (
+        "is for efficient_sam, efficientsam: leave"
+        in call("inspect", checkpoint, "--pad-points=6").error
+    )
 
 
 def test_a_family_that_no_row_describes(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
