@@ -33,7 +33,10 @@ class AccuracyOptions:
     ] = None
     prompt: Annotated[
         stages.PromptKind | None,
-        typer.Option(help="With --labels and --images: prompt drawn from each label; default box"),
+        typer.Option(
+            help="With --labels and --images: prompt drawn from each label; default box, "
+            "or none for a network that needs no prompts"
+        ),
     ] = None
     class_names: Annotated[
         str | None,
@@ -231,11 +234,13 @@ def _remarks(accuracy: stages.Accuracy) -> list[str]:
     """The measurement of accuracy, and the files that were left out."""
     remarks = []
     if accuracy.prompt is not None:
-        prompts = {"box": "a box", "click": "a click", "clicks3": "three clicks"}
-        remarks.append(
-            f"{prompts[accuracy.prompt]} from each label; "
-            f"{accuracy.precision} in {accuracy.backend}"
-        )
+        prompts = {
+            "box": "a box from each label",
+            "click": "a click from each label",
+            "clicks3": "three clicks from each label",
+            "none": "without prompts",
+        }
+        remarks.append(f"{prompts[accuracy.prompt]}; {accuracy.precision} in {accuracy.backend}")
     if accuracy.summary:
         total = accuracy.summary[0]
         remarks.append(f"HD95: {accuracy.hd95_definition}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.bundle.manifest import Manifest, PromptNeed
 from medsa_deploy.errors import ImageError
 from medsa_deploy.images import Image, find_images, is_volume, read_image, read_volume
-from medsa_deploy.transforms import Prompt
+from medsa_deploy.transforms import UNPROMPTED, Prompt
 
 Array = NDArray[np.float32]
 
@@ -50,7 +50,15 @@ def parity_cases(manifest: Manifest, images: Path | None) -> list[Case]:
     network = manifest.network
     side, chunk = manifest.mask_prompt_size, network.chunk
     seeded = [seeded_case(network.image_size, side, seed, chunk) for seed in SEEDS]
-    return seeded + [image_case(name, slices, side) for name, slices in _users(images, chunk)]
+    users = [image_case(name, slices, side) for name, slices in _users(images, chunk)]
+    need = manifest.conventions.prompts
+    return [replace(case, prompts=needed_prompts(case.prompts, need)) for case in seeded + users]
+
+
+def needed_prompts(prompts: Sequence[Prompt], need: PromptNeed) -> list[Prompt]:
+    """The prompt sets that a network takes, with the empty one if it takes that."""
+    unprompted = [] if need == "required" else [UNPROMPTED]
+    return unprompted + ([] if need == "none" else list(prompts))
 
 
 def seeded_case(image_size: int, mask_size: int | None, seed: int, slices: int = 1) -> Case:

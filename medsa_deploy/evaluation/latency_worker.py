@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy.bundle.manifest import Network
+from medsa_deploy.bundle.manifest import Manifest, PromptNeed
 from medsa_deploy.child import ChildError, OnNote, run_in_child
 from medsa_deploy.errors import DeviceError, InputError, one_line
 from medsa_deploy.images import Image, is_volume, read_image
@@ -22,7 +22,7 @@ from medsa_deploy.progress import OnCount, OnStep
 from medsa_deploy.runtime import Session, load
 from medsa_deploy.runtime.backends.interface import TimesLayers
 from medsa_deploy.runtime.backends.registry import LoadOptions
-from medsa_deploy.transforms import Prompt
+from medsa_deploy.transforms import UNPROMPTED, Prompt
 
 from .cases import middle_slices, seeded_case
 
@@ -62,33 +62,39 @@ class Work:
     images: Sequence[Image]
     """One image, or the slices of a chunk."""
     first: Prompt
-    """One click."""
+    """One click; nothing for a network that needs no prompts."""
     next: Prompt
-    """Two clicks."""
+    """Two clicks, or again nothing."""
 
 
-def seeded_work(network: Network) -> Work:
+def seeded_work(manifest: Manifest) -> Work:
     """Images of the network's own size that depend on a seed alone."""
+    network = manifest.network
     case = seeded_case(network.image_size, None, 1, network.chunk)
-    return _work("seeded", case.images)
+    return _work("seeded", case.images, manifest.conventions.prompts)
 
 
-def image_work(network: Network, path: Path) -> Work:
+def image_work(manifest: Manifest, path: Path) -> Work:
     """A user's image, or a slice or chunk from the middle of a volume."""
-    chunk = network.chunk
+    chunk = manifest.network.chunk
     is_single = chunk == 1 and not is_volume(path)
     images = [read_image(path)] if is_single else middle_slices(path, chunk)
-    return _work(path.name, images)
+    return _work(path.name, images, manifest.conventions.prompts)
 
 
-def _work(source: str, images: Sequence[Image]) -> Work:
-    """One click left of the middle, or a second beside it on the right, which is background."""
+def _work(source: str, images: Sequence[Image], need: PromptNeed) -> Work:
+    """One click left of the middle, or a second beside it on the right, which is background.
+
+    A network that needs no prompts gets none.
+    """
     height, width = images[0].pixels.shape[:2]
     points = np.array([[0.4 * width, 0.5 * height], [0.6 * width, 0.5 * height]], np.float32)
     labels = np.array([1, 0], np.float32)
     click, clicks = (
         Prompt(points=points[:n], labels=labels[:n], box=None, mask=None) for n in (1, 2)
     )
+    if need != "required":
+        click = clicks = UNPROMPTED
     slices = "" if len(images) == 1 else f", {len(images)} slices"
     return Work(name=f"{source}, {width}×{height}{slices}", images=images, first=click, next=clicks)
 
@@ -122,12 +128,12 @@ def measure(options: LatencyOptions, on_step: OnStep, on_run: OnCount) -> dict[s
     start = perf_counter()
     session = load(options.bundle, **opening)
     result: dict[str, Any] = {"load_ms": 1e3 * (perf_counter() - start)}
-    network = session.manifest.network
+    manifest = session.manifest
     result["loaded_mb"] = _memory_mb("VmRSS")
     with session:
         result["facts"] = session.backend.facts()
         path = options.image
-        work = seeded_work(network) if path is None else image_work(network, Path(path))
+        work = seeded_work(manifest) if path is None else image_work(manifest, Path(path))
         result |= {"work": work.name, "slices": len(work.images)}
         on_step(f"warm up, {WARM_UP} runs")
         for _ in range(WARM_UP):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medsa_deploy import transforms
-from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.bundle.manifest import Manifest, PromptNeed
 from medsa_deploy.errors import PromptError, UsageError
 from medsa_deploy.transforms import Frame, Prompt
 
@@ -70,8 +70,7 @@ def decode_masks(
     network = manifest.network
     side = 4 * network.embedding_size
     _check_embedding(embedding, manifest)
-    if not prompts or not all(map(_has_prompt, prompts)):
-        raise PromptError("a prompt set is empty: give points, a box or a mask")
+    _check_prompted(manifest.conventions.prompts, prompts)
     on_device = request is not None and request.on_device
     groups = _grouped(manifest, embedding, prompts, len(prompts) if on_device else SETS_AT_ONCE)
     if on_device and len(groups) > 1:
@@ -162,9 +161,21 @@ def _in_order(
     return DeviceMasks(masks=masks, tally=tally)
 
 
-def _has_prompt(prompt: Prompt) -> bool:
-    """Whether a prompt set holds anything."""
-    return len(prompt.points) > 0 or prompt.box is not None or prompt.mask is not None
+def _check_prompted(need: PromptNeed, prompts: Sequence[Prompt]) -> None:
+    """PromptError for empty sets of a network that needs prompts, or prompts if it takes none."""
+    prompted = [
+        len(prompt.points) > 0 or prompt.box is not None or prompt.mask is not None
+        for prompt in prompts
+    ]
+    if need == "none" and any(prompted):
+        raise PromptError(
+            "this network segments without prompts: leave points, boxes and masks out"
+        )
+    if not prompts or (need == "required" and not all(prompted)):
+        raise PromptError(
+            "a prompt set is empty: give points, a box or a mask. Only networks trained without "
+            "prompts (SAMed, finetune-SAM, or exported with --no-prompts) segment without"
+        )
 
 
 def _check_embedding(embedding: Embedding, manifest: Manifest) -> None:

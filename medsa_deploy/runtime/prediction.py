@@ -85,6 +85,24 @@ class Prediction:
             [region(mask) for mask in of_set] for of_set in np.asarray(self.masks)
         ]
 
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        """(H, W): see `label_map`."""
+        return self.label_map()
+
+    @property
+    def probabilities(self) -> Array:
+        """(P, K, H, W) float32: probability of each mask at each pixel of the image.
+
+        If classes exclude each other, the background has the rest to 1.
+        """
+        return np.stack(
+            [
+                transforms.class_probabilities(self._values(of_set), self.rule)
+                for of_set in self.low_res_logits
+            ]
+        )
+
     def label_map(self) -> NDArray[np.uint8]:
         """(H, W): 0 for background, else a number from 1; the highest value wins an overlap.
 

@@ -17,7 +17,7 @@ from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images.image import Image, as_image, check_image, check_pixels, check_values
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.kernels.postprocess import regions
-from medsa_deploy.transforms import Prompt
+from medsa_deploy.transforms import UNPROMPTED, Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow, check_not_flat, intensities
 
 from .backends.fallback import FallbackBackend
@@ -234,10 +234,17 @@ class Session:
         belongs to a mask; None for the bundle's. On `tensorrt` and `rtx` the GPU makes the masks;
         with `on_device` they stay there.
 
+        A network trained without prompts takes none: `segment(embedding)` gives the masks of its
+        classes, and `Prediction.labels` their label map.
+
         PromptError for prompts outside the image, empty boxes, or no prompt. UsageError for `box`
         together with `boxes`, and for `on_device` if no GPU makes the masks.
         """
-        sets = transforms.prompts(points=points, labels=labels, box=box, boxes=boxes, mask=mask)
+        parts = {"points": points, "labels": labels, "box": box, "boxes": boxes, "mask": mask}
+        if self.conventions.prompts != "required" and all(p is None for p in parts.values()):
+            sets = [UNPROMPTED]
+        else:
+            sets = transforms.prompts(**parts)
         return self.segment_sets(
             embedding, sets, multimask=multimask, threshold=threshold, on_device=on_device
         )

@@ -7,6 +7,8 @@ from .image import Frame, frame_of, preprocess
 from .intensities import check_not_flat, display_values, intensities
 from .masks import (
     MaskRule,
+    class_margins,
+    class_probabilities,
     exclusive_labels,
     image_masks,
     label_map,
@@ -18,18 +20,21 @@ from .masks import (
 )
 from .postprocessing import POSTPROCESSING, PostprocessingSpec
 from .preprocessing import PREPROCESSING, PreprocessingSpec
-from .prompts import NO_MASK_PROMPTS, Prompt, network_prompt, prompts
+from .prompts import NO_MASK_PROMPTS, UNPROMPTED, Prompt, network_prompt, prompts
 
 __all__ = [
     "NO_MASK_PROMPTS",
     "POSTPROCESSING",
     "PREPROCESSING",
+    "UNPROMPTED",
     "Frame",
     "MaskRule",
     "PostprocessingSpec",
     "PreprocessingSpec",
     "Prompt",
     "check_not_flat",
+    "class_margins",
+    "class_probabilities",
     "display_values",
     "exclusive_labels",
     "frame_of",

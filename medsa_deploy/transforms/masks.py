@@ -170,6 +170,35 @@ def exclusive_labels(values: Floats) -> NDArray[np.uint8]:
     return values.argmax(axis=0).astype(np.uint8)
 
 
+def class_margins(values: Floats) -> Floats:
+    """Pixel values of a background and K classes (K + 1, H, W) → (K, H, W) float32.
+
+    By how much each class exceeds all others: above 0 for the pixels that `exclusive_labels` gives
+    to the class, and nowhere else.
+    """
+    labels, smallest = exclusive_labels(values), np.finfo(np.float32).tiny
+    two_highest = np.partition(values, -2, axis=0)[-2:]
+    margins = np.empty_like(values[1:])
+    for k, value in enumerate(values[1:], 1):
+        others = np.where(labels == k, two_highest[0], two_highest[1])
+        margins[k - 1] = value - others
+        # the first of equal classes wins
+        np.maximum(margins[k - 1], smallest, out=margins[k - 1], where=labels == k)
+        np.minimum(margins[k - 1], 0, out=margins[k - 1], where=labels != k)
+    return margins
+
+
+def class_probabilities(values: Floats, rule: MaskRule) -> Floats:
+    """Pixel values of a prompt set's masks (K, H, W) → probabilities of the classes (n, H, W).
+
+    Of masks that exclude each other the softmax, without the background; else each mask's own.
+    """
+    if rule.exclusive:
+        exponentials = np.exp(values - values.max(axis=0))
+        return np.asarray(exponentials[1:] / exponentials.sum(axis=0), np.float32)
+    return values if POSTPROCESSING[rule.postprocess].probabilities else sigmoid(values)
+
+
 def _check_classes(count: int) -> None:
     if not 1 <= count <= MOST_CLASSES:
         raise UsageError(f"a label map holds 1 to {MOST_CLASSES} classes, not {count}")

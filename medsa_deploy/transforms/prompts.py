@@ -42,6 +42,12 @@ class Prompt:
     """(4g, 4g) low-resolution logits of an earlier prediction."""
 
 
+UNPROMPTED = Prompt(
+    points=np.zeros((0, 2), np.float32), labels=np.zeros(0, np.float32), box=None, mask=None
+)
+"""The prompt set of a network that segments without a click."""
+
+
 def prompts(
     *,
     points: ArrayLike | None = None,

@@ -23,7 +23,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.backends.interface import Array
 from medsa_deploy.runtime.decoding import SETS_AT_ONCE
-from medsa_deploy.transforms import Frame, MaskRule, Prompt
+from medsa_deploy.transforms import UNPROMPTED, Frame, MaskRule, Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .chunk_encoder import ChunkEncoder
@@ -110,9 +110,10 @@ def segment_volume(
 ) -> VolumePrediction:
     """Segment the slices that have prompts and, with `propagate`, those that the masks reach.
 
-    If labels overlap, a voxel belongs to the one with the highest logit. `on_slice` is called with
-    the number of slices encoded so far, and the most that will be. PromptError for prompts that
-    cannot be used, ImageError for a volume that cannot be used.
+    If labels overlap, a voxel belongs to the one with the highest logit. Without structures, a
+    network that needs no prompts segments its classes on every slice. `on_slice` is called with the
+    number of slices encoded so far, and the most that will be. PromptError for prompts that cannot
+    be used, ImageError for a volume that cannot be used.
 
     >>> from medsa_deploy import Structure, VolumeOptions, load, read_volume, segment_volume
     >>> volume = read_volume("ct.nii.gz")
@@ -126,8 +127,7 @@ def segment_volume(
     options = options or VolumeOptions()
     margin = _margin(options)
     rule = transforms.mask_rule(session.manifest, options.threshold)
-    labels_of = labelling(structures, session.manifest)
-    prompts = [slice_prompts(structure, volume) for structure in structures]
+    labels_of, prompts = _labels_and_prompts(session, volume, structures, options)
     total = len(volume)
     encoder = ChunkEncoder(
         session,
@@ -137,7 +137,7 @@ def segment_volume(
         on_slice=lambda done: on_slice(done, total),
     )
     work = _prompted(prompts, encoder, session)
-    label_map = LabelMap(volume, rule.threshold, revisited=len(structures) > 1)
+    label_map = LabelMap(volume, pixel_threshold(rule), revisited=len(structures) > 1)
     run = _Run(session, encoder, labels_of, label_map, rule)
     if options.propagate:
         run.propagate(work, margin)
@@ -152,6 +152,25 @@ def segment_volume(
         timings_ms={"encode": encoder.encode_ms, "decode": median(run.decode_ms.values())},
         degraded=session.degraded,
     )
+
+
+def _labels_and_prompts(
+    session: Session, volume: Volume, structures: Sequence[Structure], options: VolumeOptions
+) -> tuple[Labelling, list[SlicePrompts]]:
+    """The labels of each structure's masks, and its prompts slice by slice.
+
+    Without structures, a network that needs no prompts segments all its classes on every slice.
+    """
+    if structures or session.conventions.prompts == "required":
+        labels = labelling(structures, session.manifest)
+        return labels, [slice_prompts(structure, volume) for structure in structures]
+    if options.propagate:
+        raise UsageError(
+            "propagation follows prompts, and none was given: without prompts this network "
+            "segments every slice; leave --propagate out"
+        )
+    everywhere = dict.fromkeys(range(len(volume)), UNPROMPTED)
+    return labelling([Structure()], session.manifest), [everywhere]
 
 
 def _margin(options: VolumeOptions) -> float:
@@ -215,7 +234,7 @@ class _Run:
         """For each structure, the decoder's masks that it needs."""
         self.labels = [[label for _, label in channels] for channels in labelling.channels]
         """For each structure, the labels that these masks become."""
-        self.rule, self.threshold = rule, rule.threshold
+        self.rule, self.threshold = rule, pixel_threshold(rule)
         self.decode_ms: dict[int, float] = defaultdict(float)
         """Slice → milliseconds, for every slice that was segmented."""
         self.frame: Frame | None = None
@@ -223,7 +242,7 @@ class _Run:
     def segment(self, work: Work) -> None:
         """Segment the slices that have prompts."""
         for index, structure, logits in self._decoded(work):
-            self._label(index, structure, self._pixels(logits))
+            self._label(index, structure, self._pixels(structure, logits))
 
     def propagate(self, work: Work, margin: float) -> None:
         """Segment the slices that have prompts, and follow structures up and down from there.
@@ -233,7 +252,7 @@ class _Run:
         """
         prompted: list[Boxes] = [{} for _ in self.masks]
         for index, structure, logits in self._decoded(work):
-            pixels = self._pixels(logits)
+            pixels = self._pixels(structure, logits)
             prompted[structure][index] = _box(pixels > self.threshold, margin)
             self._label(index, structure, pixels)
         for batch in self._batches_within_memory(prompted):
@@ -270,10 +289,11 @@ class _Run:
         for index, structure, logits, pixels in self._followed(prompted, upwards[::-1], margin):
             below = from_below.pop((index, structure), None)
             if below is not None:
-                pixels = self._pixels(np.mean([logits, below], axis=0, dtype=np.float32))
+                mean = np.mean([logits, below], axis=0, dtype=np.float32)
+                pixels = self._pixels(structure, mean)
             self._label(index, structure, pixels)
         for (index, structure), logits in from_below.items():
-            self._label(index, structure, self._pixels(logits))
+            self._label(index, structure, self._pixels(structure, logits))
 
     def _followed(
         self, prompted: Sequence[Boxes], order: Sequence[int], margin: float
@@ -290,7 +310,7 @@ class _Run:
             if sets:
                 work = {start: {index: sets} for start in self.encoder.holding(index)}
                 for _, structure, logits in self._decoded(work):
-                    pixels = self._pixels(logits)
+                    pixels = self._pixels(structure, logits)
                     boxes[structure] = _box(pixels > self.threshold, margin)
                     yield index, structure, logits, pixels
 
@@ -325,15 +345,24 @@ class _Run:
             logits, _ = self.session.decode_logits(embedding, [sets[i] for i in batch])
             self.decode_ms[index] += 1e3 * (perf_counter() - start_time)
             for structure, of_set in zip(batch, logits, strict=True):
-                yield structure, of_set[self.masks[structure]]
+                # classes that exclude each other are compared with all others
+                yield structure, of_set if self.rule.exclusive else of_set[self.masks[structure]]
 
-    def _pixels(self, logits: Array) -> Array:
-        """Logits (n, 4g, 4g) → pixel values (n, H, W)."""
+    def _pixels(self, structure: int, logits: Array) -> Array:
+        """Logits of a structure's slice → values (n, H, W) of the masks that it needs."""
         assert self.frame is not None
-        return transforms.pixel_values(logits, self.frame, self.rule.postprocess)
+        values = transforms.pixel_values(logits, self.frame, self.rule.postprocess)
+        if self.rule.exclusive:
+            return transforms.class_margins(values)[self.masks[structure]]
+        return values
 
     def _label(self, index: int, structure: int, pixels: Array) -> None:
         self.label_map.add(index, pixels, self.labels[structure])
+
+
+def pixel_threshold(rule: MaskRule) -> float:
+    """The value that a mask's pixels exceed; margins of classes that exclude each other exceed 0."""
+    return 0.0 if rule.exclusive else rule.threshold
 
 
 def _keys(slices: Mapping[int, Mapping[int, Prompt]]) -> list[tuple[int, int]]:

@@ -51,7 +51,7 @@ class Labelling:
 
 def class_names(manifest: Manifest) -> tuple[str, ...]:
     """Names of a network's classes: the bundle's, else "class 1"…, or "mask" for a lone one."""
-    classes = manifest.network.classes if manifest.network.outputs == "classes" else 1
+    classes = 1 if manifest.network.outputs == "sam" else manifest.network.classes
     names = manifest.conventions.class_names
     if classes > 1:
         return names or tuple(f"class {i + 1}" for i in range(classes))
@@ -152,8 +152,8 @@ def shared_prompt(prompts: Iterable[Prompt]) -> Prompt:
 
 
 def has_foreground(prompt: Prompt) -> bool:
-    """Whether a set has a box or a foreground click, and not background clicks only."""
-    return prompt.box is not None or bool((prompt.labels == 1).any())
+    """Whether a set has a box, a foreground click or nothing, and not background clicks only."""
+    return prompt.box is not None or not len(prompt.labels) or bool((prompt.labels == 1).any())
 
 
 def check_foreground(prompt: Prompt, place: str) -> None:

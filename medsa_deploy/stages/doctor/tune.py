@@ -56,7 +56,7 @@ def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
     a time.
     """
     manifest = load_manifest(bundle)
-    work = seeded_work(manifest.network)
+    work = seeded_work(manifest)
     settings = _settings()
     samples: dict[Setting, list[float]] = {setting: [] for setting in settings}
     for turn in range(ROUNDS):

@@ -148,7 +148,10 @@ def measure_accuracy(
         return _accuracy(bundle, None, None, None, files, unlabelled, min_dice)
     assert images is not None
     pairs, unlabelled = pair_files(labels, images, "image")
-    prompt, precision = prompt or "box", precision or "fp32"
+    precision = precision or "fp32"
+    if prompt is None:
+        need = load_manifest(bundle).conventions.prompts
+        prompt = "box" if need == "required" else "none"
     with load(bundle, backend=backend, precision=precision, threads=threads) as session:
         files = _measure_pairs(
             pairs,

@@ -20,8 +20,9 @@ from medsa_deploy.runtime import Embedding, Session
 from medsa_deploy.runtime.volumes.chunk_encoder import ChunkEncoder
 from medsa_deploy.transforms.intensities import IntensityWindow
 
-PromptKind = Literal["box", "click", "clicks3"]
-"""A box around the label; a click at its innermost pixel; that one and two that correct."""
+PromptKind = Literal["box", "click", "clicks3", "none"]
+"""A box around the label; a click at its innermost pixel; that one and two that correct; none, for
+a network that segments without."""
 CLICKS: dict[PromptKind, int] = {"click": 1, "clicks3": 3}
 BOX_MARGIN = 3
 """Pixels by which a box exceeds its mask, like a box drawn by hand."""
@@ -39,7 +40,8 @@ def segment_labelled(
     """Segment a volume for each of its labels separately: (label, its mask (X, Y, Z) bool).
 
     `labels` (X, Y, Z) are on the volume's grid. Prompts are drawn for each slice, or for each chunk
-    if the network's prompts are for a chunk. Slices without a label get no prompt and stay empty.
+    if the network's prompts are for a chunk. Slices without a label get no prompt and stay empty;
+    without prompts, every slice is segmented.
     """
     height, width = volume.slice_size
     packed = {
@@ -52,10 +54,11 @@ def segment_labelled(
         slices = sorted(encoder.slices(start))
         for group in [slices] if by_chunk else [[index] for index in slices]:
             drawn = np.stack([volume.plane(labels, index) for index in group])
-            if not drawn.any():
+            present = list(packed) if prompt == "none" else _present(drawn)
+            if not present:
                 continue
             embeddings = [encoder.chunk(start)[index - start] for index in group]
-            for label, masks in _segment_each(session, embeddings, drawn, prompt).items():
+            for label, masks in _segment_each(session, embeddings, drawn, present, prompt).items():
                 packed[label][group] = np.packbits(masks, axis=-1)
     for label, planes in packed.items():
         mask = np.zeros(volume.shape, bool)
@@ -73,7 +76,8 @@ def segment_picture(
 ) -> Iterator[tuple[int, Mask]]:
     """Segment an image for each of its labels separately: (label, its mask (H, W) bool)."""
     embedding = session.encode(image, intensity_window=window)
-    for label, masks in _segment_each(session, [embedding], labels[None], prompt).items():
+    present = _present(labels)
+    for label, masks in _segment_each(session, [embedding], labels[None], present, prompt).items():
         yield label, masks[0]
 
 
@@ -108,12 +112,20 @@ def next_click(label: Mask, mask: Mask) -> tuple[tuple[int, int], int] | None:
 
 
 def _segment_each(
-    session: Session, embeddings: Sequence[Embedding], labels: Numbers, prompt: PromptKind
+    session: Session,
+    embeddings: Sequence[Embedding],
+    labels: Numbers,
+    present: Sequence[int],
+    prompt: PromptKind,
 ) -> dict[int, Mask]:
-    """Masks (slices, H, W) of every label (slices, H, W), with one prompt set for all slices."""
+    """Masks (slices, H, W) of each label in `present`, with one prompt set for all slices."""
+    numbers = {label: _mask_number(session, label) for label in present}
+    if prompt == "none":
+        masks = np.stack([np.asarray(session.segment(e).masks)[0] for e in embeddings])
+        return {label: masks[:, number] for label, number in numbers.items()}
     return {
-        label: _segment(session, embeddings, labels == label, _mask_number(session, label), prompt)
-        for label in _present(labels)
+        label: _segment(session, embeddings, labels == label, number, prompt)
+        for label, number in numbers.items()
     }
 
 
@@ -148,7 +160,7 @@ def _present(labels: Numbers) -> list[int]:
 def _mask_number(session: Session, label: int) -> int:
     """Index of a label's mask: its class, or 0 for a network with a single mask."""
     network = session.manifest.network
-    if network.outputs != "classes" or network.classes == 1:
+    if network.outputs == "sam" or network.classes == 1:
         return 0
     if label > network.classes:
         raise ImageError(
