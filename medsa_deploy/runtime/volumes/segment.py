@@ -361,7 +361,7 @@ class _Run:
 
 
 def pixel_threshold(rule: MaskRule) -> float:
-    """The value that a mask's pixels exceed; margins of classes that exclude each other exceed 0."""
+    """The value that a mask's pixels exceed; a margin over all other classes exceeds 0."""
     return 0.0 if rule.exclusive else rule.threshold
 
 
