@@ -16,6 +16,7 @@ from . import console
 from .build_engine import build_engine
 from .build_kernels import build_kernels
 from .demo import demo
+from .dicom_node import dicom_node
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
@@ -26,7 +27,7 @@ from .verify import verify
 
 COMMANDS = (
     *(inspect, export, quantize, build_engine, build_kernels),
-    *(run, verify, profile, doctor, demo),
+    *(run, verify, profile, doctor, demo, dicom_node),
 )
 """The commands, in the order of --help."""
 

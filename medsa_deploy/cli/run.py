@@ -26,7 +26,7 @@ from .options import (
     Threshold,
     with_options,
 )
-from .values import parse_measured_window, parse_rows
+from .values import parse_colours, parse_measured_window, parse_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,18 @@ class RunOptions:
         ),
     ] = None
     overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None
+    measurements: Annotated[
+        Path | None,
+        typer.Option(help="Volume: report of volumes and diameters, a DICOM SR: .dcm; -o is .dcm"),
+    ] = None
+    class_codes: Annotated[
+        Path | None,
+        typer.Option(help="Volume: codes and colours of classes, as CSV or dcmqi's JSON"),
+    ] = None
+    colors: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=#RRGGBB,…", help="Volume: colours of labels in viewers"),
+    ] = None
     save_logits: Annotated[
         Path | None, typer.Option(help="Image: write the low-resolution logits: .npy")
     ] = None
@@ -129,6 +141,9 @@ class RunOptions:
                 phase=self.phase,
                 nan=self.nan,
             ),
+            measurements=self.measurements,
+            class_codes=self.class_codes,
+            colours=parse_colours(self.colors),
             slice_index=self.slice_,
             overlap=self.overlap,
             propagate=self.propagate,
@@ -236,7 +251,7 @@ def _print_volume(segmentation: stages.VolumeSegmentation) -> None:
     window = segmentation.intensity_window
     intensities = "" if window is None else f"; intensities {window[0]:g}…{window[1]:g}"
     out.print(f"  {times} a slice (medians){intensities}", style="dim")
-    _print_paths(segmentation.mask, segmentation.overlay)
+    _print_paths(segmentation.mask, segmentation.overlay, segmentation.measurements)
 
 
 def _print_paths(*paths: Path | None) -> None:

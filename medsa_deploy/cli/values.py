@@ -6,6 +6,8 @@ from math import isfinite
 from typing import TypeVar
 
 from medsa_deploy.errors import UsageError
+from medsa_deploy.images.class_codes import parse_colour
+from medsa_deploy.images.label_colours import Rgb
 from medsa_deploy.nvidia.engines import AxisRange
 from medsa_deploy.transforms.intensities import IntensityWindow
 
@@ -25,6 +27,17 @@ def parse_depth_chunk(text: str | None) -> int | str | None:
 def parse_names(text: str | None) -> tuple[str, ...]:
     """A,B,…"""
     return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def parse_colours(text: str | None) -> dict[str, Rgb]:
+    """NAME=#RRGGBB,…"""
+    colours = {}
+    for part in () if text is None else text.split(","):
+        name, _, colour = part.rpartition("=")
+        if not name.strip():
+            raise UsageError(f"--colors {part!r}: expected NAME=#RRGGBB")
+        colours[name.strip()] = parse_colour(colour, f"--colors {name.strip()}")
+    return colours
 
 
 def parse_window(text: str | None) -> tuple[float, float] | None:

@@ -64,13 +64,13 @@ def longest_diameter(mask: np.ndarray, spacing: np.ndarray) -> float:
     The outline runs through the middles of pixel edges, so n pixels in a row measure n · spacing.
     `spacing`: (2,) mm along columns and rows, as x and y. 0 for an empty mask.
 
-    >>> longest_diameter(np.ones((1, 5), bool), np.array([0.5, 2.0]))
+    >>> longest_diameter(np.ones((1, 5), bool), np.array([0.5, 0.1]))
     2.5
     """
-    points = np.array(list(_edges(mask)), np.float64) * spacing
-    if not len(points):
+    edges = list(_edges(mask))
+    if not edges:
         return 0.0
-    corners = np.array(_hull(points))
+    corners = np.array(_hull(np.array(edges, np.float64) * spacing))
     apart = corners[:, None] - corners[None]
     return float(np.sqrt((apart**2).sum(axis=2).max()))
 
@@ -94,7 +94,7 @@ def _hull(points: np.ndarray) -> list[np.ndarray]:
     for chain in (ordered, ordered[::-1]):
         start = len(corners)
         for point in chain:
-            while len(corners) >= start + 2 and _turns_right(*corners[-2:], point):
+            while len(corners) >= start + 2 and _turns_right(corners[-2], corners[-1], point):
                 corners.pop()
             corners.append(point)
         corners.pop()

@@ -8,6 +8,8 @@
 Coordinates are voxels x, y, z. A point's fourth number is its label: 1 foreground (default) or 0
 background. A box is x0, y0, z0, x1, y1, z1; for one slice z1 is z0 + 1. If the network has several
 classes, `class` instead of `name` selects one; without either, the structure gets all of them.
+`colour` ("#dd8265") and `codes` ({"category": "91723000:Anatomical Structure", "type":
+"10200004:Liver"}, as in `images/class_codes`) say how viewers show it.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy.errors import PromptError
+from medsa_deploy.errors import ImageError, PromptError
+from medsa_deploy.images.class_codes import SegmentStyle, style_of
 from medsa_deploy.runtime.volumes.structures import Structure
 
-KEYS = ("name", "class", "points", "boxes")
+KEYS = ("name", "class", "points", "boxes", "colour", "codes")
 POINT = "a point in a volume should be x, y, z or x, y, z, label with label 1 or 0"
 BOX = "a box in a volume should be x0, y0, z0, x1, y1, z1"
 MOST = 1e9
@@ -31,6 +34,37 @@ ROWS = {"points": POINT, "boxes": BOX}
 
 def read_prompts(path: Path) -> list[Structure]:
     """The structures of a prompt file; PromptError names the entry that is wrong, and why."""
+    return [parsed_structure(entry, place) for entry, place in _entries(path)]
+
+
+def read_styles(path: Path) -> dict[str, SegmentStyle]:
+    """Name or class of each structure of a prompt file that has a colour or codes → its style.
+
+    >>> read_styles(Path("prompts.json"))
+    {}
+    """
+    styles = {}
+    for entry, place in _entries(path):
+        if style := parsed_style(entry, place):
+            styles[entry.get("name") or entry.get("class")] = style
+    return styles
+
+
+def parsed_style(entry: Any, place: str) -> SegmentStyle | None:
+    """The style of a structure's entry, None without one; `place` names the entry in errors."""
+    if not isinstance(entry, dict) or not {"colour", "codes"} & set(entry):
+        return None
+    codes = entry.get("codes", {})
+    if not isinstance(codes, dict) or not (entry.get("name") or entry.get("class")):
+        raise PromptError(f"{place}: a colour and codes (an object) belong to a name or a class")
+    try:
+        return style_of(codes | {"colour": entry.get("colour")}, place)
+    except ImageError as e:
+        raise PromptError(str(e)) from e
+
+
+def _entries(path: Path) -> list[tuple[Any, str]]:
+    """The entries of the structures of a prompt file, each with its place in errors."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
@@ -40,7 +74,7 @@ def read_prompts(path: Path) -> list[Structure]:
     entries = data.get("structures") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries or len(data) > 1:
         raise PromptError(f'{path} should be {{"structures": […]}} with at least one structure')
-    return [_structure(entry, f"{path}: structure {i}") for i, entry in enumerate(entries, 1)]
+    return [(entry, f"{path}: structure {i}") for i, entry in enumerate(entries, 1)]
 
 
 def structure_of(
@@ -66,8 +100,8 @@ def structure_of(
     )
 
 
-def _structure(entry: Any, place: str) -> Structure:
-    """One entry of the file as a structure; `place` names it in errors."""
+def parsed_structure(entry: Any, place: str) -> Structure:
+    """An entry of a prompt file as a structure; `place` names it in errors."""
     if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
         raise PromptError(f"{place} should be an object with some of the keys {', '.join(KEYS)}")
     for key in ("name", "class"):

@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from medsa_deploy.bundle.files import sha256
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME
 from medsa_deploy.errors import UsageError
-from medsa_deploy.images import holds_volume
+from medsa_deploy.images import SegmentationDetails, holds_volume
+from medsa_deploy.images.class_codes import SegmentStyle, read_class_codes
 from medsa_deploy.images.files import suffix
+from medsa_deploy.images.label_colours import Rgb
 from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import BackendName, Precision, Session, VolumeOptions, load
 from medsa_deploy.transforms.intensities import IntensityWindow
@@ -24,6 +28,7 @@ from .images import (
     segment_folder,
     segment_image,
 )
+from .prompt_file import read_styles
 from .volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
 
 RunResult = VolumeSegmentation | Segmentation | list[Segmentation]
@@ -66,6 +71,12 @@ class RunRequest:
     """Image only: `.npy` with (4g, 4g) logits of an earlier prediction."""
     targets: MaskTargets = field(default_factory=MaskTargets)
     """Without a mask path, the mask is named after the input. Logits are for images only."""
+    measurements: Path | None = None
+    """Volume only: a DICOM report on the segmentation, which must be a .dcm."""
+    class_codes: Path | None = None
+    """Volume only: a file with codes and colours of classes."""
+    colours: dict[str, Rgb] = field(default_factory=dict)
+    """Volume only: name of a label → its colour, over every other source of colours."""
     selection: VolumeSelection = field(default_factory=VolumeSelection)
     """Which volume of the path; of an image only the axis and what NaN is."""
     slice_index: int | None = None
@@ -140,6 +151,7 @@ def _run_volume(
         },
     )
     structures = structures_of(request.points, request.boxes, request.prompts)
+    details = replace(bundle_details(bundle), styles=_styles(request))
     options = VolumeOptions(
         intensity_window=request.intensity_window,
         threshold=request.threshold,
@@ -155,9 +167,38 @@ def _run_volume(
             options,
             mask=request.targets.mask,
             overlay=request.targets.overlay,
+            measurements=request.measurements,
+            details=details,
             selection=request.selection,
             on_slice=on_slice,
         )
+
+
+def bundle_details(bundle: Path) -> SegmentationDetails:
+    """What a segmentation says of the bundle that computed it: its name, and its manifest's hash.
+
+    >>> bundle_details(Path("liver.medsa")).bundle
+    'liver.medsa'
+    """
+    try:
+        digest = sha256(bundle / MANIFEST_FILENAME)
+    except OSError:
+        digest = None  # opening the bundle says what is wrong with it
+    return SegmentationDetails(bundle=bundle.resolve().name, bundle_sha256=digest)
+
+
+def _styles(request: RunRequest) -> dict[str, SegmentStyle]:
+    """Codes and colours by label: of the file of codes, the prompt file, and the colours."""
+    styles = {} if request.class_codes is None else read_class_codes(request.class_codes)
+    prompted = {} if request.prompts is None else read_styles(request.prompts)
+    coloured = {name: SegmentStyle(colour=c) for name, c in request.colours.items()}
+    for later in (prompted, coloured):
+        for name, style in later.items():
+            earlier = styles.get(name, SegmentStyle())
+            styles[name] = SegmentStyle(
+                codes=style.codes or earlier.codes, colour=style.colour or earlier.colour
+            )
+    return styles
 
 
 def _run_images(
@@ -173,6 +214,9 @@ def _run_images(
             "--overlap": request.overlap,
             "--propagate": request.propagate,
             "--margin": request.margin,
+            "--measurements": request.measurements,
+            "--class-codes": request.class_codes,
+            "--colors": request.colours or None,
         },
     )
     prompts = prompts_of(request.points, request.boxes, request.mask_input)

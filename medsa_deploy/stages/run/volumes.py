@@ -12,6 +12,7 @@ import numpy as np
 
 from medsa_deploy.errors import PromptError, UsageError
 from medsa_deploy.images import (
+    SegmentationDetails,
     Volume,
     check_overlay_suffix,
     check_segmentation_target,
@@ -20,7 +21,9 @@ from medsa_deploy.images import (
 )
 from medsa_deploy.images.files import check_writable, output_file
 from medsa_deploy.images.image import Nan
+from medsa_deploy.images.measurements import voxel_millilitres
 from medsa_deploy.images.montage import Tile, spread, write_montage
+from medsa_deploy.images.write import check_report_target
 from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.volumes.segment import VolumeOptions, VolumePrediction, segment_volume
@@ -75,6 +78,7 @@ class VolumeSegmentation:
     volume: Path
     mask: Path
     overlay: Path | None
+    measurements: Path | None
     shape: tuple[int, int, int]
     """(X, Y, Z) in stored order."""
     axis: int
@@ -119,29 +123,40 @@ def segment_volume_file(
     *,
     mask: Path | None = None,
     overlay: Path | None = None,
+    measurements: Path | None = None,
+    details: SegmentationDetails | None = None,
     selection: VolumeSelection | None = None,
     on_slice: OnCount = lambda done, total: None,
 ) -> VolumeSegmentation:
     """Segment a volume and write the label map and, if `overlay` is given, a montage of slices.
 
     `mask`: .nii.gz, .nii, .npy, or .dcm for a DICOM series; by default a file in the working folder
-    that is named after the volume. If one file cannot be written, neither is.
+    that is named after the volume. `measurements`: a report on the .dcm. If one file cannot be
+    written, none is.
     """
     start = perf_counter()
     volume = (selection or VolumeSelection()).read(path)
     name = path.resolve().name  # "." has no name
     target = mask or Path(f"{name}.seg{SEGMENTATION_SUFFIX.get(volume.kind, '.nii.gz')}")
-    _check_targets(volume, target, overlay)
+    _check_targets(volume, target, overlay, measurements)
     prediction = segment_volume(session, volume, structures, options, on_slice=on_slice)
     with ExitStack() as written:  # renames the overlay once the mask is written
         if overlay is not None:
             temporary = written.enter_context(output_file(overlay))
             write_volume_overlay(temporary, session, volume, prediction, structures)
-        write_segmentation(target, prediction.labels, volume, names=prediction.names)
+        write_segmentation(
+            target,
+            prediction.labels,
+            volume,
+            names=prediction.names,
+            details=details,
+            measurements=measurements,
+        )
     return VolumeSegmentation(
         volume=path,
         mask=target,
         overlay=overlay,
+        measurements=measurements,
         shape=volume.shape,
         axis=volume.axis,
         slices=prediction.slices,
@@ -158,8 +173,7 @@ def _labels(prediction: VolumePrediction, volume: Volume) -> tuple[LabelReport, 
     # slice by slice, since bincount needs 8 bytes for each voxel of 1 byte
     plane_counts = [np.bincount(plane.ravel(), minlength=MOST_LABELS + 1) for plane in planes]
     counts = np.sum(plane_counts, axis=0)
-    # the determinant, since a tilted gantry shears the volume: slices are closer than their centres
-    voxel_ml = None if volume.affine is None else abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    voxel_ml = voxel_millilitres(volume)
     return tuple(
         LabelReport(
             label=label,
@@ -209,12 +223,15 @@ def _tile(
     )
 
 
-def _check_targets(volume: Volume, mask: Path, overlay: Path | None) -> None:
+def _check_targets(
+    volume: Volume, mask: Path, overlay: Path | None, measurements: Path | None
+) -> None:
     """UsageError for outputs that cannot be written, before anything is computed."""
-    for path in (mask, overlay):
+    for path in (mask, overlay, measurements):
         if path is not None:
             check_writable(path)
     check_segmentation_target(mask, volume)
+    check_report_target(measurements, mask)
     if overlay is not None:
         check_overlay_suffix(overlay)
         if overlay.resolve() == mask.resolve():

@@ -1,0 +1,150 @@
+"""medsa-deploy dicom-node: a bundle and rules → a node in the network, until a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medsa_deploy import stages
+from medsa_deploy.errors import UsageError
+from medsa_deploy.stages.run.dicomweb import WebSeries
+
+from .options import Backend, Bundle, Precision, Threads, with_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCommandOptions:
+    """The options of dicom-node."""
+
+    rules: Annotated[Path, typer.Option(help="Which series is segmented how: rules.json")]
+    aet: Annotated[str, typer.Option(help="AE title of this node")] = "MEDSA"
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on")] = 11112
+    send: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT:AET", help="PACS that gets the segmentations; repeatable"),
+    ] = None
+    to_web: Annotated[
+        str | None, typer.Option(metavar="URL", help="DICOMweb server that gets them")
+    ] = None
+    from_web: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="DICOMweb server to fetch --study from at the start"),
+    ] = None
+    study: Annotated[str | None, typer.Option(metavar="UID", help="With --from-web")] = None
+    series: Annotated[
+        str | None, typer.Option(metavar="UID", help="With --from-web: one series of the study")
+    ] = None
+    spool: Annotated[Path, typer.Option(help="Folder of the queue")] = Path("medsa-spool")
+    quiet_time: Annotated[
+        float, typer.Option(help="Seconds without an image after which a series is complete")
+    ] = 30.0
+    expect: Annotated[
+        int | None, typer.Option(help="Images after which a series is complete at once")
+    ] = None
+    max_queue: Annotated[
+        int, typer.Option(help="Series on their way at most; more are refused (0xA700)")
+    ] = 100
+    prompt_wait: Annotated[
+        float, typer.Option(help="Seconds that a series waits for prompts of its study")
+    ] = 600.0
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AET", help="AE title that may send; repeatable; default all"),
+    ] = None
+    tls_cert: Annotated[Path | None, typer.Option(help="TLS: this node's certificate, PEM")] = None
+    tls_key: Annotated[Path | None, typer.Option(help="TLS: its key, PEM")] = None
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="TLS: certificates that others must be signed by, PEM")
+    ] = None
+    send_tls: Annotated[bool, typer.Option("--send-tls", help="Reach the PACS by TLS, too")] = False
+    http_port: Annotated[
+        int, typer.Option(help="Port of /healthz and /metrics on 127.0.0.1; 0 for none")
+    ] = 11180
+    log_identifiers: Annotated[
+        bool, typer.Option("--log-identifiers", help="Log UIDs, patient IDs and texts of headers")
+    ] = False
+    backend: Backend = "onnxruntime"
+    precision: Precision = "fp32"
+    threads: Threads = None
+
+    def web_series(self) -> WebSeries | None:
+        """What to fetch at the start."""
+        return web_series(self.from_web, self.study, self.series)
+
+
+def web_series(url: str | None, study: str | None, series: str | None) -> WebSeries | None:
+    """The values of --from-web, --study and --series; UsageError for one without the others."""
+    if url is None:
+        if study is not None:
+            raise UsageError("--study is for --from-web URL: give both")
+        return None
+    if study is None:
+        raise UsageError("--from-web needs --study UID")
+    return WebSeries(url=url, study=study, series=series)
+
+
+@with_options
+def dicom_node(bundle: Bundle, options: NodeCommandOptions) -> None:
+    """Take series by C-STORE, segment them by rules, and send segmentations to the PACS.
+
+    It runs until SIGTERM or Ctrl-C, logs JSON lines on stderr, and keeps its queue in --spool.
+
+    medsa-deploy dicom-node ckpt.medsa --rules rules.json --send pacs:104:ORTHANC --host 0.0.0.0
+
+    medsa-deploy dicom-node ckpt.medsa --rules rules.json --to-web http://pacs:8042/dicom-web
+
+    rules.json: the first rule that matches a series counts; coordinates are fractions here:
+
+    ```
+    {"rules": [
+      {"match": {"modality": "CT", "series_description": "*portal*"},
+       "prompts": {"relative": true,
+                   "structures": [{"name": "liver", "boxes": [[0.2, 0.2, 0.3, 0.8, 0.8, 0.7]]}]},
+       "propagate": true}
+    ]}
+    ```
+    """
+    from medsa_deploy.dicom_node.event_log import EventHandler, EventLog
+    from medsa_deploy.dicom_node.node import Node, NodeOptions
+
+    events = EventLog(sys.stderr, identifiers=options.log_identifiers)
+    logging.getLogger("medsa_deploy").handlers = [EventHandler(events)]
+    node_options = NodeOptions(
+        bundle=bundle,
+        rules=options.rules,
+        spool=options.spool,
+        aet=options.aet,
+        host=options.host,
+        port=options.port,
+        send=tuple(options.send or ()),
+        to_web=options.to_web,
+        from_web=options.web_series(),
+        quiet_time=options.quiet_time,
+        expect=options.expect,
+        max_queue=options.max_queue,
+        prompt_wait=options.prompt_wait,
+        allow=tuple(options.allow or ()),
+        tls_certificate=options.tls_cert,
+        tls_key=options.tls_key,
+        tls_authority=options.tls_ca,
+        send_tls=options.send_tls,
+        http_port=options.http_port,
+        log_identifiers=options.log_identifiers,
+        session=stages.SessionOptions(
+            backend=options.backend, precision=options.precision, threads=options.threads
+        ),
+    )
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.set())
+    with Node(node_options, events):
+        while not stop.wait(1.0):
+            pass

@@ -1,0 +1,67 @@
+"""Events of the node → one JSON object a line, without patient data unless it is allowed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class EventLog:
+    """Writes events to a stream; any thread may write.
+
+    >>> import sys
+    >>> EventLog(sys.stdout).write("started", port=11112)  # doctest: +ELLIPSIS
+    {"time": "...", "event": "started", "port": 11112}
+    """
+
+    def __init__(self, stream: TextIO, *, identifiers: bool = False) -> None:
+        self.identifiers = identifiers
+        """Whether UIDs, texts of headers and messages of errors are written."""
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def write(
+        self, event: str, identifying: Mapping[str, object] | None = None, **facts: object
+    ) -> None:
+        """Write an event with its facts; `identifying` facts only if they are allowed."""
+        line = {"time": now(), "event": event, **facts}
+        if self.identifiers:
+            line |= identifying or {}
+        with self._lock:
+            self._stream.write(json.dumps(line, default=str) + "\n")
+            self._stream.flush()
+
+
+class EventHandler(logging.Handler):
+    """Log records of libraries as events. Without identifiers: the message without its values."""
+
+    def __init__(self, events: EventLog) -> None:
+        super().__init__(logging.WARNING)
+        self.events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.events.write("warning", {"text": record.getMessage()}, message=str(record.msg))
+
+
+class Audit:
+    """Appends one line for each study to a file, and to no log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, **facts: Any) -> None:
+        """Append a line; it is on the disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"time": now(), **facts}) + "\n")
+            f.flush()
+
+
+def now() -> str:
+    """The time in UTC: `2026-01-31T12:00:00.123Z`."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
