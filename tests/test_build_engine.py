@@ -19,7 +19,8 @@ from test_builder import assert_shapes
 from test_interrupt import begun, ended
 
 from medsa_deploy import stages
-from medsa_deploy.bundle.manifest import Recipe, load_manifest
+from medsa_deploy.bundle.manifest import load_manifest
+from medsa_deploy.bundle.recipe import Recipe
 from medsa_deploy.errors import EngineDeviceError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.nvidia import cuda

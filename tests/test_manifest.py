@@ -20,15 +20,12 @@ from medsa_deploy.bundle.files import check_file, check_files, describe_file
 from medsa_deploy.bundle.manifest import (
     MANIFEST_FILENAME,
     MANIFEST_SCHEMA,
-    Calibration,
     Conventions,
     File,
     GraphContract,
-    Island,
     Manifest,
     Network,
     Parity,
-    Recipe,
     Source,
     Tensor,
     TensorParity,
@@ -37,6 +34,7 @@ from medsa_deploy.bundle.manifest import (
     manifest_to_json,
     save_manifest,
 )
+from medsa_deploy.bundle.recipe import Calibration, Island, Recipe
 from medsa_deploy.errors import BundleError
 
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))

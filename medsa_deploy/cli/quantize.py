@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from medsa_deploy import stages
-from medsa_deploy.bundle.manifest import Recipe
+from medsa_deploy.bundle.recipe import Recipe
 from medsa_deploy.errors import UsageError
 
 from . import console

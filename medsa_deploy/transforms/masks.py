@@ -180,8 +180,8 @@ def class_margins(values: Floats) -> Floats:
     two_highest = np.partition(values, -2, axis=0)[-2:]
     margins = np.empty_like(values[1:])
     for k, value in enumerate(values[1:], 1):
-        others = np.where(labels == k, two_highest[0], two_highest[1])
-        margins[k - 1] = value - others
+        rival = np.where(labels == k, two_highest[0], two_highest[1])
+        margins[k - 1] = value - rival
         # the first of equal classes wins
         np.maximum(margins[k - 1], smallest, out=margins[k - 1], where=labels == k)
         np.minimum(margins[k - 1], 0, out=margins[k - 1], where=labels != k)

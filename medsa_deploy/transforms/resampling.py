@@ -304,8 +304,8 @@ def _within(taps: Taps, position: NDArray[np.float64], n: int) -> Taps:
 
 def _selecting(indices: NDArray[np.floating[Any]], n: int) -> Taps:
     """One sample for each output sample: whole numbers (m,), cut to 0…n−1."""
-    whole = np.clip(indices.astype(np.intp), 0, n - 1)
-    return Taps(indices=whole[:, None], weights=np.ones((len(whole), 1)))
+    samples = np.clip(indices.astype(np.intp), 0, n - 1)
+    return Taps(indices=samples[:, None], weights=np.ones((len(samples), 1)))
 
 
 def _cubic_near(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from medsa_deploy import transforms
 from medsa_deploy.bundle.atomic import whole_file
-from medsa_deploy.bundle.manifest import Calibration, Manifest
+from medsa_deploy.bundle.manifest import Manifest
+from medsa_deploy.bundle.recipe import Calibration
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.evaluation.cases import Case, image_case
 from medsa_deploy.graph.files import load_graph, save_graph

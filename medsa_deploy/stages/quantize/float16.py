@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy.bundle.manifest import Island, Parity, Recipe, Role
+from medsa_deploy.bundle.manifest import Parity, Role
+from medsa_deploy.bundle.recipe import Island, Recipe
 from medsa_deploy.bundle.node_names import block_of, module_of
 from medsa_deploy.errors import ParityError
 from medsa_deploy.evaluation.parity import require_parity, run_case

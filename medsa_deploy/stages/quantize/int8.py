@@ -12,7 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from medsa_deploy.bundle.manifest import Parity, Recipe, Role
+from medsa_deploy.bundle.manifest import Parity, Role
+from medsa_deploy.bundle.recipe import Recipe
 from medsa_deploy.errors import ParityError
 from medsa_deploy.evaluation.parity import parity_failures
 from medsa_deploy.graph.backend_encoders import write_backend_encoders

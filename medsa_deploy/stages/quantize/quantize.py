@@ -15,7 +15,8 @@ from typing import Literal
 
 from medsa_deploy.bundle.files import check_files, describe_file
 from medsa_deploy.bundle.folder import add_files, work_folder
-from medsa_deploy.bundle.manifest import File, Manifest, Parity, Recipe, load_manifest
+from medsa_deploy.bundle.manifest import File, Manifest, Parity, load_manifest
+from medsa_deploy.bundle.recipe import Recipe
 from medsa_deploy.errors import UsageError
 from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import import_onnx
