@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from medsa_deploy.bundle.manifest import Parity, Role
-from medsa_deploy.bundle.recipe import Island, Recipe
 from medsa_deploy.bundle.node_names import block_of, module_of
+from medsa_deploy.bundle.recipe import Island, Recipe
 from medsa_deploy.errors import ParityError
 from medsa_deploy.evaluation.parity import require_parity, run_case
 from medsa_deploy.graph.files import load_graph, save_graph
