@@ -13,6 +13,7 @@ from medsa_deploy.bundle.manifest import Source
 from medsa_deploy.exporters.checkpoint import Checkpoint
 
 Keys = dict[str, tuple[int, ...]]
+PARTS = ("weight", "bias")
 Rows = Sequence[int | None]
 
 
@@ -104,6 +105,84 @@ def low_rank_keys(keys: Keys, kind: str, rank: int) -> Keys:
         else:
             parts |= {f"{linear}.lora_A": (rank, inner), f"{linear}.lora_B": (out, rank)}
     return parts
+
+
+def med2d_keys(vit: Keys, blocks: Iterable[int]) -> Keys:
+    """Keys and shapes of a SAM ViT with SAM-Med2D's adapters in some blocks."""
+    width = vit["image_encoder.neck.0.weight"][1]
+    keys = dict(vit)
+    for i in blocks:
+        prefix = f"image_encoder.blocks.{i}.Adapter"
+        keys |= _norm(f"{prefix}.norm", width) | {
+            f"{prefix}.channel.0.weight": (width // 4, width),
+            f"{prefix}.channel.2.weight": (width, width // 4),
+            f"{prefix}.spatial.0.weight": (width, width, 3, 3),
+            f"{prefix}.spatial.2.weight": (width, width, 4, 4),
+        }
+    return keys
+
+
+def finetune_keys(
+    vit: Keys,
+    *,
+    layers: Iterable[int] = (),
+    lora_blocks: Iterable[int] = (),
+    lora_attentions: Iterable[str] = (),
+    rank: int = 4,
+) -> Keys:
+    """A SAM ViT with finetune-SAM's adapters in two-way `layers`, and its LoRA.
+
+    lora_attentions: such as `layers.0.self_attn` and `final_attn_token_to_image`.
+    """
+    keys = dict(vit)
+    width = vit["image_encoder.neck.0.weight"][1]
+    for i in layers:
+        prefix = f"mask_decoder.transformer.layers.{i}"
+        keys |= adapter_keys(f"{prefix}.Adapter", 256) | adapter_keys(f"{prefix}.MLP_Adapter", 256)
+    for i in lora_blocks:
+        qkv = f"image_encoder.blocks.{i}.attn.qkv"
+        keys |= {f"{qkv}.qkv.{part}": keys.pop(f"{qkv}.{part}") for part in PARTS}
+        for row in "qv":
+            keys[f"{qkv}.linear_a_{row}.weight"] = (rank, width)
+            keys[f"{qkv}.linear_b_{row}.weight"] = (width, rank)
+    for attention in lora_attentions:
+        for letter in "qv":
+            name = f"mask_decoder.transformer.{attention}.{letter}_proj"
+            out, inner = keys[f"{name}.weight"]
+            keys |= {f"{name}.proj.{part}": keys.pop(f"{name}.{part}") for part in PARTS}
+            keys |= {f"{name}.w_a.weight": (rank, inner), f"{name}.w_b.weight": (out, rank)}
+    return keys
+
+
+def samed_keys(base: Keys, classes: int, *, small: bool = False, rank: int = 4) -> Keys:
+    """Keys and shapes of a SAMed file, or a SAMed_s file, that goes over a base."""
+    width = base["image_encoder.neck.0.weight"][1]
+    depth = len({key.split(".")[2] for key in base if ".blocks." in key})
+    keys: Keys = {f"w_a_{i:03d}": (rank, width) for i in range(2 * depth)}
+    keys |= {f"w_b_{i:03d}": (width, rank) for i in range(2 * depth)}
+    transformer = "mask_decoder.transformer."
+    decoder = _decoder("meta", classes + 1)
+    keys |= {
+        key: shape
+        for key, shape in decoder.items()
+        if not key.startswith("image_encoder.") and not (small and key.startswith(transformer))
+    }
+    if small:
+        for kind, out in {"sa": 256, "cti": 128, "cit": 128}.items():
+            for i in range(4):
+                keys |= {f"{kind}_a_{i:03d}": (rank, 256), f"{kind}_b_{i:03d}": (out, rank)}
+        for row in "qv":
+            keys |= {f"fati_{row}a": (rank, 256), f"fati_{row}b": (128, rank)}
+    return keys
+
+
+def own_efficient_keys(*, width: int = 64, depth: int = 2) -> Keys:
+    """Keys and shapes of EfficientSAM's own weights."""
+    sizes = {192: width, 576: 3 * width, 768: 4 * width}
+    return {
+        key: tuple(sizes.get(n, n) for n in shape) if key.startswith("image_enc") else shape
+        for key, shape in _cut("efficientsam_official", {"blocks": depth}, adapted=True).items()
+    }
 
 
 def _cut(case: str, depths: Mapping[str, int], *, adapted: bool) -> Keys:
