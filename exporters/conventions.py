@@ -49,10 +49,12 @@ def conventions_of(
 
 
 def _postprocess(network: Network, origin: Origin, overrides: Overrides) -> PostprocessingName:
-    """That of the code that trained the network.
+    """The user's choice, else that of the code that trained the network.
 
     `--preprocess medsam` says which code it was of SAM's; other networks keep their own way.
     """
+    if overrides.postprocess is not None:
+        return overrides.postprocess
     named = overrides.preprocess if network.outputs == "sam" else None
     preprocess = named or origin.preprocess
     return PREPROCESSING[preprocess].postprocess

@@ -9,6 +9,7 @@ from medsa_deploy.bundle.manifest import (
     DepthGrouping,
     PointFrame,
     PointOrder,
+    PostprocessingName,
     PreprocessingName,
     PromptScope,
 )
@@ -38,6 +39,8 @@ class Overrides:
     prompts: bool | None = None
     """Whether the network was trained with prompts."""
     preprocess: PreprocessingName | None = None
+    postprocess: PostprocessingName | None = None
+    """How masks are made of logits; None: as the code that trained the network makes them."""
     intensity_window: tuple[float, float] | None = None
     point_order: PointOrder | None = None
     point_frame: PointFrame | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from medsa_deploy.bundle.manifest import Conventions, Network
+from medsa_deploy.bundle.manifest import Conventions, Network, PostprocessingName
 
 from .console import out, plain_table, print_facts
 
@@ -44,6 +44,7 @@ def _encoder_facts(network: Network) -> dict[str, str]:
     windows = f", windows of {window}" if window else ""
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
+        "labels": f"{network.classes} class(es) and a background, which exclude each other",
         "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
     }[network.outputs]
     facts = {
@@ -86,6 +87,12 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
     window = conventions.intensity_window
     return {
         "preprocess": conventions.preprocess,
+        "masks": _mask_facts(conventions),
+        "prompts": {
+            "required": "required",
+            "optional": "with or without",
+            "none": "none: it segments without a click",
+        }[conventions.prompts],
         "points": f"order {conventions.point_order}, frame {conventions.point_frame}"
         + ("" if conventions.point_scale == 1 else f", times {conventions.point_scale:g}")
         + (f", padded to {conventions.pad_points}" if conventions.pad_points else ""),
@@ -93,6 +100,18 @@ def _convention_facts(conventions: Conventions) -> dict[str, str]:
         "intensity window": "none" if window is None else f"{window[0]:g}…{window[1]:g}",
         "class names": ", ".join(conventions.class_names) or "none",
     }
+
+
+def _mask_facts(conventions: Conventions) -> str:
+    """How masks are made of logits."""
+    ways: dict[PostprocessingName, str] = {
+        "sam": "logits, bilinear to the network's frame, then to the image",
+        "medsam": "probabilities, bilinear to the image",
+        "efficientsam": "logits, bicubic to the image, the threshold included",
+        "finetune-sam": "logits, nearest to the image",
+        "samed": "logits, bilinear to the network's frame, nearest to the image",
+    }
+    return f"{conventions.postprocess} ({ways[conventions.postprocess]})"
 
 
 def _list(values: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from medsa_deploy.bundle.manifest import PreprocessingName
+from medsa_deploy.bundle.manifest import PostprocessingName, PreprocessingName
 from medsa_deploy.runtime import BackendName
 from medsa_deploy.runtime import Precision as PrecisionName
 from medsa_deploy.stages.inspect import export_extra
@@ -117,6 +117,12 @@ class OverrideOptions:
     ] = None
     preprocess: Annotated[
         PreprocessingName | None, typer.Option(help="How images become the network's input")
+    ] = None
+    postprocess: Annotated[
+        PostprocessingName | None,
+        typer.Option(
+            help="How logits become masks, if not as the code that trained the network makes them"
+        ),
     ] = None
     intensity_window: IntensityWindow = None
     point_order: Annotated[

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medsa_deploy.bundle.manifest import PromptNeed
 from medsa_deploy.errors import (
     ImageError,
     InputError,
@@ -35,7 +36,7 @@ from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.transforms import NO_MASK_PROMPTS
 from medsa_deploy.transforms.intensities import IntensityWindow, intensities
 
-from .prompt_file import row_text
+from .prompt_file import check_needed, row_text
 
 Array = NDArray[np.float32]
 
@@ -53,13 +54,11 @@ class Prompts:
     """`.npy` with (4g, 4g) logits of an earlier prediction."""
 
     def __post_init__(self) -> None:
-        if not (self.points or self.boxes or self.mask):
-            raise PromptError("no prompt: give --point X,Y, --box X0,Y0,X1,Y1 or --mask-input FILE")
         if len(self.boxes) > 1 and (self.points or self.mask):
             raise PromptError(
                 "several boxes are several objects; points and a mask prompt go with one box only"
             )
-        if not (self.boxes or self.mask or any(self.labels)):
+        if self.points and not (self.boxes or self.mask or any(self.labels)):
             raise PromptError(
                 "there are background clicks only (label 0): add a foreground click or a box; in "
                 "an image a click is X,Y or X,Y,LABEL"
@@ -121,9 +120,17 @@ class Segmentation:
 
 
 def prompts_of(
-    points: Sequence[tuple[float, ...]], boxes: Sequence[tuple[float, ...]], mask: Path | None
+    points: Sequence[tuple[float, ...]],
+    boxes: Sequence[tuple[float, ...]],
+    mask: Path | None,
+    need: PromptNeed,
 ) -> Prompts:
-    """Prompts from rows of numbers: points of 2, or 3 with a label, and boxes of 4."""
+    """Prompts from rows of numbers: points of 2, or 3 with a label, and boxes of 4.
+
+    `need`: the network's. PromptError if it needs prompts and there is none, or takes none.
+    """
+    options = "--point X,Y, --box X0,Y0,X1,Y1 or --mask-input FILE"
+    check_needed(bool(points or boxes or mask), need, options)
     for row in points:
         if len(row) not in (2, 3) or row[2:] not in ((), (0,), (1,)):
             raise UsageError(

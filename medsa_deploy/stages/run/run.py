@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from medsa_deploy.bundle.files import sha256
-from medsa_deploy.bundle.manifest import MANIFEST_FILENAME
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, PromptNeed, load_manifest
 from medsa_deploy.errors import UsageError
 from medsa_deploy.images import SegmentationDetails, holds_volume
 from medsa_deploy.images.class_codes import SegmentStyle, read_class_codes
@@ -20,6 +21,7 @@ from medsa_deploy.progress import OnCount
 from medsa_deploy.runtime import BackendName, Precision, Session, VolumeOptions, load
 from medsa_deploy.transforms.intensities import IntensityWindow
 
+from .dicomweb import WebSeries, store_files
 from .images import (
     ImageOptions,
     MaskTargets,
@@ -77,6 +79,8 @@ class RunRequest:
     """Volume only: a file with codes and colours of classes."""
     colours: dict[str, Rgb] = field(default_factory=dict)
     """Volume only: name of a label → its colour, over every other source of colours."""
+    to_web: str | None = None
+    """Volume only: URL of a DICOMweb server that gets the segmentation, which must be a .dcm."""
     selection: VolumeSelection = field(default_factory=VolumeSelection)
     """Which volume of the path; of an image only the axis and what NaN is."""
     slice_index: int | None = None
@@ -93,7 +97,7 @@ class RunRequest:
 
 def run_bundle(
     bundle: Path,
-    image: Path,
+    image: Path | WebSeries,
     request: RunRequest,
     session: SessionOptions,
     *,
@@ -102,10 +106,17 @@ def run_bundle(
 ) -> RunResult:
     """Segment one image, each image of a folder, or a volume, and write the masks.
 
+    A series of a DICOMweb server is a volume; its segmentation is `seg.dcm`, unless named.
     The input and the options are checked before the bundle is opened. UsageError for options that
     do not fit the input, ImageError for an input that cannot be read, PromptError for prompts that
     cannot be used. An image of a folder that cannot be segmented is reported in its result instead.
     """
+    if isinstance(image, WebSeries):
+        mask = request.targets.mask or Path("seg.dcm")
+        request = replace(request, targets=replace(request.targets, mask=mask))
+        with TemporaryDirectory() as folder:
+            image.fetch(Path(folder))
+            return _run_volume(bundle, Path(folder), request, session, on_slice)
     if takes_volume(image, request):
         return _run_volume(bundle, image, request, session, on_slice)
     return _run_images(bundle, image, request, session, on_image)
@@ -150,7 +161,10 @@ def _run_volume(
             "--multimask": request.multimask,
         },
     )
-    structures = structures_of(request.points, request.boxes, request.prompts)
+    mask = request.targets.mask
+    if request.to_web is not None and (mask is None or suffix(mask) != ".dcm"):
+        raise UsageError("--to-web takes a DICOM segmentation: write it to a .dcm (-o seg.dcm)")
+    structures = structures_of(request.points, request.boxes, request.prompts, _prompt_need(bundle))
     details = replace(bundle_details(bundle), styles=_styles(request))
     options = VolumeOptions(
         intensity_window=request.intensity_window,
@@ -160,18 +174,22 @@ def _run_volume(
         margin=request.margin,
     )
     with session.open(bundle) as opened:
-        return segment_volume_file(
+        segmentation = segment_volume_file(
             opened,
             path,
             structures,
             options,
-            mask=request.targets.mask,
+            mask=mask,
             overlay=request.targets.overlay,
             measurements=request.measurements,
             details=details,
             selection=request.selection,
             on_slice=on_slice,
         )
+    if request.to_web is not None:
+        written = (segmentation.mask, segmentation.measurements)
+        store_files(request.to_web, [path for path in written if path is not None])
+    return segmentation
 
 
 def bundle_details(bundle: Path) -> SegmentationDetails:
@@ -185,6 +203,11 @@ def bundle_details(bundle: Path) -> SegmentationDetails:
     except OSError:
         digest = None  # opening the bundle says what is wrong with it
     return SegmentationDetails(bundle=bundle.resolve().name, bundle_sha256=digest)
+
+
+def _prompt_need(bundle: Path) -> PromptNeed:
+    """Whether the bundle's network segments without a prompt."""
+    return load_manifest(bundle).conventions.prompts
 
 
 def _styles(request: RunRequest) -> dict[str, SegmentStyle]:
@@ -217,9 +240,10 @@ def _run_images(
             "--measurements": request.measurements,
             "--class-codes": request.class_codes,
             "--colors": request.colours or None,
+            "--to-web": request.to_web,
         },
     )
-    prompts = prompts_of(request.points, request.boxes, request.mask_input)
+    prompts = prompts_of(request.points, request.boxes, request.mask_input, _prompt_need(bundle))
     options = ImageOptions(
         axis=request.selection.axis,
         index=request.slice_index,

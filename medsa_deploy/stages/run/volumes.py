@@ -10,6 +10,7 @@ from time import perf_counter
 
 import numpy as np
 
+from medsa_deploy.bundle.manifest import PromptNeed
 from medsa_deploy.errors import PromptError, UsageError
 from medsa_deploy.images import (
     SegmentationDetails,
@@ -35,7 +36,7 @@ from medsa_deploy.runtime.volumes.structures import (
 )
 from medsa_deploy.transforms.intensities import intensities
 
-from .prompt_file import read_prompts, structure_of
+from .prompt_file import check_needed, read_prompts, structure_of
 
 MOST_TILES = 12
 """Slices that a montage shows at most."""
@@ -95,17 +96,23 @@ class VolumeSegmentation:
 
 
 def structures_of(
-    points: Sequence[tuple[float, ...]], boxes: Sequence[tuple[float, ...]], prompts: Path | None
+    points: Sequence[tuple[float, ...]],
+    boxes: Sequence[tuple[float, ...]],
+    prompts: Path | None,
+    need: PromptNeed = "required",
 ) -> list[Structure]:
-    """The structures of a prompt file; or one structure from points and a box; or one per box."""
+    """The structures of a prompt file; or one structure from points and a box; or one per box.
+
+    `need`: the network's. None without prompts, for a network that segments without.
+    """
+    options = "--point X,Y,Z, --box X0,Y0,Z0,X1,Y1,Z1 or --prompts FILE"
+    check_needed(bool(points or boxes or prompts), need, options)
     if prompts is not None:
         if points or boxes:
             raise PromptError("--prompts holds all prompts: leave --point and --box out")
         return read_prompts(prompts)
     if not (points or boxes):
-        raise PromptError(
-            "no prompt: give --point X,Y,Z, --box X0,Y0,Z0,X1,Y1,Z1 or --prompts FILE"
-        )
+        return []
     if len(boxes) <= 1:
         return [structure_of(points, boxes)]
     if points:
