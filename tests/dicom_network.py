@@ -92,16 +92,14 @@ def ct_series(
 ) -> list[Dataset]:
     """A real image as `count` slices of a new series, each shifted a little."""
     path = get_testdata_file(name, download=False)
-    template = pydicom.dcmread(str(path))
-    template.decode()
-    template.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    study, series = study or generate_uid(), generate_uid()
+    study, series, frame = study or generate_uid(), generate_uid(), generate_uid()
     datasets = []
     for k in range(count):
         dataset = pydicom.dcmread(str(path))
         dataset.decode()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study, series
-        dataset.FrameOfReferenceUID = f"{series}.1"[:64]
+        dataset.FrameOfReferenceUID = frame
         dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         dataset.ImagePositionPatient = [0, 0, 2.5 * k]
         dataset.SliceThickness, dataset.InstanceNumber = 2.5, k + 1

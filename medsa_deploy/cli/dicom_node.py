@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 from medsa_deploy import stages
-from medsa_deploy.errors import UsageError
 from medsa_deploy.stages.run.dicomweb import WebSeries
 
 from .options import Backend, Bundle, Precision, Threads, with_options
+from .values import parse_web_series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +77,9 @@ class NodeCommandOptions:
 
     def web_series(self) -> WebSeries | None:
         """What to fetch at the start."""
-        return web_series(self.from_web, self.study, self.series)
-
-
-def web_series(url: str | None, study: str | None, series: str | None) -> WebSeries | None:
-    """The values of --from-web, --study and --series; UsageError for one without the others."""
-    if url is None:
-        if study is not None:
-            raise UsageError("--study is for --from-web URL: give both")
-        return None
-    if study is None:
-        raise UsageError("--from-web needs --study UID")
-    return WebSeries(url=url, study=study, series=series)
+        if (self.from_web, self.study, self.series) == (None, None, None):
+            return None
+        return parse_web_series(self.from_web, self.study, self.series)
 
 
 @with_options

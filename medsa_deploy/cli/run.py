@@ -11,7 +11,9 @@ import typer
 from rich.markup import escape
 
 from medsa_deploy import stages
+from medsa_deploy.errors import UsageError
 from medsa_deploy.runtime import BackendName
+from medsa_deploy.stages.run.dicomweb import WebSeries
 
 from . import console
 from .console import out
@@ -26,7 +28,7 @@ from .options import (
     Threshold,
     with_options,
 )
-from .values import parse_colours, parse_measured_window, parse_rows
+from .values import parse_colours, parse_measured_window, parse_rows, parse_web_series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,16 @@ class RunOptions:
     volume: Annotated[int | None, typer.Option(help="Which volume of a 4-D NIfTI")] = None
     series: Annotated[
         str | None,
-        typer.Option(metavar="UID", help="Which DICOM series of a folder that holds several"),
+        typer.Option(metavar="UID", help="Which DICOM series of a folder, or of --study"),
+    ] = None
+    from_web: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Volume: DICOMweb server to fetch --study from"),
+    ] = None
+    study: Annotated[str | None, typer.Option(metavar="UID", help="With --from-web")] = None
+    to_web: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Volume: DICOMweb server to store the .dcm on"),
     ] = None
     phase: Annotated[
         int | None,
@@ -144,6 +155,7 @@ class RunOptions:
             measurements=self.measurements,
             class_codes=self.class_codes,
             colours=parse_colours(self.colors),
+            to_web=self.to_web,
             slice_index=self.slice_,
             overlap=self.overlap,
             propagate=self.propagate,
@@ -151,6 +163,17 @@ class RunOptions:
             threshold=self.threshold,
             multimask=self.multimask,
         )
+
+    def input(self, image: Path | None) -> Path | WebSeries:
+        """What to segment: the path, or a series on a server."""
+        web = None
+        if self.from_web is not None or self.study is not None:
+            web = parse_web_series(self.from_web, self.study, self.series)
+        if (image is None) == (web is None):
+            raise UsageError("give an image, or --from-web URL with --study UID")
+        source = web if image is None else image
+        assert source is not None
+        return source
 
     def session(self) -> stages.SessionOptions:
         """How to open the bundle."""
@@ -166,8 +189,10 @@ class RunOptions:
 @with_options
 def run(
     bundle: Bundle,
-    image: Annotated[Path, typer.Argument(help="An image, a folder of images, or a volume")],
     options: RunOptions,
+    image: Annotated[
+        Path | None, typer.Argument(help="An image, a folder of images, or a volume")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Segment an image, every image of a folder, or a volume, from clicks and boxes.
@@ -185,6 +210,8 @@ def run(
     medsa-deploy run ckpt.medsa ct.nii.gz --point 120,88,40 --propagate -o seg.nii.gz
 
     medsa-deploy run ckpt.medsa dicom-series/ --prompts prompts.json -o seg.dcm
+
+    medsa-deploy run ckpt.medsa --from-web URL --study UID --box 9,9,3,60,60,9 --to-web URL
 
     medsa-deploy run ckpt.medsa image.png --point 120,88 --backend rtx --fallback onnxruntime
 
@@ -204,7 +231,7 @@ def run(
     with console.progress(shown=not json) as count:
         on_image, on_slice = (partial(count, unit) for unit in ("images", "slices"))
         result = stages.run_bundle(
-            bundle, image, request, session, on_image=on_image, on_slice=on_slice
+            bundle, options.input(image), request, session, on_image=on_image, on_slice=on_slice
         )
     console.print_json(result) if json else _print_result(result)
     if isinstance(result, list) and any(segmentation.error for segmentation in result):

@@ -9,6 +9,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.images.class_codes import parse_colour
 from medsa_deploy.images.label_colours import Rgb
 from medsa_deploy.nvidia.engines import AxisRange
+from medsa_deploy.stages.run.dicomweb import WebSeries
 from medsa_deploy.transforms.intensities import IntensityWindow
 
 T = TypeVar("T", int, float)
@@ -38,6 +39,13 @@ def parse_colours(text: str | None) -> dict[str, Rgb]:
             raise UsageError(f"--colors {part!r}: expected NAME=#RRGGBB")
         colours[name.strip()] = parse_colour(colour, f"--colors {name.strip()}")
     return colours
+
+
+def parse_web_series(url: str | None, study: str | None, series: str | None) -> WebSeries:
+    """The values of --from-web, --study and --series."""
+    if url is None or study is None:
+        raise UsageError("--from-web URL and --study UID belong together: give both")
+    return WebSeries(url=url, study=study, series=series)
 
 
 def parse_window(text: str | None) -> tuple[float, float] | None:

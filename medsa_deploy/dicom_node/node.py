@@ -118,6 +118,7 @@ class Node:
         self.receiver.close(serving=True)
         for thread in self._threads:
             thread.join(STOP_SECONDS)
+        self._close_books()
         self._opened.close()
         self.events.write("stopped", series=self.spool.counts())
 
@@ -159,12 +160,16 @@ class Node:
         while not self._stopping.wait(POLL_SECONDS):
             for job in self.inbox.complete(self.options.quiet_time, self.options.expect):
                 self._take(job)
-            for study_key, outcomes in self.spool.finished_studies():
-                self.audit.write(study=study_key, series=outcomes)
+            self._close_books()
             if time.monotonic() - cleaned > HOUSEKEEPING_SECONDS:
                 cleaned = time.monotonic()
                 if count := self.inbox.remove_old_prompts(PROMPTS_KEPT_SECONDS):
                     self.events.write("prompts expired", files=count)
+
+    def _close_books(self) -> None:
+        """Write the audit lines of studies that no series is left of."""
+        for study_key, outcomes in self.spool.finished_studies():
+            self.audit.write(study=study_key, series=outcomes)
 
     def _take(self, job: Path) -> None:
         """Give a complete series its rule, or keep it out."""

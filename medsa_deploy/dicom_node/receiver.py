@@ -65,6 +65,8 @@ IMAGE_CLASSES = (
 MOST_PDU = 2**20
 """Bytes of one PDU; the node announces a quarter of it to senders."""
 SILENCE_SECONDS = 60.0
+REQUEST_SECONDS = 15.0
+"""Time from a connection to the request of its association."""
 MOST_ASSOCIATIONS = 20
 
 
@@ -87,7 +89,8 @@ class Receiver:
         self._ae = AE(ae_title=aet)
         self._ae.maximum_associations = MOST_ASSOCIATIONS
         self._ae.maximum_pdu_size = MOST_PDU // 4
-        self._ae.network_timeout = self._ae.acse_timeout = self._ae.dimse_timeout = SILENCE_SECONDS
+        self._ae.network_timeout = self._ae.dimse_timeout = SILENCE_SECONDS
+        self._ae.acse_timeout = REQUEST_SECONDS
         self._ae.require_called_aet = True
         self._ae.require_calling_aet = list(allowed)
         self._ae.add_supported_context(sop_class.Verification)
@@ -95,6 +98,7 @@ class Receiver:
             self._ae.add_supported_context(uid, transfer_syntaxes())
         self._ae.add_supported_context(RTSTRUCT, list(UNCOMPRESSED))
         handlers = [
+            (evt.EVT_REQUESTED, _prefer_as_offered),
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_REJECTED, self._rejected),
             (evt.EVT_ABORTED, self._aborted),
@@ -164,6 +168,18 @@ class Receiver:
         self.events.write("aborted", calling_aet=str(event.assoc.requestor.ae_title).strip())
 
 
+def _prefer_as_offered(event: Any) -> None:
+    """Accept the transfer syntax that a sender names first: it may be unable to convert images."""
+    offered: dict[str, list[str]] = {}
+    for context in event.assoc.requestor.requested_contexts:
+        offered.setdefault(str(context.abstract_syntax), []).extend(context.transfer_syntax)
+    for context in event.assoc.acceptor.supported_contexts:
+        offers = offered.get(str(context.abstract_syntax), [])
+        known = set(context.transfer_syntax)
+        first = [uid for uid in dict.fromkeys(offers) if uid in known]
+        context.transfer_syntax = [*first, *(known - set(first))]
+
+
 class _BoundedHandler(RequestHandler):  # type: ignore[misc]
     """Connections that cannot make the node read without end."""
 
@@ -179,7 +195,15 @@ class _BoundedHandler(RequestHandler):  # type: ignore[misc]
             return receive(count)
 
         connection.recv = bounded
+        association.bind(evt.EVT_CONN_CLOSE, _let_go, [self.request])
         return association
+
+
+def _let_go(event: Any, request: socket.socket) -> None:
+    """Free a closed connection's socket, and its association if none was requested yet."""
+    request.close()
+    if event.assoc.requestor.primitive is None:
+        event.assoc.dul.to_user_queue.put(None)
 
 
 class _BoundedServer(ThreadedAssociationServer):  # type: ignore[misc]
