@@ -14,7 +14,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from medsa_deploy.bundle.atomic import whole_file
 from medsa_deploy.bundle.manifest import Manifest
 from medsa_deploy.bundle.recipe import Calibration
 from medsa_deploy.errors import ImageError, UsageError
-from medsa_deploy.evaluation.cases import Case, image_case
+from medsa_deploy.evaluation.cases import Case, image_case, needed_prompts
 from medsa_deploy.graph.files import load_graph, save_graph
 from medsa_deploy.graph.ranges import HIGH, LOW, SAMPLE, computed_values, watch
 from medsa_deploy.images import Image, Volume, find_images, is_volume, read_image, read_volume
@@ -158,12 +158,13 @@ def hold_out(sources: Sequence[ImageSource]) -> tuple[list[ImageSource], list[Im
 
 
 def image_cases(sources: Sequence[ImageSource], manifest: Manifest) -> list[Case]:
-    """A case on each source, with prompts of every kind."""
-    side = manifest.mask_prompt_size
-    return [
+    """A case on each source, with prompts of every kind that the network takes."""
+    side, need = manifest.mask_prompt_size, manifest.conventions.prompts
+    cases = [
         image_case(source.name, images, side)
         for source, (images, _) in zip(sources, _images(sources, manifest), strict=True)
     ]
+    return [replace(case, prompts=needed_prompts(case.prompts, need)) for case in cases]
 
 
 def described(sources: Sequence[ImageSource], chunk: int, method: str) -> Calibration:

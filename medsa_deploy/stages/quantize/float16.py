@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medsa_deploy.bundle.manifest import Parity, Role
 from medsa_deploy.bundle.node_names import block_of, module_of
 from medsa_deploy.bundle.recipe import Island, Recipe
@@ -96,8 +98,10 @@ def largest_values(runner: CandidateRunner, folder: Path) -> Ranges:
 
     def watcher(name: str) -> Any:
         def note(output: str, value: Any) -> None:
-            key = output.removesuffix(LOW).removesuffix(HIGH)
-            ranges[name][key] = max(ranges[name].get(key, 0.0), abs(float(value)))
+            key, magnitude = output.removesuffix(LOW).removesuffix(HIGH), abs(float(value))
+            # a value without elements, such as prompts that there are none of, has no range
+            empty = float(value) == (np.inf if output.endswith(LOW) else -np.inf)
+            ranges[name][key] = max(ranges[name].get(key, 0.0), 0.0 if empty else magnitude)
 
         return note
 
