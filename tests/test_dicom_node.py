@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -60,6 +61,13 @@ RULES = (
          {"name": "spleen", "boxes": [[0.2, 0.2, 0.3, 0.8, 0.8, 0.7]], "colour": "#ff0000"}]}},
 )  # fmt: skip
 SECRETS = ("Secret", "SECRET-ID", "Abdomen", "portal")
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    """Those sockets are collected in the test that left them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

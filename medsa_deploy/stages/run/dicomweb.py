@@ -67,6 +67,8 @@ def _client(url: str) -> Any:
     except ImportError as e:
         raise MissingDependencyError("dicomweb-client", extra="node", purpose="DICOMweb") from e
     try:
-        return DICOMwebClient(url)
+        client = DICOMwebClient(url)
+        client.set_http_retry_params(retry=False)  # it would try for half a minute
+        return client
     except (TypeError, ValueError) as e:
         raise ImageError(f"{url!r} is no address of a DICOMweb service: {one_line(e)}") from e
