@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ from invented import (
     efficient_keys,
     finetune_keys,
     med2d_keys,
+    mobile_keys,
     own_efficient_keys,
     rows,
     samed_keys,
     vit_keys,
     weights,
 )
+from invented import checkpoint as checkpoint_of_tensors
 
 from medsa_deploy.bundle.manifest import Network, load_manifest
+from medsa_deploy.errors import CheckpointError, UsageError
 from medsa_deploy.exporters.architecture import Overrides, infer
 from medsa_deploy.exporters.checkpoint import Checkpoint, load_checkpoint
+from medsa_deploy.exporters.families.registry import merged
 from medsa_deploy.exporters.networks import build_reference, fold
 from medsa_deploy.exporters.reference import ReferenceNetwork
 
@@ -271,3 +276,196 @@ def test_efficientsam_as_a_base_of_adapters(tmp_path: Path) -> None:
     image = torch.from_numpy(seeded.image(4, (1, 3, 96, 96)))
     embedding = build_reference(network, checkpoint.tensors).encode(image)
     assert relative_l2(embedding.numpy(), direct.encode(image).numpy()) <= LIMIT
+
+
+# What keys leave open, and options that say it
+
+
+def unweighted(keys: Keys) -> Checkpoint:
+    """A file of zeros that take no memory, its updates merged."""
+    zeros = {key: torch.zeros(()).expand(shape) for key, shape in keys.items()}
+    tensors, lora = merged(zeros)
+    return replace(checkpoint_of_tensors(tensors), lora=lora, stored=keys)
+
+
+ALL_ADAPTERS = {"Space": range(4), "MLP": range(4)}
+LORA = {"lora_blocks": range(4)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "family", "guess", "alternatives"),
+    [
+        (vit_keys(), "sam", "sam", "medsam, sam-med2d, med-sa, samed, finetune-sam"),
+        (vit_keys(adapters=ALL_ADAPTERS), "medsa", "med-sa", "finetune-sam"),
+        (vit_keys(adapters=ALL_ADAPTERS, form="public"), "medsa", None, ""),
+        (vit_keys(form="public"), "sam", None, ""),
+        (vit_keys(hyp={0: (16, 8, 8)}), "medsa", None, ""),
+        (finetune_keys(vit_keys(), layers=(0,)), "finetune_sam", None, ""),
+        (finetune_keys(vit_keys(), **LORA), "finetune_sam", "finetune-sam", "samed"),
+        (
+            finetune_keys(vit_keys(), **LORA, lora_attentions=("layers.0.self_attn",)),
+            "finetune_sam",
+            None,
+            "",
+        ),
+        (med2d_keys(vit_keys(), range(4)), "sam_med2d", None, ""),
+        (own_efficient_keys(), "efficientsam", None, ""),
+        (efficient_keys(), "efficient_sam", None, ""),
+        (mobile_keys(), "mobile_sam", None, ""),
+        (mobile_keys(adapted=False), "mobile_sam", "sam", "medsam, med-sa"),
+    ],
+)
+def test_readings_of_keys_are_said(
+    keys: Keys, family: str, guess: str | None, alternatives: str
+) -> None:
+    found = infer(unweighted(keys), Overrides())
+    assert found.network.family == family
+    said = [(g.value, g.option, g.because) for g in found.guesses if g.fact == "trained with"]
+    if guess is None:
+        assert said == []
+    else:
+        ((value, option, because),) = said
+        assert (value, option) == (guess, "--trained-with")
+        assert f"files of {alternatives} may look the same" in because
+
+
+@pytest.mark.parametrize(
+    ("keys", "code", "family", "outputs", "conventions"),
+    [
+        (vit_keys(), "sam", "sam", "sam", ("sam", "sam", "xy", "required")),
+        (vit_keys(), "medsam", "sam", "sam", ("medsam", "medsam", "xy", "required")),
+        (vit_keys(), "sam-med2d", "sam", "sam", ("sam-med2d", "sam", "xy", "required")),
+        (vit_keys(), "med-sa", "sam", "classes", ("medsa", "sam", "yx", "required")),
+        (vit_keys(), "samed", "samed", "labels", ("samed", "samed", "xy", "none")),
+        (
+            vit_keys(adapters=ALL_ADAPTERS),
+            "finetune-sam",
+            "finetune_sam",
+            "labels",
+            ("finetune-sam", "finetune-sam", "xy", "none"),
+        ),
+    ],
+)
+def test_trained_with_sets_what_keys_cannot(
+    keys: Keys, code: Any, family: str, outputs: str, conventions: tuple[str, ...]
+) -> None:
+    found = infer(unweighted(keys), Overrides(trained_with=code))
+    assert (found.network.family, found.network.outputs) == (family, outputs)
+    c = found.conventions
+    assert (c.preprocess, c.postprocess, c.point_order, c.prompts) == conventions
+    facts = {g.fact for g in found.guesses}
+    assert not facts & {"trained with", "preprocess", "point order"}
+
+
+def test_prompts_are_an_option() -> None:
+    whole = unweighted(vit_keys())
+    assert infer(whole, Overrides(prompts=False)).conventions.prompts == "none"
+    finetuned = unweighted(finetune_keys(vit_keys(), layers=(0,)))
+    found = infer(finetuned, Overrides())
+    assert found.conventions.prompts == "none"
+    (guess,) = (g for g in found.guesses if g.fact == "prompts")
+    assert "with a box" in guess.because
+    assert guess.option == "--prompts"
+    found = infer(finetuned, Overrides(prompts=True))
+    assert found.conventions.prompts == "required"
+    assert "prompts" not in {g.fact for g in found.guesses}
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "words"),
+    [
+        (
+            vit_keys(adapters=ALL_ADAPTERS),
+            {"trained_with": "samed"},
+            "--trained-with samed: the checkpoint's keys are those of a SAM ViT, which med-sa or "
+            "finetune-sam trains",
+        ),
+        (
+            med2d_keys(vit_keys(), (0,)),
+            {"trained_with": "sam"},
+            "keys are those of SAM-Med2D's network, which sam-med2d trains",
+        ),
+        (
+            finetune_keys(vit_keys(mask_tokens=3), layers=(0,)),
+            {"classes": 5},
+            "--classes 5: a decoder with 3 mask tokens has 1 classes and the background",
+        ),
+        (
+            med2d_keys(vit_keys(), (0,)),
+            {"image_size": 144},
+            "a grid of 9×9 tokens, which its adapters cannot halve: give --image-size a multiple",
+        ),
+        (
+            finetune_keys(vit_keys(), layers=(0,)),
+            {"depth_chunk": 4},
+            "3D is for SAM ViTs with adapters; this is finetune-SAM's network",
+        ),
+    ],
+)
+def test_options_that_contradict_the_keys(keys: Keys, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        infer(unweighted(keys), Overrides(**options))
+
+
+def test_a_samed_file_needs_its_base_and_size(checkpoint_of) -> None:
+    path = checkpoint_of("samed")
+    with pytest.raises(CheckpointError, match=r"adapters only .* with --base FILE"):
+        load_checkpoint(path)
+    with pytest.raises(UsageError, match="a SAMed file does not show its image size"):
+        infer(loaded("samed", path), Overrides())
+    assert "laid over samed-base.pth: 51 of its 188 tensors are used" in loaded("samed", path).notes
+
+
+def with_part(keys: Keys, key: str, shape: tuple[int, ...] | None) -> Keys:
+    return {k: v for k, v in (keys | {key: shape}).items() if v is not None}
+
+
+ATTENTION = "mask_decoder.transformer.layers.0.self_attn"
+QKV = "image_encoder.blocks.0.attn.qkv"
+WRAPPED = finetune_keys(vit_keys(), lora_blocks=(0,), lora_attentions=("layers.0.self_attn",))
+NUMBERED = samed_keys(vit_keys(), 2, small=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "base", "words"),
+    [
+        (
+            with_part(WRAPPED, f"{QKV}.linear_b_v.weight", None),
+            None,
+            f"{QKV} carries a low-rank update, but the checkpoint lacks {QKV}.linear_b_v",
+        ),
+        (
+            with_part(WRAPPED, f"{ATTENTION}.q_proj.w_a.weight", (4, 255)),
+            None,
+            f"{ATTENTION}.q_proj: its low-rank update ((4, 255), (256, 4)) does not fit its weight",
+        ),
+        (
+            with_part(WRAPPED, f"{ATTENTION}.v_proj.proj.weight", None),
+            None,
+            f"the checkpoint lacks {ATTENTION}.v_proj.proj.weight",
+        ),
+        (
+            with_part(NUMBERED, "w_a_003", None),
+            vit_keys(),
+            f"w_b_003 is half of a low-rank update of {QKV.replace('0', '1')}: expected two",
+        ),
+        (
+            NUMBERED,
+            vit_keys(tables=(27, 15)),
+            "there are 8 low-rank updates w_a, but the encoder has 2 blocks",
+        ),
+        (
+            with_part(NUMBERED, "sa_b_001", (255, 4)),
+            vit_keys(),
+            f"{ATTENTION}.v_proj: its low-rank update ((4, 256), (255, 4)) does not fit",
+        ),
+        (
+            with_part(NUMBERED, "cti_a_004", (4, 256)) | {"cti_b_004": (128, 4)},
+            vit_keys(),
+            "there is a low-rank update of mask_decoder.transformer.layers.2.cross_attn_token_to_",
+        ),
+    ],
+)
+def test_updates_that_do_not_fit_are_refused(keys: Keys, base: Keys | None, words: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        unweighted((base or {}) | keys)
