@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from medsa_deploy.bundle.manifest import PointOrder, PreprocessingName, PromptNeed
+from medsa_deploy.bundle.manifest import MaskChoice, PointOrder, PreprocessingName, PromptNeed
 
 from .shapes import Shapes
 
@@ -33,6 +33,7 @@ class Origin:
     preprocess: PreprocessingName
     point_order: PointOrder = "xy"
     prompts: PromptNeed = "required"
+    mask_choice: MaskChoice = "first"
     because: str
     """What shows the origin."""
 
@@ -49,7 +50,9 @@ ORIGINS: Mapping[TrainingCode, Origin] = {
         preprocess="finetune-sam", prompts="none", because="finetune-SAM's adapters or updates"
     ),
     "samed": Origin(preprocess="samed", prompts="none", because="SAMed's updates"),
-    "efficientsam": Origin(preprocess="efficientsam", because="EfficientSAM's own network"),
+    "efficientsam": Origin(
+        preprocess="efficientsam", mask_choice="best", because="EfficientSAM's own network"
+    ),
 }
 
 

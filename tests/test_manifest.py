@@ -108,6 +108,7 @@ def full() -> Manifest:
             preprocess="medsa",
             postprocess="medsam",
             prompts="optional",
+            mask_choice="best",
             point_order="yx",
             point_frame="image",
             prompt_scope="slice",

@@ -32,6 +32,7 @@ PreprocessingName = Literal[
 ]
 PostprocessingName = Literal["sam", "medsam", "efficientsam", "finetune-sam", "samed"]
 PromptNeed = Literal["required", "optional", "none"]
+MaskChoice = Literal["first", "best"]
 PointOrder = Literal["xy", "yx"]
 PointFrame = Literal["network", "image"]
 DepthGrouping = Literal["public", "paper"]
@@ -171,6 +172,9 @@ class Conventions:
     prompts: PromptNeed = "required"
     """Whether the network segments without a prompt: `required` never, `optional` with or without,
     `none` only without."""
+    mask_choice: MaskChoice = "first"
+    """Of `sam` outputs, the mask of a caller who wants a single one: mask 0, or of the candidates
+    the one with the best score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def print_network(network: Network, conventions: Conventions) -> None:
     """A network's architecture, then how images and prompts reach it."""
     scope = {"prompts": f"for their {conventions.prompt_scope}"} if network.chunk > 1 else {}
-    facts = _encoder_facts(network) | _depth_facts(network) | _convention_facts(conventions)
+    facts = (
+        _encoder_facts(network, conventions)
+        | _depth_facts(network)
+        | _convention_facts(conventions)
+    )
     print_facts(facts | scope)
 
 
@@ -35,17 +39,18 @@ def print_guesses(guesses: Sequence[Guess]) -> None:
     out.print(table)
 
 
-def _encoder_facts(network: Network) -> dict[str, str]:
+def _encoder_facts(network: Network, conventions: Conventions) -> dict[str, str]:
     from medsa_deploy.exporters.families.registry import title_of
 
     share = 100 * network.adapter_parameters / network.parameters
     one_stage_attends = len(network.heads) == 1 and network.heads[0] > 0
     window = network.windows[0] if one_stage_attends else 0
     windows = f", windows of {window}" if window else ""
+    first = "mask 0" if conventions.mask_choice == "first" else "the best of 1…"
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
         "labels": f"{network.classes} class(es) and a background, which exclude each other",
-        "sam": f"{network.mask_tokens} mask tokens: mask 0, or 1… with multimask",
+        "sam": f"{network.mask_tokens} mask tokens: {first}, or 1… with multimask",
     }[network.outputs]
     facts = {
         "network": title_of(network),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +124,21 @@ class Prediction:
     def _highest_values(self) -> Array:
         """(n, H, W): each class's highest values over all prompt sets."""
         return reduce(np.maximum, map(self._values, self.low_res_logits))
+
+
+def best_candidates(
+    logits: Array, scores: Array, device_masks: DeviceMasks | None
+) -> tuple[Array, Array, DeviceMasks | None]:
+    """The candidate with the highest score of every set, as sets of one mask."""
+    sets, best = np.arange(len(scores)), scores.argmax(axis=1)
+
+    def chosen(candidates: Any) -> Any:
+        return candidates[sets, best][:, None]
+
+    if device_masks is not None:
+        masks, tally = chosen(device_masks.masks), chosen(device_masks.tally)
+        device_masks = DeviceMasks(masks=masks, tally=tally)
+    return chosen(logits), chosen(scores), device_masks
 
 
 def full_size_masks(

@@ -30,7 +30,7 @@ from .backends.interface import (
     require_frame_encoder,
 )
 from .decoding import Embedding, decode_masks
-from .prediction import Prediction, full_size_masks
+from .prediction import Prediction, best_candidates, full_size_masks
 from .volumes.segment import VolumeOptions, VolumePrediction, segment_volume
 from .volumes.structures import Structure, class_names
 
@@ -266,9 +266,15 @@ class Session:
         backend, network = self.backend, self.manifest.network
         if multimask and network.outputs != "sam":
             raise UsageError("multimask is for SAM's outputs; this network's masks are classes")
-        chosen = range(network.masks)
+        chosen, best_alone = range(network.masks), False
         if network.outputs == "sam":
-            chosen = chosen[1:] if multimask else chosen[:1]
+            best_alone = not multimask and self.conventions.mask_choice == "best"
+            chosen = chosen[1:] if multimask or best_alone else chosen[:1]
+        if best_alone and on_device:
+            raise UsageError(
+                "this network's mask is the best of its candidates, chosen on the host: give "
+                "multimask with on_device, or leave on_device out"
+            )
         rule = transforms.mask_rule(self.manifest, threshold)
         request = MaskRequest(frame=embedding.frame, rule=rule, chosen=chosen, on_device=on_device)
         start = perf_counter()
@@ -279,6 +285,8 @@ class Session:
             raise UsageError(f"{backend.name} makes no masks on a GPU: leave on_device out")
         logits, scores = (a[:, chosen.start : chosen.stop] for a in (logits, scores))
         decoded = perf_counter()
+        if best_alone:
+            logits, scores, device_masks = best_candidates(logits, scores, device_masks)
         masks = full_size_masks(logits, device_masks, request)
         if rule.exclusive:
             scores = scores[:, 1:]

@@ -23,6 +23,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.runtime.backends.interface import Array
 from medsa_deploy.runtime.decoding import SETS_AT_ONCE
+from medsa_deploy.runtime.prediction import best_candidates
 from medsa_deploy.transforms import UNPROMPTED, Frame, MaskRule, Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow
 
@@ -235,6 +236,11 @@ class _Run:
         self.labels = [[label for _, label in channels] for channels in labelling.channels]
         """For each structure, the labels that these masks become."""
         self.rule, self.threshold = rule, pixel_threshold(rule)
+        manifest = session.manifest
+        self.best_alone = manifest.network.outputs == "sam" and (
+            manifest.conventions.mask_choice == "best"
+        )
+        """Whether a structure's mask is the best of the decoder's candidates."""
         self.decode_ms: dict[int, float] = defaultdict(float)
         """Slice → milliseconds, for every slice that was segmented."""
         self.frame: Frame | None = None
@@ -342,7 +348,9 @@ class _Run:
             # all logits at once would be too many
             batch = structures[first : first + SETS_AT_ONCE]
             start_time = perf_counter()
-            logits, _ = self.session.decode_logits(embedding, [sets[i] for i in batch])
+            logits, scores = self.session.decode_logits(embedding, [sets[i] for i in batch])
+            if self.best_alone:
+                logits, _, _ = best_candidates(logits[:, 1:], scores[:, 1:], None)
             self.decode_ms[index] += 1e3 * (perf_counter() - start_time)
             for structure, of_set in zip(batch, logits, strict=True):
                 # classes that exclude each other are compared with all others
