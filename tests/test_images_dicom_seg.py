@@ -181,8 +181,8 @@ def test_a_report_measures_every_segment(
         segment.TrackingUID for segment in segments.SegmentSequence[:3]
     ]
     voxel = 0.8 * 0.6 * 2.5 / 1000
-    # 4 columns of 0.6 mm by 5 rows of 0.8 mm: from edge to edge across corners' pixels
-    expected = {1: np.hypot(3 * 0.6, 5 * 0.8), 2: np.hypot(3 * 0.6, 2 * 0.8), 3: 0.8}
+    # 4 × 5 and 3 × 3 pixels of 0.6 × 0.8 mm: through the middles of the outermost edges
+    expected = {1: np.hypot(3 * 0.6, 5 * 0.8), 2: np.hypot(2 * 0.6, 3 * 0.8), 3: 0.8}
     for number, group in enumerate(groups, 1):
         sizes = {m.name.meaning: (m.value, m.unit.value) for m in group.get_measurements()}
         count = int((labels == number).sum())

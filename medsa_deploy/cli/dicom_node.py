@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import threading
@@ -103,11 +102,10 @@ def dicom_node(bundle: Bundle, options: NodeCommandOptions) -> None:
     ]}
     ```
     """
-    from medsa_deploy.dicom_node.event_log import EventHandler, EventLog
+    from medsa_deploy.dicom_node.event_log import EventLog
     from medsa_deploy.dicom_node.node import Node, NodeOptions
 
     events = EventLog(sys.stderr, identifiers=options.log_identifiers)
-    logging.getLogger("medsa_deploy").handlers = [EventHandler(events)]
     node_options = NodeOptions(
         bundle=bundle,
         rules=options.rules,
@@ -134,8 +132,8 @@ def dicom_node(bundle: Bundle, options: NodeCommandOptions) -> None:
         ),
     )
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stop.set())
-    with Node(node_options, events):
+    with events.of_logger("medsa_deploy"), Node(node_options, events):
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda number, frame: stop.set())
         while not stop.wait(1.0):
             pass

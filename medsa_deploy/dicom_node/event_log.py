@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,9 +37,20 @@ class EventLog:
             self._stream.write(json.dumps(line, default=str) + "\n")
             self._stream.flush()
 
+    @contextmanager
+    def of_logger(self, name: str) -> Iterator[None]:
+        """Write a logger's warnings as events, and by no other handler."""
+        logger = logging.getLogger(name)
+        handlers = logger.handlers
+        logger.handlers = [_EventHandler(self)]
+        try:
+            yield
+        finally:
+            logger.handlers = handlers
 
-class EventHandler(logging.Handler):
-    """Log records of libraries as events. Without identifiers: the message without its values."""
+
+class _EventHandler(logging.Handler):
+    """Log records as events. Without identifiers: the message without its values."""
 
     def __init__(self, events: EventLog) -> None:
         super().__init__(logging.WARNING)

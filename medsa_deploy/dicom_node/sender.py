@@ -124,7 +124,7 @@ def parse_destination(text: str, *, calling_aet: str, tls: ssl.SSLContext | None
     >>> parse_destination("pacs:104:ORTHANC", calling_aet="MEDSA", tls=None).port
     104
     """
-    host, port, aet = (["", *text.rsplit(":", 2)])[-3:]
+    host, port, aet = ["", "", *text.rsplit(":", 2)][-3:]
     if not (host and aet and len(aet) <= 16 and port.isdecimal() and 0 < int(port) < 2**16):
         raise UsageError(f"--send {text}: expected HOST:PORT:AET, such as pacs:104:ORTHANC")
     return Pacs(host=host.strip("[]"), port=int(port), aet=aet, calling_aet=calling_aet, tls=tls)

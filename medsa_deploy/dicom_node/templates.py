@@ -73,8 +73,8 @@ def parse_template(data: Any, place: str) -> PromptTemplate:
     parsed = [parsed_structure(*each) for each in zip(entries, places, strict=True)]
     styles = [parsed_style(*each) for each in zip(entries, places, strict=True)]
     if relative:
-        for structure, where in zip(parsed, places, strict=True):
-            _check_fractions(structure, where)
+        for structure, each_place in zip(parsed, places, strict=True):
+            _check_fractions(structure, each_place)
     return PromptTemplate(
         kind="relative" if relative else "voxels",
         structures=tuple(parsed),
