@@ -4,6 +4,8 @@ checkpoint.py            file → tensors
 architecture.py          tensors → the network's facts, with conventions.py and depth.py
 guesses.py               options, and guesses without them
 key_check.py             keys and shapes against a family's tables
+layouts.py               how a family's files hold weights: updates, adapters without a base
+training.py              the code that trained a network, and its conventions
 families/                one folder and one row of registry.py for each network family
 decoders.py              SAM's decoder, which families share
 networks.py              facts and tensors → reference network → folded network

@@ -233,7 +233,8 @@ def test_options_extras_and_targets_exist(page: Path) -> None:
     text = code(page)
     parsed = typer.main.get_command(app)
     parameters = [p for command in (parsed, *parsed.commands.values()) for p in command.params]
-    options = {name for parameter in parameters for name in parameter.opts} | {"--help"}
+    options = {n for parameter in parameters for n in (*parameter.opts, *parameter.secondary_opts)}
+    options |= {"--help"}
     if page.name != "CONTRIBUTING.md":
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)) <= options | SHELL_OPTIONS
     extras = {name for names in re.findall(r"\.\[([\w,]+)\]'", text) for name in names.split(",")}
