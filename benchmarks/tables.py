@@ -152,6 +152,27 @@ def depth_table(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
+def dicom_node_table(result: dict[str, Any]) -> str:
+    """Throughput, delay and memory of the DICOM node."""
+    rows = [
+        "| series | slices | series a minute | last image → segmentation, median | longest "
+        "| memory of node and worker, early | at the end |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        memory = [
+            " + ".join(f"{case['memory_mb'][when][part]:.0f}" for part in ("node", "worker"))
+            for when in ("early", "end")
+        ]
+        rows.append(
+            f"| {case['series']}, {case['name']} | {case['slices']} × {case['side']}² "
+            f"| {case['series_per_minute']} | {case['median_delay_s']} s "
+            f"| {case['longest_delay_s']} s | {' MB | '.join(memory)} MB |"
+        )
+    note = f"{_capitalized(result['what'])}."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
+
+
 def targets_table(result: dict[str, Any]) -> str:
     """Targets of speed, from peers.json and depth.json."""
     depth = RESULTS / "depth.json"
@@ -181,12 +202,14 @@ BENCHMARK_TABLES: Tables = {"peers_others": table.others_table, "peers_volume": 
 CARD_TABLES: Tables = {"demo_checkpoint": demo_checkpoint_table}
 RESULT_OF = dict.fromkeys(("summary", "targets", "peers_others", "peers_volume"), "peers")
 """Table → its result, if the two names differ."""
+DICOM_TABLES: Tables = {"dicom_node": dicom_node_table}
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"
 DOCUMENTS = {
     ROOT / "README.md": README_TABLES,
     ROOT / "docs" / "performance.md": PERFORMANCE_TABLES,
     ROOT / "benchmarks" / "README.md": BENCHMARK_TABLES,
     CARD: CARD_TABLES,
+    ROOT / "docs" / "dicom.md": DICOM_TABLES,
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -213,18 +212,17 @@ def running_node(
 
 @contextmanager
 def node_process(
-    folder: Path, bundle: Path, port: int, send_to: str, *options: str
+    folder: Path, bundle: Path, port: int, send_to: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The command itself, in a process of its own; killed at the end unless it has ended."""
     log = (folder / f"node-{time.time_ns()}.log").open("wb")
     command = [
         *(sys.executable, "-m", "medsa_deploy.cli", "dicom-node", bundle),
         *("--rules", folder / "rules.json", "--spool", folder / "spool", "--port", str(port)),
-        *("--send", send_to, "--http-port", "0", "--quiet-time", "0.5", *options),
+        *("--send", send_to, "--http-port", "0", "--quiet-time", "0.5", "--json"),
     ]
-    process = subprocess.Popen(
-        [str(word) for word in command], stderr=log, stdout=log, env=dict(os.environ)
-    )
+    out = (folder / "totals.json").open("wb")
+    process = subprocess.Popen([str(word) for word in command], stderr=log, stdout=out)
     try:
         wait_until(lambda: process.poll() is not None or listens(port))
         assert process.poll() is None, Path(log.name).read_text()
@@ -233,6 +231,7 @@ def node_process(
         process.kill()
         process.wait()
         log.close()
+        out.close()
 
 
 def listens(port: int) -> bool:

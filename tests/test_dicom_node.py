@@ -444,6 +444,8 @@ def test_nothing_is_lost_or_sent_twice_by_kill_9(bundle: Path, tmp_path: Path) -
         wait_until(lambda: not any(map(some, ("receiving", "queued", "working", "sending"))))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+    totals = json.loads((tmp_path / "totals.json").read_text())
+    assert totals == {"images": 5, "sent": 2, "failed": 0, "kept_out": 0, "waiting": 0}
     assert [sources(d) for d in pacs.stored] == [instances(series), instances(more)]
     outcomes = [json.loads(line) for line in (spool / "audit.jsonl").read_text().splitlines()]
     results = [outcome["result"] for line in outcomes for outcome in line["series"]]

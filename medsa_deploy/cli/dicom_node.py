@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,8 @@ import typer
 from medsa_deploy import stages
 from medsa_deploy.stages.run.dicomweb import WebSeries
 
-from .options import Backend, Bundle, Precision, Threads, with_options
+from . import console
+from .options import Backend, Bundle, Json, Precision, Threads, with_options
 from .values import parse_web_series
 
 
@@ -82,10 +83,11 @@ class NodeCommandOptions:
 
 
 @with_options
-def dicom_node(bundle: Bundle, options: NodeCommandOptions) -> None:
+def dicom_node(bundle: Bundle, options: NodeCommandOptions, json: Json = False) -> None:
     """Take series by C-STORE, segment them by rules, and send segmentations to the PACS.
 
-    It runs until SIGTERM or Ctrl-C, logs JSON lines on stderr, and keeps its queue in --spool.
+    It runs until SIGTERM or Ctrl-C, logs JSON lines on stderr, and keeps its queue in --spool. At
+    the end it prints what it did.
 
     medsa-deploy dicom-node ckpt.medsa --rules rules.json --send pacs:104:ORTHANC --host 0.0.0.0
 
@@ -132,8 +134,13 @@ def dicom_node(bundle: Bundle, options: NodeCommandOptions) -> None:
         ),
     )
     stop = threading.Event()
-    with events.of_logger("medsa_deploy"), Node(node_options, events):
+    with events.of_logger("medsa_deploy"), Node(node_options, events) as node:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, frame: stop.set())
         while not stop.wait(1.0):
             pass
+    totals = node.totals()
+    if json:
+        console.print_json(totals)
+    else:
+        console.print_facts({name: str(count) for name, count in asdict(totals).items()})

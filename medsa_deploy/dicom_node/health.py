@@ -45,6 +45,11 @@ class Metrics:
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
+    def total(self, name: str, **labels: str) -> int:
+        """What a counter has counted."""
+        with self._lock:
+            return int(self._values.get((name, tuple(sorted(labels.items()))), 0))
+
     def text(self, states: Mapping[str, int]) -> str:
         """All metrics in Prometheus' text format; `states`: series on disk by their state."""
         with self._lock:

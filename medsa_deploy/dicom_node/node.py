@@ -70,6 +70,22 @@ class NodeOptions:
     session: SessionOptions = field(default_factory=SessionOptions)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeTotals:
+    """What a node did since it started."""
+
+    images: int
+    """Images taken."""
+    sent: int
+    """Series whose segmentation every destination has."""
+    failed: int
+    """Series that cannot be segmented, or are refused."""
+    kept_out: int
+    """Series that no rule matches."""
+    waiting: int
+    """Series that are left in the spool, for the next start."""
+
+
 class Node:
     """A node that takes series from its port; a context manager."""
 
@@ -121,6 +137,20 @@ class Node:
         self._close_books()
         self._opened.close()
         self.events.write("stopped", series=self.spool.counts())
+
+    def totals(self) -> NodeTotals:
+        """What was done so far."""
+        series = {
+            result: self.metrics.total("medsa_series_total", result=result)
+            for result in ("sent", "failed", "refused", "kept_out")
+        }
+        return NodeTotals(
+            images=self.metrics.total("medsa_images_received_total"),
+            sent=series["sent"],
+            failed=series["failed"] + series["refused"],
+            kept_out=series["kept_out"],
+            waiting=self.inbox.waiting(),
+        )
 
     def faults(self) -> list[str]:
         """What is wrong with the node itself; a PACS that does not answer is none of it."""
