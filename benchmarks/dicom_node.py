@@ -35,9 +35,9 @@ from medsa_deploy.stages import diagnose
 
 RESULT = Path(__file__).parent / "results" / "dicom_node.json"
 CASES = (
-    ("one after another", 10, 60, 512, False),
-    ("a burst", 10, 60, 512, True),
-    ("200 in a row", 200, 3, 128, False),
+    ("one after another", 200, 3, 128, False),
+    ("one after another", 6, 30, 512, False),
+    ("in a burst", 6, 30, 512, True),
 )
 """Name, series, slices, side of a slice in pixels, and whether all are sent at once."""
 EARLY = 20

@@ -61,7 +61,7 @@ def test_styles_come_from_codes_prompts_and_colours(bundle: Path, series: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--colors", "liver"], "--colors 'liver': expected NAME=#RRGGBB"),
+        (["--colors", "liver"], "--colors 'liver': expected NAME=RRGGBB"),
         (["--colors", "liver=red"], "--colors liver: 'red' is not a colour"),
         (["--class-codes", "no.csv"], "no.csv cannot be read as codes of classes"),
         (["--measurements", "sr.dcm", "-o", "a.nii.gz"], "report on a DICOM segmentation"),

@@ -75,7 +75,7 @@ class RunOptions:
     ] = None
     colors: Annotated[
         str | None,
-        typer.Option(metavar="NAME=#RRGGBB,…", help="Volume: colours of labels in viewers"),
+        typer.Option(metavar="NAME=RRGGBB,…", help="Volume: colours of labels in viewers"),
     ] = None
     save_logits: Annotated[
         Path | None, typer.Option(help="Image: write the low-resolution logits: .npy")

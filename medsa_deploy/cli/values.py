@@ -31,12 +31,12 @@ def parse_names(text: str | None) -> tuple[str, ...]:
 
 
 def parse_colours(text: str | None) -> dict[str, Rgb]:
-    """NAME=#RRGGBB,…"""
+    """NAME=RRGGBB,…; a # may lead."""
     colours = {}
     for part in () if text is None else text.split(","):
         name, _, colour = part.rpartition("=")
         if not name.strip():
-            raise UsageError(f"--colors {part!r}: expected NAME=#RRGGBB")
+            raise UsageError(f"--colors {part!r}: expected NAME=RRGGBB")
         colours[name.strip()] = parse_colour(colour, f"--colors {name.strip()}")
     return colours
 

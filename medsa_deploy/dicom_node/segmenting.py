@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,8 +190,8 @@ class Worker:
         outcome = {**facts, "calling_aet": source["calling_aet"]}
         (work / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
         work.rename(sending)
-        for path in self.spool.images(sending):  # the source has them; the disk may need the room
-            path.unlink()
+        # The disk may need the room of the images. The sender may remove the folder meanwhile.
+        shutil.rmtree(sending / "images", ignore_errors=True)
         return "segmented"
 
     def _details(self, rule: Rule, prompts: list[Path]) -> SegmentationDetails:
