@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
+from highdicom import sr
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from test_volumes_dicom import AXIAL, OBLIQUE, SAGITTAL, save, slices
 
@@ -263,6 +266,83 @@ def test_a_structure_set_beside_the_series_is_refused(tmp_path: Path) -> None:
     path = structure_set(tmp_path, volume, datasets[0], [("a", "POINT", [5, 6, 30])])
     with pytest.raises(PromptError, match="no point or closed contour lies on a slice"):
         study_structures([path], volume)
+
+
+def report(folder: Path, series: list[Dataset], regions: Sequence[tuple[str, Any]]) -> Path:
+    """A report that highdicom writes, with regions by name."""
+    images = [sr.SourceImageForRegion(d.SOPClassUID, d.SOPInstanceUID) for d in series]
+    groups = [
+        sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+            tracking_identifier=sr.TrackingIdentifier(uid=generate_uid(), identifier=name),
+            referenced_region=(
+                sr.ImageRegion(region[0], np.array(region[1]), images[region[2]])
+                if len(region) == 3
+                else sr.ImageRegion3D(region[0], np.array(region[1]), series[0].FrameOfReferenceUID)
+            ),
+            finding_type=codes.SCT.Neoplasm,
+        )
+        for name, region in regions
+    ]
+    person = sr.PersonObserverIdentifyingAttributes(name="Reader^A")
+    observer = sr.ObserverContext(codes.DCM.Person, person)
+    content = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_person_context=observer),
+        procedure_reported=codes.cid100.ImagingProcedure,
+        imaging_measurements=groups,
+    )
+    dataset = sr.Comprehensive3DSR(
+        evidence=series,
+        content=content[0],
+        series_instance_uid=generate_uid(),
+        series_number=9,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="a viewer",
+    )
+    assert referenced_series(dataset) == [series[0].SeriesInstanceUID]
+    path = folder / "report.dcm"
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("orientation", [AXIAL, OBLIQUE])
+def test_regions_of_a_report_become_prompts(tmp_path: Path, orientation: list[float]) -> None:
+    datasets = slices(6, orientation=orientation)
+    for dataset in datasets:
+        dataset.FrameOfReferenceUID = "1.2.3"
+    volume = read_volume(save(datasets, tmp_path / "s"))
+    assert volume.affine is not None
+    place = (np.array([[5, 6, 4]]) @ volume.affine[:3, :3].T + volume.affine[:3, 3]) @ TO_NIFTI
+    path = report(
+        tmp_path,
+        datasets,
+        [
+            ("tumour", ("POLYLINE", [[3.5, 2.5], [9.5, 2.5], [9.5, 7.5], [3.5, 7.5]], 4)),
+            ("tumour", ("CIRCLE", [[8.5, 6.5], [10.5, 6.5]], 2)),
+            ("vessel", ("POINT", [[5.5, 6.5]], 1)),
+            ("vessel", ("POINT", place)),
+            ("vessel -", ("POINT", [[1.5, 2.5]], 1)),
+            ("vessel -", ("POINT", [[3.5, 4.5]], 1)),
+            ("vessel", ("POLYLINE", [[1.5, 2.5], [3.5, 4.5]], 1)),
+        ],
+    )
+    tumour, vessel = study_structures([path], volume)
+    assert [np.round(box, 3).tolist() for box in tumour.boxes] == [
+        [3, 2, 4, 10, 8, 5],
+        [6, 4, 2, 11, 9, 3],
+    ]
+    np.testing.assert_allclose(
+        vessel.points, [[5, 6, 1], [5, 6, 4], [1, 2, 1], [3, 4, 1]], atol=1e-3
+    )
+    assert vessel.labels == (1, 1, 0, 0)
+
+
+def test_a_report_without_regions_is_for_no_series(tmp_path: Path) -> None:
+    path = report(tmp_path, slices(2), [("a", ("POINT", [[5.5, 6.5]], 1))])
+    dataset = pydicom.dcmread(path)
+    assert referenced_series(dataset)
+    dataset.ContentSequence = []
+    assert referenced_series(dataset) == []
 
 
 @pytest.mark.parametrize(

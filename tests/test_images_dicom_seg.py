@@ -176,14 +176,14 @@ def test_a_report_measures_every_segment(
     assert dataset.StudyInstanceUID == segments.StudyInstanceUID
     content = highdicom.sr.srread(report).content
     groups = content.get_volumetric_roi_measurement_groups()
-    assert [group.tracking_identifier for group in groups] == list(NAMES[:3])
+    assert [group.tracking_identifier for group in groups] == list(NAMES)
     assert [group.tracking_uid for group in groups] == [
-        segment.TrackingUID for segment in segments.SegmentSequence[:3]
+        segment.TrackingUID for segment in segments.SegmentSequence
     ]
     voxel = 0.8 * 0.6 * 2.5 / 1000
     # 4 × 5 and 3 × 3 pixels of 0.6 × 0.8 mm: through the middles of the outermost edges
     expected = {1: np.hypot(3 * 0.6, 5 * 0.8), 2: np.hypot(2 * 0.6, 3 * 0.8), 3: 0.8}
-    for number, group in enumerate(groups, 1):
+    for number, group in enumerate(groups[:3], 1):
         sizes = {m.name.meaning: (m.value, m.unit.value) for m in group.get_measurements()}
         count = int((labels == number).sum())
         assert sizes["Volume"] == (pytest.approx(count * voxel), "ml")
@@ -191,7 +191,17 @@ def test_a_report_measures_every_segment(
         segment = group.referenced_segment
         assert segment.referenced_sop_instance_uid == segments.SOPInstanceUID
         assert list(np.atleast_1d(segment.referenced_segment_numbers)) == [number]
+    (absent,) = groups[3].get_measurements()
+    assert (absent.name.meaning, absent.value) == ("Volume", 0)
     assert groups[2].finding_sites[0].value.meaning == "Liver"
+
+
+def test_an_empty_segmentation_has_a_report(volume: Volume, tmp_path: Path) -> None:
+    labels = np.zeros(volume.shape, np.uint8)
+    seg, report = tmp_path / "seg.dcm", tmp_path / "report.dcm"
+    write_segmentation(seg, labels, volume, names=["liver"], measurements=report)
+    for path in (seg, report):
+        check_iod(path)
 
 
 def test_measurements_need_a_dicom_segmentation(

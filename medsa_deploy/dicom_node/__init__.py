@@ -6,7 +6,7 @@ received.py        bytes of a C-STORE → the few facts that the node goes by
 spool.py           the queue on disk, which survives a kill -9
 rules.py           a series → the rule that says how it is segmented
 templates.py       a rule's prompts and a volume → structures in voxels
-study_prompts.py   RTSTRUCT of the same study → structures in voxels
+study_prompts.py   RTSTRUCT and SR of the same study → structures in voxels; report_prompts.py
 segmenting.py      the worker process: queued series → segmentations
 sender.py          segmentations → PACS, by C-STORE or STOW, until it has them
 health.py          counters → /healthz and Prometheus text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class Audit:
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"time": now(), **facts}) + "\n")
             f.flush()
+            os.fsync(f.fileno())
 
 
 def now() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
 
-from .study_prompts import RTSTRUCT, referenced_series
+from .study_prompts import PROMPT_CLASSES, referenced_series
 
 try:
     import pydicom
@@ -55,7 +55,7 @@ class ReceivedObject:
     @property
     def is_prompt(self) -> bool:
         """Whether the object holds prompts for a series, and no image."""
-        return self.sop_class == RTSTRUCT
+        return self.sop_class in PROMPT_CLASSES
 
     def facts(self) -> dict[str, str]:
         """The facts that rules match."""
@@ -80,7 +80,8 @@ def short_hash(*texts: str) -> str:
 def received_object(content: bytes, calling_aet: str) -> ReceivedObject:
     """The facts of a DICOM file's bytes; ImageError if it is damaged or has no UIDs."""
     try:
-        tags = None if RTSTRUCT.encode() in content[:1024] else TAGS
+        prompts = any(uid.encode() in content[:1024] for uid in PROMPT_CLASSES)
+        tags = None if prompts else TAGS
         header = pydicom.dcmread(BytesIO(content), stop_before_pixels=True, specific_tags=tags)
         return ReceivedObject(
             sop_class=_uid(header, "SOPClassUID"),

@@ -19,7 +19,7 @@ from .event_log import EventLog
 from .health import Metrics
 from .received import received_object
 from .spool import Inbox, QueueFullError
-from .study_prompts import RTSTRUCT
+from .study_prompts import PROMPT_CLASSES
 
 try:
     from pydicom.pixels import get_decoder
@@ -96,7 +96,8 @@ class Receiver:
         self._ae.add_supported_context(sop_class.Verification)
         for uid in image_classes():
             self._ae.add_supported_context(uid, transfer_syntaxes())
-        self._ae.add_supported_context(RTSTRUCT, list(UNCOMPRESSED))
+        for uid in PROMPT_CLASSES:
+            self._ae.add_supported_context(uid, list(UNCOMPRESSED))
         handlers = [
             (evt.EVT_REQUESTED, _prefer_as_offered),
             (evt.EVT_C_STORE, self._store),

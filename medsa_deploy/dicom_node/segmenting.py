@@ -242,7 +242,7 @@ def _structures(rule: Rule, volume: Volume, prompts: list[Path]) -> list[Structu
     if rule.template.kind != "study":
         return template_structures(rule.template, volume)
     if not prompts:
-        raise PromptError("no prompts came with the study: store points or boxes as RTSTRUCT")
+        raise PromptError("no prompts came with the study: store points or boxes as RTSTRUCT or SR")
     return study_structures(prompts, volume)
 
 

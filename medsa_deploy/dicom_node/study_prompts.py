@@ -1,8 +1,9 @@
-"""An RTSTRUCT that a viewer stored for a series → structures in the voxels of its volume.
+"""Prompts that a viewer stored for a series, as RTSTRUCT or SR → structures in its voxels.
 
 Each region of interest is a structure of its name. A POINT contour is a click on the nearest slice.
 A CLOSED_PLANAR contour becomes the box around it on its slice. A region called "NAME background"
-or "NAME -" holds the background clicks of NAME. Other contours are left out, with a warning.
+or "NAME -" holds the background clicks of NAME. Other contours are left out, with a warning. The
+regions of a structured report are read alike; see `report_prompts`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from medsa_deploy.images.stacking import TO_NIFTI
 from medsa_deploy.images.volume import VolumeBox
 from medsa_deploy.runtime.volumes.structures import Structure
 
+from .report_prompts import REPORTS, report_contours, report_series
+
 logger = logging.getLogger(__name__)
 
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 """SOP class of an RT Structure Set."""
+PROMPT_CLASSES = (RTSTRUCT, *REPORTS)
+"""SOP classes of objects that prompts may come in."""
 BACKGROUND = re.compile(r"^(?P<name>.+?)[\s_]*(?:background|-)\s*$", re.IGNORECASE)
 BETWEEN_SLICES = 0.5
 """A point this many slices beyond the first or last one belongs to no slice."""
@@ -44,7 +49,9 @@ class _Prompts:
 
 
 def referenced_series(dataset: Any) -> list[str]:
-    """UIDs of the series that an RTSTRUCT refers to."""
+    """UIDs of the series that an object's prompts are for."""
+    if str(dataset.SOPClassUID) in REPORTS:
+        return report_series(dataset)
     uids = [
         str(series.SeriesInstanceUID)
         for frame in dataset.get("ReferencedFrameOfReferenceSequence") or ()
@@ -55,16 +62,16 @@ def referenced_series(dataset: Any) -> list[str]:
 
 
 def study_structures(paths: Sequence[Path], volume: Volume) -> list[Structure]:
-    """The structures of RTSTRUCTs on the slices of a volume; PromptError if there are none."""
+    """The structures of stored prompts on a volume's slices; PromptError if there are none."""
     if volume.affine is None:
         raise PromptError(f"{volume.path} has no place in the patient, and so no contours")
     prompts: dict[str, _Prompts] = {}
-    to_voxel = np.linalg.inv(volume.affine)
     for path in paths:
         dataset = load_header(path)
         with reading(path, "DICOM"):
-            for name, kind, points in _contours(dataset):
-                voxels = (points @ TO_NIFTI) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+            report = str(dataset.SOPClassUID) in REPORTS
+            contours = report_contours(dataset, volume) if report else _contours(dataset, volume)
+            for name, kind, voxels in contours:
                 _add(prompts, name, kind, voxels, volume)
     structures = [
         Structure(
@@ -84,8 +91,10 @@ def study_structures(paths: Sequence[Path], volume: Volume) -> list[Structure]:
     return structures
 
 
-def _contours(dataset: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Name, geometric type and points (N, 3) mm, in DICOM's axes, of each contour."""
+def _contours(dataset: Any, volume: Volume) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name, geometric type and voxels (N, 3) of each contour of an RTSTRUCT."""
+    assert volume.affine is not None
+    to_voxel = np.linalg.inv(volume.affine)
     names = {
         int(roi.ROINumber): str(roi.get("ROIName") or f"region {roi.ROINumber}")
         for roi in dataset.get("StructureSetROISequence") or ()
@@ -94,7 +103,8 @@ def _contours(dataset: Any) -> Iterator[tuple[str, str, np.ndarray]]:
         number = int(roi.ReferencedROINumber)
         for contour in roi.get("ContourSequence") or ():
             points = np.array(contour.ContourData, np.float64).reshape(-1, 3)
-            yield names.get(number, f"region {number}"), str(contour.ContourGeometricType), points
+            voxels = (points @ TO_NIFTI) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+            yield names.get(number, f"region {number}"), str(contour.ContourGeometricType), voxels
 
 
 def _add(

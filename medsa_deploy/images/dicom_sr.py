@@ -1,7 +1,7 @@
 """Labels of a DICOM volume and their segmentation → a structured report of measurements (TID 1500).
 
-The report holds, for each segment that has a voxel, its volume and the longest diameter in a slice.
-It refers to the segments and to their source images.
+The report holds the volume of each segment, and the longest diameter in a slice of those that have
+a voxel. It refers to the segments and to their source images.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def measurement_report(
         groups = [
             _group(segment, segmentation, sources, details, size)
             for segment, size in zip(segments, sizes, strict=True)
-            if size.diameter_slice is not None
         ]
         content = sr.MeasurementReport(
             observation_context=_observer(details),
@@ -151,7 +150,7 @@ def _group(
             version=package_version(),
             parameters=[f"{k}={v}" for k, v in algorithm_parameters(details).items()] or None,
         ),
-        measurements=measured,
+        measurements=measured if size.diameter_slice is not None else measured[:1],
     )
 
 
