@@ -62,6 +62,11 @@ class DecoderKind:
     """Prompt encoder and mask decoder → their layers, for folding."""
 
 
+def mask_tokens(shapes: Shapes) -> int:
+    """How many mask tokens a decoder has; 0 if it shows none."""
+    return next(iter(shapes.get("mask_decoder.mask_tokens.weight") or ()), 0)
+
+
 def two_way_by_keys(shapes: Shapes) -> TwoWay:
     """The form that the keys of a two-way block's MLP show."""
     prefix, public = "mask_decoder.transformer", ".mlp.layers.0.0."

@@ -47,7 +47,7 @@ ORIGINS: Mapping[TrainingCode, Origin] = {
     "litemedsam": Origin(preprocess="litemedsam", because="LiteMedSAM's network"),
     "sam-med2d": Origin(preprocess="sam-med2d", because="SAM-Med2D's adapters"),
     "finetune-sam": Origin(
-        preprocess="finetune-sam", prompts="none", because="finetune-SAM's adapters or updates"
+        preprocess="finetune-sam", prompts="none", because="finetune-SAM's adapters or mask tokens"
     ),
     "samed": Origin(preprocess="samed", prompts="none", because="SAMed's updates"),
     "efficientsam": Origin(

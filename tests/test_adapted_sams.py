@@ -302,6 +302,8 @@ LORA = {"lora_blocks": range(4)}
         (vit_keys(hyp={0: (16, 8, 8)}), "medsa", None, ""),
         (finetune_keys(vit_keys(), layers=(0,)), "finetune_sam", None, ""),
         (finetune_keys(vit_keys(), **LORA), "finetune_sam", "finetune-sam", "samed"),
+        (vit_keys(mask_tokens=3), "finetune_sam", "finetune-sam", "samed"),
+        (vit_keys(mask_tokens=3, adapters=ALL_ADAPTERS), "finetune_sam", None, ""),
         (
             finetune_keys(vit_keys(), **LORA, lora_attentions=("layers.0.self_attn",)),
             "finetune_sam",

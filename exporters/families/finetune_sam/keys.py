@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from medsa_deploy.exporters.decoders import two_way_by_keys
+from medsa_deploy.exporters.decoders import mask_tokens, two_way_by_keys
 from medsa_deploy.exporters.families.sam_vit import keys as sam_vit
 from medsa_deploy.exporters.shapes import Shapes
 
@@ -14,6 +14,8 @@ SHOWN_BY = re.compile(
     r"|image_encoder\.blocks\.\d+\.attn\.qkv\.linear_[ab]_[qv]\."
 )
 """SAMed's networks, saved whole, have the last of these too."""
+FEWEST_LABELS = 2
+"""The background and a class; one mask token more is not used."""
 FOREIGN = re.compile(
     r"\.lora_|HyP_Adapter\.|Image_Adapter\.|\.Adapter\.channel\.|^w_a_\d|invalid_points"
 )
@@ -21,8 +23,9 @@ FOREIGN = re.compile(
 
 
 def recognises(shapes: Shapes) -> bool:
-    """Whether the decoder has finetune-SAM's adapters, or a projection its updates."""
-    return any(map(SHOWN_BY.match, shapes)) and admits(shapes)
+    """Whether there are finetune-SAM's adapters or updates, or fewer mask tokens than SAM has."""
+    fewer = 1 + FEWEST_LABELS <= mask_tokens(shapes) < sam_vit.FEWEST_MASK_TOKENS
+    return (fewer or any(map(SHOWN_BY.match, shapes))) and admits(shapes)
 
 
 def admits(shapes: Shapes) -> bool:

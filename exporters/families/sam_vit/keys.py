@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from medsa_deploy.exporters.decoders import STEMS as DECODER_STEMS
+from medsa_deploy.exporters.decoders import mask_tokens
 from medsa_deploy.exporters.shapes import Shapes
 from medsa_deploy.exporters.training import TrainingCode, codes_by_keys
 
@@ -27,6 +28,8 @@ FOREIGN = re.compile(
     r"\.Adapter\.|\.linear_[ab]_[qv]\.|_proj\.w_[ab]\.|^w_[ab]_\d|^prompt_encoder\.(invalid|bbox)_"
 )
 """Keys of families that share the ViT."""
+FEWEST_MASK_TOKENS = 4
+"""SAM has four mask tokens, and Med-SA's networks have at least as many."""
 UNUSED_IN_2D = re.compile(r"^image_encoder\.blocks\.\d+\.Depth_Adapter\.")
 
 
@@ -37,7 +40,8 @@ def recognises(shapes: Shapes) -> bool:
 
 def admits(shapes: Shapes) -> bool:
     """Whether all adapters and updates, if any, are the public Med-SA code's."""
-    return recognises(shapes) and not any(map(FOREIGN.search, shapes))
+    foreign = any(map(FOREIGN.search, shapes)) or 0 < mask_tokens(shapes) < FEWEST_MASK_TOKENS
+    return recognises(shapes) and not foreign
 
 
 def codes(shapes: Shapes) -> tuple[TrainingCode, ...]:
