@@ -178,7 +178,8 @@ def layout_of(keys: Iterable[str]) -> FileLayout:
 
 def merged(tensors: Tensors) -> tuple[dict[str, Tensor], tuple[LoRA, ...]]:
     """The tensors with the low-rank updates of every layout merged, and what was merged."""
-    current, updates = dict(tensors), []
+    current = dict(tensors)
+    updates: list[LoRA] = []
     for layout in dict.fromkeys([MEDSA, *(family.layout for family in FAMILIES)]):
         current, added = layout.merge(current)
         updates += added

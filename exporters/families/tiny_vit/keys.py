@@ -46,7 +46,8 @@ def recognises(shapes: Shapes) -> bool:
 
 def is_lite(shapes: Shapes) -> bool:
     """Whether the patch embedding keeps the resolution: LiteMedSAM's; mobile_sam's quarters it."""
-    return shapes.get("image_encoder.patch_embed.seq.0.c.weight", ())[2:3] == (1,)
+    shape = shapes.get("image_encoder.patch_embed.seq.0.c.weight")
+    return shape is not None and shape[2:3] == (1,)
 
 
 def codes(shapes: Shapes) -> tuple[TrainingCode, ...]:
