@@ -11,10 +11,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from command_line import call
 from direct_sam import DirectSAM
 from golden_cases import ADAPTED_SAMS, GoldenCase, export_options, relative_l2, seeded
 from invented import (
     Keys,
+    adapter_keys,
     efficient_keys,
     finetune_keys,
     med2d_keys,
@@ -471,3 +473,27 @@ NUMBERED = samed_keys(vit_keys(), 2, small=True)
 def test_updates_that_do_not_fit_are_refused(keys: Keys, base: Keys | None, words: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(words)):
         unweighted((base or {}) | keys)
+
+
+def test_decoder_adapters_of_no_known_code_are_refused() -> None:
+    keys = vit_keys(form="public") | adapter_keys("mask_decoder.transformer.layers.0.Adapter", 256)
+    with pytest.raises(CheckpointError, match=r"unknown keys: .*layers\.\*\.Adapter|layers\.0\."):
+        infer(unweighted(keys), Overrides())
+
+
+def test_inspect_prints_the_reading(checkpoint_of) -> None:
+    path = checkpoint_of("samed")
+    base = path.with_name("samed-base.pth")
+    options = ("--base", base, "--image-size", 256, "--class-names", "a,b,c")
+    facts = " ".join(call("inspect", path, *options).out.split())
+    for words in (
+        "network SAMed, ViT",
+        "3 class(es) and a background, which exclude each other: mask tokens 0…3 of 4",
+        "prompts none",
+        "3× image_encoder.blocks.*.attn.qkv lora on q and v rank 4",
+    ):
+        assert words in facts
+    facts = " ".join(call("inspect", base, "--trained-with", "finetune-sam").out.split())
+    for words in ("network finetune-SAM, ViT", "mask tokens 1…3 of 4", "prompts none"):
+        assert words in facts
+    assert "trained with sam SAM's keys; files of" in " ".join(call("inspect", base).out.split())

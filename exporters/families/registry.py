@@ -204,6 +204,12 @@ def title_of(network: Network) -> str:
     return f"{family.titles[network.family]}, {family.encoder_title}"
 
 
+def label_tokens(network: Network) -> str:
+    """The mask tokens whose masks leave the decoder: `1…3 of 4`."""
+    leaving = family_named(network.family).leaving(network)
+    return f"{leaving[0]}…{leaving[-1]} of {network.mask_tokens}"
+
+
 def padded_families() -> str:
     """Names of the networks whose prompt sets are padded to a number of points."""
     padded = (family for family in FAMILIES if family.conventions.pad_points is not None)

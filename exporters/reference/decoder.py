@@ -93,7 +93,8 @@ class TwoWayBlock(nn.Module):
         self.HyP_Adapter = hyper_prompt_adapter(shapes, f"{prefix}.HyP_Adapter")
         self.MLP_Adapter = adapter(shapes, f"{prefix}.MLP_Adapter", skip=False)
         self.Image_Adapter = adapter(shapes, f"{prefix}.Image_Adapter", skip=False)
-        self.Adapter = adapter(shapes, f"{prefix}.Adapter", skip=True)
+        finetuned = form == "meta" and self.HyP_Adapter is None and self.Image_Adapter is None
+        self.Adapter = adapter(shapes, f"{prefix}.Adapter", skip=True) if finetuned else None
 
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor

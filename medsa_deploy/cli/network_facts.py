@@ -40,7 +40,7 @@ def print_guesses(guesses: Sequence[Guess]) -> None:
 
 
 def _encoder_facts(network: Network, conventions: Conventions) -> dict[str, str]:
-    from medsa_deploy.exporters.families.registry import title_of
+    from medsa_deploy.exporters.families.registry import label_tokens, title_of
 
     share = 100 * network.adapter_parameters / network.parameters
     one_stage_attends = len(network.heads) == 1 and network.heads[0] > 0
@@ -49,7 +49,8 @@ def _encoder_facts(network: Network, conventions: Conventions) -> dict[str, str]
     first = "mask 0" if conventions.mask_choice == "first" else "the best of 1…"
     outputs = {
         "classes": f"{network.classes} class(es), masks 0…{network.classes - 1}",
-        "labels": f"{network.classes} class(es) and a background, which exclude each other",
+        "labels": f"{network.classes} class(es) and a background, which exclude each other: mask "
+        f"tokens {label_tokens(network)}",
         "sam": f"{network.mask_tokens} mask tokens: {first}, or 1… with multimask",
     }[network.outputs]
     facts = {
