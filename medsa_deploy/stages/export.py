@@ -14,6 +14,7 @@ from medsa_deploy import __version__
 from medsa_deploy.bundle.files import describe_file
 from medsa_deploy.bundle.folder import check_target, new_bundle
 from medsa_deploy.bundle.manifest import Manifest, Parity, Role, save_manifest
+from medsa_deploy.errors import UsageError
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import Array, compare_cases, reference_outputs, require_parity
 from medsa_deploy.evaluation.reference_file import save_reference
@@ -22,7 +23,8 @@ from medsa_deploy.runtime import Session, load
 from medsa_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from medsa_deploy.runtime.backends.registry import LoadOptions
 
-from .inspect import export_extra, read_checkpoint
+from .inspect import export_extra
+from .readings import Reading, try_readings
 
 if TYPE_CHECKING:
     from medsa_deploy.exporters.architecture import Architecture, Guess, Overrides
@@ -41,6 +43,8 @@ class Export:
     """Facts that the checkpoint does not determine."""
     notes: tuple[str, ...]
     """Changes that were made while the checkpoint was read."""
+    readings: tuple[Reading, ...]
+    """The readings that were tried on labelled images, the best first, which was taken."""
     seconds: float
 
 
@@ -52,6 +56,7 @@ def export_checkpoint(
     images: Path | None,
     overrides: Overrides,
     force: bool,
+    masks: Path | None = None,
     weights: str | None = None,
     prefix: str | None = None,
     on_step: OnStep = lambda step: None,
@@ -60,6 +65,7 @@ def export_checkpoint(
 
     `output`: by default the checkpoint's name with the suffix `.medsa`. `base`: the SAM checkpoint
     that a file of adapters goes over. `images`: a file or folder, compared besides the seeded ones.
+    `masks`: their labels, to find the code that trained the network: see `try_readings`.
     `weights`, `prefix`: which state dict in the file, and which of its keys, if that is open.
 
     ParityError, and no bundle, if the graphs exceed the limits of `verify` on any of the images.
@@ -68,9 +74,17 @@ def export_checkpoint(
     check_target(target, force=force)
     start = perf_counter()
     on_step("read the checkpoint")
-    loaded, architecture = read_checkpoint(
-        checkpoint, base, overrides, weights=weights, prefix=prefix
-    )
+    with export_extra():
+        from medsa_deploy.exporters.architecture import infer
+        from medsa_deploy.exporters.checkpoint import load_checkpoint
+    loaded = load_checkpoint(checkpoint, base=base, weights=weights, prefix=prefix)
+    readings: tuple[Reading, ...] = ()
+    if masks is not None:
+        if images is None:
+            raise UsageError("--masks holds the labels of --images: give both")
+        readings = try_readings(loaded, overrides, images=images, labels=masks, on_step=on_step)
+        overrides = replace(overrides, trained_with=readings[0].trained_with)
+    architecture = infer(loaded, overrides)
     manifest = _manifest(loaded, architecture)
     cases = parity_cases(manifest, images)
     with new_bundle(target) as folder:
@@ -80,6 +94,7 @@ def export_checkpoint(
         manifest=manifest,
         guesses=architecture.guesses,
         notes=loaded.notes,
+        readings=readings,
         seconds=perf_counter() - start,
     )
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medsa_deploy.bundle.manifest import load_manifest
+from medsa_deploy.bundle.manifest import Manifest, load_manifest
 from medsa_deploy.errors import ImageError, InputError, UsageError
 from medsa_deploy.evaluation import metrics
 from medsa_deploy.evaluation.metrics import Mask
@@ -149,18 +149,21 @@ def measure_accuracy(
     assert images is not None
     pairs, unlabelled = pair_files(labels, images, "image")
     precision = precision or "fp32"
-    if prompt is None:
-        need = load_manifest(bundle).conventions.prompts
-        prompt = "box" if need == "required" else "none"
     with load(bundle, backend=backend, precision=precision, threads=threads) as session:
+        chosen = prompt or default_prompt(session.manifest)
         files = _measure_pairs(
             pairs,
-            lambda a, b: _segment_image(
-                session, a, b, prompt, names, intensity_window, axis=axis, number=number
+            lambda a, b: segmented_accuracy(
+                session, a, b, chosen, names, intensity_window, axis=axis, number=number
             ),
             on_file,
         )
-    return _accuracy(bundle, precision, backend, prompt, files, unlabelled, min_dice)
+    return _accuracy(bundle, precision, backend, chosen, files, unlabelled, min_dice)
+
+
+def default_prompt(manifest: Manifest) -> PromptKind:
+    """A box, or nothing for a network that needs no prompt."""
+    return "box" if manifest.conventions.prompts == "required" else "none"
 
 
 def compare_masks(
@@ -239,16 +242,16 @@ def _compare_files(labels: Path, segmentation: Path, names: Sequence[str]) -> Fi
     return _file(labels, segmentation, masks, spacing, _label_names(present, names, called))
 
 
-def _segment_image(
+def segmented_accuracy(
     session: Session,
     labels: Path,
     path: Path,
     prompt: PromptKind,
-    names: Sequence[str],
-    window: IntensityWindow,
+    names: Sequence[str] = (),
+    window: IntensityWindow = None,
     *,
-    axis: int | None,
-    number: int | None,
+    axis: int | None = None,
+    number: int | None = None,
 ) -> FileAccuracy:
     """An image's masks for prompts drawn from its labels, class by class."""
     truth = read_labels(labels)
