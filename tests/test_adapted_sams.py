@@ -14,6 +14,8 @@ import torch
 from command_line import call
 from direct_sam import DirectSAM
 from golden_cases import ADAPTED_SAMS, GoldenCase, export_options, relative_l2, seeded
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from invented import (
     Keys,
     adapter_keys,
@@ -497,3 +499,47 @@ def test_inspect_prints_the_reading(checkpoint_of) -> None:
     for words in ("network finetune-SAM, ViT", "mask tokens 1…3 of 4", "prompts none"):
         assert words in facts
     assert "trained with sam SAM's keys; files of" in " ".join(call("inspect", base).out.split())
+
+
+DAMAGED: dict[str, tuple[Keys, dict[str, Any]]] = {
+    "sam_med2d": (med2d_keys(vit_keys(tables=(27, 15)), (0, 1)), {}),
+    "finetune_sam": (
+        finetune_keys(
+            vit_keys(tables=(27, 15), adapters={"Space": (0,), "MLP": (0,)}, mask_tokens=3),
+            layers=(0,),
+            lora_blocks=(1,),
+            lora_attentions=("layers.1.self_attn", "final_attn_token_to_image"),
+        ),
+        {},
+    ),
+    "samed": (
+        vit_keys(tables=(27, 15)) | samed_keys(vit_keys(tables=(27, 15)), 3, small=True),
+        {"image_size": 96},
+    ),
+    "efficientsam": (own_efficient_keys(), {"image_size": 96}),
+}
+
+
+@pytest.mark.parametrize("family", DAMAGED)
+def test_undamaged_files_are_read(family: str) -> None:
+    keys, options = DAMAGED[family]
+    assert infer(unweighted(keys), Overrides(**options)).network.family == family
+
+
+@settings(deadline=None, max_examples=12)
+@given(data=st.data())
+@pytest.mark.parametrize("family", DAMAGED)
+def test_damaged_files_are_refused_or_read(family: str, data: st.DataObject) -> None:
+    """One key taken out, renamed or of another shape."""
+    keys, options = DAMAGED[family]
+    key = data.draw(st.sampled_from(sorted(keys)))
+    shape = data.draw(st.none() | st.lists(st.sampled_from([0, 1, 2, 3, 4, 64, 256]), max_size=4))
+    damaged = {k: v for k, v in keys.items() if k != key}
+    if shape is not None:
+        damaged[data.draw(st.sampled_from([key, f"{key}.x", key.replace("0", "1")]))] = tuple(shape)
+    try:
+        checkpoint = unweighted(damaged)
+        network = infer(checkpoint, Overrides(**options)).network
+        build_reference(network, checkpoint.tensors)
+    except (CheckpointError, UsageError):
+        return
