@@ -182,6 +182,12 @@ def test_servers_that_do_not_answer_are_named(orthanc: Orthanc, tmp_path: Path) 
         WebSeries(url=nowhere, study="1.2.3").fetch(tmp_path)
     with pytest.raises(ImageError, match=r"study 1\.2\.3 cannot be fetched"):
         WebSeries(url=orthanc.web, study="1.2.3").fetch(tmp_path)
+    source = WebSeries(url=nowhere, study="1.2.3")
+    with (
+        pytest.raises(ImageError, match="cannot be fetched"),
+        running_node(tmp_path, BUNDLE, None, to_web=nowhere, from_web=source),
+    ):
+        pass
     path = tmp_path / "a.dcm"
     ct_series(1)[0].save_as(path)
     with pytest.raises(ImageError, match=r"a\.dcm cannot be stored"):

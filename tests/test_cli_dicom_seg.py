@@ -108,6 +108,7 @@ def test_wrong_styles_of_prompts_are_named(
         (["--rules", "no.json"], "no.json cannot be read"),
         (["--rules", "rules.json"], "segmentations go nowhere: give --send HOST:PORT:AET"),
         (["--rules", "rules.json", "--send", "pacs"], "expected HOST:PORT:AET"),
+        (["--rules", "other.json", "--send", "a:1:B"], "no.medsa"),
         (
             ["--rules", "rules.json", "--send", "a:1:B", "--tls-cert", "x.pem"],
             "--tls-cert and --tls-key belong together",
@@ -118,6 +119,9 @@ def test_a_node_that_cannot_start_says_why(
     bundle: Path, series: Path, options: list[str], message: str
 ) -> None:
     Path("rules.json").write_text('{"rules": [{"prompts": {"template": "whole"}}]}')
+    Path("other.json").write_text(
+        '{"rules": [{"bundle": "no.medsa", "prompts": {"template": "whole"}}]}'
+    )
     done = call("dicom-node", bundle, *options, "--http-port", "0")
     assert done.code == 2
     assert message in done.err

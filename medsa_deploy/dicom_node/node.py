@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from http.server import ThreadingHTTPServer
@@ -12,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.child import ChildError, run_in_child
 from medsa_deploy.errors import MedsaError, UsageError, one_line
 from medsa_deploy.stages.run.dicomweb import WebSeries
@@ -31,7 +31,6 @@ RESTART_SECONDS = 2.0
 STOP_SECONDS = 5.0
 """Time that each thread has to end."""
 PROMPTS_KEPT_SECONDS = 24 * 3600.0
-HOUSEKEEPING_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +89,11 @@ class Node:
     """A node that takes series from its port; a context manager."""
 
     def __init__(self, options: NodeOptions, events: EventLog) -> None:
-        """UsageError for options, rules or addresses that cannot be used."""
+        """UsageError for options, rules or addresses that cannot be used; BundleError."""
         self.options, self.events, self.metrics = options, events, Metrics()
         self.rules = read_rules(options.rules, options.bundle)
+        for bundle in {rule.bundle for rule in self.rules}:
+            load_manifest(bundle)  # a bundle that cannot be used is refused now
         destinations = _destinations(options)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -123,8 +124,12 @@ class Node:
             rules=len(self.rules),
             series=self.spool.counts(),
         )
-        if self.options.from_web is not None:
-            self._fetch(self.options.from_web)
+        try:
+            if self.options.from_web is not None:
+                self._fetch(self.options.from_web)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -185,16 +190,24 @@ class Node:
         return server
 
     def _run_queue(self) -> None:
+        self._repeat(self._watch_queue)
+
+    def _watch_queue(self) -> None:
         """Find complete series, choose their rules, and close the books of finished studies."""
-        cleaned = time.monotonic()
+        for job in self.inbox.complete(self.options.quiet_time, self.options.expect):
+            self._take(job)
+        self._close_books()
+        if count := self.inbox.remove_old_prompts(PROMPTS_KEPT_SECONDS):
+            self.events.write("prompts expired", files=count)
+
+    def _repeat(self, work: Callable[[], None]) -> None:
+        """Do a thread's work until the node stops, whatever a full disk does to it."""
         while not self._stopping.wait(POLL_SECONDS):
-            for job in self.inbox.complete(self.options.quiet_time, self.options.expect):
-                self._take(job)
-            self._close_books()
-            if time.monotonic() - cleaned > HOUSEKEEPING_SECONDS:
-                cleaned = time.monotonic()
-                if count := self.inbox.remove_old_prompts(PROMPTS_KEPT_SECONDS):
-                    self.events.write("prompts expired", files=count)
+            try:
+                work()
+            except Exception as e:
+                self.events.write("fault", {"text": one_line(e)}, error_kind=type(e).__name__)
+                self._stopping.wait(RESTART_SECONDS)
 
     def _close_books(self) -> None:
         """Write the audit lines of studies that no series is left of."""
@@ -222,8 +235,7 @@ class Node:
         self.events.write("queued", identifying, rule=rule + 1, **facts)
 
     def _run_sender(self) -> None:
-        while not self._stopping.wait(POLL_SECONDS):
-            self.sender.step()
+        self._repeat(self.sender.step)
 
     def _run_worker(self) -> None:
         """Keep a worker process; one that ends is started again."""

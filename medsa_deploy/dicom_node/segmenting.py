@@ -90,7 +90,11 @@ class Worker:
         for queued in self.spool.jobs("queued"):
             if self._not_before.get(queued.name, 0) > time.monotonic():
                 continue
-            source = self.spool.source(queued)
+            try:
+                source = self.spool.source(queued)
+            except (OSError, ValueError) as e:
+                self.spool.fail(queued, f"its source.json cannot be read: {one_line(e)}")
+                continue
             number = matching_rule(self.rules, source)
             rule = None if number is None else self.rules[number]
             prompts = self._study_prompts(source)

@@ -95,7 +95,8 @@ class Pacs:
         except (ValueError, RuntimeError, OSError) as e:
             raise NotSentError(f"{self.name}: {one_line(e)}") from e
         finally:
-            association.release() if association.is_established else association.abort()
+            if association.is_established:
+                association.release()
         if status is None:
             raise NotSentError(f"{self.name} ended the association without an answer")
         if status != 0 and status not in WARNINGS:
@@ -151,7 +152,7 @@ class Sender:
                     continue
                 try:
                     self._send(job, destination)
-                except NotSentError as e:
+                except Exception as e:  # a fault with one file must not stop the others
                     self._postpone(key, e)
                     if self._refusals.get(key, 0) >= MOST_REFUSALS:
                         self._give_up(job, str(e))
@@ -169,9 +170,10 @@ class Sender:
                 mark.parent.mkdir(exist_ok=True)
                 mark.touch()
 
-    def _postpone(self, key: tuple[str, str], error: NotSentError) -> None:
+    def _postpone(self, key: tuple[str, str], error: Exception) -> None:
+        """Choose the time of the next attempt; a full disk or a silent PACS is no refusal."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        if error.refused:
+        if error.refused if isinstance(error, NotSentError) else not isinstance(error, OSError):
             self._refusals[key] = self._refusals.get(key, 0) + 1
         wait = min(FIRST_WAIT * 2 ** min(failures - 1, 10), LONGEST_WAIT)
         self._due[key] = time.monotonic() + wait
@@ -180,7 +182,7 @@ class Sender:
             "not sent",
             job=key[0],
             destination=key[1],
-            error=str(error),
+            error=one_line(error),
             attempts=failures,
             retry_seconds=wait,
         )

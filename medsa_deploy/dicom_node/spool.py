@@ -103,8 +103,8 @@ class Spool:
             if path.stem not in busy:
                 lines = path.read_text(encoding="utf-8").splitlines()
                 outcomes = {line["job"]: line for line in map(_json_line, lines) if line}
-                path.unlink()
                 yield path.stem, list(outcomes.values())
+                path.unlink()  # not before the audit line is on the disk
 
 
 class Inbox:
