@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -175,10 +176,11 @@ def main() -> None:
         cases.append(measure(bundle, *case))
         print(json.dumps(cases[-1]), flush=True)
     result = {
-        "what": "dicom-node with the demonstration bundle, whole image as prompt, on loopback; "
+        "what": "the node with the demonstration bundle, whole image as prompt, on loopback; "
         "sender, PACS and node share the machine",
         "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",
         "versions": {name: version(name) for name in ("onnxruntime", "pynetdicom", "highdicom")},
+        "load": round(os.getloadavg()[2], 1),
         "cases": cases,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -148,7 +148,7 @@ def depth_table(result: dict[str, Any]) -> str:
             f"| {seconds['3D']:.2f} s | {row['ratio']:.2f} | {peak['2D'] / 1024:.1f} GiB "
             f"| {peak['3D'] / 1024:.1f} GiB |"
         )
-    note = f"{_capitalized(result['what'])}."
+    note = f"{_capitalized(result['what'])}. Load of the machine: {result['load']}."
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
@@ -169,7 +169,7 @@ def dicom_node_table(result: dict[str, Any]) -> str:
             f"| {case['series_per_minute']} | {case['median_delay_s']} s "
             f"| {case['longest_delay_s']} s | {' MB | '.join(memory)} MB |"
         )
-    note = f"{_capitalized(result['what'])}."
+    note = f"{_capitalized(result['what'])}. Load of the machine: {result['load']}."
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
