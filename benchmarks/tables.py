@@ -148,7 +148,7 @@ def depth_table(result: dict[str, Any]) -> str:
             f"| {seconds['3D']:.2f} s | {row['ratio']:.2f} | {peak['2D'] / 1024:.1f} GiB "
             f"| {peak['3D'] / 1024:.1f} GiB |"
         )
-    note = f"{_capitalized(result['what'])}. Load of the machine: {result['load']}."
+    note = f"{_capitalized(result['what'])}."
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
