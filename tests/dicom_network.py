@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -27,6 +28,10 @@ from medsa_deploy.dicom_node.event_log import EventLog
 from medsa_deploy.dicom_node.node import Node, NodeOptions
 
 CALLING = "SCANNER"
+SOCKETS_LEFT = pytest.mark.filterwarnings(
+    r"ignore:Exception ignored in. <s\w+\.\w*[sS]ocket:pytest.PytestUnraisableExceptionWarning"
+)
+"""pynetdicom leaves sockets of broken connections to the garbage collector."""
 WHOLE = {"prompts": {"template": "whole", "name": "liver"}}
 """A rule for everything: the whole image is the prompt."""
 

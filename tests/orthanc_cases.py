@@ -20,6 +20,7 @@ import pydicom
 import pytest
 from command_line import call
 from dicom_network import (
+    SOCKETS_LEFT,
     WHOLE,
     FakePacs,
     ct_series,
@@ -37,6 +38,7 @@ from pydicom.dataset import Dataset
 from medsa_deploy.errors import ImageError
 from medsa_deploy.stages.run.dicomweb import WebSeries, store_files
 
+pytestmark = SOCKETS_LEFT
 BUNDLE = Path(os.environ["MEDSA_CASES_BUNDLE"])
 PLUGINS = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
 

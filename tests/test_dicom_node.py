@@ -20,6 +20,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_network import (
+    SOCKETS_LEFT,
     WHOLE,
     FakePacs,
     RunningNode,
@@ -48,10 +49,7 @@ from medsa_deploy.dicom_node.health import resident_memory
 from medsa_deploy.dicom_node.receiver import client_context
 from medsa_deploy.errors import UsageError
 
-pytestmark = pytest.mark.filterwarnings(
-    # pynetdicom leaves sockets of broken connections to the garbage collector
-    r"ignore:Exception ignored in. <s\w+\.\w*[sS]ocket:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = SOCKETS_LEFT
 RULES = (
     {"match": {"series_description": "*prompted*"}, "prompts": {"template": "study"}},
     {"match": {"series_description": "*PORTAL*", "calling_aet": "SCAN*"}, **WHOLE,

@@ -7,16 +7,18 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medsa_deploy import stages
-from medsa_deploy.stages.run.dicomweb import WebSeries
 
 from . import console
 from .options import Backend, Bundle, Json, Precision, Threads, with_options
 from .values import parse_web_series
+
+if TYPE_CHECKING:
+    from medsa_deploy.dicom_node.node import NodeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +77,38 @@ class NodeCommandOptions:
     precision: Precision = "fp32"
     threads: Threads = None
 
-    def web_series(self) -> WebSeries | None:
-        """What to fetch at the start."""
-        if (self.from_web, self.study, self.series) == (None, None, None):
-            return None
-        return parse_web_series(self.from_web, self.study, self.series)
+    def node(self, bundle: Path) -> NodeOptions:
+        """How the node runs."""
+        from medsa_deploy.dicom_node.node import NodeOptions
+
+        web = None
+        if (self.from_web, self.study, self.series) != (None, None, None):
+            web = parse_web_series(self.from_web, self.study, self.series)
+        return NodeOptions(
+            bundle=bundle,
+            rules=self.rules,
+            spool=self.spool,
+            aet=self.aet,
+            host=self.host,
+            port=self.port,
+            send=tuple(self.send or ()),
+            to_web=self.to_web,
+            from_web=web,
+            quiet_time=self.quiet_time,
+            expect=self.expect,
+            max_queue=self.max_queue,
+            prompt_wait=self.prompt_wait,
+            allow=tuple(self.allow or ()),
+            tls_certificate=self.tls_cert,
+            tls_key=self.tls_key,
+            tls_authority=self.tls_ca,
+            send_tls=self.send_tls,
+            http_port=self.http_port,
+            log_identifiers=self.log_identifiers,
+            session=stages.SessionOptions(
+                backend=self.backend, precision=self.precision, threads=self.threads
+            ),
+        )
 
 
 @with_options
@@ -105,36 +134,11 @@ def dicom_node(bundle: Bundle, options: NodeCommandOptions, json: Json = False) 
     ```
     """
     from medsa_deploy.dicom_node.event_log import EventLog
-    from medsa_deploy.dicom_node.node import Node, NodeOptions
+    from medsa_deploy.dicom_node.node import Node
 
     events = EventLog(sys.stderr, identifiers=options.log_identifiers)
-    node_options = NodeOptions(
-        bundle=bundle,
-        rules=options.rules,
-        spool=options.spool,
-        aet=options.aet,
-        host=options.host,
-        port=options.port,
-        send=tuple(options.send or ()),
-        to_web=options.to_web,
-        from_web=options.web_series(),
-        quiet_time=options.quiet_time,
-        expect=options.expect,
-        max_queue=options.max_queue,
-        prompt_wait=options.prompt_wait,
-        allow=tuple(options.allow or ()),
-        tls_certificate=options.tls_cert,
-        tls_key=options.tls_key,
-        tls_authority=options.tls_ca,
-        send_tls=options.send_tls,
-        http_port=options.http_port,
-        log_identifiers=options.log_identifiers,
-        session=stages.SessionOptions(
-            backend=options.backend, precision=options.precision, threads=options.threads
-        ),
-    )
     stop = threading.Event()
-    with events.of_logger("medsa_deploy"), Node(node_options, events) as node:
+    with events.of_logger("medsa_deploy"), Node(options.node(bundle), events) as node:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, frame: stop.set())
         while not stop.wait(1.0):
