@@ -19,7 +19,17 @@ import pytest
 import torch
 import typer.main
 from command_line import call
-from invented import efficient_keys, low_rank_keys, mobile_keys, vit_keys, weights
+from invented import (
+    efficient_keys,
+    finetune_keys,
+    low_rank_keys,
+    med2d_keys,
+    mobile_keys,
+    own_efficient_keys,
+    samed_keys,
+    vit_keys,
+    weights,
+)
 from test_volumes_dicom import save, slices
 
 from medsa_deploy.cli.app import app
@@ -175,6 +185,10 @@ def test_every_network_of_the_table_is_known(tmp_path: Path) -> None:
         "efficient": efficient_keys(),
         "efficient_adalora": efficient | low_rank_keys(efficient, "adalora", 4),
         "medsam_vit_b": sam,
+        "efficient_sam_vitt": own_efficient_keys(),
+        "sam_med2d": med2d_keys(sam, range(4)),
+        "finetune_sam": finetune_keys(vit_keys(mask_tokens=3), lora_blocks=range(4)),
+        "samed": samed_keys(sam, 8),
     }
     for name, keys in networks.items():
         torch.save(weights(keys), tmp_path / f"{name}.pth")

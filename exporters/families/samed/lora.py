@@ -65,11 +65,16 @@ def merge(tensors: Tensors) -> tuple[dict[str, Tensor], tuple[LoRA, ...]]:
 
 
 def under(adapters: Tensors, base: Tensors, name: str) -> BaseTensors:
-    """The base's image encoder, and the decoder's transformer if the file has none."""
+    """The base's image encoder, and the decoder's transformer if the file has none.
+
+    Adapters that the base itself has are left out: SAMed's network has no place for them.
+    """
     brings_transformer = any(key.startswith(TRANSFORMER) for key in adapters)
     modules = {key.partition(".")[0] for key in adapters if "." in key}
 
     def is_used(key: str) -> bool:
+        if "_Adapter." in key:
+            return False
         if key.startswith(TRANSFORMER):
             return not brings_transformer
         return key.partition(".")[0] not in modules
