@@ -239,6 +239,9 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "intensity_window": [-175, 250],
         "threshold": 0.25,
         "class_names": ["liver", "spleen", "aorta"],
+        "postprocess": "sam",
+        "prompts": "required",
+        "mask_choice": "first",
     }
 
 
