@@ -88,6 +88,23 @@ def demo_checkpoint_table(result: dict[str, Any]) -> str:
     )
 
 
+def demo_automatic_table(result: dict[str, Any]) -> str:
+    """Dice of the demonstration's SAMed by block of slices and tissue; and how it was trained."""
+    blocks = result["dice"]["test"]
+    tissues = list(blocks["all"])
+    rows = [f"| slices | {' | '.join(tissues)} |", "|---|" + "---|" * len(tissues)]
+    for block, row in blocks.items():
+        figures = " | ".join(f"{row[name]:.3f}" for name in tissues)
+        rows.append(f"| {block} | {figures} |")
+    training = [
+        f"{name}: {figures['steps']} steps in {figures['cpu_seconds'] / 60:.0f} processor minutes"
+        for name, figures in result["training"].items()
+    ]
+    return "\n".join(
+        [*rows, "", f"Training: {'; '.join(training)}.", f"Machine: {_machine(result)}."]
+    )
+
+
 def volume_memory_table(result: dict[str, Any]) -> str:
     """Memory of `run` on a volume, beyond what the network takes for a chunk of slices."""
     rows = [
@@ -199,7 +216,10 @@ PERFORMANCE_TABLES: Tables = {
     "export": export_table,
 }
 BENCHMARK_TABLES: Tables = {"peers_others": table.others_table, "peers_volume": table.volume_table}
-CARD_TABLES: Tables = {"demo_checkpoint": demo_checkpoint_table}
+CARD_TABLES: Tables = {
+    "demo_checkpoint": demo_checkpoint_table,
+    "demo_automatic": demo_automatic_table,
+}
 RESULT_OF = dict.fromkeys(("summary", "targets", "peers_others", "peers_volume"), "peers")
 """Table → its result, if the two names differ."""
 DICOM_TABLES: Tables = {"dicom_node": dicom_node_table}

@@ -45,6 +45,7 @@ def conventions_of(
         class_names=_class_names(overrides.class_names or (), network.classes),
         postprocess=_postprocess(network, origin, overrides),
         prompts=_prompts(origin, overrides, guesses),
+        trained_with=code,
         mask_choice=origin.mask_choice,
     )
 

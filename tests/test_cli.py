@@ -73,7 +73,7 @@ def test_version(run) -> None:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["--frobnicate"], "No such option: --frobnicate"),
         (["run"], "Missing argument 'bundle': see medsa-deploy run --help"),
-        (["run", "a.medsa"], "Missing argument 'image': see medsa-deploy run --help"),
+        (["run", "a.medsa"], "give an image, or --from-web URL with --study UID"),
         (["inspect", "a.pth", "b.pth"], "unexpected extra argument"),
         (["export", "a.pth", "--frob"], "No such option: --frob"),
         (["export", "a.pth", "--preprocess", "frob"], "'medsa', 'sam', 'medsam', 'litemedsam'"),
@@ -97,7 +97,6 @@ EXPORT = ("export", "a.pth")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (RUN, "no prompt: give --point X,Y, --box X0,Y0,X1,Y1 or --mask-input FILE"),
         ((*RUN, "--point", "5"), "--point 5: expected X,Y or X,Y,LABEL with label 1 or 0"),
         ((*RUN, "--point", "5,6,7"), "--point 5,6,7: expected X,Y or X,Y,LABEL"),
         ((*RUN, "--point", "5,6,1,1"), "expected X,Y or X,Y,LABEL"),
@@ -241,6 +240,7 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "class_names": ["liver", "spleen", "aorta"],
         "postprocess": "sam",
         "prompts": "required",
+        "trained_with": "med-sa",
         "mask_choice": "first",
     }
 

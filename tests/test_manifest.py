@@ -109,6 +109,7 @@ def full() -> Manifest:
             postprocess="medsam",
             prompts="optional",
             mask_choice="best",
+            trained_with="medsam",
             point_order="yx",
             point_frame="image",
             prompt_scope="slice",
@@ -288,6 +289,7 @@ def test_a_value_of_the_wrong_type_is_named(path: tuple[Any, ...], wrong: object
     data = document()
     right = at(data, path)[path[-1]]
     optional = {"base", "base_sha256", "intensity_window", "opset", "calibration", "pad_points"}
+    optional |= {"trained_with"}
     optional |= {"weights", "activations", "sd_trans", "depth_chunk", "slices", "split"}
     optional |= {path[-1] for path in FIELDS if "dice" in path[-1]}
     if (wrong is None and path[-1] in optional) or (wrong == 2.5 and isinstance(right, float)):

@@ -142,7 +142,6 @@ def test_options_and_a_file_exclude_each_other(path: Path) -> None:
     for points, boxes, file, match in (
         ([(1, 2, 3)], [], path, "--prompts holds all prompts"),
         ([], [box], path, "--prompts holds all prompts"),
-        ([], [], None, "no prompt: give --point X,Y,Z, --box"),
         ([(1, 2, 3)], [box, other], None, "points go with one box only, or into --prompts"),
     ):
         with pytest.raises(PromptError, match=match):

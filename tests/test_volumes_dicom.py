@@ -258,8 +258,16 @@ def test_a_localizer_of_the_same_series_is_named(tmp_path: Path) -> None:
     folder = save([*datasets, scout], tmp_path / "s")
     refused(
         folder,
-        r"mixes orientations: 1\\0\\0\\0\\1\\0 in 5 images, 0\\1\\0\\0\\0\\-1 in f\.dcm; keep",
+        r"mixes orientations: 1\\0\\0\\0\\1\\0 in 5 images, 0\\1\\0\\0\\0\\-1 in f\.dcm; keep .* "
+        r"or choose an orientation \(--orientation\) 0…1; none was given",
     )
+    chosen = read_volume(folder, orientation=0)
+    assert [path.name for path in chosen.files] == [f"{n}.dcm" for n in "abcde"]
+    assert [path.name for path in read_volume(folder, orientation=1).files] == ["f.dcm"]
+    with pytest.raises(ImageError, match=r"0…1; 2 was given"):
+        read_volume(folder, orientation=2)
+    with pytest.raises(ImageError, match="one orientation: leave the orientation out"):
+        read_volume(save(slices(3), tmp_path / "one"), orientation=0)
 
 
 def test_a_real_fan_of_slices_is_refused(tmp_path: Path) -> None:

@@ -30,14 +30,23 @@ def main() -> int:
         help="stop after the validation split, which is what the recipe may be decided by: figures "
         "and checkpoint go to the state's folder",
     )
+    parser.add_argument(
+        "--automatic",
+        action="store_true",
+        help="train the SAMed that needs no click, over the checkpoint that ships",
+    )
     args = parser.parse_args()
     if not os.environ.keys() >= ENVIRONMENT.keys():  # read when a process starts
         os.environ.update(ENVIRONMENT | os.environ)
         os.execv(sys.executable, [sys.executable, "-m", __spec__.parent, *sys.argv[1:]])
+    from .automatic import AUTOMATIC, make_automatic
     from .recipe import RECIPE, make
 
     try:
-        make(RECIPE, args.state, release=not args.validate)
+        if args.automatic:
+            make_automatic(AUTOMATIC, args.state, release=not args.validate)
+        else:
+            make(RECIPE, args.state, release=not args.validate)
     except KeyboardInterrupt:
         print(f"interrupted; what is done is in {args.state}: call again to go on", file=sys.stderr)
         return 130

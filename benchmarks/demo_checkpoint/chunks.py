@@ -87,6 +87,30 @@ class Template:
             ]
         )
 
+    def tissues_of(self, z: int) -> NDArray[np.float32]:
+        """(4, S, S) 0…1: T1 as SAMed prepares it; white and grey matter's probability, and where
+        the template is not black."""
+        planes = {kind: planes[z] for kind, planes in self._planes.items()}
+        drawn = np.where(planes["t1"] > 0, np.uint8(255), np.uint8(0))
+        maps = (planes["wm"], planes["gm"], drawn)
+        return np.stack(
+            [
+                preprocess(planes["t1"], "samed", SIZE)[0][0],
+                *(preprocess(plane, "medsa", SIZE)[0][0] for plane in maps),
+            ]
+        )
+
+    def labels(self, z: int) -> NDArray[np.uint8]:
+        """(H, W) of a slice: 1 white matter, 2 grey matter, 3 the rest that is not black."""
+        planes = {kind: planes[z] for kind, planes in self._planes.items()}
+        return tissue_labels(
+            planes["wm"] >= LABEL_THRESHOLD, planes["gm"] >= LABEL_THRESHOLD, planes["t1"] > 0
+        )
+
+    def plane(self, z: int) -> NDArray[np.uint8]:
+        """(H, W) grey values of a slice."""
+        return self._planes["t1"][z]
+
     def chunk(self, window: range) -> Chunk:
         """The slices of `window` with white matter, grey matter and both."""
         white, grey = (
@@ -100,6 +124,16 @@ class Template:
             frame=prepared[0][1],
             structures=structures,
         )
+
+
+def tissue_labels(
+    white: NDArray[np.bool_], grey: NDArray[np.bool_], drawn: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """Masks of one shape → 1 white matter, 2 grey matter, 3 the rest that is drawn, 0 elsewhere."""
+    labels = np.where(drawn, np.uint8(3), np.uint8(0))
+    labels[grey] = 2
+    labels[white] = 1
+    return labels
 
 
 def phantom_of(seed: tuple[int, ...]) -> Phantom:

@@ -21,6 +21,7 @@ from .chunks import (
     Template,
     phantom_of,
     structures_of,
+    tissue_labels,
     train_windows,
 )
 from .network import CHUNK, CLASSES, SIZE
@@ -149,6 +150,26 @@ class Chunks:
             weight=torch.where(present, 1 / present.sum(1, keepdim=True), ABSENT),
             depth=CHUNK,
         )
+
+
+class Tissues:
+    """Single slices of the template with their tissues: what is segmented without a prompt."""
+
+    def __init__(self) -> None:
+        template = Template()
+        slices = sorted({z for window in train_windows() for z in window})
+        self._slices = torch.from_numpy(np.stack([template.tissues_of(z) for z in slices], axis=1))
+
+    def example(self, rng: Rng, batch: int, *, shrunk: int = 1) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, s, s), `shrunk` times smaller than the frame, and labels (B, S, S)."""
+        images, labels = [], []
+        for i in rng.integers(0, self._slices.shape[1], batch):
+            grey_values, *maps = _warped(rng, self._slices[:, i : i + 1])
+            white, grey, drawn = (plane[0].numpy() >= LABEL_THRESHOLD / 255 for plane in maps)
+            images.append(_shaded(rng, grey_values))
+            labels.append(tissue_labels(white, grey, drawn))
+        image = F.avg_pool2d(torch.stack(images), shrunk).expand(-1, 3, -1, -1)
+        return image, torch.from_numpy(np.stack(labels)).long()
 
 
 def _pool(

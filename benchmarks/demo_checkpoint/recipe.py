@@ -120,7 +120,7 @@ def train_base(
     recipe: Recipe, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
     """All of a small SAM, on single phantom images, small ones first."""
-    with _progress("phantom images", recipe.base_images) as advance:
+    with step_bar("phantom images", recipe.base_images) as advance:
         images = PhantomImages(recipe.base_images, folder, lambda done: advance(done, 0.0))
     tensors, figures = base_tensors(recipe.seed), {}
     for number, (name, part) in enumerate(recipe.base.items()):
@@ -142,7 +142,7 @@ def train_adapters(
     recipe: Recipe, folder: Path, base: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
     """The base frozen: adapters and the decoder's output heads, on chunks of slices."""
-    with _progress("phantom chunks", recipe.adapt_phantoms) as advance:
+    with step_bar("phantom chunks", recipe.adapt_phantoms) as advance:
         chunks = Chunks(recipe.adapt_phantoms, folder, lambda done: advance(done, 0.0))
     tensors, figures = {**base, **adapter_tensors(recipe.seed)}, {}
     for number, (name, part) in enumerate(recipe.adapt.items()):
@@ -177,14 +177,14 @@ def evaluate_split(
 def _train(
     stage: Stage, tensors: Mapping[str, Tensor], folder: Path, save_every: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    with _progress(stage.name, stage.steps) as advance:
+    with step_bar(stage.name, stage.steps) as advance:
         return train(
             stage, tensors, folder / f"{stage.name}.pt", save_every=save_every, on_step=advance
         )
 
 
 @contextmanager
-def _progress(name: str, total: int) -> Iterator[OnStep]:
+def step_bar(name: str, total: int) -> Iterator[OnStep]:
     """A bar on stderr: steps done, the loss, the time left; off when that is no terminal."""
     columns = (
         TextColumn("{task.description}"),
@@ -216,14 +216,10 @@ def _result(
     scores: dict[str, list[Score]],
 ) -> dict[str, Any]:
     """What was measured, with the machine and the versions."""
-    machine = diagnose()
     return {
         "what": "Dice of the demonstration checkpoint on held-out slices of the MNI T1 template "
         f"and held-out phantoms, over chunks of 8 slices, {DRAWS} prompts of each kind",
-        "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",
-        "system": platform.platform(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "nilearn")},
-        "threads": torch.get_num_threads(),
+        **machine_facts(),
         "recipe": asdict(recipe),
         "training": training,
         "white matter read out of the base": read,
@@ -241,4 +237,15 @@ def _result(
             / sum(s.variant == "adapted" for s in split_scores)
             for split, split_scores in scores.items()
         },
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine, the system and the versions of the libraries that decide the weights."""
+    machine = diagnose()
+    return {
+        "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",
+        "system": platform.platform(),
+        "versions": {name: version(name) for name in ("torch", "numpy", "nilearn")},
+        "threads": torch.get_num_threads(),
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medsa_deploy.bundle.atomic import whole_file
@@ -60,9 +60,13 @@ class Stage:
     steps: int
     rate: float
     """Highest learning rate."""
-    example: Callable[[np.random.Generator], Example]
+    example: Callable[[np.random.Generator], Any]
     is_trained: Callable[[str], bool]
     """By a parameter's name; the rest is frozen."""
+    network: Callable[[Mapping[str, Tensor]], nn.Module] = DemoNetwork
+    """Of the tensors that are trained from."""
+    loss: Callable[[Any, Any], Tensor] | None = None
+    """Of the network and an example; None for `step`."""
 
     @property
     def identity(self) -> str:
@@ -88,7 +92,8 @@ def train(
     the mean loss of the last tenth of the steps. After an interrupt, steps since the last saved
     state are repeated.
     """
-    network = DemoNetwork(tensors).train()
+    network = stage.network(tensors).train()
+    loss_of_step = stage.loss or step
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(stage.is_trained(name))
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -105,7 +110,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * schedule(done, stage.steps)
         example = stage.example(np.random.default_rng((stage.seed, stage.number, done)))
-        loss = step(network, example)
+        loss = loss_of_step(network, example)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -172,6 +172,8 @@ class Conventions:
     prompts: PromptNeed = "required"
     """Whether the network segments without a prompt: `required` never, `optional` with or without,
     `none` only without."""
+    trained_with: str | None = None
+    """The code that trained the network, as `--trained-with` names it; older bundles do not say."""
     mask_choice: MaskChoice = "first"
     """Of `sam` outputs, the mask of a caller who wants a single one: mask 0, or of the candidates
     the one with the best score."""

@@ -18,8 +18,11 @@ from .parity_table import print_parity
 
 def demo(
     model: Annotated[
-        Literal["medsa", "litemedsam"],
-        typer.Option(help="medsa: a small 3D Med-SA; litemedsam: its published weights, in 2D"),
+        Literal["medsa", "automatic", "litemedsam"],
+        typer.Option(
+            help="medsa: a small 3D Med-SA; automatic: a small SAMed, without a click; litemedsam: "
+            "its published weights, in 2D"
+        ),
     ] = "medsa",
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write")] = Path("demo"),
     json: Json = False,
@@ -28,8 +31,17 @@ def demo(
 
     medsa-deploy demo
 
+    medsa-deploy demo --model automatic
+
     medsa-deploy demo --model litemedsam
     """
+    if model == "automatic":
+        with console.steps() as (on_step, on_count):
+            tissues = stages.demonstrate_automatic(output, on_step=on_step, on_slice=on_count)
+        console.print_json(tissues) if json else _print_automatic(tissues)
+        if not tissues.verified:
+            raise typer.Exit(1)
+        return
     if model == "litemedsam":
         with console.steps() as (on_step, _):
             slices = stages.demonstrate_litemedsam(output, on_step=on_step)
@@ -50,6 +62,13 @@ def _print_medsa(demonstration: stages.Demonstration) -> None:
         "\nA small Med-SA (HyP-Adpt, SD-Trans) on slices of the MNI T1 template (an average of 152 "
         f"heads)\nthat it was not trained on, from {count} clicks at {clicks}:"
     )
+    _print_results(demonstration)
+
+
+def _print_results(
+    demonstration: stages.Demonstration | stages.AutomaticDemonstration,
+) -> None:
+    """Dice, times and files."""
     table = console.plain_table("structure", "Dice")
     for name, dice in demonstration.dice.items():
         table.add_row(name, f"{dice:.3f}")
@@ -59,6 +78,15 @@ def _print_medsa(demonstration: stages.Demonstration) -> None:
     out.print(f"bundle       {escape(str(demonstration.bundle))}")
     out.print(f"segmentation {escape(str(demonstration.segmentation))}")
     out.print(f"montage      {escape(str(demonstration.montage))}")
+
+
+def _print_automatic(demonstration: stages.AutomaticDemonstration) -> None:
+    print_parity(demonstration.parity, "the checkpoint's own network")
+    out.print(
+        f"\nA small SAMed on {demonstration.slices} slices of the MNI T1 template, without a click."
+        "\nDice is that of 24 slices that it was not trained on:"
+    )
+    _print_results(demonstration)
 
 
 def _print_litemedsam(demonstration: stages.LiteMedSAMDemonstration) -> None:

@@ -92,6 +92,7 @@ def _depth_facts(network: Network) -> dict[str, str]:
 def _convention_facts(conventions: Conventions) -> dict[str, str]:
     window = conventions.intensity_window
     return {
+        "trained with": conventions.trained_with or "unknown",
         "preprocess": conventions.preprocess,
         "masks": _mask_facts(conventions),
         "prompts": {

@@ -98,6 +98,10 @@ class RunOptions:
         str | None,
         typer.Option(metavar="URL", help="Volume: DICOMweb server to store the .dcm on"),
     ] = None
+    orientation: Annotated[
+        int | None,
+        typer.Option(help="Which orientation of a DICOM series that mixes them; 0 has most images"),
+    ] = None
     phase: Annotated[
         int | None,
         typer.Option(help="Which of the DICOM images that share their places: phase, echo; from 0"),
@@ -149,6 +153,7 @@ class RunOptions:
                 axis=self.axis,
                 volume=self.volume,
                 series=self.series,
+                orientation=self.orientation,
                 phase=self.phase,
                 nan=self.nan,
             ),

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from medsa_deploy.errors import ImageError, MissingDependencyError, about
 
@@ -56,6 +56,7 @@ def read_volume(
     axis: int | None = None,
     volume: int | None = None,
     series: str | None = None,
+    orientation: int | None = None,
     phase: int | None = None,
     nan: Nan = "refuse",
 ) -> Volume:
@@ -64,25 +65,26 @@ def read_volume(
     Slices are taken along `axis`. The default is the axis of largest spacing in a NIfTI (the last
     among equals) and the first axis of a .npy; in a DICOM it is always 2. `volume` chooses one of
     the volumes of a 4-D NIfTI. `series`, a Series Instance UID, chooses from a folder of several
-    series, and `phase` from images that share their places: phases of the heart, echoes. A single
-    image is a volume of one slice. ImageError if the path cannot be read, does not hold a volume,
-    or has one value everywhere. A slice with infinite values, or with NaN unless `nan` is
-    "background", is refused when it is read.
+    series, `orientation` from a series that mixes them, as with localizers of its own, and `phase`
+    from images that share their places: phases of the heart, echoes. A single image is a volume of
+    one slice. ImageError if the path cannot be read, does not hold a volume, or has one value
+    everywhere. A slice with infinite values, or with NaN unless `nan` is "background", is refused
+    when it is read.
 
     >>> volume = read_volume("head.npy")
     >>> volume.shape, len(volume), volume.slice_size
     ((3, 4, 5), 3, (4, 5))
     """
     with about(Path(path)):
-        return _read_checked_volume(Path(path), axis, volume, series, phase, nan)
+        choices = {"series": series, "orientation": orientation, "phase": phase}
+        return _read_checked_volume(Path(path), axis, volume, choices, nan)
 
 
 def _read_checked_volume(
     path: Path,
     axis: int | None,
     volume: int | None,
-    series: str | None,
-    phase: int | None,
+    choices: dict[str, Any],
     nan: Nan,
 ) -> Volume:
     file_format = "series" if path.is_dir() else format_of(path)
@@ -93,13 +95,16 @@ def _read_checked_volume(
             f"{path}: volume {volume} was given; only a 4-D NIfTI holds several volumes: leave the "
             "volume out"
         )
-    if (series, phase) != (None, None) and file_format not in ("series", "dicom"):
+    if any(value is not None for value in choices.values()) and file_format not in (
+        "series",
+        "dicom",
+    ):
         raise ImageError(
-            f"{path} is not DICOM: a series and a phase are chosen from DICOM images: leave them "
-            "out"
+            f"{path} is not DICOM: a series, an orientation and a phase are chosen from DICOM "
+            "images: leave them out"
         )
     if file_format in ("series", "dicom"):
-        opened = _read_dicom_volume(path, axis, series, phase)
+        opened = _read_dicom_volume(path, axis, choices)
     else:
         opened = open_volume(path, file_format, axis, volume)
     return check_volume(replace(opened, nan=nan))
@@ -253,20 +258,23 @@ def open_volume(
     return read_tiff_volume(path, axis=axis)
 
 
-def _read_dicom_volume(
-    path: Path, axis: int | None, series: str | None, phase: int | None
-) -> Volume:
-    """The volume of a DICOM file, or of the series in a folder."""
+def _read_dicom_volume(path: Path, axis: int | None, choices: dict[str, Any]) -> Volume:
+    """The volume of a DICOM file, or of the series in a folder.
+
+    `choices`: `series`, `orientation` and `phase`, for `read_series`.
+    """
     from .series import read_dicom_volume, read_series
 
     if not path.is_dir():
-        return read_dicom_volume(path, axis=axis, phase=phase)
+        return read_dicom_volume(
+            path, axis=axis, orientation=choices["orientation"], phase=choices["phase"]
+        )
     images = find_images(path)
     dicoms = [image for image in images if _is_dicom(image)]
     if skipped := [image.name for image in images if image not in dicoms]:
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
         logger.info("%s: skipped, not DICOM: %s%s", path, ", ".join(skipped[:3]), more)
-    return read_series(path, dicoms, axis=axis, series=series, phase=phase)
+    return read_series(path, dicoms, axis=axis, **choices)
 
 
 def _is_volume(path: Path, file_format: Format | Literal["series"], dicoms: list[Path]) -> bool:

@@ -35,7 +35,7 @@ from .dicom import (
 from .files import reading
 from .image import Image
 from .phases import choose_phase
-from .stacking import SliceHeader, Stack, stack
+from .stacking import SliceHeader, Stack, choose_orientation, stack
 from .volume import Volume, warn_of_spacing
 
 logger = logging.getLogger(__name__)
@@ -115,16 +115,18 @@ def read_series(
     *,
     axis: int | None,
     series: str | None = None,
+    orientation: int | None = None,
     phase: int | None = None,
 ) -> Volume:
     """A series among `files` of a folder; objects that are not images are skipped.
 
-    `series`: its UID; None for the only one. `phase`: which image of those that share a place.
+    `series`: its UID; None for the only one. `orientation`: which of those that it mixes. `phase`:
+    which image of those that share a place.
     ImageError if there is nothing to choose from, or no choice, or no stack of slices.
     """
     members = _choose_series(folder, files, series)
     if len(members) == 1:
-        return read_dicom_volume(members[0][0], axis=axis, phase=phase)
+        return read_dicom_volume(members[0][0], axis=axis, orientation=orientation, phase=phase)
     headers = []
     for path, dataset in members:
         with reading(path, "DICOM"):
@@ -139,10 +141,21 @@ def read_series(
             f"{folder}: {headers[0].name} and {len(headers) - 1} more have no "
             "ImagePositionPatient, so their order is unknown; segment them as single images"
         )
-    return _volume(folder, stack(folder, choose_phase(folder, headers, phase)), axis)
+    return _volume(folder, _chosen_stack(folder, headers, orientation, phase), axis)
 
 
-def read_dicom_volume(path: Path, *, axis: int | None, phase: int | None = None) -> Volume:
+def _chosen_stack(
+    path: Path, headers: Sequence[SliceHeader], orientation: int | None, phase: int | None
+) -> Stack:
+    """The stack of one orientation and one phase. Images of one size are of one stack."""
+    if orientation is not None:
+        headers = choose_orientation(path, headers, orientation)
+    return stack(path, choose_phase(path, headers, phase))
+
+
+def read_dicom_volume(
+    path: Path, *, axis: int | None, orientation: int | None = None, phase: int | None = None
+) -> Volume:
     """The frames of one DICOM file: sorted by position, or in file order if they have none.
 
     ImageError if the file is not an image, is damaged, or its frames do not form a stack.
@@ -160,7 +173,7 @@ def read_dicom_volume(path: Path, *, axis: int | None, phase: int | None = None)
             headers = [slice_header(path, dataset)]
         else:
             headers = [slice_header(path, dataset, k) for k in range(count)]
-        stacked = stack(path, choose_phase(path, headers, phase))
+        stacked = _chosen_stack(path, headers, orientation, phase)
     return _volume(path, stacked, axis, dataset)
 
 

@@ -23,6 +23,7 @@ from .volume import warn_of_spacing
 logger = logging.getLogger(__name__)
 
 SAME_ORIENTATION = 1e-4
+Groups = list[tuple[object, list["SliceHeader"]]]
 """Direction cosines this close are the same; files write them with 4 to 6 decimals."""
 SAME_PLACE_MM = 1e-3
 LEAST_TOLERANCE_MM = 0.03
@@ -92,13 +93,35 @@ def stack(path: Path, headers: Sequence[SliceHeader]) -> Stack:
             f"{_names(unplaced)}; their place among the slices is unknown: take them out"
         )
     _require_same(path, headers, "frames of reference", [h.reference for h in headers])
-    orientations = [h.orientation or () for h in headers]
-    _require_same(path, headers, "orientations", orientations, SAME_ORIENTATION)
+    choose_orientation(path, headers, None)
     normal = _normal(path, headers[0])
     along = np.array([h.position for h in headers]) @ normal
     ordered = [headers[k] for k in np.argsort(along, kind="stable")]
     _check_places(path, ordered, normal)
     return _place_stack(path, ordered, normal)
+
+
+def choose_orientation(
+    path: Path, headers: Sequence[SliceHeader], number: int | None
+) -> Sequence[SliceHeader]:
+    """The headers of one orientation, counted from that of most images; all if there is one.
+
+    A series may hold its own localizers. ImageError for several without a choice, and for a choice
+    that does not exist.
+    """
+    orientations = [header.orientation or () for header in headers]
+    groups = _grouped(headers, orientations, SAME_ORIENTATION)
+    if number is None and len(groups) == 1:
+        return headers
+    if len(groups) == 1:
+        raise ImageError(f"{path} has images of one orientation: leave the orientation out")
+    if number is None or not 0 <= number < len(groups):
+        choice = "none was given" if number is None else f"{number} was given"
+        raise ImageError(
+            f"{_mixed(path, 'orientations', groups)}; keep the slices of one stack, or choose an "
+            f"orientation (--orientation) 0…{len(groups) - 1}; {choice}"
+        )
+    return groups[number][1]
 
 
 def _place_stack(path: Path, ordered: list[SliceHeader], normal: np.ndarray) -> Stack:
@@ -206,7 +229,14 @@ def _require_same(
     tolerance: float = 0,
 ) -> None:
     """ImageError unless all `values` are equal; it names the slices with the rarer values."""
-    groups: list[tuple[object, list[SliceHeader]]] = []
+    groups = _grouped(headers, values, tolerance)
+    if len(groups) > 1:
+        raise ImageError(f"{_mixed(path, attribute, groups)}; keep the slices of one stack")
+
+
+def _grouped(headers: Sequence[SliceHeader], values: Sequence[object], tolerance: float) -> Groups:
+    """The headers by equal values, the most frequent first."""
+    groups: Groups = []
     for header, value in zip(headers, values, strict=True):
         for known, members in groups:
             if known == value or (tolerance and _close(known, value, tolerance)):
@@ -214,16 +244,15 @@ def _require_same(
                 break
         else:
             groups.append((value, [header]))
-    if len(groups) == 1:
-        return
-    groups.sort(key=lambda group: -len(group[1]))
+    return sorted(groups, key=lambda group: -len(group[1]))
+
+
+def _mixed(path: Path, attribute: str, groups: Groups) -> str:
+    """`FOLDER mixes orientations: A in 120 images, B in scout.dcm`"""
     (usual, members), *rarer = groups
     odd = ", ".join(f"{_text(value)} in {_names(slices)}" for value, slices in rarer[:3])
     more = f" and {len(rarer) - 3} more" if len(rarer) > 3 else ""
-    raise ImageError(
-        f"{path} mixes {attribute}: {_text(usual)} in {len(members)} images, {odd}{more}; "
-        "keep the slices of one stack"
-    )
+    return f"{path} mixes {attribute}: {_text(usual)} in {len(members)} images, {odd}{more}"
 
 
 def _close(first: object, second: object, tolerance: float) -> bool:

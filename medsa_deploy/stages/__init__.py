@@ -1,7 +1,7 @@
 """One function for each command of the command line; none of them knows a terminal.
 
 inspect.py       checkpoint → its network's facts
-export.py        checkpoint → bundle, its parity checked
+export.py        checkpoint → bundle, its parity checked; readings.py finds who trained it
 quantize/        bundle → float16 or INT8 graphs in it
                  quantize.py the whole, float16.py, int8.py, calibration.py images → value ranges,
                  candidates.py compares candidate graphs with float32
@@ -14,7 +14,8 @@ verify/          bundle → parity or accuracy
                  accuracy.py masks against label files, matched_files.py, drawn_prompts.py
 profile.py       bundle → latencies
 doctor/          diagnose.py this machine → what is installed; tune.py bundle → its fastest backend
-demo/            medsa.py, litemedsam.py public weights and mni_template.py's volume → Dice, timings
+demo/            medsa.py, automatic.py, litemedsam.py: trained weights and mni_template.py's volume
+                 → Dice, timings; proved_bundle.py exports and verifies an asset
 """
 
 from medsa_deploy.evaluation.latency_worker import LatencyOptions
@@ -23,6 +24,7 @@ from medsa_deploy.runtime import VolumeOptions
 from .build_engine.build import EngineBuild, build_engines
 from .build_engine.plan import EnginePlan, EngineRequest
 from .build_kernels import KernelBuild, build_kernels
+from .demo.automatic import AutomaticDemonstration, demonstrate_automatic
 from .demo.litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .demo.medsa import Demonstration, demonstrate
 from .doctor.diagnose import Diagnosis, diagnose
@@ -31,6 +33,7 @@ from .export import Export, export_checkpoint
 from .inspect import Inspection, inspect_checkpoint
 from .profile import ProfileTargets, profile_bundle
 from .quantize.quantize import Quantization, quantize_bundle
+from .readings import Reading
 from .run.images import MaskTargets, Segmentation
 from .run.run import RunRequest, RunResult, SessionOptions, run_bundle
 from .run.volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
@@ -41,6 +44,7 @@ from .verify.verify import Verification, verify_bundle
 
 __all__ = [
     "Accuracy",
+    "AutomaticDemonstration",
     "Demonstration",
     "Diagnosis",
     "EngineBuild",
@@ -56,6 +60,7 @@ __all__ = [
     "ProfileTargets",
     "PromptKind",
     "Quantization",
+    "Reading",
     "RunRequest",
     "RunResult",
     "Segmentation",
@@ -68,6 +73,7 @@ __all__ = [
     "build_engines",
     "build_kernels",
     "demonstrate",
+    "demonstrate_automatic",
     "demonstrate_litemedsam",
     "diagnose",
     "export_checkpoint",

@@ -66,7 +66,7 @@ def image_masks(logits: Floats, frame: Frame, rule: MaskRule) -> NDArray[np.bool
     values = pixel_values(logits, frame, rule.postprocess)
     if rule.exclusive:
         classes = np.arange(1, len(values), dtype=np.uint8)
-        return exclusive_labels(values) == classes[:, None, None]
+        return np.equal(exclusive_labels(values), classes[:, None, None])
     return values > rule.threshold
 
 
@@ -167,7 +167,7 @@ def exclusive_labels(values: Floats) -> NDArray[np.uint8]:
     [[0, 1]]
     """
     _check_classes(len(values) - 1)
-    return values.argmax(axis=0).astype(np.uint8)
+    return np.asarray(values.argmax(axis=0), np.uint8)
 
 
 def class_margins(values: Floats) -> Floats:

@@ -295,7 +295,7 @@ class _Run:
         for index, structure, logits, pixels in self._followed(prompted, upwards[::-1], margin):
             below = from_below.pop((index, structure), None)
             if below is not None:
-                mean = np.mean([logits, below], axis=0, dtype=np.float32)
+                mean = np.asarray(np.mean([logits, below], axis=0, dtype=np.float32))
                 pixels = self._pixels(structure, mean)
             self._label(index, structure, pixels)
         for (index, structure), logits in from_below.items():

@@ -7,7 +7,6 @@ trained on phantoms and on slices of the MNI T1 template other than the ones seg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,14 @@ from medsa_deploy.evaluation.metrics import dice
 from medsa_deploy.images import read_volume, write_segmentation
 from medsa_deploy.progress import OnStep
 from medsa_deploy.runtime import Session, Structure, VolumePrediction, load, segment_volume
-from medsa_deploy.stages.export import export_checkpoint
 from medsa_deploy.stages.inspect import export_extra
 from medsa_deploy.stages.run.volumes import write_volume_overlay
-from medsa_deploy.stages.verify.verify import verify_bundle
 
 from .mni_template import AXIAL, Mask, inner_point, structures, template
+from .proved_bundle import export_asset
 
-CHECKPOINT = "assets/medsa_demo.pth"
+CHECKPOINT = "medsa_demo"
+"""Of the assets."""
 CLASSES = ("white matter", "grey matter", "brain", "phantom")
 CHUNK = 8
 HELD_OUT = range(88, 96)
@@ -57,27 +56,8 @@ def demonstrate(folder: Path, *, on_step: OnStep = lambda step: None) -> Demonst
     volume = template()
     with export_extra():
         from medsa_deploy.exporters.architecture import Overrides
-    folder.mkdir(parents=True, exist_ok=True)
-    with resources.as_file(resources.files("medsa_deploy") / CHECKPOINT) as checkpoint:
-        export = export_checkpoint(
-            checkpoint,
-            output=folder / "medsa_demo.medsa",
-            base=None,
-            images=volume,
-            overrides=Overrides(classes=len(CLASSES), class_names=CLASSES, depth_chunk=CHUNK),
-            force=True,
-            on_step=on_step,
-        )
-    verification = verify_bundle(
-        export.bundle,
-        checkpoint=None,
-        base=None,
-        images=None,
-        backend="onnxruntime",
-        precision=None,
-        threads=None,
-        on_step=on_step,
-    )
+    overrides = Overrides(classes=len(CLASSES), class_names=CLASSES, depth_chunk=CHUNK)
+    export, verified = export_asset(CHECKPOINT, folder, overrides, images=volume, on_step=on_step)
     on_step(f"segment slices {HELD_OUT[0]}…{HELD_OUT[-1]} of the MNI T1 template")
     labels = structures(HELD_OUT)
     clicks = _clicks(labels["brain"][len(HELD_OUT) // 2], HELD_OUT[len(HELD_OUT) // 2])
@@ -89,7 +69,7 @@ def demonstrate(folder: Path, *, on_step: OnStep = lambda step: None) -> Demonst
         bundle=export.bundle,
         parity=export.manifest.parity[0],
         export_seconds=export.seconds,
-        verified=not verification.failures,
+        verified=verified,
         clicks=clicks,
         dice={name: _dice(tissues, name, labels) for name in TISSUES}
         | {"brain": _dice(brain, "brain", labels)},

@@ -35,13 +35,18 @@ def axial_slice(index: int) -> Image:
 
 
 def structures(slices: Sequence[int]) -> dict[str, Mask]:
-    """White matter, grey matter and both together on axial slices, each (len(slices), H, W)."""
-    white, grey = (
-        np.stack([read_image(template(kind), axis=AXIAL, index=i).pixels for i in slices])
-        >= LABEL_THRESHOLD
-        for kind in ("wm", "gm")
-    )
-    return {"white matter": white, "grey matter": grey, "brain": white | grey}
+    """White matter, grey matter, both together, and the rest that is not black, on axial slices.
+
+    Each is (len(slices), H, W). The rest is mostly cerebrospinal fluid.
+    """
+    values = {
+        kind: np.stack([read_image(template(kind), axis=AXIAL, index=i).pixels for i in slices])
+        for kind in ("t1", "wm", "gm")
+    }
+    white, grey = (values[kind] >= LABEL_THRESHOLD for kind in ("wm", "gm"))
+    brain = white | grey
+    fluid = (values["t1"] > 0) & ~brain
+    return {"white matter": white, "grey matter": grey, "brain": brain, "fluid": fluid}
 
 
 def inner_point(label: Mask) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medsa_deploy.bundle.manifest import PromptNeed
 from medsa_deploy.errors import (
     ImageError,
     InputError,
@@ -36,7 +35,7 @@ from medsa_deploy.runtime import Embedding, Prediction, Session
 from medsa_deploy.transforms import NO_MASK_PROMPTS
 from medsa_deploy.transforms.intensities import IntensityWindow, intensities
 
-from .prompt_file import check_needed, row_text
+from .prompt_file import row_text
 
 Array = NDArray[np.float32]
 
@@ -120,17 +119,9 @@ class Segmentation:
 
 
 def prompts_of(
-    points: Sequence[tuple[float, ...]],
-    boxes: Sequence[tuple[float, ...]],
-    mask: Path | None,
-    need: PromptNeed,
+    points: Sequence[tuple[float, ...]], boxes: Sequence[tuple[float, ...]], mask: Path | None
 ) -> Prompts:
-    """Prompts from rows of numbers: points of 2, or 3 with a label, and boxes of 4.
-
-    `need`: the network's. PromptError if it needs prompts and there is none, or takes none.
-    """
-    options = "--point X,Y, --box X0,Y0,X1,Y1 or --mask-input FILE"
-    check_needed(bool(points or boxes or mask), need, options)
+    """Prompts from rows of numbers: points of 2, or 3 with a label, and boxes of 4."""
     for row in points:
         if len(row) not in (2, 3) or row[2:] not in ((), (0,), (1,)):
             raise UsageError(

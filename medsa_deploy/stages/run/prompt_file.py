@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy.bundle.manifest import PromptNeed
 from medsa_deploy.errors import ImageError, PromptError
 from medsa_deploy.images.class_codes import SegmentStyle, style_of
 from medsa_deploy.runtime.volumes.structures import Structure
@@ -31,20 +30,6 @@ BOX = "a box in a volume should be x0, y0, z0, x1, y1, z1"
 MOST = 1e9
 """The largest coordinate; comparing with it also excludes NaN and infinity."""
 ROWS = {"points": POINT, "boxes": BOX}
-
-
-def check_needed(prompted: bool, need: PromptNeed, options: str) -> None:
-    """PromptError for a lack of prompts, or for prompts of a network that segments without.
-
-    `need`: the network's. `options`: those that give prompts.
-    """
-    if prompted and need == "none":
-        raise PromptError(
-            "this bundle's network segments without prompts: leave points, boxes and prompt files "
-            "out"
-        )
-    if not prompted and need == "required":
-        raise PromptError(f"no prompt: give {options}")
 
 
 def read_prompts(path: Path) -> list[Structure]:

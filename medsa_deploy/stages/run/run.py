@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from medsa_deploy.bundle.files import sha256
-from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, PromptNeed, load_manifest
-from medsa_deploy.errors import UsageError
+from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, load_manifest
+from medsa_deploy.errors import PromptError, UsageError
 from medsa_deploy.images import SegmentationDetails, holds_volume
 from medsa_deploy.images.class_codes import SegmentStyle, read_class_codes
 from medsa_deploy.images.files import suffix
@@ -33,6 +33,9 @@ from .images import (
 from .prompt_file import read_styles
 from .volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
 
+IMAGE_PROMPTS = "--point X,Y, --box X0,Y0,X1,Y1 or --mask-input FILE"
+VOLUME_PROMPTS = "--point X,Y,Z, --box X0,Y0,Z0,X1,Y1,Z1 or --prompts FILE"
+"""Options that give prompts."""
 RunResult = VolumeSegmentation | Segmentation | list[Segmentation]
 """For a volume, an image, or a folder of images."""
 
@@ -134,6 +137,7 @@ def takes_volume(path: Path, request: RunRequest) -> bool:
         or request.prompts is not None
         or request.selection.volume is not None
         or request.selection.series is not None
+        or request.selection.orientation is not None
         or request.selection.phase is not None
         or any(len(row) == 4 for row in request.points)
         or any(len(row) == 6 for row in request.boxes)
@@ -164,7 +168,8 @@ def _run_volume(
     mask = request.targets.mask
     if request.to_web is not None and (mask is None or suffix(mask) != ".dcm"):
         raise UsageError("--to-web takes a DICOM segmentation: write it to a .dcm (-o seg.dcm)")
-    structures = structures_of(request.points, request.boxes, request.prompts, _prompt_need(bundle))
+    structures = structures_of(request.points, request.boxes, request.prompts)
+    _check_needed(bundle, bool(structures), VOLUME_PROMPTS)
     details = replace(bundle_details(bundle), styles=_styles(request))
     options = VolumeOptions(
         intensity_window=request.intensity_window,
@@ -205,9 +210,19 @@ def bundle_details(bundle: Path) -> SegmentationDetails:
     return SegmentationDetails(bundle=bundle.resolve().name, bundle_sha256=digest)
 
 
-def _prompt_need(bundle: Path) -> PromptNeed:
-    """Whether the bundle's network segments without a prompt."""
-    return load_manifest(bundle).conventions.prompts
+def _check_needed(bundle: Path, prompted: bool, options: str) -> None:
+    """PromptError for a lack of prompts, or for prompts of a network that segments without.
+
+    `options`: those that give prompts.
+    """
+    need = load_manifest(bundle).conventions.prompts
+    if prompted and need == "none":
+        raise PromptError(
+            "this bundle's network segments without prompts: leave points, boxes and prompt files "
+            "out"
+        )
+    if not prompted and need == "required":
+        raise PromptError(f"no prompt: give {options}")
 
 
 def _styles(request: RunRequest) -> dict[str, SegmentStyle]:
@@ -233,6 +248,7 @@ def _run_images(
             "--prompts": request.prompts,
             "--volume": request.selection.volume,
             "--series": request.selection.series,
+            "--orientation": request.selection.orientation,
             "--phase": request.selection.phase,
             "--overlap": request.overlap,
             "--propagate": request.propagate,
@@ -243,7 +259,9 @@ def _run_images(
             "--to-web": request.to_web,
         },
     )
-    prompts = prompts_of(request.points, request.boxes, request.mask_input, _prompt_need(bundle))
+    prompts = prompts_of(request.points, request.boxes, request.mask_input)
+    prompted = bool(request.points or request.boxes or request.mask_input)
+    _check_needed(bundle, prompted, IMAGE_PROMPTS)
     options = ImageOptions(
         axis=request.selection.axis,
         index=request.slice_index,

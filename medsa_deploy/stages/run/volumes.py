@@ -10,7 +10,6 @@ from time import perf_counter
 
 import numpy as np
 
-from medsa_deploy.bundle.manifest import PromptNeed
 from medsa_deploy.errors import PromptError, UsageError
 from medsa_deploy.images import (
     SegmentationDetails,
@@ -36,7 +35,7 @@ from medsa_deploy.runtime.volumes.structures import (
 )
 from medsa_deploy.transforms.intensities import intensities
 
-from .prompt_file import check_needed, read_prompts, structure_of
+from .prompt_file import read_prompts, structure_of
 
 MOST_TILES = 12
 """Slices that a montage shows at most."""
@@ -53,6 +52,7 @@ class VolumeSelection:
     axis: int | None = None
     volume: int | None = None
     series: str | None = None
+    orientation: int | None = None
     phase: int | None = None
     nan: Nan = "refuse"
 
@@ -96,17 +96,12 @@ class VolumeSegmentation:
 
 
 def structures_of(
-    points: Sequence[tuple[float, ...]],
-    boxes: Sequence[tuple[float, ...]],
-    prompts: Path | None,
-    need: PromptNeed = "required",
+    points: Sequence[tuple[float, ...]], boxes: Sequence[tuple[float, ...]], prompts: Path | None
 ) -> list[Structure]:
     """The structures of a prompt file; or one structure from points and a box; or one per box.
 
-    `need`: the network's. None without prompts, for a network that segments without.
+    No structure without prompts, for a network that segments without.
     """
-    options = "--point X,Y,Z, --box X0,Y0,Z0,X1,Y1,Z1 or --prompts FILE"
-    check_needed(bool(points or boxes or prompts), need, options)
     if prompts is not None:
         if points or boxes:
             raise PromptError("--prompts holds all prompts: leave --point and --box out")
