@@ -10,7 +10,7 @@ families/                one folder and one row of registry.py for each network 
 decoders.py              SAM's decoder, which families share
 networks.py              facts and tensors → reference network → folded network
 reference/, folded/      layers that families share: as they were trained, and folded for export
-graphs.py                folded network → ONNX files
+graphs.py                folded network → ONNX files, with capture.py
 adapters.py              the paper's equations: adapters,
 hyper_prompt_adapter.py  HyP-Adpt,
 sd_trans.py              SD-Trans

@@ -21,6 +21,7 @@ from medsa_deploy.bundle.manifest import Tensor as Contract
 from medsa_deploy.bundle.node_names import METADATA, innermost, node_name
 from medsa_deploy.errors import ParityError
 
+from .capture import capture
 from .families.registry import family_named
 from .folded.split import ImagePart
 from .networks import FoldedNetwork
@@ -138,8 +139,7 @@ def _export(module: nn.Module, graph: GraphContract, path: Path, *, batch: int =
         # The exporter warns about its own internals and about N standing at two inputs.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module,
-            examples,
+            capture(module, examples, dynamic),
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in graph.inputs],
