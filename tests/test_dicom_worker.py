@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 from dicom_network import WHOLE, ct_series, write_rules
 from fake_network import bright_pixels
@@ -153,6 +154,19 @@ def test_a_network_that_needs_prompts_says_so(tmp_path: Path) -> None:
     bench.receive()
     assert bench.result() == "failed"
     assert bench.notes[-1]["error_kind"] == "PromptError"
+    bench.inbox.close()
+
+
+def test_a_network_without_prompts_gives_a_segment_for_each_class(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"prompts": {"template": "none"}})
+    bench.worker._sessions[tmp_path / "fake.medsa"] = bright_pixels(
+        classes=2, outputs="labels", prompts="none", postprocess="samed", names=("grey", "white")
+    )
+    bench.receive()
+    assert bench.result() == "segmented"
+    (sending,) = bench.spool.jobs("sending")
+    segmentation = pydicom.dcmread(sending / "results" / "segmentation.dcm")
+    assert [item.SegmentLabel for item in segmentation.SegmentSequence] == ["grey", "white"]
     bench.inbox.close()
 
 
