@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from command_line import call
 from filelock import FileLock
 from golden_cases import GoldenCase, export_options
 from hypothesis import settings
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from medsa_deploy import stages
 from medsa_deploy.exporters.architecture import Overrides
@@ -30,6 +32,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core
     torch.set_num_threads(1)
+
+# Every export builds torch's table of translations anew, in a sixth of its time; it never changes.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,15 @@ from golden_cases import relative_l2
 from invented import rows, vit_keys, weights
 
 from medsa_deploy import load
-from medsa_deploy.bundle.manifest import load_manifest, save_manifest
+from medsa_deploy.bundle.manifest import Role, load_manifest, save_manifest
 from medsa_deploy.errors import BundleError
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.evaluation.parity import RELATIVE_L2_LIMIT
+from medsa_deploy.exporters.architecture import Overrides, infer
+from medsa_deploy.exporters.checkpoint import load_checkpoint
+from medsa_deploy.exporters.graphs import contract, export_encoder
+from medsa_deploy.exporters.networks import build_reference, fold
+from medsa_deploy.graph.backend_encoders import write_backend_encoders
 from medsa_deploy.graph.token_loops import MOST_TOKENS
 from medsa_deploy.runtime.backends.onnxruntime_cpu import read_layers
 from medsa_deploy.runtime.backends.registry import BACKENDS, LoadOptions
@@ -31,27 +37,37 @@ NAME = "encoder.onnxruntime.onnx"
 OURS, THEIRS = (BACKENDS[name].encoder_role for name in ("onnxruntime", "openvino"))
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory):
-    """Export a ViT of one block with windows and one without → its bundle."""
-
-    def made(name: str, *options: object, head_size: int = 16, rel_pos: float = 0.0) -> Path:
-        adapters = {"Space": (0, 1), "MLP": (0, 1)} | ({"Depth": (0, 1)} if options else {})
-        keys = vit_keys(
-            width=2 * head_size, head_size=head_size, tables=rows(2, 14, 32, {1}), adapters=adapters
-        )
-        checkpoint = tmp_path_factory.mktemp(name) / "c.pth"
-        torch.save(weights(keys, rel_pos=rel_pos), checkpoint)
-        done = call("export", checkpoint, "--image-size", SIZE, *options)
-        assert done.code == 0, done.error
-        return checkpoint.with_suffix(".medsa")
-
-    return made
+def checkpoint(path: Path, *, head_size: int, rel_pos: float, deep: bool = False) -> Path:
+    """A ViT of one block with windows and one without."""
+    adapters = {"Space": (0, 1), "MLP": (0, 1)} | ({"Depth": (0, 1)} if deep else {})
+    keys = vit_keys(
+        width=2 * head_size, head_size=head_size, tables=rows(2, 14, 32, {1}), adapters=adapters
+    )
+    torch.save(weights(keys, rel_pos=rel_pos), path)
+    return path
 
 
 @pytest.fixture(scope="module")
-def bundle(export) -> Path:
-    return export("real", head_size=20, rel_pos=1.0)
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole bundle, with relative positions."""
+    path = checkpoint(tmp_path_factory.mktemp("real") / "c.pth", head_size=20, rel_pos=1.0)
+    done = call("export", path, "--image-size", SIZE)
+    assert done.code == 0, done.error
+    return path.with_suffix(".medsa")
+
+
+def encoders(folder: Path, *, head_size: int, rel_pos: float, chunk: int = 1) -> dict[Role, Path]:
+    """The encoders of a bundle, without the rest of it; the portable one is `encoder`."""
+    deep = chunk > 1
+    loaded = load_checkpoint(
+        checkpoint(folder / "c.pth", head_size=head_size, rel_pos=rel_pos, deep=deep)
+    )
+    overrides = Overrides(image_size=SIZE, depth_chunk=chunk if deep else None)
+    network = infer(loaded, overrides).network
+    encoder = fold(build_reference(network, loaded.tensors)).encoder
+    graph = contract(network)["encoder"]
+    files = export_encoder(encoder, graph, folder / "encoder.onnx", chunk=chunk)
+    return {"encoder": files[0], **write_backend_encoders(files)}
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +125,16 @@ def test_the_bundle_holds_an_encoder_of_onnx_runtimes_own(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("rel_pos", [0.0, 1.0])
-def test_it_stores_no_scores(export, image: np.ndarray, tmp_path: Path, rel_pos: float) -> None:
+def test_it_stores_no_scores(
+    bundle: Path, image: np.ndarray, tmp_path: Path, rel_pos: float
+) -> None:
     """Two heads' scores of 1024 tokens are the largest value of the other."""
-    bundle = export(f"scores{rel_pos}", head_size=20, rel_pos=rel_pos)
-    portable, own = (values(bundle / name, image, tmp_path) for name in ("encoder.onnx", NAME))
+    paths = {"encoder": bundle / "encoder.onnx", OURS: bundle / NAME}
+    if not rel_pos:
+        paths = encoders(tmp_path, head_size=20, rel_pos=0.0)
+    portable, ours = (values(paths[role], image, tmp_path) for role in ("encoder", OURS))
     assert max(size for _, size in portable) == 2 * TOKENS**2
-    assert max(size for _, size in own) < TOKENS**2
+    assert max(size for _, size in ours) < TOKENS**2
 
 
 def test_linear_layers_take_some_tokens_at_a_time(
@@ -194,10 +214,6 @@ def test_openvino_has_one_for_relative_positions(
     assert all("encoder-openvino: " in failure for failure in done.json["failures"])
 
 
-def test_without_relative_positions_openvino_has_none(export) -> None:
-    assert not load_manifest(export("none")).has(THEIRS)
-
-
 def test_a_damaged_one_is_refused(bundle: Path, tmp_path: Path) -> None:
     copy = copied(bundle, tmp_path)
     doubled(copy / NAME)
@@ -219,24 +235,33 @@ def test_verify_judges_it(bundle: Path, tmp_path: Path) -> None:
     assert all("encoder-onnxruntime: " in failure for failure in failures)
 
 
-@pytest.mark.parametrize("head_size", [16, pytest.param(20, marks=pytest.mark.slow)])
-def test_zero_tables_and_other_head_sizes(export, image: np.ndarray, head_size: int) -> None:
-    made = export(f"zero{head_size}", head_size=head_size)
-    assert operators(made / NAME).count("MultiHeadAttention") == 1
-    graph = onnx.load(made / NAME, load_external_data=False).graph
+def run(path: Path, images: Sequence[np.ndarray]) -> np.ndarray:
+    """Embeddings of images in the network's own size."""
+    prepared = np.stack([np.moveaxis(image, -1, 0) for image in images]).astype(np.float32)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (embeddings,) = session.run(None, {"image": prepared / 255})
+    return embeddings
+
+
+@pytest.mark.parametrize("head_size", [16, 20])
+def test_zero_tables_and_other_head_sizes(
+    image: np.ndarray, tmp_path: Path, head_size: int
+) -> None:
+    paths = encoders(tmp_path, head_size=head_size, rel_pos=0.0)
+    assert THEIRS not in paths, "without relative positions, OpenVINO has none of its own"
+    assert operators(paths[OURS]).count("MultiHeadAttention") == 1
+    graph = onnx.load(paths[OURS], load_external_data=False).graph
     assert "MultiHeadAttention" in [node.op_type for node in graph.node]  # in no loop
-    assert relative_l2(encoded(made, image), encoded(made, image, portable=True)) < 1e-5
+    ours, portable = (run(paths[role], [image]) for role in (OURS, "encoder"))
+    assert relative_l2(ours, portable) < 1e-5
 
 
-def test_in_3d(export, image: np.ndarray) -> None:
-    made = export("deep", "--depth-chunk", 2, rel_pos=1.0)
-    assert "MultiHeadAttention" in operators(made / NAME)
-    found = []
-    for portable in (True, False):
-        with load(made, threads=2, options=LoadOptions(portable=portable)) as session:
-            slices = session.encode_slices([image, image[::-1].copy()])
-            found.append(np.concatenate([one.values for one in slices]))
-    assert relative_l2(found[1], found[0]) < 1e-5
+def test_in_3d(image: np.ndarray, tmp_path: Path) -> None:
+    paths = encoders(tmp_path, head_size=16, rel_pos=1.0, chunk=2)
+    assert "MultiHeadAttention" in operators(paths[OURS])
+    portable = run(paths["encoder"], [image, image[::-1]])
+    for role in (OURS, THEIRS):
+        assert relative_l2(run(paths[role], [image, image[::-1]]), portable) < 1e-5
 
 
 def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np.ndarray) -> None:
