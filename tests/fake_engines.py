@@ -1,4 +1,4 @@
-"""Engines that compute bright pixels (fake_network.py) on the GPU of fake_gpu.py."""
+"""Engines that compute bright pixels (fake_network.py) on the GPU of fake_gpu."""
 
 from __future__ import annotations
 

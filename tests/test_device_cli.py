@@ -1,4 +1,4 @@
-"""run, verify and profile on the GPU of fake_gpu.py, and on a machine without one."""
+"""run, verify and profile on the GPU of fake_gpu, and on a machine without one."""
 
 from __future__ import annotations
 

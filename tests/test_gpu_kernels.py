@@ -89,8 +89,9 @@ class OnGpu:
 
     def masks(self, case: post.Case, *, labels: bool) -> tuple[np.ndarray, list[Region]]:
         """Words of the masks, or the label map, and the regions."""
-        count, *size = case.logits.shape
-        plan = postprocessing((size[0], size[1]), count, case.frame, case.cut, labels=labels)
+        channels, *size = case.logits.shape
+        count = channels - case.rule.exclusive
+        plan = postprocessing((size[0], size[1]), count, case.frame, case.rule, labels=labels)
         dtype = np.dtype(np.uint8 if labels else np.uint32)
         byte_count = int(np.prod(plan.shape)) * dtype.itemsize
         addresses = [
