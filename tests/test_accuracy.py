@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from command_line import call, copied, edit_manifest, start
+from dicom_series import save, slices
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
-from test_volumes_dicom import save, slices
 
 from medsa_deploy import load, read_image
 from medsa_deploy.evaluation import metrics

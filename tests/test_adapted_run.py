@@ -7,10 +7,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from command_line import call
+from command_line import call, copied, edit_manifest
 from PIL import Image
 from test_postprocessing import SIZES, efficientsam, finetune_sam, medsam, samed
-from test_session import copied, edit_manifest
 
 from medsa_deploy import Structure, load, read_volume, segment_volume
 from medsa_deploy.bundle.manifest import Conventions, load_manifest

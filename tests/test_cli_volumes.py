@@ -17,8 +17,8 @@ import numpy as np
 import PIL.Image
 import pytest
 from command_line import Done, call, command, contents
+from dicom_series import back, save, slices
 from test_interrupt import assert_interrupted, begun, ended, wait_for
-from test_volumes_dicom import back, save, slices
 
 from medsa_deploy import load
 from medsa_deploy.evaluation.cases import seeded_image
@@ -88,6 +88,8 @@ def test_a_label_map_as_segment_volume_gives_it(bundle_3d: Path, here: Path) -> 
         assert picture.size[0] == 3 * 512 + 2 * 8
     assert sorted(path.name for path in here.iterdir()) == [
         "ct.nii.gz",
+        "ct.nii.gz.seg.labels.json",
+        "ct.nii.gz.seg.labels.txt",
         "ct.nii.gz.seg.nii.gz",
         "o.png",
     ]

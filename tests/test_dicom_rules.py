@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from dicom_series import AXIAL, OBLIQUE, SAGITTAL, save, slices
 from highdicom import sr
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from test_volumes_dicom import AXIAL, OBLIQUE, SAGITTAL, save, slices
 
 from medsa_deploy.dicom_node.rules import matching_rule, read_rules
 from medsa_deploy.dicom_node.sender import parse_destination

@@ -9,79 +9,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gdcm
 import numpy as np
 import PIL.Image
 import pydicom
 import pytest
 import SimpleITK
+from dicom_images import RAMP, dicom, lut, put_text, read, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydicom.data import get_testdata_file
-from pydicom.dataelem import RawDataElement
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_color_lut, apply_voi_lut, apply_windowing, get_decoder
+from pydicom.pixels import apply_color_lut, apply_voi_lut, apply_windowing
 from pydicom.sequence import Sequence
-from pydicom.tag import Tag
 from pydicom.uid import (
-    MPEG2MPML,
-    CTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    RLELossless,
     RTDoseStorage,
     SecondaryCaptureImageStorage,
 )
 
 from medsa_deploy.errors import ImageError, MissingDependencyError
-from medsa_deploy.images import Image, read_image
-
-RAMP = np.linspace(0, 4095, 32 * 40).astype(np.uint16).reshape(32, 40)
-
-
-def sample(name: str) -> Path:
-    path = get_testdata_file(name, download=False)
-    assert isinstance(path, str)
-    return Path(path)
-
-
-def dicom(stored: np.ndarray, **attributes: Any) -> Dataset:
-    """A minimal DICOM of stored values (H, W) or (H, W, 3)."""
-    dataset = Dataset()
-    dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, "1.2.3.4"
-    dataset.Rows, dataset.Columns = stored.shape[:2]
-    dataset.SamplesPerPixel = 3 if stored.ndim == 3 else 1
-    dataset.PhotometricInterpretation = "RGB" if stored.ndim == 3 else "MONOCHROME2"
-    if stored.ndim == 3:
-        dataset.PlanarConfiguration = 0
-    dataset.BitsAllocated = dataset.BitsStored = stored.dtype.itemsize * 8
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
-    dataset.PixelData = stored.tobytes()
-    dataset["PixelData"].VR = "OW" if stored.dtype.itemsize > 1 else "OB"
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    return dataset
-
-
-def lut(first: int, bits: int, table: np.ndarray) -> Sequence:
-    item = Dataset()
-    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(table) % 2**16, first, bits])
-    item.add_new("LUTData", "OW", table.astype("<u2").tobytes())
-    return Sequence([item])
-
-
-def read(dataset: Dataset, folder: Path, name: str = "a.dcm") -> Image:
-    dataset.save_as(folder / name, enforce_file_format=True)
-    return read_image(folder / name)
+from medsa_deploy.images import read_image
 
 
 def test_the_rescale_is_applied() -> None:
@@ -416,76 +364,6 @@ def test_an_odd_photometric_interpretation_is_refused(tmp_path: Path) -> None:
         read(dicom(stored, PhotometricInterpretation="HSV"), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("syntax", "package"),
-    [(JPEGLosslessSV1, "python-gdcm"), (JPEGLossless, "python-gdcm"), (JPEGLSLossless, "pyjpegls"),
-     (JPEG2000Lossless, "pylibjpeg pylibjpeg-openjpeg")],
-)  # fmt: skip
-def test_a_missing_codec_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: Any, package: str
-) -> None:
-    dataset = dicom(RAMP)
-    dataset.PixelData = encapsulate([b"whatever"])
-    dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
-    dataset.file_meta.TransferSyntaxUID = syntax
-    monkeypatch.setattr(get_decoder(syntax), "_available", {})
-    with pytest.raises(ImageError) as caught:
-        read(dataset, tmp_path)
-    message = str(caught.value)
-    assert syntax.name in message
-    assert str(syntax) in message
-    assert message.endswith(f"pip install {package}")
-
-
-@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
-def test_twelve_bit_jpeg_is_what_gdcm_decodes(name: str) -> None:
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(sample(name)))
-    assert reader.Read()
-    picture = reader.GetImage()
-    rows, columns = picture.GetDimension(1), picture.GetDimension(0)
-    raw = picture.GetBuffer().encode("utf-8", "surrogateescape")
-    reference = np.frombuffer(raw, np.uint16).reshape(rows, columns)
-    image = read_image(sample(name))
-    dataset = pydicom.dcmread(sample(name))
-    scaled = reference * float(dataset.get("RescaleSlope", 1)) + float(
-        dataset.get("RescaleIntercept", 0)
-    )
-    np.testing.assert_array_equal(image.pixels, scaled)
-
-
-@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLossless])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_lossless_jpeg_gives_the_values_back(
-    tmp_path: Path, syntax: Any, dtype: type[np.generic]
-) -> None:
-    stored = (np.arange(40 * 50) * 31 % np.iinfo(dtype).max).astype(dtype).reshape(40, 50)
-    plain = tmp_path / "plain.dcm"
-    dicom(stored).save_as(plain, enforce_file_format=True)
-    compressed = tmp_path / "compressed.dcm"
-    transcode(plain, compressed, syntax)
-    assert pydicom.dcmread(compressed).file_meta.TransferSyntaxUID == syntax
-    np.testing.assert_array_equal(read_image(compressed).pixels, stored)
-
-
-def transcode(source: Path, target: Path, syntax: Any) -> None:
-    """Compress a file with gdcm."""
-    reader, change, writer = (
-        gdcm.ImageReader(),
-        gdcm.ImageChangeTransferSyntax(),
-        gdcm.ImageWriter(),
-    )
-    reader.SetFileName(str(source))
-    assert reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(syntax))))
-    change.SetInput(reader.GetImage())
-    assert change.Change()
-    writer.SetFileName(str(target))
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    assert writer.Write()
-
-
 def test_a_window_with_decimal_commas_is_dropped_aloud(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -506,18 +384,6 @@ def test_a_slope_with_decimal_commas_is_refused(tmp_path: Path, name: str) -> No
         read(dataset, tmp_path)
 
 
-def put_text(dataset: Any, name: str, text: bytes) -> None:
-    """Store a value's text as a file has it, unchecked."""
-    tag = Tag(name)
-    dataset._dict[tag] = RawDataElement(tag, "DS", len(text), text, 0, False, True)
-
-
-def test_samples_that_do_not_lie_in_the_lowest_bits_are_refused(tmp_path: Path) -> None:
-    dataset = dicom(RAMP.astype(np.uint16), BitsStored=12, HighBit=15)
-    with pytest.raises(ImageError, match="stores 12 bits up to bit 15, expected up to bit 11"):
-        read(dataset, tmp_path)
-
-
 def test_a_segmentation_is_called_a_segmentation() -> None:
     with pytest.raises(ImageError, match="is a segmentation, not an image"):
         read_image(sample("liver_1frame.dcm"))
@@ -528,46 +394,6 @@ def test_a_dose_is_called_a_dose(tmp_path: Path) -> None:
     dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = RTDoseStorage
     with pytest.raises(ImageError, match="is a dose distribution, not an image"):
         read(dataset, tmp_path)
-
-
-def test_a_video_is_refused(tmp_path: Path) -> None:
-    dataset = dicom(RAMP)
-    dataset.PixelData = encapsulate([b"whatever"])
-    dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
-    dataset.file_meta.TransferSyntaxUID = MPEG2MPML
-    with pytest.raises(ImageError, match=f"{MPEG2MPML.name}.*convert it to uncompressed"):
-        read(dataset, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["JPEG2000-embedded-sequence-delimiter.dcm"])
-def test_what_no_installed_codec_can_decode_is_one_line(name: str) -> None:
-    with pytest.raises(ImageError, match="cannot be decoded") as caught:
-        read_image(sample(name))
-    assert "\n" not in str(caught.value)
-    assert "1.2.840.10008.1.2.4." in str(caught.value)
-
-
-@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
-def test_lossless_compression_changes_nothing(tmp_path: Path, syntax: Any) -> None:
-    dataset = dicom(RAMP, WindowCenter=100, WindowWidth=200)
-    plain = read(dataset, tmp_path)
-    dataset.compress(syntax)
-    packed = read(dataset, tmp_path, "packed.dcm")
-    np.testing.assert_array_equal(packed.pixels, plain.pixels)
-    np.testing.assert_array_equal(packed.display, plain.display)
-
-
-def test_baseline_jpeg_needs_no_plugin(tmp_path: Path) -> None:
-    picture = PIL.Image.linear_gradient("L").resize((40, 32))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95)
-    dataset = dicom(np.asarray(picture))
-    dataset.PixelData = encapsulate([buffer.getvalue()])
-    dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
-    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    image = read(dataset, tmp_path)
-    assert image.pixels.dtype == np.uint8
-    assert np.abs(image.pixels.astype(int) - np.asarray(picture)).max() <= 4
 
 
 def test_values_that_are_no_numbers_are_counted(tmp_path: Path) -> None:

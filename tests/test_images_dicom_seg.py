@@ -11,9 +11,9 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
+from dicom_series import save, slices
 from dicom_tools import check_iod
 from pydicom.sr._concepts_dict import concepts
-from test_volumes_dicom import save, slices
 
 from medsa_deploy.errors import ImageError, UsageError
 from medsa_deploy.images import SegmentationDetails, Volume, read_volume, write_segmentation

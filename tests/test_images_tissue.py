@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dicom_images import dicom, read
+from dicom_series import save, slices
 from fake_network import bright_pixels
 from hypothesis import given
 from hypothesis import strategies as st
-from test_images_dicom import dicom, read
-from test_volumes_dicom import save, slices
 
 from medsa_deploy.bundle.manifest import Conventions
 from medsa_deploy.errors import ImageError

@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 import pydicom
 import pytest
+from dicom_series import AXIAL, OBLIQUE, SAGITTAL, label_sets, save, slices
 from hypothesis import given
 from hypothesis import strategies as st
-from test_volumes_dicom import AXIAL, OBLIQUE, SAGITTAL, label_sets, save, slices
 
 from medsa_deploy.errors import ImageError
 from medsa_deploy.images import Labels, read_labels, read_volume, write_segmentation

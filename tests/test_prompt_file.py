@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bright_volumes import volume_of
 from fake_network import bright_pixels
 from hypothesis import given
 from hypothesis import strategies as st
-from test_volumes_run import volume_of
 
 from medsa_deploy.errors import PromptError
 from medsa_deploy.runtime.volumes.structures import (

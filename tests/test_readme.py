@@ -18,6 +18,7 @@ import pytest
 import torch
 import typer.main
 from command_line import call
+from dicom_series import save, slices
 from invented import (
     efficient_keys,
     finetune_keys,
@@ -29,7 +30,6 @@ from invented import (
     vit_keys,
     weights,
 )
-from test_volumes_dicom import save, slices
 
 from medsa_deploy.cli.app import app
 from medsa_deploy.stages.doctor import tune

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from bright_volumes import volume_of
 from fake_network import SIDE, bright_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_volumes_run import volume_of
 
 from medsa_deploy import transforms
 from medsa_deploy.errors import PromptError, UsageError

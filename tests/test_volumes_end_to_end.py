@@ -14,10 +14,10 @@ import pydicom
 import pytest
 import SimpleITK
 from affines import Geometry, assert_labels_of, geometries, rotation, voxels
+from dicom_series import AXIAL, OBLIQUE, SAGITTAL, back, placed, save, slices
 from fake_network import SHAPE, bright_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_volumes_dicom import AXIAL, OBLIQUE, SAGITTAL, back, placed, save, slices
 
 from medsa_deploy import stages
 from medsa_deploy.errors import ImageError, UsageError
