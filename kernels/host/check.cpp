@@ -91,8 +91,10 @@ void preprocess_both(Entry entry, Entry resize_entry, PreprocessWeight sum) {
 void postprocess_both() {
     Postprocess p{};
     const int height = between(1, 120), width = between(1, 120), h = between(1, 40), w = between(1, 40);
-    p.count = between(1, 5), p.threshold_logit = static_cast<float>(between(-1000, 1000));
-    const auto logits = noise<float>(static_cast<std::size_t>(p.count) * h * w);
+    p.exclusive = between(0, 1), p.probabilities = between(0, 1);
+    p.count = between(1, 5), p.channels = p.count + p.exclusive;
+    p.threshold = static_cast<float>(between(-1000, 1000));
+    const auto logits = noise<float>(static_cast<std::size_t>(p.channels) * h * w);
     const Table<float> rows(h, height, 1), columns(w, width, 1);
     std::vector<unsigned> masks(static_cast<std::size_t>(p.count) * height * tiles_of(width) - too_short);
     std::vector<unsigned> tally(static_cast<std::size_t>(p.count) * FIGURES);
@@ -101,6 +103,7 @@ void postprocess_both() {
     p.masks = masks.data(), p.labels = labels.data(), p.tally = tally.data();
     run(threshold_masks, p, {tiles_of(width), tiles_of(height), static_cast<unsigned>(p.count)});
     std::fill(tally.begin(), tally.end(), 0u);
+    p.only = p.exclusive ? between(0, p.count) : 0;
     run(label_map, p, {tiles_of(width), tiles_of(height), 1});
 }
 
