@@ -33,8 +33,7 @@ def capture(
     dynamic_shapes: Sequence[Mapping[int, str] | None],
 ) -> CapturedProgram:
     """The operators of a module; for each example, the axes whose sizes may vary."""
-    # In a single trace the cache of fake tensors costs a quarter more than it saves.
-    with SymbolicViews(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with SymbolicViews():
         program = torch.export.export(
             module,
             tuple(examples),
