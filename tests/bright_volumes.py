@@ -14,7 +14,7 @@ from medsa_deploy.images.volume import VolumeBox
 from medsa_deploy.runtime import Structure
 
 ROWS, COLUMNS = 12, 20
-EVERYTHING: VolumeBox = (0, 0, 0, 99, ROWS, COLUMNS)
+ALL_VOXELS: VolumeBox = (0, 0, 0, 99, ROWS, COLUMNS)
 
 
 def volume_of(array: np.ndarray) -> Volume:
@@ -43,10 +43,10 @@ def bright(n: int, *boxes: VolumeBox, value: int = 255) -> np.ndarray:
     return array
 
 
-def boxed(*box: float, **others: Any) -> Structure:
+def boxed(*box: float, **options: Any) -> Structure:
     """A structure of one box."""
-    return Structure(boxes=(tuple(box),), **others)  # type: ignore[arg-type]
+    return Structure(boxes=(tuple(box),), **options)  # type: ignore[arg-type]
 
 
-def clicked(*points: tuple[float, float, float], labels: Sequence[int] = (), **others: Any):
-    return Structure(points=points, labels=tuple(labels) or (1,) * len(points), **others)
+def clicked(*points: tuple[float, float, float], labels: Sequence[int] = (), **options: Any):
+    return Structure(points=points, labels=tuple(labels) or (1,) * len(points), **options)

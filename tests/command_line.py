@@ -93,11 +93,11 @@ def start(*arguments: object, without: tuple[str, ...] = (), **options: Any) -> 
 
 def command(*arguments: object, without: tuple[str, ...] = ()) -> list[str]:
     """The argument list of a `medsa-deploy` process."""
-    given = [str(argument) for argument in arguments]
+    words = [str(argument) for argument in arguments]
     if not without:
-        return [str(Path(sys.executable).with_name("medsa-deploy")), *given]
+        return [str(Path(sys.executable).with_name("medsa-deploy")), *words]
     code = WITHOUT.format(names=without) + "from medsa_deploy.cli import main\nmain()"
-    return [sys.executable, "-c", code, *given]
+    return [sys.executable, "-c", code, *words]
 
 
 def contents(folder: Path) -> dict[str, str]:

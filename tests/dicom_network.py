@@ -32,7 +32,7 @@ SOCKETS_LEFT = pytest.mark.filterwarnings(
     r"ignore:Exception ignored in. <s\w+\.\w*[sS]ocket:pytest.PytestUnraisableExceptionWarning"
 )
 """pynetdicom leaves sockets of broken connections to the garbage collector."""
-WHOLE = {"prompts": {"template": "whole", "name": "liver"}}
+WHOLE_TEMPLATE = {"prompts": {"template": "whole", "name": "liver"}}
 """A rule for everything: the whole image is the prompt."""
 
 
@@ -154,7 +154,7 @@ def echo(port: int, *, calling: str = CALLING, called: str = "MEDSA") -> int | N
 def write_rules(folder: Path, *rules: dict[str, Any]) -> Path:
     """A file of rules; by default the whole image of everything."""
     path = folder / "rules.json"
-    path.write_text(json.dumps({"rules": list(rules) or [WHOLE]}))
+    path.write_text(json.dumps({"rules": list(rules) or [WHOLE_TEMPLATE]}))
     return path
 
 

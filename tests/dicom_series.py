@@ -43,7 +43,7 @@ def slices(
     """A CT cut to 12 rows × 16 columns, repeated along the normal; slice k has k at [0, 0]."""
     normal = np.cross(orientation[:3], orientation[3:])
     step = normal * spacing if step is None else step
-    series, made = generate_uid(), []
+    series, datasets = generate_uid(), []
     for k in range(count):
         dataset = copy.deepcopy(CT)
         pixels = CT.pixel_array[40 : 40 + ROWS, 40 : 40 + COLUMNS].copy()
@@ -55,8 +55,8 @@ def slices(
         dataset.ImagePositionPatient = [f"{v:.6f}" for v in (np.array([10, -20, 30]) + k * step)]
         for name, value in attributes.items():
             setattr(dataset, name, value)
-        made.append(dataset)
-    return made
+        datasets.append(dataset)
+    return datasets
 
 
 def rename(dataset: Dataset) -> Dataset:
@@ -88,11 +88,11 @@ def back(path: Path, volume: Volume) -> np.ndarray:
     frames = volume.slices.headers  # type: ignore[attr-defined]
     options = {"combine_segments": True, "assert_missing_frames_are_empty": True}
     if len(volume.files) == len(volume):
-        found = segmentation.get_pixels_by_source_instance([f.uid for f in frames], **options)
+        pixels = segmentation.get_pixels_by_source_instance([f.uid for f in frames], **options)
     else:
         numbers = [f.number + 1 for f in frames]
-        found = segmentation.get_pixels_by_source_frame(frames[0].uid, numbers, **options)
-    return np.asarray(found).transpose(2, 1, 0)
+        pixels = segmentation.get_pixels_by_source_frame(frames[0].uid, numbers, **options)
+    return np.asarray(pixels).transpose(2, 1, 0)
 
 
 def placed(path: Path) -> set[tuple[Any, ...]]:
@@ -100,26 +100,26 @@ def placed(path: Path) -> set[tuple[Any, ...]]:
     dataset = pydicom.dcmread(path)
     pixels = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
     shared = dataset.SharedFunctionalGroupsSequence[0]
-    found = set()
+    voxels = set()
     for group, frame in zip(dataset.PerFrameFunctionalGroupsSequence, pixels, strict=True):
         holder = group if "SegmentIdentificationSequence" in group else shared
         segment = holder.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         position = tuple(map(float, group.PlanePositionSequence[0].ImagePositionPatient))
-        found |= {(int(segment), position, *map(int, at)) for at in np.argwhere(frame)}
-    return found
+        voxels |= {(int(segment), position, *map(int, at)) for at in np.argwhere(frame)}
+    return voxels
 
 
 def label_sets(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    one = np.zeros(shape, np.uint8)
-    one[3, 5, 2] = 1
+    segment = np.zeros(shape, np.uint8)
+    segment[3, 5, 2] = 1
     three = np.zeros(shape, np.uint8)
     three[2:9, 1:7, 0:4], three[4:6, 3:5, 1:3], three[15, 11, 5] = 1, 2, 3
     noise = np.random.default_rng(0).integers(0, 5, shape).astype(np.uint8)
     return {
-        "one": one,
+        "one": segment,
         "three": three,
         "noise": noise,
-        "only the third": (one * 3).astype(np.uint8),
+        "only the third": (segment * 3).astype(np.uint8),
         "full": np.ones(shape, np.uint8),
         "empty": np.zeros(shape, np.uint8),
     }

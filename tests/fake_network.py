@@ -54,7 +54,8 @@ class BrightPixels:
         assert len(embeddings) == 1
         tiles = embeddings[0, :16].reshape(4, 4, GRID, GRID).transpose(2, 0, 3, 1)
         masks = [
-            self._masks(tiles.reshape(SIDE, SIDE), *one) for one in zip(coords, labels, strict=True)
+            self._masks(tiles.reshape(SIDE, SIDE), *prompt)
+            for prompt in zip(coords, labels, strict=True)
         ]
         return np.stack(masks), np.ones((len(coords), self.network.masks), np.float32)
 

@@ -18,10 +18,10 @@ def infer_keys(keys: Keys, *, public_training: bool = False, **overrides: Any) -
     return infer(hollow(keys, public_training=public_training), Overrides(**overrides))
 
 
-def guessed(found: Architecture) -> dict[str, str]:
+def guessed(architecture: Architecture) -> dict[str, str]:
     """Option that overrules a guess → the guess, those about conventions and classes left out."""
-    others = {"--preprocess", "--point-order", "--classes", "--trained-with"}
-    return {g.option: g.value for g in found.guesses if g.option not in others}
+    excluded = {"--preprocess", "--point-order", "--classes", "--trained-with"}
+    return {g.option: g.value for g in architecture.guesses if g.option not in excluded}
 
 
 def refusal(keys: Keys, kind: type[MedsaError], **overrides: Any) -> str:

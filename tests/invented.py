@@ -188,15 +188,15 @@ def own_efficient_keys(*, width: int = 64, depth: int = 2) -> Keys:
 def _cut(case: str, depths: Mapping[str, int], *, adapted: bool) -> Keys:
     """A golden case's keys without the blocks beyond `depths`, with or without adapters."""
 
-    def wanted(key: str) -> bool:
+    def is_kept(key: str) -> bool:
         for blocks, depth in depths.items():
-            found = re.match(rf"image_encoder\.{re.escape(blocks)}\.(\d+)\.", key)
-            if found and int(found[1]) >= depth:
+            numbered = re.match(rf"image_encoder\.{re.escape(blocks)}\.(\d+)\.", key)
+            if numbered and int(numbered[1]) >= depth:
                 return False
         return adapted or "_Adapter." not in key
 
     keys = GoldenCase(case).settings["keys"].items()
-    return {key: tuple(shape) for key, shape in keys if wanted(key)}
+    return {key: tuple(shape) for key, shape in keys if is_kept(key)}
 
 
 def adapter_keys(prefix: str, width: int) -> Keys:

@@ -21,7 +21,7 @@ import pytest
 from command_line import call
 from dicom_network import (
     SOCKETS_LEFT,
-    WHOLE,
+    WHOLE_TEMPLATE,
     FakePacs,
     ct_series,
     free_port,
@@ -71,10 +71,10 @@ class Orthanc:
     def instances(self, study: str, modality: str) -> list[Dataset]:
         """The objects of a modality in a study, found by QIDO and read by WADO."""
         client = DICOMwebClient(self.web)
-        found = client.search_for_series(study, search_filters={"Modality": modality})
+        answers = client.search_for_series(study, search_filters={"Modality": modality})
         return [
             dataset
-            for series in found
+            for series in answers
             for dataset in client.retrieve_series(study, series["0020000E"]["Value"][0])
         ]
 
@@ -124,7 +124,7 @@ def checked(datasets: list[Dataset], folder: Path) -> None:
 
 def test_from_orthanc_to_the_node_and_back(orthanc: Orthanc, tmp_path: Path) -> None:
     """Orthanc sends CT and MR by C-STORE; the node stores SEG and SR by C-STORE and by STOW."""
-    rules = write_rules(tmp_path, {**WHOLE, "measurements": True})
+    rules = write_rules(tmp_path, {**WHOLE_TEMPLATE, "measurements": True})
     for options in ({"send": (orthanc.target,)}, {"to_web": orthanc.web}):
         with running_node(tmp_path, BUNDLE, None, rules=rules, **options) as node:
             for name in ("CT_small.dcm", "MR_small.dcm"):
@@ -136,11 +136,11 @@ def test_from_orthanc_to_the_node_and_back(orthanc: Orthanc, tmp_path: Path) -> 
                     method="PUT",
                 )
                 urllib.request.urlopen(request, timeout=10).close()
-                (found,) = orthanc.ask(
+                (instance,) = orthanc.ask(
                     "/tools/find", {"Level": "Study", "Query": {"StudyInstanceUID": study}}
                 )
                 begun = time.monotonic()
-                orthanc.ask("/modalities/node/store", [found])
+                orthanc.ask("/modalities/node/store", [instance])
                 wait_until(lambda study=study: orthanc.instances(study, "SR"))
                 print(f"{name}: {time.monotonic() - begun:.2f} s")
                 (segmentation,) = orthanc.instances(study, "SEG")
@@ -166,8 +166,15 @@ def test_a_study_is_fetched_segmented_and_stored_by_dicomweb(
     (report,) = orthanc.instances(study, "SR")
     checked([segmentation, report], tmp_path)
     assert segmentation.SOPInstanceUID == pydicom.dcmread("seg.dcm").SOPInstanceUID
-    one = ["--series", str(series[0].SeriesInstanceUID), "--box", "10,10,0,90,90,1", "-o", "b.dcm"]
-    done = call("run", BUNDLE, *web, *one, "--json")
+    arguments = [
+        "--series",
+        str(series[0].SeriesInstanceUID),
+        "--box",
+        "10,10,0,90,90,1",
+        "-o",
+        "b.dcm",
+    ]
+    done = call("run", BUNDLE, *web, *arguments, "--json")
     assert done.code == 0, done.err
 
 

@@ -28,7 +28,7 @@ AFFINE = np.diag([0.8, 0.7, 5.0, 1.0])
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder of its own for every test."""
     folder = tmp_path / "here"
     folder.mkdir()
@@ -80,34 +80,34 @@ def figures(truth: np.ndarray, mask: np.ndarray, spacing: tuple[float, ...]) -> 
     }
 
 
-def measured(one: dict[str, Any]) -> dict[str, Any]:
-    return {name: one[name] for name in ("dice", "iou", "hd95")}
+def measured(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry[name] for name in ("dice", "iou", "hd95")}
 
 
-def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_alike(entry: dict[str, Any], other: dict[str, Any]) -> None:
     """Two files' figures, whose spacings were written with different precision."""
-    distances = [figures.pop("hd95") for figures in (one, other)]
-    assert one == other
+    distances = [figures.pop("hd95") for figures in (entry, other)]
+    assert entry == other
     assert distances == [None, None] or distances[0] == pytest.approx(distances[1], rel=1e-5)
 
 
 def test_two_files_are_compared(bundle: Path) -> None:
     arguments = ("--labels", png("a.png", LABELS), "--segmentation", png("b.png", MOVED))
-    found = call("verify", bundle, *arguments, "--class-names", "cyst,node", "--json").json
-    (file,) = found["files"]
+    document = call("verify", bundle, *arguments, "--class-names", "cyst,node", "--json").json
+    (file,) = document["files"]
     assert file["unit"] == "px"
-    for label, one in enumerate(file["classes"], 1):
-        assert (one["label"], one["name"]) == (label, ("cyst", "node")[label - 1])
-        assert measured(one) == figures(LABELS == label, MOVED == label, (1, 1))
-        assert one["label_pixels"] == (LABELS == label).sum()
-    everything, *classes = found["summary"]
+    for label, entry in enumerate(file["classes"], 1):
+        assert (entry["label"], entry["name"]) == (label, ("cyst", "node")[label - 1])
+        assert measured(entry) == figures(LABELS == label, MOVED == label, (1, 1))
+        assert entry["label_pixels"] == (LABELS == label).sum()
+    overall, *classes = document["summary"]
     assert [c["name"] for c in classes] == ["cyst", "node"]
-    dices = [one["dice"] for one in file["classes"]]
-    assert everything["dice"]["mean"] == pytest.approx(sum(dices) / 2)
-    assert everything["dice"]["worst"] == min(dices)
-    assert everything["dice"]["worst_file"] == "a.png"
-    assert everything["hd95"]["worst"] == max(one["hd95"] for one in file["classes"])
-    assert (found["precision"], found["prompt"], found["failures"]) == (None, None, [])
+    dices = [entry["dice"] for entry in file["classes"]]
+    assert overall["dice"]["mean"] == pytest.approx(sum(dices) / 2)
+    assert overall["dice"]["worst"] == min(dices)
+    assert overall["dice"]["worst_file"] == "a.png"
+    assert overall["hd95"]["worst"] == max(entry["hd95"] for entry in file["classes"])
+    assert (document["precision"], document["prompt"], document["failures"]) == (None, None, [])
     shown = call("verify", bundle, *arguments)
     assert shown.code == 0
     assert "class 1" in shown.out
@@ -121,12 +121,12 @@ def test_what_run_wrote_is_compared(bundle: Path, suffix: str) -> None:
     label = png("label.png", np.asarray(LABELS == 1))
     mask = f"mask.{suffix}"
     assert call("run", bundle, "image.png", "--box", "17,17,63,63", "-o", mask).code == 0
-    found = call("verify", bundle, "--labels", label, "--segmentation", mask, "--json").json
+    document = call("verify", bundle, "--labels", label, "--segmentation", mask, "--json").json
     with load(bundle) as session:
         prediction = session.segment(session.encode(IMAGE), box=(17, 17, 63, 63))
     expected = figures(LABELS == 1, prediction.masks[0, 0], (1, 1))
-    assert measured(found["files"][0]["classes"][0]) == expected
-    assert found["files"][0]["unit"] == "px"
+    assert measured(document["files"][0]["classes"][0]) == expected
+    assert document["files"][0]["unit"] == "px"
 
 
 def test_folders_are_matched_by_name(bundle: Path) -> None:
@@ -148,14 +148,14 @@ def test_folders_are_matched_by_name(bundle: Path) -> None:
 def test_a_box_is_drawn_from_each_label(bundle: Path) -> None:
     png("images/a.png", IMAGE)
     png("labels/a.png", LABELS)
-    found = call("verify", bundle, "--labels", "labels", "--images", "images", "--json").json
+    document = call("verify", bundle, "--labels", "labels", "--images", "images", "--json").json
     with load(bundle) as session:
         embedding = session.encode(read_image("images/a.png"))
         for label, box in ((1, (18, 18, 63, 63)), (2, (83, 33, 118, 68))):
             mask = session.segment(embedding, box=box).masks[0, 0]
             expected = figures(LABELS == label, mask, (1, 1))
-            assert measured(found["files"][0]["classes"][label - 1]) == expected
-    assert (found["prompt"], found["precision"], found["backend"]) == (
+            assert measured(document["files"][0]["classes"][label - 1]) == expected
+    assert (document["prompt"], document["precision"], document["backend"]) == (
         "box",
         "fp32",
         "onnxruntime",
@@ -177,9 +177,9 @@ def test_clicks_go_where_the_mask_is_wrong(bundle: Path) -> None:
             points.append(click[0])
             signs.append(click[1])
     for prompt, mask in (("click", masks[0]), ("clicks3", masks[2])):
-        (one,) = call(*arguments, prompt).json["files"][0]["classes"]
-        assert one["segmented_pixels"] == mask.sum()
-        assert one["dice"] == pytest.approx(metrics.dice(truth, mask))
+        (entry,) = call(*arguments, prompt).json["files"][0]["classes"]
+        assert entry["segmented_pixels"] == mask.sum()
+        assert entry["dice"] == pytest.approx(metrics.dice(truth, mask))
 
 
 MASKS = arrays(np.bool_, (9, 11))
@@ -210,7 +210,7 @@ def test_a_box_holds_its_label_and_three_pixels(label: np.ndarray) -> None:
 def test_a_volume_is_measured_in_millimetres(bundle: Path) -> None:
     labels = volume_labels()
     image, label = nifti("v.nii.gz", volume()), nifti("l.nii.gz", labels)
-    found = call("verify", bundle, "--labels", label, "--images", image, "--json").json
+    document = call("verify", bundle, "--labels", label, "--images", image, "--json").json
     masks = np.zeros((3, *labels.shape), bool)
     with load(bundle) as session:
         for k in range(6):
@@ -218,7 +218,7 @@ def test_a_volume_is_measured_in_millimetres(bundle: Path) -> None:
                 embedding = session.encode(volume()[..., k])
                 box = box_around(labels[..., k] == value)
                 masks[value, ..., k] = session.segment(embedding, box=box).masks[0, 0]
-    (file,) = found["files"]
+    (file,) = document["files"]
     assert file["unit"] == "mm"
     for value in (1, 2):
         expected = figures(labels == value, masks[value], (0.8, 0.7, 5.0))
@@ -234,24 +234,24 @@ def test_a_volume_is_measured_in_millimetres(bundle: Path) -> None:
 def test_the_labels_spacing_counts_where_the_image_has_none(bundle: Path) -> None:
     label, lone = nifti("l.nii.gz", volume_labels()), nifti("v.nii.gz", volume())
     np.save("v.npy", volume())
-    given = ("verify", bundle, "--labels", label, "--json", "--axis", 2, "--images")
-    (one,), (other,) = (call(*given, image).json["files"] for image in (lone, "v.npy"))
-    assert one["unit"] == other["unit"] == "mm"
-    assert one["classes"] == other["classes"]
+    arguments = ("verify", bundle, "--labels", label, "--json", "--axis", 2, "--images")
+    (alone,), (other,) = (call(*arguments, image).json["files"] for image in (lone, "v.npy"))
+    assert alone["unit"] == other["unit"] == "mm"
+    assert alone["classes"] == other["classes"]
 
 
 def test_axis_and_volume_are_those_of_run(bundle: Path) -> None:
     both = np.stack([np.zeros_like(volume()), volume()], axis=-1)
     image, label = nifti("4d.nii.gz", both), nifti("l.nii.gz", volume_labels())
-    given = ("verify", bundle, "--labels", label, "--json", "--images")
-    done = call(*given, image)
+    arguments = ("verify", bundle, "--labels", label, "--json", "--images")
+    done = call(*arguments, image)
     assert done.code == 2
     assert "choose one of its volumes (--volume)" in done.error
     lone = nifti("3d.nii.gz", volume())
-    found = [call(*given, image, "--volume", 1).json, call(*given, lone).json]
-    assert found[0]["files"][0]["classes"] == found[1]["files"][0]["classes"]
-    along = call(*given, lone, "--axis", 0).json["files"][0]["classes"]
-    assert along != found[1]["files"][0]["classes"]
+    documents = [call(*arguments, image, "--volume", 1).json, call(*arguments, lone).json]
+    assert documents[0]["files"][0]["classes"] == documents[1]["files"][0]["classes"]
+    along = call(*arguments, lone, "--axis", 0).json["files"][0]["classes"]
+    assert along != documents[1]["files"][0]["classes"]
     done = call("verify", bundle, "--labels", label, "--segmentation", label, "--axis", 1)
     assert done.code == 2
     assert "--axis and --volume are for --images" in done.error
@@ -270,11 +270,11 @@ def test_a_dicom_segmentation_of_a_series(bundle: Path) -> None:
         call("verify", bundle, "--labels", name, "--images", "series", *window).json
         for name in ("label.dcm", "label.nii.gz")
     ]
-    names = [[one["name"] for one in found["files"][0]["classes"]] for found in both]
+    names = [[entry["name"] for entry in document["files"][0]["classes"]] for document in both]
     assert names == [["liver", "spleen"], ["class 1", "class 2"]]
     first, second = ([measured(c) for c in f["files"][0]["classes"]] for f in both)
-    for one, other in zip(first, second, strict=True):
-        assert_alike(one, other)
+    for entry, other in zip(first, second, strict=True):
+        assert_alike(entry, other)
     same = call("verify", bundle, "--labels", "label.dcm", "--segmentation", "label.nii.gz")
     assert same.code == 0
     assert "1.0000" in same.out
@@ -289,21 +289,21 @@ def test_a_dicom_segmentation_of_a_series(bundle: Path) -> None:
     single[..., 2] = labels[..., 2]
     write_segmentation("single.dcm", single, series)
     there = call("verify", bundle, "--labels", "single.dcm", "--images", lone, *window).json
-    for one, other in zip(flat["files"][0]["classes"], there["files"][0]["classes"], strict=True):
-        assert_alike(measured(one), measured(other))
+    for entry, other in zip(flat["files"][0]["classes"], there["files"][0]["classes"], strict=True):
+        assert_alike(measured(entry), measured(other))
 
 
 def test_classes_have_masks_of_their_own(bundle_of) -> None:
     """A network with two classes: label 2 is measured against mask 1."""
     bundle = bundle_of("medsa_2d_box_mask_two_classes")
     image = png("image.png", IMAGE)
-    found = call("verify", bundle, "--labels", png("l.png", LABELS), "--images", image, "--json")
+    result = call("verify", bundle, "--labels", png("l.png", LABELS), "--images", image, "--json")
     with load(bundle) as session:
         embedding = session.encode(read_image(image))
         for label in (1, 2):
             box = box_around(LABELS == label)
             mask = session.segment(embedding, box=box).masks[0, label - 1]
-            assert found.json["files"][0]["classes"][label - 1]["segmented_pixels"] == mask.sum()
+            assert result.json["files"][0]["classes"][label - 1]["segmented_pixels"] == mask.sum()
     third = png("third.png", np.asarray(LABELS * 3))
     refused = call("verify", bundle, "--labels", third, "--images", image)
     assert refused.code == 2
@@ -316,13 +316,13 @@ def test_a_chunk_has_one_prompt_set(bundle_3d: Path, prompt: str) -> None:
     labels = volume_labels()
     image, label = nifti("v.nii.gz", volume()), nifti("l.nii.gz", labels)
     arguments = ("--labels", label, "--images", image, "--prompt", prompt, "--json")
-    found = call("verify", bundle_3d, *arguments).json
+    document = call("verify", bundle_3d, *arguments).json
     masks = np.zeros(labels.shape, bool)
     with load(bundle_3d) as session:
         for chunk in (range(4), range(4, 8)):
             within = [min(k, 5) for k in chunk]
             truth = np.stack([labels[..., k] == 1 for k in within])
-            given: dict[str, Any] = {"box": box_around(truth.any(axis=0))}
+            prompts: dict[str, Any] = {"box": box_around(truth.any(axis=0))}
             embeddings = session.encode_slices([volume()[..., k] for k in within])
             inside, points, signs = np.zeros_like(truth), [], []
             for _ in range({"box": 1, "click": 1, "clicks3": 3}[prompt]):
@@ -331,27 +331,27 @@ def test_a_chunk_has_one_prompt_set(bundle_3d: Path, prompt: str) -> None:
                     assert click is not None
                     points.append(click[0])
                     signs.append(click[1])
-                    given = {"points": points, "labels": signs}
-                inside = np.stack([session.segment(e, **given).masks[0, 0] for e in embeddings])
+                    prompts = {"points": points, "labels": signs}
+                inside = np.stack([session.segment(e, **prompts).masks[0, 0] for e in embeddings])
             if prompt == "box":
                 inside &= truth.any(axis=(1, 2), keepdims=True)
             for k, mask in zip(chunk, inside, strict=True):
                 if k < 6:
                     masks[..., k] = mask
     expected = figures(labels == 1, masks, (0.8, 0.7, 5.0))
-    assert measured(found["files"][0]["classes"][0]) == expected
+    assert measured(document["files"][0]["classes"][0]) == expected
 
 
 def test_an_empty_mask_has_no_distance(bundle: Path) -> None:
     arguments = ("--labels", png("a.png", LABELS), "--segmentation", png("b.png", LABELS * 0))
-    found = call("verify", bundle, *arguments, "--json")
-    for one in found.json["files"][0]["classes"]:
-        assert (one["dice"], one["hd95"]) == (0, None)
-        assert one["hd95_undefined"] == "the segmentation is empty"
-    assert found.json["summary"][0]["hd95"] is None
-    assert found.json["summary"][0]["hd95_undefined"] == 2
-    assert "NaN" not in found.out
-    assert "Infinity" not in found.out
+    result = call("verify", bundle, *arguments, "--json")
+    for entry in result.json["files"][0]["classes"]:
+        assert (entry["dice"], entry["hd95"]) == (0, None)
+        assert entry["hd95_undefined"] == "the segmentation is empty"
+    assert result.json["summary"][0]["hd95"] is None
+    assert result.json["summary"][0]["hd95_undefined"] == 2
+    assert "NaN" not in result.out
+    assert "Infinity" not in result.out
     assert "the segmentation is empty" in call("verify", bundle, *arguments).out
 
 
@@ -395,8 +395,8 @@ def test_names_come_from_the_bundle(bundle: Path, tmp_path: Path) -> None:
     named = copied(bundle, tmp_path)
     edit_manifest(named, conventions__class_names=["polyp"])
     arguments = ("--labels", png("a.png", LABELS), "--segmentation", png("b.png", MOVED))
-    found = call("verify", named, *arguments, "--json").json
-    assert [one["name"] for one in found["files"][0]["classes"]] == ["polyp", "class 2"]
+    document = call("verify", named, *arguments, "--json").json
+    assert [entry["name"] for entry in document["files"][0]["classes"]] == ["polyp", "class 2"]
 
 
 def problems() -> dict[str, tuple[list[object], str]]:

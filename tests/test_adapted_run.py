@@ -31,12 +31,12 @@ def conventions(bundle: Path) -> Conventions:
 
 
 def test_conventions_of_each_code(bundle_of) -> None:
-    found = {
+    recorded = {
         name: (c.preprocess, c.postprocess, c.prompts, c.mask_choice)
         for name in (*AUTOMATIC, "sam_med2d", "efficientsam_official", "medsa_2d")
         if (c := conventions(bundle_of(name)))
     }
-    assert found == {
+    assert recorded == {
         "samed": ("samed", "samed", "none", "first"),
         "finetune_sam_adapter": ("finetune-sam", "finetune-sam", "none", "first"),
         "finetune_sam_lora": ("finetune-sam", "finetune-sam", "none", "first"),

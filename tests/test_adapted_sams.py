@@ -247,15 +247,15 @@ def test_samed_saved_whole(tmp_path: Path) -> None:
 def test_efficientsam_of_other_sizes(tmp_path: Path, width: int, depth: int, size: int) -> None:
     keys = own_efficient_keys(width=width, depth=depth)
     checkpoint = loaded_from(tmp_path, keys)
-    found = infer(checkpoint, Overrides(image_size=size))
-    reference = build_reference(found.network, checkpoint.tensors)
+    architecture = infer(checkpoint, Overrides(image_size=size))
+    reference = build_reference(architecture.network, checkpoint.tensors)
     image = torch.from_numpy(seeded.image(4, (2, 3, size, size)))
     blocks = tuple(range(depth))
     direct = DirectSAM(weights(keys), heads=width // 64, window=0, global_blocks=blocks)
     expected = direct.encode(image).numpy()
     assert relative_l2(reference.encode(image).numpy(), expected) <= LIMIT
     assert relative_l2(fold(reference).encoder(image).numpy(), expected) <= LIMIT
-    conventions = found.conventions
+    conventions = architecture.conventions
     assert (conventions.preprocess, conventions.postprocess) == ("efficientsam", "efficientsam")
     assert (conventions.point_order, conventions.point_scale, conventions.pad_points) == (
         "xy",
@@ -267,10 +267,10 @@ def test_efficientsam_of_other_sizes(tmp_path: Path, width: int, depth: int, siz
 @torch.inference_mode()
 def test_efficientsam_as_a_base_of_adapters(tmp_path: Path) -> None:
     """Its names are the own code's; the network is the public Med-SA code's, whose eps differs."""
-    whole = efficient_keys(grid=None)
+    base_keys = efficient_keys(grid=None)
     names = {"lin1": "fc1", "lin2": "fc2"}
-    base = {re.sub(r"lin[12]", lambda m: names[m[0]], k): v for k, v in whole.items()}
-    adapters = {k: v for k, v in whole.items() if "_Adapter." in k}
+    base = {re.sub(r"lin[12]", lambda m: names[m[0]], k): v for k, v in base_keys.items()}
+    adapters = {k: v for k, v in base_keys.items() if "_Adapter." in k}
     base = {k: v for k, v in base.items() if "_Adapter." not in k}
     checkpoint = loaded_from(tmp_path, adapters, base)
     network = infer(checkpoint, Overrides(image_size=96)).network
@@ -324,13 +324,15 @@ LORA = {"lora_blocks": range(4)}
 def test_readings_of_keys_are_said(
     keys: Keys, family: str, guess: str | None, alternatives: str
 ) -> None:
-    found = infer(unweighted(keys), Overrides())
-    assert found.network.family == family
-    said = [(g.value, g.option, g.because) for g in found.guesses if g.fact == "trained with"]
+    architecture = infer(unweighted(keys), Overrides())
+    assert architecture.network.family == family
+    readings = [
+        (g.value, g.option, g.because) for g in architecture.guesses if g.fact == "trained with"
+    ]
     if guess is None:
-        assert said == []
+        assert readings == []
     else:
-        ((value, option, because),) = said
+        ((value, option, because),) = readings
         assert (value, option) == (guess, "--trained-with")
         assert f"files of {alternatives} may look the same" in because
 
@@ -355,26 +357,26 @@ def test_readings_of_keys_are_said(
 def test_trained_with_sets_what_keys_cannot(
     keys: Keys, code: Any, family: str, outputs: str, conventions: tuple[str, ...]
 ) -> None:
-    found = infer(unweighted(keys), Overrides(trained_with=code))
-    assert (found.network.family, found.network.outputs) == (family, outputs)
-    c = found.conventions
+    architecture = infer(unweighted(keys), Overrides(trained_with=code))
+    assert (architecture.network.family, architecture.network.outputs) == (family, outputs)
+    c = architecture.conventions
     assert (c.preprocess, c.postprocess, c.point_order, c.prompts) == conventions
-    facts = {g.fact for g in found.guesses}
+    facts = {g.fact for g in architecture.guesses}
     assert not facts & {"trained with", "preprocess", "point order"}
 
 
 def test_prompts_are_an_option() -> None:
-    whole = unweighted(vit_keys())
-    assert infer(whole, Overrides(prompts=False)).conventions.prompts == "none"
+    plain = unweighted(vit_keys())
+    assert infer(plain, Overrides(prompts=False)).conventions.prompts == "none"
     finetuned = unweighted(finetune_keys(vit_keys(), layers=(0,)))
-    found = infer(finetuned, Overrides())
-    assert found.conventions.prompts == "none"
-    (guess,) = (g for g in found.guesses if g.fact == "prompts")
+    architecture = infer(finetuned, Overrides())
+    assert architecture.conventions.prompts == "none"
+    (guess,) = (g for g in architecture.guesses if g.fact == "prompts")
     assert "with a box" in guess.because
     assert guess.option == "--prompts"
-    found = infer(finetuned, Overrides(prompts=True))
-    assert found.conventions.prompts == "required"
-    assert "prompts" not in {g.fact for g in found.guesses}
+    architecture = infer(finetuned, Overrides(prompts=True))
+    assert architecture.conventions.prompts == "required"
+    assert "prompts" not in {g.fact for g in architecture.guesses}
 
 
 @pytest.mark.parametrize(

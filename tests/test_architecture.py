@@ -44,8 +44,8 @@ def test_sizes_are_read_from_the_tables(
     tables = rows(depth, window, image_size // 16, global_blocks)
     if not global_blocks:
         image_size = 16 * window  # a table that is a window's says no more than that
-    found = infer_keys(vit_keys(width=width, head_size=head_size, tables=tables))
-    network = found.network
+    architecture = infer_keys(vit_keys(width=width, head_size=head_size, tables=tables))
+    network = architecture.network
     assert (network.family, network.encoder, network.patch_size) == ("sam", "vit", 16)
     assert (network.widths, network.depths) == ((width,), (depth,))
     assert network.heads == (width // head_size,)
@@ -54,7 +54,7 @@ def test_sizes_are_read_from_the_tables(
     assert network.global_blocks == global_blocks
     assert (network.image_size, network.embedding_size) == (image_size, image_size // 16)
     assert network.rel_pos == "zero"
-    assert guessed(found).keys() <= {"--window-size"}
+    assert guessed(architecture).keys() <= {"--window-size"}
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_sizes_are_read_from_the_tables(
 def test_what_tables_show_and_what_is_guessed(
     tables: Any, facts: tuple[int, tuple[int, ...], int], guesses: dict[str, str]
 ) -> None:
-    found = infer_keys(vit_keys(tables=tables))
-    network = found.network
+    architecture = infer_keys(vit_keys(tables=tables))
+    network = architecture.network
     assert (network.windows[0], network.global_blocks, network.image_size) == facts
-    assert guessed(found) == guesses
+    assert guessed(architecture) == guesses
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_without_tables_sams_own_sizes_are_guessed(
     ],
 )
 def test_options_overrule(tables: Any, options: dict[str, Any], facts: dict[str, object]) -> None:
-    found = infer_keys(vit_keys(tables=tables), **options)
-    assert {name: getattr(found.network, name) for name in facts} == facts
+    architecture = infer_keys(vit_keys(tables=tables), **options)
+    assert {name: getattr(architecture.network, name) for name in facts} == facts
     named = {f"--{name.replace('_', '-')}" for name in options}
-    assert not named & {guess.option for guess in found.guesses}
+    assert not named & {guess.option for guess in architecture.guesses}
 
 
 @pytest.mark.parametrize(
@@ -207,11 +207,11 @@ def test_classes(
 ) -> None:
     keys = vit_keys(mask_tokens=mask_tokens, adapters=ADAPTED, form=form)
     names = tuple(f"organ {i}" for i in range(classes))
-    found = infer_keys(keys, classes=given_classes, class_names=names)
-    assert (found.network.classes, found.network.masks) == (classes, classes)
-    assert found.network.mask_tokens == mask_tokens
-    assert found.conventions.class_names == names
-    assert any(g.option == "--classes" for g in found.guesses) == guess
+    architecture = infer_keys(keys, classes=given_classes, class_names=names)
+    assert (architecture.network.classes, architecture.network.masks) == (classes, classes)
+    assert architecture.network.mask_tokens == mask_tokens
+    assert architecture.conventions.class_names == names
+    assert any(g.option == "--classes" for g in architecture.guesses) == guess
 
 
 @pytest.mark.parametrize(
@@ -254,21 +254,21 @@ def test_conventions_follow_the_origin(
     profile: str,
     order: str,
 ) -> None:
-    found = infer_keys(vit_keys(**given_keys), public_training=public_training)
-    assert (found.network.family, found.network.outputs) == (family, outputs)
-    assert found.network.masks == (1 if outputs == "classes" else 4)
-    conventions = found.conventions
+    architecture = infer_keys(vit_keys(**given_keys), public_training=public_training)
+    assert (architecture.network.family, architecture.network.outputs) == (family, outputs)
+    assert architecture.network.masks == (1 if outputs == "classes" else 4)
+    conventions = architecture.conventions
     assert (conventions.preprocess, conventions.point_order) == (profile, order)
     assert (conventions.point_frame, conventions.threshold) == ("network", 0.5)
     assert (conventions.intensity_window, conventions.class_names) == (None, ())
-    guesses = {g.option: g for g in found.guesses}
+    guesses = {g.option: g for g in architecture.guesses}
     assert guesses["--preprocess"].value == profile
     assert guesses["--point-order"].value == order
     assert ("--preprocess medsam" in guesses["--preprocess"].because) == (profile == "sam")
 
 
 def test_conventions_given_are_kept_and_not_guessed() -> None:
-    given_ones = {
+    choices = {
         "preprocess": "medsam",
         "point_order": "yx",
         "point_frame": "image",
@@ -277,9 +277,9 @@ def test_conventions_given_are_kept_and_not_guessed() -> None:
         "threshold": 0.25,
         "class_names": ("liver",),
     }
-    found = infer_keys(vit_keys(tables=(27, 31)), trained_with="sam", **given_ones)
-    assert {name: getattr(found.conventions, name) for name in given_ones} == given_ones
-    assert found.guesses == ()
+    architecture = infer_keys(vit_keys(tables=(27, 31)), trained_with="sam", **choices)
+    assert {name: getattr(architecture.conventions, name) for name in choices} == choices
+    assert architecture.guesses == ()
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def lite_keys() -> Keys:
 
 @pytest.mark.parametrize(("width", "grid"), [(192, 16), (384, 32), (64, 64)])
 def test_efficient_sam(width: int, grid: int) -> None:
-    found = infer_keys(efficient_keys(width=width, depth=3, grid=grid))
-    network, conventions = found.network, found.conventions
+    architecture = infer_keys(efficient_keys(width=width, depth=3, grid=grid))
+    network, conventions = architecture.network, architecture.conventions
     assert (network.family, network.encoder, network.outputs) == ("efficient_sam", "vit", "sam")
     assert (network.widths, network.depths, network.heads) == ((width,), (3,), (width // 64,))
     assert (network.windows, network.global_blocks) == ((0,), (0, 1, 2))
@@ -45,22 +45,22 @@ def test_efficient_sam(width: int, grid: int) -> None:
     assert "mask_input" not in [tensor.name for tensor in contract(network)["decoder"].inputs]
     assert (conventions.preprocess, conventions.point_order) == ("medsa", "yx")
     assert (conventions.point_scale, conventions.pad_points) == (64 / grid, 6)
-    assert guessed(found) == {"--point-scale": f"{64 / grid:g}", "--pad-points": "6"}
+    assert guessed(architecture) == {"--point-scale": f"{64 / grid:g}", "--pad-points": "6"}
 
 
 def test_efficient_sam_without_tables() -> None:
-    found = infer_keys(efficient_keys(width=192, grid=None))
-    assert (found.network.image_size, found.network.heads) == (1024, (3,))
-    assert found.network.rel_pos == "none"
+    architecture = infer_keys(efficient_keys(width=192, grid=None))
+    assert (architecture.network.image_size, architecture.network.heads) == (1024, (3,))
+    assert architecture.network.rel_pos == "none"
     expected = {"--image-size": "1024", "--heads": "3", "--point-scale": "1", "--pad-points": "6"}
-    assert guessed(found) == expected
+    assert guessed(architecture) == expected
 
 
 def test_efficient_sams_conventions_can_be_overruled() -> None:
-    found = infer_keys(efficient_keys(), point_scale=2.5, pad_points=0, image_size=512)
-    assert (found.conventions.point_scale, found.conventions.pad_points) == (2.5, 0)
-    assert found.network.image_size == 512
-    assert guessed(found) == {}
+    architecture = infer_keys(efficient_keys(), point_scale=2.5, pad_points=0, image_size=512)
+    assert (architecture.conventions.point_scale, architecture.conventions.pad_points) == (2.5, 0)
+    assert architecture.network.image_size == 512
+    assert guessed(architecture) == {}
 
 
 @pytest.mark.parametrize(
@@ -153,33 +153,33 @@ def test_lora_needs_its_image_size(checkpoint_of) -> None:
     loaded = load_checkpoint(checkpoint_of("medsa_lora"))
     with pytest.raises(UsageError, match="give --image-size"):
         infer(loaded, Overrides())
-    found = infer(loaded, Overrides(image_size=256))
-    assert found.network.adapters == ("lora",)
-    assert found.network.outputs == "classes"
-    assert found.conventions.point_order == "yx"
-    assert {one.rank for one in loaded.lora} == {4}
+    architecture = infer(loaded, Overrides(image_size=256))
+    assert architecture.network.adapters == ("lora",)
+    assert architecture.network.outputs == "classes"
+    assert architecture.conventions.point_order == "yx"
+    assert {update.rank for update in loaded.lora} == {4}
 
 
 def test_mobile_sam_is_told_from_litemedsam_by_its_patch_embedding(checkpoint_of) -> None:
-    found = infer(load_checkpoint(checkpoint_of("medsa_mobile")), Overrides())
-    assert found.network.family == "mobile_sam"
-    assert found.network.image_size == 1024
-    assert found.network.embedding_size == 64
-    assert found.network.outputs == "sam"
-    assert "--image-size" in {guess.option for guess in found.guesses}
+    architecture = infer(load_checkpoint(checkpoint_of("medsa_mobile")), Overrides())
+    assert architecture.network.family == "mobile_sam"
+    assert architecture.network.image_size == 1024
+    assert architecture.network.embedding_size == 64
+    assert architecture.network.outputs == "sam"
+    assert "--image-size" in {guess.option for guess in architecture.guesses}
 
 
 @pytest.mark.parametrize("image_size", [None, 128, 320])
 def test_litemedsam(lite_keys: Keys, image_size: int | None) -> None:
-    found = infer_keys(lite_keys, image_size=image_size)
-    network, conventions = found.network, found.conventions
+    architecture = infer_keys(lite_keys, image_size=image_size)
+    network, conventions = architecture.network, architecture.conventions
     assert (network.family, network.encoder, network.outputs) == ("litemedsam", "tiny_vit", "sam")
     assert (network.widths, network.depths) == ((64, 128, 160, 320), (2, 2, 6, 2))
     assert (network.heads, network.windows) == ((0, 4, 5, 10), (0, 7, 14, 7))
     size = image_size or 256
     assert (network.image_size, network.embedding_size) == (size, size // 4)
     assert (conventions.preprocess, conventions.point_order) == ("litemedsam", "xy")
-    assert guessed(found) == ({} if image_size else {"--image-size": "256"})
+    assert guessed(architecture) == ({} if image_size else {"--image-size": "256"})
 
 
 @pytest.mark.parametrize(

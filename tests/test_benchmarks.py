@@ -52,13 +52,13 @@ def tiny(
 
 def chosen(tiny: tuple[Network, Path]) -> list[Candidate]:
     """Of the tiny network's candidates, one of each kind that starts quickly."""
-    found = candidates(*tiny, threads=1)
-    wanted = (PLAIN, DEFAULT_NAME, "plain export, openvino fp32")
-    return [one for one in found if one.name in wanted]
+    offered = candidates(*tiny, threads=1)
+    chosen_names = (PLAIN, DEFAULT_NAME, "plain export, openvino fp32")
+    return [candidate for candidate in offered if candidate.name in chosen_names]
 
 
 def test_candidates_are_what_the_runtime_offers_and_the_peers(tiny: tuple[Network, Path]) -> None:
-    names = [one.name for one in candidates(*tiny, threads=1)]
+    names = [candidate.name for candidate in candidates(*tiny, threads=1)]
     assert names[0] == PLAIN
     assert {DEFAULT_NAME, BF16, f"{OURS}, openvino fp32"} <= set(names)
     assert {"PyTorch eager", "torch.compile", PLAIN_BF16} <= set(names)
@@ -79,22 +79,22 @@ def test_measured_in_turn_stored_and_taken_up_again(
     broken = Candidate(name="broken", spec={"kind": "onnxruntime", "encoder": "/nothing"}, files=())
     broken.spec.update(threads=1, inputs="")
     absent = Candidate(name="absent", spec={}, files=(), missing="it cannot be installed")
-    everything = [*chosen(tiny), broken, absent]
+    contenders = [*chosen(tiny), broken, absent]
     result = resumed(path, {"networks": {}, "pairs": {}}, 1)
     place = folder / network.slug
-    measure_network(network.name, everything, place, result, args, LIMITS)
+    measure_network(network.name, contenders, place, result, args, LIMITS)
     stored = json.loads(path.read_text())["networks"]["Tiny"]
     measured = stored["candidates"]
     assert measured["absent"] == {"not_measured": "it cannot be installed"}
     assert "nothing" in measured["broken"]["not_measured"]
     assert measured[PLAIN]["ratio"] == {"encoder": 1.0, "decoder": 1.0}
     for name in (PLAIN, DEFAULT_NAME, "plain export, openvino fp32"):
-        one = measured[name]
-        assert one["agreement"]["mask_dice_worst"] > 0.999
-        assert one["agreement"]["embeddings_relative_l2"] < 1e-4
-        assert [len(one["samples_ms"][op]) for op in ("encoder", "decoder")] == [2, 2]
-        assert one["peak_mb"] > 50
-        assert one["file_mb"] > 1
+        record = measured[name]
+        assert record["agreement"]["mask_dice_worst"] > 0.999
+        assert record["agreement"]["embeddings_relative_l2"] < 1e-4
+        assert [len(record["samples_ms"][op]) for op in ("encoder", "decoder")] == [2, 2]
+        assert record["peak_mb"] > 50
+        assert record["file_mb"] > 1
     assert set(measured[DEFAULT_NAME]["median_ms"]) == {"encoder", "decoder", "click"}
     assert stored["gflop"]["encoder"] > stored["gflop"]["decoder"] > 0.1
     assert set(stored["groups"]["1"]["gemm_gflops"]) == {"onnxruntime", "torch"}
@@ -147,14 +147,14 @@ def test_agreement_is_of_masks_and_embeddings() -> None:
 
         click = decode
 
-    ones = np.ones((1, 1, 2, 2), np.float32)
-    inputs = {"image_0": ones, "embeddings_0": ones, "slice_0_0": np.array(0)}
-    inputs |= {"coords_0_0": ones, "labels_0_0": ones}
+    mask = np.ones((1, 1, 2, 2), np.float32)
+    inputs = {"image_0": mask, "embeddings_0": mask, "slice_0_0": np.array(0)}
+    inputs |= {"coords_0_0": mask, "labels_0_0": mask}
     inputs["logits_0_0"] = np.ones((1, 1, 4, 4), np.float32)
-    found = agreement(Half(), inputs)
-    assert found["embeddings_relative_l2"] == pytest.approx(0.1, rel=1e-5)
-    assert found["mask_dice_mean"] == pytest.approx(2 * 8 / (16 + 8))
-    assert found["masks"] == 1
+    figures = agreement(Half(), inputs)
+    assert figures["embeddings_relative_l2"] == pytest.approx(0.1, rel=1e-5)
+    assert figures["mask_dice_mean"] == pytest.approx(2 * 8 / (16 + 8))
+    assert figures["masks"] == 1
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -216,10 +216,10 @@ def invented() -> dict[str, Any]:
 
 def test_targets_are_ratios_of_one_run(invented: dict[str, Any]) -> None:
     depth = {"rows": [{"graph": "exported, zero tables", "image_size": 1024, "ratio": 1.2}]}
-    found = {one.name: one for one in targets(invented, depth)}
+    by_name = {target.name: target for target in targets(invented, depth)}
     assert best(invented, ZERO) == BF16, "INT8 is faster, and not right on real weights"
     assert strongest_peer(invented, ZERO) == PLAIN_BF16
-    wanted = {
+    expected = {
         f"{ZERO}: float32, over the plain export in ONNX Runtime": (0.75, True),
         f"{ZERO}: its peak memory, over the same": (0.25, True),
         f"{ZERO}: best precision, over the strongest peer": (0.6, True),
@@ -228,12 +228,12 @@ def test_targets_are_ratios_of_one_run(invented: dict[str, Any]) -> None:
         f"{ZERO}: a slice in 3D, over 2D": (1.2, False),
         "LiteMedSAM: the next click": (16.0, False),
     }
-    for name, (measured, met) in wanted.items():
-        assert found[name].measured == pytest.approx(measured)
-        assert found[name].met is met
-    others = [one for name, one in found.items() if name not in wanted]
-    assert len(others) == 7
-    assert all(one.measured is None and one.met is None for one in others)
+    for name, (measured, met) in expected.items():
+        assert by_name[name].measured == pytest.approx(measured)
+        assert by_name[name].met is met
+    unmeasured = [target for name, target in by_name.items() if name not in expected]
+    assert len(unmeasured) == 7
+    assert all(target.measured is None and target.met is None for target in unmeasured)
 
 
 def test_without_evidence_on_real_weights_only_nothing_is_best(invented: dict[str, Any]) -> None:
@@ -289,15 +289,15 @@ def test_sentences_and_plots_are_the_curves(invented: dict[str, Any], tmp_path: 
         },
     }
     result = environment(None) | {
-        "curves": {name: {"what": "invented", "lines": found} for name, found in lines.items()}
+        "curves": {name: {"what": "invented", "lines": of_name} for name, of_name in lines.items()}
     }
-    said = scaling.sentences(result)
-    assert "16 times the pixels, an encoding takes 20.0 times as long" in said[0]
-    assert "32 takes 1.10 times as long as one alone" in said[1]
-    assert "more than 1.20 times" in said[1]
-    assert "64 boxes in one call take 160 ms, 0.12 of as many runs of a whole decoder" in said[2]
-    assert "One by one they take 4.00 times as long" in said[2]
-    assert "LiteMedSAM 2.00 times as fast as on one and other 1.50 times" in said[3]
+    words = scaling.sentences(result)
+    assert "16 times the pixels, an encoding takes 20.0 times as long" in words[0]
+    assert "32 takes 1.10 times as long as one alone" in words[1]
+    assert "more than 1.20 times" in words[1]
+    assert "64 boxes in one call take 160 ms, 0.12 of as many runs of a whole decoder" in words[2]
+    assert "One by one they take 4.00 times as long" in words[2]
+    assert "LiteMedSAM 2.00 times as fast as on one and other 1.50 times" in words[3]
     assert tables.scaling_text(result).count("\n- ") == 3
     scaling.draw(result, tmp_path / "scaling.png")
     draw(invented, tmp_path / "peers.png")
@@ -306,8 +306,8 @@ def test_sentences_and_plots_are_the_curves(invented: dict[str, Any], tmp_path: 
 
 
 def test_the_curves_are_of_the_sizes_that_were_asked_for() -> None:
-    found = list(scaling.points())
-    of = {name: [p.x for p in found if p.curve == name] for name in scaling.DESCRIPTIONS}
+    points = list(scaling.points())
+    of = {name: [p.x for p in points if p.curve == name] for name in scaling.DESCRIPTIONS}
     assert (of["image size"][0], of["image size"][-1]) == (256, 1024)
     assert (of["depth chunk"][0], of["depth chunk"][-1]) == (1, 32)
     assert (of["prompts"][0], of["prompts"][-1]) == (1, 64)
@@ -315,5 +315,5 @@ def test_the_curves_are_of_the_sizes_that_were_asked_for() -> None:
 
 
 def test_every_document_holds_its_tables() -> None:
-    for path, made in tables.DOCUMENTS.items():
-        assert tables.with_tables(path.read_text(), made) == path.read_text()
+    for path, contents in tables.DOCUMENTS.items():
+        assert tables.with_tables(path.read_text(), contents) == path.read_text()

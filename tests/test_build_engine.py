@@ -327,8 +327,8 @@ def test_a_full_disk_leaves_nothing(
 
 def test_a_damaged_graph_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
     copy = copied(bundle, tmp_path)
-    whole = (copy / "encoder.onnx").read_bytes()
-    (copy / "encoder.onnx").write_bytes(whole[: len(whole) // 2])
+    content = (copy / "encoder.onnx").read_bytes()
+    (copy / "encoder.onnx").write_bytes(content[: len(content) // 2])
     accept_changes(copy)
     before = contents(copy)
     done = call("build-engine", copy, "--fp32", "--flavor", "rtx", "--target", "sm86")

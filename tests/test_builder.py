@@ -27,7 +27,7 @@ from medsa_deploy.stages.build_engine.plan import EngineRequest, plan_engines
 
 pytestmark = pytest.mark.tensorrt
 
-ONE = AxisRange(min=1, opt=1, max=1)
+SINGLE = AxisRange(min=1, opt=1, max=1)
 OPTIONS = EngineOptions(
     flavor="rtx",
     precision="fp32",
@@ -219,8 +219,8 @@ def test_a_workspace_that_is_too_small_is_the_builders_complaint(tmp_path: Path,
 
 
 def test_a_damaged_graph_is_named_in_one_line(bundle: Path, tmp_path: Path) -> None:
-    whole = (bundle / "encoder.onnx").read_bytes()
-    (tmp_path / "encoder.onnx").write_bytes(whole[: len(whole) // 2])
+    content = (bundle / "encoder.onnx").read_bytes()
+    (tmp_path / "encoder.onnx").write_bytes(content[: len(content) // 2])
     job = job_of(bundle, "encoder", tmp_path / "encoder.engine")
     with pytest.raises(BundleError) as caught:
         engine_builder.build(replace(job, onnx=str(tmp_path / "encoder.onnx")))

@@ -15,8 +15,10 @@ class Views(nn.Module):
     """Every method that is written otherwise while it is captured."""
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = x.flatten(1).unflatten(-1, (2, -1)).movedim(-1, 1)
-        return whole.flatten(0, -2) * (x > 0).to(torch.float32).flatten(2).unflatten(1, (-1,)).sum()
+        joined = x.flatten(1).unflatten(-1, (2, -1)).movedim(-1, 1)
+        return (
+            joined.flatten(0, -2) * (x > 0).to(torch.float32).flatten(2).unflatten(1, (-1,)).sum()
+        )
 
 
 class Spread(nn.Module):

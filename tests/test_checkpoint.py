@@ -460,10 +460,10 @@ def file_kinds() -> dict[str, Callable[[Path], object]]:
 @given(data=st.data())
 def test_damaged_files_load_or_are_refused(tmp_path: Path, name: str, data: st.DataObject) -> None:
     """Cut anywhere, with bytes changed anywhere: no other exception than CheckpointError."""
-    whole, path = tmp_path / f"whole-{name}", tmp_path / name
-    if not whole.exists():  # once: torch's older format writes addresses, and so varies in length
-        file_kinds()[name](whole)
-    content = bytearray(whole.read_bytes())
+    intact, path = tmp_path / f"whole-{name}", tmp_path / name
+    if not intact.exists():  # once: torch's older format writes addresses, and so varies in length
+        file_kinds()[name](intact)
+    content = bytearray(intact.read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(1, len(content)))])

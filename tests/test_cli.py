@@ -220,9 +220,9 @@ def test_overrides_reach_the_network(checkpoint_of) -> None:
         "--point-scale": "2",
         "--threshold": "0.25",
     }
-    given = [part for option in options.items() for part in option]
-    found = call("inspect", checkpoint_of("medsa_2d"), *given, "--json").json
-    network, conventions = found["network"], found["conventions"]
+    arguments = [part for option in options.items() for part in option]
+    document = call("inspect", checkpoint_of("medsa_2d"), *arguments, "--json").json
+    network, conventions = document["network"], document["conventions"]
     assert network["classes"] == 3
     assert network["global_blocks"] == [1, 3]
     assert network["windows"] == [14]
@@ -252,8 +252,8 @@ def workplace(checkpoint_of, bundle: Path, tmp_path: Path) -> Path:
     shutil.copy(checkpoint_of("medsa_2d"), folder / "ckpt.pth")
     (folder / "ckpt.medsa").mkdir()
     shutil.copy(bundle / "manifest.json", folder / "ckpt.medsa")
-    whole = (folder / "ckpt.pth").read_bytes()
-    (folder / "truncated.pth").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "ckpt.pth").read_bytes()
+    (folder / "truncated.pth").write_bytes(content[: len(content) // 2])
     (folder / "text.pth").write_text("weights")
     (folder / "empty.pth").write_bytes(b"")
     torch.save({"conv1.weight": torch.zeros(4, 3, 3, 3)}, folder / "resnet.pth")

@@ -24,7 +24,7 @@ PROMPT = ("--point", "60,40", "--box", "10,10,120,80")
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of its own for every test."""
     folder = tmp_path / "here"
     folder.mkdir()
@@ -35,8 +35,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def expected(bundle: Path, image, **prompt) -> np.ndarray:
     """The mask that Session gives for PROMPT."""
     with load(bundle) as session:
-        given = prompt or {"points": [(60, 40)], "box": (10, 10, 120, 80)}
-        return session.segment(session.encode(image), **given).masks[0, 0]
+        request = prompt or {"points": [(60, 40)], "box": (10, 10, 120, 80)}
+        return session.segment(session.encode(image), **request).masks[0, 0]
 
 
 def dicom(pixels: np.ndarray, path: Path) -> Path:
@@ -87,12 +87,12 @@ def test_images_of_every_format(bundle: Path, name: str) -> None:
     done = call("run", bundle, path, *PROMPT, "-o", "mask.png", "--json")
     assert done.code == 0, done.err
     mask = np.asarray(PIL.Image.open("mask.png"))
-    wanted = expected(bundle, read_image(path))
-    assert wanted.any()
+    reference = expected(bundle, read_image(path))
+    assert reference.any()
     assert mask.dtype == np.uint8
-    assert (mask == wanted * 255).all()
+    assert (mask == reference * 255).all()
     assert done.json["image_size"] == [HEIGHT, WIDTH]
-    assert done.json["pixels"] == {"mask": int(wanted.sum())}
+    assert done.json["pixels"] == {"mask": int(reference.sum())}
     windowed = name in ("16-bit.png", "scan.tif", "array.npy")
     assert (done.json["intensity_window"] is not None) == windowed
     assert ("without a window" in done.err) == windowed
@@ -104,8 +104,8 @@ def test_a_slice_of_a_nifti_and_its_mask_in_the_same_geometry(
 ) -> None:
     volume = np.stack([np.roll(CT, 3 * k, axis=1) for k in range(WIDTH)], axis=2)
     nifti(volume, Path("volume.nii.gz"))
-    given = ["--axis", axis, "--slice", index, "--intensity-window", "-1024,1000"]
-    done = call("run", bundle, "volume.nii.gz", "--point", "60,40", *given, "-o", "mask.nii.gz")
+    arguments = ["--axis", axis, "--slice", index, "--intensity-window", "-1024,1000"]
+    done = call("run", bundle, "volume.nii.gz", "--point", "60,40", *arguments, "-o", "mask.nii.gz")
     assert done.code == 0, done.err
     mask = nibabel.load("mask.nii.gz")
     assert mask.shape == volume.shape
@@ -113,33 +113,33 @@ def test_a_slice_of_a_nifti_and_its_mask_in_the_same_geometry(
     with load(bundle) as session:
         plane = np.take(volume, index, axis)
         embedding = session.encode(plane, intensity_window=(-1024, 1000))
-        wanted = session.segment(embedding, points=[(60, 40)]).masks[0, 0]
+        expected = session.segment(embedding, points=[(60, 40)]).masks[0, 0]
     values = np.asanyarray(mask.dataobj)
-    assert (np.take(values, index, axis) == wanted).all()
-    assert values.sum() == wanted.sum() > 0
+    assert (np.take(values, index, axis) == expected).all()
+    assert values.sum() == expected.sum() > 0
 
 
 def test_the_window_given_is_the_one_reported(bundle: Path) -> None:
     dicom(CT, Path("slice.dcm"))
-    own = call("run", bundle, "slice.dcm", *PROMPT, "--json").json
-    given = call("run", bundle, "slice.dcm", *PROMPT, "--intensity-window", "-175,250", "--json")
-    assert own["intensity_window"] is None, "the file's own window was used"
-    assert given.json["intensity_window"] == [-175, 250]
-    assert given.json["scores"] != own["scores"]
+    default = call("run", bundle, "slice.dcm", *PROMPT, "--json").json
+    chosen = call("run", bundle, "slice.dcm", *PROMPT, "--intensity-window", "-175,250", "--json")
+    assert default["intensity_window"] is None, "the file's own window was used"
+    assert chosen.json["intensity_window"] == [-175, 250]
+    assert chosen.json["scores"] != default["scores"]
 
 
 @pytest.mark.parametrize("name", ["mask.png", "mask.npy", "mask.nii", "mask.nii.gz"])
 def test_masks_of_every_format(bundle: Path, name: str) -> None:
     picture(COLOUR, Path("image.png"))
     assert call("run", bundle, "image.png", *PROMPT, "-o", name).code == 0
-    wanted = expected(bundle, COLOUR)
+    reference = expected(bundle, COLOUR)
     if name == "mask.png":
-        assert (np.asarray(PIL.Image.open(name)) == wanted * 255).all()
+        assert (np.asarray(PIL.Image.open(name)) == reference * 255).all()
     elif name == "mask.npy":
         assert np.load(name).dtype == np.bool_
-        assert (np.load(name) == wanted).all()
+        assert (np.load(name) == reference).all()
     else:
-        assert (np.asanyarray(nibabel.load(name).dataobj)[..., 0] == wanted).all()
+        assert (np.asanyarray(nibabel.load(name).dataobj)[..., 0] == reference).all()
 
 
 def test_what_is_written_and_said_without_options(bundle: Path) -> None:
@@ -156,12 +156,16 @@ def test_json_is_one_document(bundle: Path) -> None:
     outputs = ["-o", "m.png", "--overlay", "o.png", "--save-logits", "l.npy"]
     done = start("run", bundle, "image.png", *PROMPT, *outputs, "--json")
     assert (done.code, done.err) == (0, "")
-    found = done.json
-    assert found["image"] == "image.png"
-    assert (found["mask"], found["overlay"], found["logits"]) == ("m.png", "o.png", "l.npy")
-    assert set(found["timings_ms"]) == {"preprocess", "encode", "decode", "postprocess"}
-    assert len(found["scores"]) == len(found["scores"][0]) == 1
-    assert found["error"] is None
+    document = done.json
+    assert document["image"] == "image.png"
+    assert (document["mask"], document["overlay"], document["logits"]) == (
+        "m.png",
+        "o.png",
+        "l.npy",
+    )
+    assert set(document["timings_ms"]) == {"preprocess", "encode", "decode", "postprocess"}
+    assert len(document["scores"]) == len(document["scores"][0]) == 1
+    assert document["error"] is None
 
 
 def test_the_overlay_shows_the_mask_and_the_prompts(bundle: Path) -> None:
@@ -186,16 +190,16 @@ def test_saved_logits_are_the_mask_prompt_of_a_further_call(bundle: Path) -> Non
     assert done.code == 0, done.err
     logits = np.load("first.npy")
     assert logits.shape == (1, 1, 64, 64)
-    wanted = expected(bundle, COLOUR, points=[(70, 50)], mask=logits)
-    assert (np.asarray(PIL.Image.open("m.png")) == wanted * 255).all()
-    assert (wanted != expected(bundle, COLOUR, points=[(70, 50)])).any()
+    reference = expected(bundle, COLOUR, points=[(70, 50)], mask=logits)
+    assert (np.asarray(PIL.Image.open("m.png")) == reference * 255).all()
+    assert (reference != expected(bundle, COLOUR, points=[(70, 50)])).any()
 
 
 def test_several_boxes_are_several_objects(bundle: Path) -> None:
     picture(COLOUR, Path("image.png"))
     boxes = [(10, 10, 60, 80), (70, 10, 120, 80)]
-    given = [part for box in boxes for part in ("--box", ",".join(map(str, box)))]
-    done = call("run", bundle, "image.png", *given, "-o", "m.png", "--json")
+    arguments = [part for box in boxes for part in ("--box", ",".join(map(str, box)))]
+    done = call("run", bundle, "image.png", *arguments, "-o", "m.png", "--json")
     labels = np.asarray(PIL.Image.open("m.png"))
     with load(bundle) as session:
         prediction = session.segment(session.encode(COLOUR), box=boxes)
@@ -269,8 +273,8 @@ def test_a_folder_with_a_bad_image(bundle: Path, frames: Path) -> None:
         *("overlays", "overlays/0.png.overlay.png", "overlays/2.png.overlay.png"),
         *("logits", "logits/0.png.logits.npy", "logits/2.png.logits.npy"),
     }
-    wanted = expected(bundle, COLOUR)
-    assert (np.asarray(PIL.Image.open("masks/0.png.mask.png")) == wanted * 255).all()
+    reference = expected(bundle, COLOUR)
+    assert (np.asarray(PIL.Image.open("masks/0.png.mask.png")) == reference * 255).all()
 
 
 def test_a_folder_without_options(bundle: Path, frames: Path) -> None:
@@ -495,11 +499,11 @@ def test_all_outputs_are_written_or_none(bundle: Path, files: Path, monkeypatch)
     def interrupted(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    given = ("-o", "mask.png", "--overlay", "o.png", "--save-logits", "l.npy")
+    targets = ("-o", "mask.png", "--overlay", "o.png", "--save-logits", "l.npy")
     for name in ("write_mask", "_write_overlay"):
         with monkeypatch.context() as patched:
             patched.setattr(f"medsa_deploy.stages.run.images.{name}", interrupted)
-            done = call("run", bundle, "good.png", "--point", "5,5", *given)
+            done = call("run", bundle, "good.png", "--point", "5,5", *targets)
         assert done.code == 2
         assert contents(files) == before
 

@@ -31,9 +31,9 @@ BOX = ("--box", "5,8,1,35,45,4")
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a volume, ct.nii.gz."""
-    folder = tmp_path / "here"
+    folder = tmp_path / "workplace"
     folder.mkdir()
     monkeypatch.chdir(folder)
     nifti("ct.nii.gz", ct(SHAPE[2]))
@@ -53,10 +53,10 @@ def nifti(name: str, array: np.ndarray) -> Path:
     return Path(name)
 
 
-def test_a_label_map_as_segment_volume_gives_it(bundle_3d: Path, here: Path) -> None:
-    given = [*BOX, "--point", "20,20,2", "--point", "1,1,2,0", "--overlap", 1, "--threads", 2]
-    given += ["--intensity-window", "-1024,1000", "--threshold", "0.45"]
-    done = call("run", bundle_3d, "ct.nii.gz", *given, "--overlay", "o.png", "--json")
+def test_a_label_map_as_segment_volume_gives_it(bundle_3d: Path, workplace: Path) -> None:
+    arguments = [*BOX, "--point", "20,20,2", "--point", "1,1,2,0", "--overlap", 1, "--threads", 2]
+    arguments += ["--intensity-window", "-1024,1000", "--threshold", "0.45"]
+    done = call("run", bundle_3d, "ct.nii.gz", *arguments, "--overlay", "o.png", "--json")
     assert done.code == 0, done.err
     assert done.err == ""
     volume = read_volume("ct.nii.gz")
@@ -69,24 +69,24 @@ def test_a_label_map_as_segment_volume_gives_it(bundle_3d: Path, here: Path) -> 
     written = nibabel.load("ct.nii.gz.seg.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), expected.labels)
     np.testing.assert_array_equal(written.affine, volume.affine)
-    found = done.json
-    assert found["mask"] == "ct.nii.gz.seg.nii.gz"
-    assert found["overlay"] == "o.png"
-    assert (found["shape"], found["axis"], found["slices"]) == ([40, 50, 6], 2, [1, 2, 3])
-    assert found["intensity_window"] == [-1024, 1000]
+    document = done.json
+    assert document["mask"] == "ct.nii.gz.seg.nii.gz"
+    assert document["overlay"] == "o.png"
+    assert (document["shape"], document["axis"], document["slices"]) == ([40, 50, 6], 2, [1, 2, 3])
+    assert document["intensity_window"] == [-1024, 1000]
     counts = np.bincount(expected.labels.ravel(), minlength=3)
     for label, name in ((1, "class 1"), (2, "class 2")):
-        assert found["labels"][label - 1] == {
+        assert document["labels"][label - 1] == {
             "label": label,
             "name": name,
             "voxels": counts[label],
             "millilitres": pytest.approx(counts[label] * 0.8 * 0.8 * 5 / 1000),
         }
-    assert set(found["timings_ms"]) == {"encode", "decode"}
-    assert found["seconds"] > 0
+    assert set(document["timings_ms"]) == {"encode", "decode"}
+    assert document["seconds"] > 0
     with PIL.Image.open("o.png") as picture:
         assert picture.size[0] == 3 * 512 + 2 * 8
-    assert sorted(path.name for path in here.iterdir()) == [
+    assert sorted(path.name for path in workplace.iterdir()) == [
         "ct.nii.gz",
         "ct.nii.gz.seg.labels.json",
         "ct.nii.gz.seg.labels.txt",
@@ -95,7 +95,7 @@ def test_a_label_map_as_segment_volume_gives_it(bundle_3d: Path, here: Path) -> 
     ]
 
 
-def test_a_table_for_people(bundle: Path, here: Path) -> None:
+def test_a_table_for_people(bundle: Path, workplace: Path) -> None:
     prompts = {"structures": [{"name": "[b]Leber", "boxes": [[5, 8, 1, 35, 45, 2]]}]}
     Path("prompts.json").write_text(json.dumps(prompts))
     done = call(
@@ -110,27 +110,27 @@ def test_a_table_for_people(bundle: Path, here: Path) -> None:
     assert done.err.count("\n") == 1
 
 
-def test_a_series_becomes_a_dicom_segmentation(bundle: Path, here: Path) -> None:
-    save(slices(3), here / "series")
-    given = ["--point", "8,6,1", "--propagate", "--threshold", "0.2", "-o", "seg.dcm"]
-    done = call("run", bundle, "series", *given, "--json")
+def test_a_series_becomes_a_dicom_segmentation(bundle: Path, workplace: Path) -> None:
+    save(slices(3), workplace / "series")
+    arguments = ["--point", "8,6,1", "--propagate", "--threshold", "0.2", "-o", "seg.dcm"]
+    done = call("run", bundle, "series", *arguments, "--json")
     assert done.code == 0, done.err
     counted = done.json["labels"][0]["voxels"]
     labels = back(Path("seg.dcm"), read_volume("series"))
     assert counted == np.count_nonzero(labels)
 
 
-def test_a_series_stays_a_volume_with_its_outputs_beside_it(bundle: Path, here: Path) -> None:
-    save(slices(3), here / "series")
-    given = ["series", "--box", "2,2,0,14,10,2", "--overlay", "series/o.png"]
+def test_a_series_stays_a_volume_with_its_outputs_beside_it(bundle: Path, workplace: Path) -> None:
+    save(slices(3), workplace / "series")
+    arguments = ["series", "--box", "2,2,0,14,10,2", "--overlay", "series/o.png"]
     for _ in range(2):
-        done = call("run", bundle, *given, "-o", "series/mask.nii.gz", "--json")
+        done = call("run", bundle, *arguments, "-o", "series/mask.nii.gz", "--json")
         assert done.code == 0, done.err
         assert done.json["slices"] == [0, 1]
 
 
-def test_a_tilted_voxel_is_as_large_as_its_slices_are_apart(bundle: Path, here: Path) -> None:
-    save(slices(3, step=np.array([0, 1.5, 2.5])), here / "tilted")
+def test_a_tilted_voxel_is_as_large_as_its_slices_are_apart(bundle: Path, workplace: Path) -> None:
+    save(slices(3, step=np.array([0, 1.5, 2.5])), workplace / "tilted")
     done = call("run", bundle, "tilted", "--box", "2,2,0,14,10,2", "--threshold", "0.1", "--json")
     (label,) = done.json["labels"]
     assert label["voxels"] > 0
@@ -138,24 +138,24 @@ def test_a_tilted_voxel_is_as_large_as_its_slices_are_apart(bundle: Path, here: 
 
 
 def test_an_overlay_that_fails_leaves_no_mask(
-    bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    before = contents(here)
+    before = contents(workplace)
     monkeypatch.setattr(volumes, "write_montage", interrupted)
     structure = Structure(boxes=((5, 8, 1, 35, 45, 4),))
     with load(bundle) as session, pytest.raises(KeyboardInterrupt):
         volumes.segment_volume_file(
             session, Path("ct.nii.gz"), [structure], VolumeOptions(), overlay=Path("o.png")
         )
-    assert contents(here) == before
+    assert contents(workplace) == before
 
 
 @pytest.mark.parametrize("option", ["-o", "--overlay"])
 def test_outputs_that_cannot_be_written_are_refused_first(
-    bundle: Path, here: Path, option: str
+    bundle: Path, workplace: Path, option: str
 ) -> None:
     for path, message in (
         ("/dev/null", "/dev/null is not a regular file"),
@@ -167,15 +167,17 @@ def test_outputs_that_cannot_be_written_are_refused_first(
         assert message in done.error
 
 
-def test_one_volume_of_a_4d_nifti(bundle: Path, here: Path) -> None:
+def test_one_volume_of_a_4d_nifti(bundle: Path, workplace: Path) -> None:
     nifti("4d.nii.gz", np.stack([ct(6), ct(6)[::-1]], axis=-1))
-    given = ["--point", "8,6,1", "--json"]
-    done = call("run", bundle, "4d.nii.gz", *given)
+    arguments = ["--point", "8,6,1", "--json"]
+    done = call("run", bundle, "4d.nii.gz", *arguments)
     assert done.code == 2
     assert "(40, 50, 6, 2): choose one of its volumes (--volume) 0…1; none was given" in done.error
     both = []
     for number in (0, 1):
-        done = call("run", bundle, "4d.nii.gz", *given, "--volume", number, "-o", f"{number}.nii")
+        done = call(
+            "run", bundle, "4d.nii.gz", *arguments, "--volume", number, "-o", f"{number}.nii"
+        )
         assert done.code == 0, done.err
         both.append(np.asarray(nibabel.load(f"{number}.nii").dataobj))
     assert (both[0] != both[1]).any()
@@ -232,16 +234,16 @@ def make(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_volumes_that_cannot_be_segmented(bundle_3d: Path, here: Path, name: str) -> None:
+def test_volumes_that_cannot_be_segmented(bundle_3d: Path, workplace: Path, name: str) -> None:
     make(name)
     options, message = BAD[name]
     click = "4,9,9" if name == "nan.npy" else "9,9,2"  # .npy is sliced along its first axis
     point = [] if "--point" in options else ["--point", click]
-    before = contents(here)
+    before = contents(workplace)
     done = call("run", bundle_3d, name, *point, *options, "-o", "seg.nii.gz", "--overlay", "o.png")
     assert done.code == 2
     assert message in done.error
-    assert contents(here) == before
+    assert contents(workplace) == before
 
 
 @pytest.mark.parametrize(
@@ -281,13 +283,13 @@ def test_volumes_that_cannot_be_segmented(bundle_3d: Path, here: Path, name: str
     ],
 )
 def test_options_that_do_not_fit(
-    bundle_3d: Path, here: Path, options: tuple[str, ...], message: str
+    bundle_3d: Path, workplace: Path, options: tuple[str, ...], message: str
 ) -> None:
-    before = contents(here)
+    before = contents(workplace)
     done = call("run", bundle_3d, "ct.nii.gz", *options)
     assert done.code == 2
     assert message in done.error
-    assert contents(here) == before
+    assert contents(workplace) == before
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_options_that_do_not_fit(
     ],
 )
 def test_options_of_volumes_on_an_image(
-    bundle: Path, here: Path, options: tuple[str, ...], message: str
+    bundle: Path, workplace: Path, options: tuple[str, ...], message: str
 ) -> None:
     make("flat.png")
     done = call("run", bundle, "flat.png", "--point", "9,9", *options)
@@ -310,8 +312,8 @@ def test_options_of_volumes_on_an_image(
     assert message in done.error
 
 
-def test_a_slice_of_a_series_is_one_line(bundle: Path, here: Path) -> None:
-    save(slices(3), here / "series")
+def test_a_slice_of_a_series_is_one_line(bundle: Path, workplace: Path) -> None:
+    save(slices(3), workplace / "series")
     done = call("run", bundle, "series", "--point", "9,9", "--slice", 1, "-o", "m.png")
     assert done.code == 2
     assert done.error.startswith("--slice 1 is for a NIfTI or .npy volume; series is a DICOM seri")
@@ -330,10 +332,10 @@ def test_a_slice_of_a_series_is_one_line(bundle: Path, here: Path) -> None:
     ],
 )
 def test_one_plane_is_a_volume_of_one_slice_when_it_is_prompted_as_one(
-    bundle: Path, here: Path, name: str, options: tuple[str, ...], target: str
+    bundle: Path, workplace: Path, name: str, options: tuple[str, ...], target: str
 ) -> None:
     nifti("plane.nii.gz", ct(1))
-    save(slices(1), here / "one")
+    save(slices(1), workplace / "one")
     np.save("picture.npy", ct(3))
     Path("p.json").write_text('{"structures": [{"points": [[8, 6, 0]]}]}')
     window = ("--intensity-window", "-900,900")
@@ -351,14 +353,14 @@ def test_one_plane_is_a_volume_of_one_slice_when_it_is_prompted_as_one(
     assert np.count_nonzero(labels) == done.json["labels"][0]["voxels"]
 
 
-def test_a_click_on_a_plane_is_never_taken_for_its_label(bundle: Path, here: Path) -> None:
+def test_a_click_on_a_plane_is_never_taken_for_its_label(bundle: Path, workplace: Path) -> None:
     nifti("plane.nii.gz", ct(1))
     done = call("run", bundle, "plane.nii.gz", "--point", "20,20,0", "-o", "m.nii.gz")
     assert done.code == 2
     assert done.error.endswith("in an image a click is X,Y or X,Y,LABEL")
 
 
-def test_a_2d_network_has_no_overlap(bundle: Path, here: Path) -> None:
+def test_a_2d_network_has_no_overlap(bundle: Path, workplace: Path) -> None:
     done = call("run", bundle, "ct.nii.gz", *BOX, "--overlap", 1)
     assert done.code == 2
     assert "1 slices was given, but this network sees each slice alone: leave it out" in done.error
@@ -397,26 +399,45 @@ def on_terminal(*arguments: object) -> Done:
     return Done(process.wait(), out, re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", seen.decode()))
 
 
-def test_progress_is_shown_on_a_terminal_only(bundle: Path, here: Path) -> None:
-    given = ["run", bundle, "ct.nii.gz", *BOX, "-o", "s.nii.gz", "--intensity-window", "-900,900"]
-    shown = on_terminal(*given)
+def test_progress_is_shown_on_a_terminal_only(bundle: Path, workplace: Path) -> None:
+    arguments = [
+        "run",
+        bundle,
+        "ct.nii.gz",
+        *BOX,
+        "-o",
+        "s.nii.gz",
+        "--intensity-window",
+        "-900,900",
+    ]
+    shown = on_terminal(*arguments)
     assert shown.code == 0
     assert "3/3 slices" in shown.err
     assert "0:00:0" in shown.err  # time left
-    for quiet in (call(*given), on_terminal(*given, "--json")):
+    for quiet in (call(*arguments), on_terminal(*arguments, "--json")):
         assert quiet.code == 0
         assert quiet.err.strip() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_volume_leaves_nothing(bundle_3d: Path, here: Path, number: int) -> None:
+def test_an_interrupted_volume_leaves_nothing(
+    bundle_3d: Path, workplace: Path, number: int
+) -> None:
     nifti("long.nii.gz", np.concatenate([ct(6)] * 60, axis=2))
     Path("seg.nii.gz").write_text("an earlier one")
-    before = contents(here)
-    given = ["--box", "5,8,0,35,45,360", "--propagate", "-o", "seg.nii.gz", "--overlay", "o.png"]
-    process = begun("run", bundle_3d, "long.nii.gz", *given)
+    before = contents(workplace)
+    arguments = [
+        "--box",
+        "5,8,0,35,45,360",
+        "--propagate",
+        "-o",
+        "seg.nii.gz",
+        "--overlay",
+        "o.png",
+    ]
+    process = begun("run", bundle_3d, "long.nii.gz", *arguments)
     wait_for("were stretched", process)  # said when the first chunk is read
     time.sleep(0.3)
     assert process.poll() is None
     assert_interrupted(ended(process, number))
-    assert contents(here) == before
+    assert contents(workplace) == before

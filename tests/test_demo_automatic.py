@@ -84,8 +84,8 @@ def test_a_state_of_another_rate_is_refused(base, tmp_path: Path) -> None:
 def test_the_checkpoint_is_small_and_shows_what_it_is() -> None:
     assert automatic.AUTOMATIC_CHECKPOINT.stat().st_size < 5e6
     checkpoint = load_checkpoint(automatic.AUTOMATIC_CHECKPOINT, base=CHECKPOINT)
-    found = infer(checkpoint, Overrides(image_size=IMAGE_SIZE, class_names=CLASSES))
-    network, conventions = found.network, found.conventions
+    architecture = infer(checkpoint, Overrides(image_size=IMAGE_SIZE, class_names=CLASSES))
+    network, conventions = architecture.network, architecture.conventions
     assert (network.family, network.image_size, network.classes) == ("samed", 256, 3)
     assert (network.windows, network.global_blocks) == ((8,), (3, 7))
     assert (conventions.preprocess, conventions.prompts) == ("samed", "none")
@@ -102,16 +102,16 @@ def test_the_checkpoint_segments_a_held_out_block_as_published() -> None:
     block, template = chunks.TEST_BLOCKS[1], chunks.Template()
     from medsa_deploy import transforms
 
-    found, nothing = [], np.zeros((1, 0), np.float32)
+    segments, no_points = [], np.zeros((1, 0), np.float32)
     for z in block:
         image, frame = transforms.preprocess(template.plane(z), "samed", IMAGE_SIZE)
         embedding = backend.encode(image[None])
-        logits, _ = backend.decode(embedding, nothing[..., None].repeat(2, -1), nothing, None)
-        found.append(
+        logits, _ = backend.decode(embedding, no_points[..., None].repeat(2, -1), no_points, None)
+        segments.append(
             transforms.exclusive_labels(transforms.pixel_values(logits[0], frame, "samed"))
         )
     published = json.loads(automatic.AUTOMATIC_RESULT.read_text())["dice"]["test"]
-    truth, labels = structures(list(block)), np.stack(found)
+    truth, labels = structures(list(block)), np.stack(segments)
     for label, name in enumerate(CLASSES, 1):
         dice = automatic.dice(labels == label, truth[name])
         assert dice == pytest.approx(published[f"{block.start}…{block.stop - 1}"][name], abs=0.005)

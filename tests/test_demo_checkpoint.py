@@ -43,10 +43,10 @@ def test_a_seed_is_a_phantom(style: phantoms.Style) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_structures_are_seen_and_vary_slowly_over_depth(style: phantoms.Style) -> None:
     for seed in range(4):
-        made = phantoms.phantom((9, seed), style, depth=network.CHUNK)
-        found = chunks.structures_of(made.labels, pixels=400 * network.CHUNK)
-        for k in found:
-            mask = made.labels == k
+        drawn = phantoms.phantom((9, seed), style, depth=network.CHUNK)
+        structures = chunks.structures_of(drawn.labels, pixels=400 * network.CHUNK)
+        for k in structures:
+            mask = drawn.labels == k
             assert dice(mask[3], mask[4]) > 0.8
             assert not np.array_equal(mask[0], mask[-1])
 
@@ -54,15 +54,15 @@ def test_structures_are_seen_and_vary_slowly_over_depth(style: phantoms.Style) -
 def test_structures_stand_out() -> None:
     for seed in range(4):
         for style in chunks.STYLES:
-            made = phantoms.phantom((9, seed), style, depth=1)
-            for k in chunks.structures_of(made.labels, pixels=400):
-                mask = torch.from_numpy(made.labels == k)
+            drawn = phantoms.phantom((9, seed), style, depth=1)
+            for k in chunks.structures_of(drawn.labels, pixels=400):
+                mask = torch.from_numpy(drawn.labels == k)
                 near = torch.nn.functional.max_pool2d(mask.float(), 21, stride=1, padding=10) > 0
-                around = (near & ~mask).numpy() & (made.labels == 0)
-                assert abs(made.pixels[mask.numpy()].mean() - made.pixels[around].mean()) > 5
+                around = (near & ~mask).numpy() & (drawn.labels == 0)
+                assert abs(drawn.pixels[mask.numpy()].mean() - drawn.pixels[around].mean()) > 5
         tissue = phantoms.phantom((9, seed), "folded", depth=1)
-        one, two = (tissue.pixels[tissue.labels == k].mean() for k in (1, 2))
-        assert abs(one - two) > 10
+        first, two = (tissue.pixels[tissue.labels == k].mean() for k in (1, 2))
+        assert abs(first - two) > 10
 
 
 def test_nothing_held_out_is_trained_on() -> None:
@@ -86,8 +86,8 @@ def test_phantom_chunks_are_of_their_seed_alone() -> None:
 
 
 def test_a_phantom_is_prompted_for_two_of_its_structures(tmp_path: Path) -> None:
-    made = examples.Chunks(2, tmp_path, lambda done: None)
-    drawn = [made.example(np.random.default_rng((6, i))) for i in range(12)]
+    chunks_of_both = examples.Chunks(2, tmp_path, lambda done: None)
+    drawn = [chunks_of_both.example(np.random.default_rng((6, i))) for i in range(12)]
     phantom = [example for example in drawn if len(example.coords) == 2 * network.CHUNK]
     brain = [example for example in drawn if len(example.coords) == network.CHUNK]
     assert len(phantom) + len(brain) == len(drawn)
@@ -99,8 +99,8 @@ def test_a_phantom_is_prompted_for_two_of_its_structures(tmp_path: Path) -> None
         assert both.sum() == 0 or torch.equal(example.target[0::2], example.target[1::2])
         assert torch.equal(example.weight, torch.tensor([[0.1, 0.1, 0.1, 1.0]] * 2))
     for example in brain:
-        white, grey, whole, other = example.target.transpose(0, 1)
-        assert torch.equal(torch.maximum(white, grey), whole)
+        white, grey, all_tissue, other = example.target.transpose(0, 1)
+        assert torch.equal(torch.maximum(white, grey), all_tissue)
         assert not other.any()
         assert torch.allclose(example.weight, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.1]]))
     assert phantom
@@ -109,17 +109,17 @@ def test_a_phantom_is_prompted_for_two_of_its_structures(tmp_path: Path) -> None
 
 def test_the_bases_masks_are_tissues_and_what_was_prompted(tmp_path: Path) -> None:
     images = examples.PhantomImages(5, tmp_path, lambda done: None)
-    made = images.example(np.random.default_rng(3), batch=12)
-    assert made.target.shape == (12 * examples.PROMPTS, 4, network.SIZE, network.SIZE)
-    assert made.weight[:, network.PROMPTED].all()
-    folded = made.weight[:, 0] > 0
+    drawn = images.example(np.random.default_rng(3), batch=12)
+    assert drawn.target.shape == (12 * examples.PROMPTS, 4, network.SIZE, network.SIZE)
+    assert drawn.weight[:, network.PROMPTED].all()
+    folded = drawn.weight[:, 0] > 0
     assert folded.any()
-    assert not made.weight[~folded, :3].any()
-    inner, outer, both, prompted = made.target[folded].transpose(0, 1)
+    assert not drawn.weight[~folded, :3].any()
+    inner, outer, both, prompted = drawn.target[folded].transpose(0, 1)
     assert torch.equal(both, inner + outer)
     assert prompted.flatten(1).any(dim=1).all()
-    for coords, structure in zip(made.coords, made.target[:, network.PROMPTED], strict=True):
-        if made.labels[0, 0] == 2:
+    for coords, structure in zip(drawn.coords, drawn.target[:, network.PROMPTED], strict=True):
+        if drawn.labels[0, 0] == 2:
             rows, columns = structure.nonzero().T
             assert abs(coords[0, 0] - columns.min()) < 20
             assert abs(coords[1, 1] - rows.max()) < 20
@@ -144,13 +144,13 @@ def test_masks_count_as_weighted_and_by_whole_chunks(depth: int) -> None:
     right = 20 * torch.nn.functional.avg_pool2d(target, 2) - 10
     wrong = right * torch.tensor([1, 1, -1, 1])[:, None, None]
     iou = torch.ones(2, 4)
-    some, every = (
+    counted, every = (
         a_comparison(target, torch.tensor([[1, 1, third, 1]] * (2 // depth)), depth=depth)
         for third in (0, 1)
     )
     assert training.loss_of(right, iou, every) < 0.02
     assert training.loss_of(wrong, iou, every) > 5
-    assert training.loss_of(wrong, iou, some) < 0.02
+    assert training.loss_of(wrong, iou, counted) < 0.02
 
 
 def test_a_pixel_too_many_in_an_empty_mask_is_no_catastrophe() -> None:
@@ -179,20 +179,20 @@ def test_the_base_is_trained_to_keep_the_image_and_the_help_is_dropped() -> None
 
 
 def test_white_matter_is_read_out_of_the_base() -> None:
-    found = readout.readouts(plain_base(3))
-    assert list(found) == ["last block", "neck", "upscaled"]
-    assert all(0 <= value < 1 for value in found.values())
+    readouts = readout.readouts(plain_base(3))
+    assert list(readouts) == ["last block", "neck", "upscaled"]
+    assert all(0 <= value < 1 for value in readouts.values())
 
 
 def test_the_first_images_are_smaller_than_the_frame_of_their_prompts(tmp_path: Path) -> None:
     images = examples.PhantomImages(4, tmp_path, lambda done: None)
-    whole, small = (
+    large, small = (
         images.example(np.random.default_rng(2), batch=2, shrunk=shrunk) for shrunk in (1, 2)
     )
     half = network.SIZE // 2
     assert small.image.shape == (2, 3, half, half)
-    assert torch.allclose(small.image, torch.nn.functional.avg_pool2d(whole.image, 2), atol=1e-6)
-    assert torch.equal(small.coords, whole.coords)
+    assert torch.allclose(small.image, torch.nn.functional.avg_pool2d(large.image, 2), atol=1e-6)
+    assert torch.equal(small.coords, large.coords)
     logits, _ = network.DemoNetwork(plain_base(3))(small.image, small.coords, small.labels)
     assert logits.shape == (2 * examples.PROMPTS, 4, half // 2, half // 2)
 
@@ -270,16 +270,16 @@ def test_parts_are_switched_off_and_on_again() -> None:
     model = network.DemoNetwork(tensors)
     image = torch.rand(8, 3, network.SIZE, network.SIZE, generator=generator)
     with torch.inference_mode():
-        whole, _ = model(image, *INPUTS)
+        full, _ = model(image, *INPUTS)
         with model.without_depth():
             flat, _ = model(image, *INPUTS)
             single, _ = model(image[:1], *INPUTS)
         with model.without_prompt_conditioning():
             unconditioned, _ = model(image, *INPUTS)
         again, _ = model(image, *INPUTS)
-    assert torch.equal(whole, again)
-    assert not torch.allclose(whole, flat)
-    assert not torch.allclose(whole, unconditioned)
+    assert torch.equal(full, again)
+    assert not torch.allclose(full, flat)
+    assert not torch.allclose(full, unconditioned)
     assert torch.allclose(flat[:1], single, atol=1e-4)  # without SD-Trans, slices are independent
 
 
@@ -332,7 +332,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> 
         if len(seen) == 13:
             raise KeyboardInterrupt
 
-    whole, _ = training.train(a_stage(20), tensors, tmp_path / "whole.pt", save_every=100)
+    uninterrupted, _ = training.train(a_stage(20), tensors, tmp_path / "whole.pt", save_every=100)
     with pytest.raises(KeyboardInterrupt):
         training.train(
             a_stage(20), tensors, tmp_path / "state.pt", save_every=5, on_step=interrupted
@@ -343,8 +343,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> 
     assert seen == [*range(1, 14), *range(11, 21)]  # three steps were lost and done again
     assert figures["steps"] == 20
     assert figures["cpu_seconds"] > 0
-    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
-    changed = {key for key, value in whole.items() if not torch.equal(value, tensors[key])}
+    assert all(torch.equal(value, uninterrupted[key]) for key, value in resumed.items())
+    changed = {key for key, value in uninterrupted.items() if not torch.equal(value, tensors[key])}
     assert changed
     assert all(map(network.is_trained_with_adapters, changed))
     assert not list(tmp_path.glob(".medsa-*"))
@@ -370,14 +370,17 @@ def test_the_checkpoint_shows_what_it_is() -> None:
     checkpoint = load_checkpoint(CHECKPOINT)
     assert checkpoint.public_training
     assert checkpoint.source.dtype == "float16"
-    found = infer(checkpoint, Overrides(classes=4))
-    facts = found.network
+    architecture = infer(checkpoint, Overrides(classes=4))
+    facts = architecture.network
     assert (facts.widths, facts.depths, facts.heads) == ((128,), (8,), (2,))
     assert (facts.windows, facts.global_blocks, facts.image_size) == ((8,), (3, 7), 256)
     assert (facts.rel_pos, facts.outputs, facts.classes) == ("real", "classes", 4)
     assert set(facts.adapters) == {"space", "mlp", "hyp", "decoder-mlp", "decoder-image"}
     assert (facts.hyp_lengths, facts.hyp_prompt_length) == ((64, 32, 64), 32)
-    assert (found.conventions.preprocess, found.conventions.point_order) == ("medsa", "yx")
+    assert (architecture.conventions.preprocess, architecture.conventions.point_order) == (
+        "medsa",
+        "yx",
+    )
 
 
 @torch.inference_mode()

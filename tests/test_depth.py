@@ -39,13 +39,13 @@ def inferred(keys: Keys = KEYS_3D, **overrides: Any) -> Architecture:
 
 
 def test_facts_of_chunks() -> None:
-    found = inferred(depth_chunk=6)
-    network = found.network
+    architecture = inferred(depth_chunk=6)
+    network = architecture.network
     assert (network.sd_trans, network.depth_chunk, network.slices) == ("public", 6, None)
     assert network.chunk == 6
     assert network.adapters == ("space", "mlp", "depth")
-    assert found.conventions.prompt_scope == "chunk"
-    guesses = {g.option: g.value for g in found.guesses}
+    assert architecture.conventions.prompt_scope == "chunk"
+    guesses = {g.option: g.value for g in architecture.guesses}
     assert guesses["--sd-trans"] == "public"
     assert guesses["--prompt-scope"] == "chunk"
     assert "--depth-chunk" not in guesses
@@ -54,23 +54,23 @@ def test_facts_of_chunks() -> None:
 
 
 def test_facts_of_a_fixed_number_of_slices() -> None:
-    found = inferred(depth_chunk="none", slices=5, prompt_scope="slice")
-    network = found.network
+    architecture = inferred(depth_chunk="none", slices=5, prompt_scope="slice")
+    network = architecture.network
     assert (network.sd_trans, network.depth_chunk, network.slices) == ("public", None, 5)
     assert network.chunk == 5
-    assert found.conventions.prompt_scope == "slice"
-    guesses = {g.option for g in found.guesses}
+    assert architecture.conventions.prompt_scope == "slice"
+    guesses = {g.option for g in architecture.guesses}
     assert not guesses & {"--sd-trans", "--prompt-scope", "--depth-chunk"}
     graph = contract(network)["encoder"]
     assert graph.inputs[0].shape[0] == graph.outputs[0].shape[0] == 5
 
 
 def test_facts_of_2d_and_the_guess_that_it_is() -> None:
-    found = inferred()
-    network = found.network
+    architecture = inferred()
+    network = architecture.network
     assert (network.sd_trans, network.depth_chunk, network.slices) == (None, None, None)
     assert (network.chunk, network.adapters) == (1, ("space", "mlp"))
-    (guess,) = (g for g in found.guesses if g.option == "--depth-chunk")
+    (guess,) = (g for g in architecture.guesses if g.option == "--depth-chunk")
     assert (guess.fact, guess.value) == ("3D", "no")
     no_depth = vit_keys(adapters={kind: range(4) for kind in ("Space", "MLP")})
     assert all(g.option != "--depth-chunk" for g in inferred(no_depth).guesses)
@@ -163,15 +163,15 @@ def reference(*, chunk: int | str, slices: int | None = None, grouping: Any = No
     overrides = Overrides(
         depth_chunk=chunk, slices=slices, sd_trans=grouping, window_size=4, global_blocks=(1,)
     )
-    found = infer(hollow(keys), overrides)
-    return build_reference(found.network, tensors)
+    architecture = infer(hollow(keys), overrides)
+    return build_reference(architecture.network, tensors)
 
 
 def encoded(network: ReferenceNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What the reference gives, and the folded encoder."""
-    given = torch.from_numpy(images)
+    batch = torch.from_numpy(images)
     with torch.inference_mode():
-        return network.encode(given).numpy(), fold(network).encoder(given).numpy()
+        return network.encode(batch).numpy(), fold(network).encoder(batch).numpy()
 
 
 @pytest.mark.parametrize("grouping", ["public", "paper"])
@@ -209,14 +209,14 @@ def test_attending_a_few_heads_at_a_time_is_exact(
 ) -> None:
     network = reference(**chunk)
     images = seeded.image(3, (3, 3, 96, 96))
-    expected, whole = encoded(network, images)
+    expected, folded = encoded(network, images)
     monkeypatch.setattr(vit, "SCORES", limit)
     blocks = fold(network).encoder.blocks
     assert [block.attention.heads for block in blocks] == [4, 4]
     assert [b.attention.heads_at_once for b in blocks] == ([2, 2] if limit > 1 else [1, 1])
     _, split = encoded(network, images)
     assert relative_l2(split, expected) <= 3e-6
-    np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(split, folded, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -234,24 +234,24 @@ def test_attending_a_few_heads_at_a_time_is_exact(
 def test_scores_are_held_for_as_many_heads_as_fit(
     heads: int, window: int, grid: int, slices: int, expected: int
 ) -> None:
-    found = vit._heads_at_once(heads, window, grid, slices)
-    assert found == expected
+    heads_at_once = vit._heads_at_once(heads, window, grid, slices)
+    assert heads_at_once == expected
     side = window or grid
     scores = slices * (-(-grid // side)) ** 2 * side**4
-    assert found == 1 or found * scores <= vit.SCORES
-    assert found == heads or (found + 1) * scores > vit.SCORES
+    assert heads_at_once == 1 or heads_at_once * scores <= vit.SCORES
+    assert heads_at_once == heads or (heads_at_once + 1) * scores > vit.SCORES
 
 
 # The bundle
 
 
 def test_the_manifest_of_a_3d_bundle(bundle_3d: Path) -> None:
-    made = load_manifest(bundle_3d)
-    network = made.network
+    manifest = load_manifest(bundle_3d)
+    network = manifest.network
     assert (network.sd_trans, network.depth_chunk, network.slices) == ("public", 4, None)
     assert "depth" in network.adapters
-    assert made.conventions.prompt_scope == "chunk"
-    (parity,) = made.parity
+    assert manifest.conventions.prompt_scope == "chunk"
+    (parity,) = manifest.parity
     assert (parity.seeded_images, parity.prompt_sets) == (2, 10)
     for tensor in parity.tensors.values():
         assert tensor.relative_l2 <= 2e-5
@@ -263,12 +263,12 @@ def test_batches_of_whole_chunks_in_onnxruntime(
 ) -> None:
     encoder = ort.InferenceSession(bundle_3d / "encoder.onnx")
     images = seeded.image(5, (4 * chunks, 3, 256, 256))
-    (found,) = encoder.run(None, {"image": images})
+    (embeddings,) = encoder.run(None, {"image": images})
     parts = [encoder.run(None, {"image": images[i : i + 4]})[0] for i in range(0, 4 * chunks, 4)]
-    assert relative_l2(found, np.concatenate(parts)) <= 1e-6
+    assert relative_l2(embeddings, np.concatenate(parts)) <= 1e-6
     loaded = load_checkpoint(checkpoint_of("medsa_hyp_3d"))
     network = build_reference(load_manifest(bundle_3d).network, loaded.tensors)
-    assert relative_l2(found, network.encode(torch.from_numpy(images)).numpy()) <= 2e-5
+    assert relative_l2(embeddings, network.encode(torch.from_numpy(images)).numpy()) <= 2e-5
 
 
 def test_paper_grouping_in_onnxruntime(checkpoint_of, tmp_path: Path) -> None:
@@ -304,11 +304,11 @@ def test_the_depth_branch_projects_nothing_twice(bundle_3d: Path) -> None:
 def test_a_session_takes_whole_chunks(bundle_3d: Path) -> None:
     pixels = [seeded_image(60, i)[:50] for i in range(8)]
     with load(bundle_3d, threads=2) as session:
-        found = session.encode_slices(pixels)
-        assert [embedding.values.shape for embedding in found] == [(1, 256, 16, 16)] * 8
+        embeddings = session.encode_slices(pixels)
+        assert [embedding.values.shape for embedding in embeddings] == [(1, 256, 16, 16)] * 8
         second = session.encode_slices(pixels[4:])
-        np.testing.assert_array_equal(found[5].values, second[1].values)
-        alone = session.segment(found[5], points=[(30, 20)])
+        np.testing.assert_array_equal(embeddings[5].values, second[1].values)
+        alone = session.segment(embeddings[5], points=[(30, 20)])
         assert alone.masks.shape == (1, 2, 50, 60)
         for count in (0, 3, 5):
             with pytest.raises(UsageError, match=f"{count} slices were given; .* a multiple of 4"):
@@ -324,8 +324,8 @@ def test_a_session_takes_whole_chunks(bundle_3d: Path) -> None:
 def test_a_flat_slice_is_encoded(bundle_3d: Path) -> None:
     """Volumes end in air; a single image that is flat is refused."""
     with load(bundle_3d, threads=2) as session:
-        found = session.encode_slices([np.zeros((50, 60), np.int16)] * 4)
-    assert np.isfinite(found[0].values).all()
+        embeddings = session.encode_slices([np.zeros((50, 60), np.int16)] * 4)
+    assert np.isfinite(embeddings[0].values).all()
 
 
 # The proof
@@ -344,8 +344,8 @@ def test_a_3d_bundle_is_verified(bundle_3d: Path, checkpoint_of, tmp_path: Path)
     (parity,) = done.json["parity"]
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (0, 1, 5)
     volume(tmp_path / "ct.nii.gz", 7)
-    given = ["--checkpoint", checkpoint_of("medsa_hyp_3d"), "--images", tmp_path / "ct.nii.gz"]
-    done = call("verify", bundle_3d, *given, "--json")
+    arguments = ["--checkpoint", checkpoint_of("medsa_hyp_3d"), "--images", tmp_path / "ct.nii.gz"]
+    done = call("verify", bundle_3d, *arguments, "--json")
     assert done.code == 0, done.err
     (parity,) = done.json["parity"]
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (1, 2, 15)
@@ -360,13 +360,13 @@ def test_the_users_images_of_a_proof(bundle_3d: Path, bundle: Path, tmp_path: Pa
     volume(tmp_path / "a.nii.gz", 9)
     volume(tmp_path / "b.nii.gz", 4)
     deep, flat = (load_manifest(path) for path in (bundle_3d, bundle))
-    found = parity_cases(deep, tmp_path)[2:]
-    assert [case.name for case in found] == ["a.nii.gz", "b.nii.gz"]
-    assert [[image.plane.index for image in case.images] for case in found] == [  # type: ignore[union-attr]
+    cases = parity_cases(deep, tmp_path)[2:]
+    assert [case.name for case in cases] == ["a.nii.gz", "b.nii.gz"]
+    assert [[image.plane.index for image in case.images] for case in cases] == [  # type: ignore[union-attr]
         [2, 3, 4, 5],
         [0, 1, 2, 3],
     ]
-    assert [len(case.pairs) for case in found] == [5, 5]
+    assert [len(case.pairs) for case in cases] == [5, 5]
     series = save(slices(6), tmp_path / "series")
     assert [case.name for case in parity_cases(deep, series)[2:]] == ["series"]
     assert [case.name for case in parity_cases(flat, series)[2:]] == [f"{n}.dcm" for n in "abcdef"]

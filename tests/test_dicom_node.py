@@ -21,7 +21,7 @@ import pydicom
 import pytest
 from dicom_network import (
     SOCKETS_LEFT,
-    WHOLE,
+    WHOLE_TEMPLATE,
     FakePacs,
     RunningNode,
     ct_series,
@@ -52,7 +52,7 @@ from medsa_deploy.errors import UsageError
 pytestmark = SOCKETS_LEFT
 RULES = (
     {"match": {"series_description": "*prompted*"}, "prompts": {"template": "study"}},
-    {"match": {"series_description": "*PORTAL*", "calling_aet": "SCAN*"}, **WHOLE,
+    {"match": {"series_description": "*PORTAL*", "calling_aet": "SCAN*"}, **WHOLE_TEMPLATE,
      "measurements": True},
     {"match": {"series_description": "relative"}, "propagate": True, "intensity_window": "auto",
      "prompts": {"relative": True, "structures": [
@@ -252,12 +252,12 @@ def test_prompts_that_do_not_come_are_waited_for(node: RunningNode, pacs: FakePa
 
 
 def test_more_series_than_the_queue_holds_are_refused(node: RunningNode, pacs: FakePacs) -> None:
-    many = [ct_series(1)[0] for _ in range(4)]
-    statuses = send(node.port, many)
+    datasets = [ct_series(1)[0] for _ in range(4)]
+    statuses = send(node.port, datasets)
     assert statuses == [0, 0, 0, 0xA700]
-    assert send(node.port, many[:1]) == [0]  # of a series that has begun
+    assert send(node.port, datasets[:1]) == [0]  # of a series that has begun
     wait_until(node.idle)
-    assert send(node.port, many[3:]) == [0]
+    assert send(node.port, datasets[3:]) == [0]
     wait_until(node.idle)
     assert 'medsa_images_refused_total{reason="queue full"} 1' in node.get("/metrics")
 
@@ -313,9 +313,9 @@ def test_logs_and_audit_have_no_patient_data(node: RunningNode, pacs: FakePacs) 
     assert (outcome["result"], outcome["images"], outcome["rule"]) == ("sent", 2, 2)
     assert len(outcome["bundle_sha256"]) == 64
     assert outcome["calling_aet"] == "SCANNER"
-    everything = node.text + (node.spool.folder / "audit.jsonl").read_text()
+    written = node.text + (node.spool.folder / "audit.jsonl").read_text()
     identifying = [*SECRETS, series[0].StudyInstanceUID, series[0].SeriesInstanceUID]
-    assert not [text for text in identifying if text in everything]
+    assert not [text for text in identifying if text in written]
     assert node.spool.folder.stat().st_mode & 0o077 == 0
 
 
@@ -408,7 +408,7 @@ def test_nothing_is_lost_or_sent_twice_by_kill_9(bundle: Path, tmp_path: Path) -
     pacs.close()
     spool = tmp_path / "spool"
 
-    def some(state: str) -> bool:
+    def any_in(state: str) -> bool:
         return any(not p.name.startswith(".") for p in (spool / state).iterdir())
 
     def start() -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
@@ -419,15 +419,15 @@ def test_nothing_is_lost_or_sent_twice_by_kill_9(bundle: Path, tmp_path: Path) -
         assert send(port, series[:2]) == [0, 0]
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert some("receiving")
+    assert any_in("receiving")
     with start() as process:
         assert send(port, series[2:]) == [0]
-        wait_until(lambda: some("working"))
+        wait_until(lambda: any_in("working"))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not some("sending")
+    assert not any_in("sending")
     with start() as process:
-        wait_until(lambda: some("sending"))
+        wait_until(lambda: any_in("sending"))
         process.send_signal(signal.SIGKILL)
         process.wait()
     pacs = FakePacs(int(target.split(":")[1]))
@@ -439,7 +439,7 @@ def test_nothing_is_lost_or_sent_twice_by_kill_9(bundle: Path, tmp_path: Path) -
         more = ct_series(2)
         assert send(port, [*more, *series]) == [0] * 5
         wait_until(lambda: len(pacs.stored) == 2)
-        wait_until(lambda: not any(map(some, ("receiving", "queued", "working", "sending"))))
+        wait_until(lambda: not any(map(any_in, ("receiving", "queued", "working", "sending"))))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     totals = json.loads((tmp_path / "totals.json").read_text())

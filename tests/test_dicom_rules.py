@@ -32,7 +32,7 @@ from medsa_deploy.images.stacking import TO_NIFTI
 from medsa_deploy.runtime import Structure
 
 LIVER = {"structures": [{"name": "liver", "boxes": [[0.2, 0.2, 0.3, 0.8, 0.8, 0.7]]}]}
-WHOLE = {"template": "whole"}
+WHOLE_TEMPLATE = {"template": "whole"}
 
 
 def rules_of(folder: Path, *rules: Any) -> Any:
@@ -47,7 +47,8 @@ def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
         {"match": {"modality": "CT", "series_description": "*portal*"}, "bundle": "a.medsa",
          "prompts": {"relative": True, **LIVER}, "propagate": True, "margin": 4,
          "intensity_window": [-175, 250], "threshold": 0.4},
-        {"match": {"modality": "CT", "body_part": "*", "calling_aet": "SCAN?"}, "prompts": WHOLE},
+        {"match": {"modality": "CT", "body_part": "*", "calling_aet": "SCAN?"},
+         "prompts": WHOLE_TEMPLATE},
         {"match": {"study_description": "knee"}, "prompts": {"template": "none"}},
     )  # fmt: skip
     for facts, number in (
@@ -70,9 +71,9 @@ def test_the_first_rule_that_matches_counts(tmp_path: Path) -> None:
 
 
 def test_a_rules_identity_is_how_it_segments(tmp_path: Path) -> None:
-    (first,) = rules_of(tmp_path, {"match": {"modality": "CT"}, "prompts": WHOLE})
-    (same,) = rules_of(tmp_path, {"prompts": WHOLE})
-    (other,) = rules_of(tmp_path, {"prompts": WHOLE, "propagate": True})
+    (first,) = rules_of(tmp_path, {"match": {"modality": "CT"}, "prompts": WHOLE_TEMPLATE})
+    (same,) = rules_of(tmp_path, {"prompts": WHOLE_TEMPLATE})
+    (other,) = rules_of(tmp_path, {"prompts": WHOLE_TEMPLATE, "propagate": True})
     assert first.identity == same.identity != other.identity
 
 
@@ -80,13 +81,13 @@ def test_a_rules_identity_is_how_it_segments(tmp_path: Path) -> None:
     ("rule", "message"),
     [
         (3, "rule 1 should be an object with some of"),
-        ({"prompts": WHOLE, "bundel": "a"}, "rule 1 should be an object with some of"),
-        ({"match": {"modalty": "CT"}, "prompts": WHOLE}, "its match should be an object"),
-        ({"match": {"modality": 3}, "prompts": WHOLE}, "a match is text"),
-        ({"prompts": WHOLE, "bundle": 3}, "its bundle is 3, expected a path"),
-        ({"prompts": WHOLE, "propagate": 1}, "its propagate is 1, expected true or false"),
-        ({"prompts": WHOLE, "margin": "3"}, "its margin is '3', expected a number"),
-        ({"prompts": WHOLE, "intensity_window": [1]}, "its intensity_window should be"),
+        ({"prompts": WHOLE_TEMPLATE, "bundel": "a"}, "rule 1 should be an object with some of"),
+        ({"match": {"modalty": "CT"}, "prompts": WHOLE_TEMPLATE}, "its match should be an object"),
+        ({"match": {"modality": 3}, "prompts": WHOLE_TEMPLATE}, "a match is text"),
+        ({"prompts": WHOLE_TEMPLATE, "bundle": 3}, "its bundle is 3, expected a path"),
+        ({"prompts": WHOLE_TEMPLATE, "propagate": 1}, "its propagate is 1, expected true or false"),
+        ({"prompts": WHOLE_TEMPLATE, "margin": "3"}, "its margin is '3', expected a number"),
+        ({"prompts": WHOLE_TEMPLATE, "intensity_window": [1]}, "its intensity_window should be"),
         ({}, "its prompts should be an object, found None"),
         ({"prompts": {"template": "magic"}}, "its template is 'magic', expected one of"),
         ({"prompts": {"template": "whole", "name": ""}}, "its name should be one line of text"),
@@ -142,8 +143,8 @@ def test_templates_without_structures(volume: Volume) -> None:
         return template_structures(parse_template(template, "rule 1"), volume)
 
     assert structures(template="none") == []
-    (whole,) = structures(template="whole", name="brain")
-    assert whole == Structure(boxes=((0, 0, 0, 16, 12, 6),), name="brain")
+    (structure,) = structures(template="whole", name="brain")
+    assert structure == Structure(boxes=((0, 0, 0, 16, 12, 6),), name="brain")
     (body,) = structures(template="body", **{"class": "liver"})
     assert body.class_name == "liver"
     assert body.points == (body_middle(volume),)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pydicom
 import pytest
-from dicom_network import WHOLE, ct_series, write_rules
+from dicom_network import WHOLE_TEMPLATE, ct_series, write_rules
 from fake_network import bright_pixels
 from pydicom.filebase import DicomBytesIO
 
@@ -62,9 +62,9 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    made = Bench(tmp_path, WHOLE)
-    yield made
-    made.inbox.close()
+    opened = Bench(tmp_path, WHOLE_TEMPLATE)
+    yield opened
+    opened.inbox.close()
 
 
 def test_a_series_moves_from_the_queue_to_the_sender(bench: Bench) -> None:

@@ -31,15 +31,15 @@ from medsa_deploy.nvidia.engines import (
 
 LIBRARY = tensorrt_api.Library(flavor="rtx", version="1.7.1", targets=("sm86", "sm89"))
 DEVICE = cuda.Device(name="RTX 3090", capability="sm86", driver_cuda="13.0")
-ONE = AxisRange(min=1, opt=1, max=1)
+SINGLE = AxisRange(min=1, opt=1, max=1)
 OPTIONS = EngineOptions(
     flavor="rtx",
     precision="fp32",
     targets=("sm86", "sm89"),
-    batch=ONE,
-    points=ONE,
-    prompts=ONE,
-    embeddings=ONE,
+    batch=SINGLE,
+    points=SINGLE,
+    prompts=SINGLE,
+    embeddings=SINGLE,
     tf32=True,
     fused_attention=True,
     workspace_gb=None,
@@ -178,11 +178,11 @@ def test_an_engine_of_another_graph_is_stale(folder: Path, manifest: Manifest) -
 @pytest.mark.parametrize("change", ["bit", "longer", "gone"])
 def test_changed_engines_are_refused(folder: Path, manifest: Manifest, change: str) -> None:
     path = folder / "decoder.engine"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     if change == "gone":
         path.unlink()
     else:
-        path.write_bytes(whole + b"!" if change == "longer" else b"N" + whole[1:])
+        path.write_bytes(content + b"!" if change == "longer" else b"N" + content[1:])
     reason = {"bit": "another SHA-256", "longer": "expected 20", "gone": "No such file"}[change]
     with pytest.raises(errors.EngineChangedError, match=reason):
         check(folder, manifest)

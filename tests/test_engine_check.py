@@ -123,7 +123,7 @@ def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     machine = fake_gpu.install(monkeypatch)
     plain = session_of(machine)
     bundle = tmp_path / "a.medsa"
-    folder = write(bundle / "engines" / "x", plain.manifest, describe("rtx", batch=ONE))
+    folder = write(bundle / "engines" / "x", plain.manifest, describe("rtx", batch=SINGLE))
     save_manifest(plain.manifest, bundle)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     case, outputs = seeded_case(SIDE, None, 1), run_case(plain, CASE).tensors
@@ -132,7 +132,7 @@ def test_the_process_says_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     assert str(folder) in reason
 
 
-ONE = AxisRange(min=1, opt=1, max=1)
+SINGLE = AxisRange(min=1, opt=1, max=1)
 
 
 def test_verify_runs_engines_where_there_is_a_gpu(

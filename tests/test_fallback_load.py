@@ -37,18 +37,18 @@ def encoded(session: Session) -> Embedding:
 def test_a_chain_ends_at_what_every_machine_has(bundle: Path, caplog) -> None:
     chain = ("onnxruntime-cuda", "onnxruntime")
     with load(bundle, backend="tensorrt", fallback=chain) as session, load(bundle) as plain:
-        found = session.segment(session.encode(IMAGE), **POINTS)
-        wanted = plain.segment(plain.encode(IMAGE), **POINTS)
-    assert_array_equal(found.masks, wanted.masks)
-    assert_array_equal(found.low_res_logits, wanted.low_res_logits)
-    assert found.degraded.startswith("tensorrt: ")
+        prediction = session.segment(session.encode(IMAGE), **POINTS)
+        expected = plain.segment(plain.encode(IMAGE), **POINTS)
+    assert_array_equal(prediction.masks, expected.masks)
+    assert_array_equal(prediction.low_res_logits, expected.low_res_logits)
+    assert prediction.degraded.startswith("tensorrt: ")
     assert "holds no TensorRT fp32 engines: build them with medsa-deploy build-engine" in (
-        found.degraded
+        prediction.degraded
     )
     assert "; onnxruntime-cuda: the backend onnxruntime-cuda needs onnxruntime-gpu" in (
-        found.degraded
+        prediction.degraded
     )
-    assert wanted.degraded is None
+    assert expected.degraded is None
     assert "onnxruntime is used, because tensorrt" in caplog.text
 
 
@@ -68,20 +68,20 @@ def test_a_chain_runs_the_decoders_parts_where_its_backend_has_them(bundle: Path
         load(bundle) as second,
     ):
         embedding = session.encode(IMAGE)
-        found = session.segment(embedding, **POINTS)
-        wanted = first.segment(first.encode(IMAGE), **POINTS)
-        assert_array_equal(found.low_res_logits, wanted.low_res_logits)
-        assert found.degraded is None
+        prediction = session.segment(embedding, **POINTS)
+        expected = first.segment(first.encode(IMAGE), **POINTS)
+        assert_array_equal(prediction.low_res_logits, expected.low_res_logits)
+        assert prediction.degraded is None
 
         def fail(*arguments: object) -> None:
             raise errors.DeviceError("a click failed")
 
         in_use = session.backend._in_use
         in_use.decode_click = in_use.decode = fail
-        found = session.segment(embedding, **POINTS)
-        assert found.degraded == "openvino: a click failed"
-        wanted = second.segment(second.encode(IMAGE), **POINTS)
-        np.testing.assert_allclose(found.low_res_logits, wanted.low_res_logits, atol=1e-4)
+        prediction = session.segment(embedding, **POINTS)
+        assert prediction.degraded == "openvino: a click failed"
+        expected = second.segment(second.encode(IMAGE), **POINTS)
+        np.testing.assert_allclose(prediction.low_res_logits, expected.low_res_logits, atol=1e-4)
         in_use = session.backend._in_use
         in_use.decode = fail
         session.segment(session.encode(IMAGE), **POINTS)
@@ -93,13 +93,13 @@ def test_nan_in_the_image_part_is_the_backends_that_gave_it(bundle: Path) -> Non
         in_use = session.backend._in_use
         real = in_use.decode_image
         in_use.decode_image = lambda x: {k: v * np.nan for k, v in real(x).items()}
-        found = session.segment(session.encode(IMAGE), **POINTS)
+        prediction = session.segment(session.encode(IMAGE), **POINTS)
         assert (
-            found.degraded == "openvino: openvino gave an embedding with NaN or Inf: nothing "
+            prediction.degraded == "openvino: openvino gave an embedding with NaN or Inf: nothing "
             "returned"
         )
-        wanted = plain.segment(plain.encode(IMAGE), **POINTS)
-        np.testing.assert_allclose(found.low_res_logits, wanted.low_res_logits, atol=1e-4)
+        expected = plain.segment(plain.encode(IMAGE), **POINTS)
+        np.testing.assert_allclose(prediction.low_res_logits, expected.low_res_logits, atol=1e-4)
 
 
 def test_a_part_that_fails_is_made_up_for_by_the_whole_decoder(bundle: Path) -> None:
@@ -113,32 +113,36 @@ def test_a_part_that_fails_is_made_up_for_by_the_whole_decoder(bundle: Path) -> 
         embedding = session.encode(IMAGE)
         assert session.degraded == "openvino: it failed"
         session.backend._in_use.splits = False
-        found = session.segment(embedding, **POINTS)
-        wanted = plain.segment(encoded(plain), **POINTS)
-        np.testing.assert_allclose(found.low_res_logits, wanted.low_res_logits, atol=1e-4)
+        prediction = session.segment(embedding, **POINTS)
+        expected = plain.segment(encoded(plain), **POINTS)
+        np.testing.assert_allclose(prediction.low_res_logits, expected.low_res_logits, atol=1e-4)
 
 
 def test_bound_memory_gives_the_same_masks(bundle: Path) -> None:
-    made = load_manifest(bundle)
-    files = (bundle / made.file("encoder").path, bundle / made.file("decoder").path, made.graphs)
-    with Session(made, BoundOnHost(*files)) as bound, load(bundle) as plain:
+    manifest = load_manifest(bundle)
+    files = (
+        bundle / manifest.file("encoder").path,
+        bundle / manifest.file("decoder").path,
+        manifest.graphs,
+    )
+    with Session(manifest, BoundOnHost(*files)) as bound, load(bundle) as plain:
         embedding = bound.encode(IMAGE)
         assert isinstance(embedding.values, DeviceArray)
-        wanted = encoded(plain)
-        assert_array_equal(np.asarray(embedding.values), wanted.values)
+        expected = encoded(plain)
+        assert_array_equal(np.asarray(embedding.values), expected.values)
         for prompt in (POINTS, {"box": (5, 6, 50, 60)}):
             assert_array_equal(
                 bound.segment(embedding, **prompt).low_res_logits,
-                plain.segment(wanted, **prompt).low_res_logits,
+                plain.segment(expected, **prompt).low_res_logits,
             )
-            on_host = bound.segment(wanted, **prompt).low_res_logits
-            assert_array_equal(on_host, plain.segment(wanted, **prompt).low_res_logits)
+            on_host = bound.segment(expected, **prompt).low_res_logits
+            assert_array_equal(on_host, plain.segment(expected, **prompt).low_res_logits)
         with pytest.raises(errors.DeviceError, match="ONNX Runtime failed"):
             bound.backend.encode(np.zeros((1, 3, 7, 7), np.float32))
 
 
 @pytest.mark.parametrize(
-    ("said", "kind"),
+    ("message", "kind"),
     [
         ("CUDA failure 2: out of memory ; GPU=0", errors.DeviceMemoryError),
         ("BFCArena: Failed to allocate memory for requested buffer", errors.DeviceMemoryError),
@@ -146,5 +150,5 @@ def test_bound_memory_gives_the_same_masks(bundle: Path) -> None:
         ("Got invalid dimensions for input", errors.DeviceError),
     ],
 )
-def test_what_onnxruntime_says_has_a_name(said: str, kind: type[errors.DeviceError]) -> None:
-    assert type(failure(RuntimeError(said))) is kind
+def test_what_onnxruntime_says_has_a_name(message: str, kind: type[errors.DeviceError]) -> None:
+    assert type(failure(RuntimeError(message))) is kind

@@ -75,7 +75,7 @@ def test_a_sharded_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "given"),
+    ("files", "argument"),
     [
         (["version_0.txt", "checkpoints/epoch=3.ckpt", "checkpoints/last.ckpt"], "last.ckpt"),
         (["latest", "global_step9/mp_rank_00_model_states.pt"], "mp_rank_00_model_states.pt"),
@@ -85,14 +85,14 @@ def test_a_sharded_index(tmp_path: Path) -> None:
     ],
 )
 def test_a_trainers_folder_names_the_file_to_give(
-    tmp_path: Path, files: list[str], given: str
+    tmp_path: Path, files: list[str], argument: str
 ) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     message = refusal(tmp_path)
     assert "is a folder: give the file in it" in message
-    assert given in message
+    assert argument in message
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:

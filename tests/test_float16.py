@@ -32,15 +32,17 @@ def graph(
     """A model from `x` to `y`, both float32."""
     tensors = [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()]
     ends = [helper.make_tensor_value_info(name, FLOAT, shape) for name in "xy"]
-    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    graph_proto = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    return helper.make_model(
+        graph_proto, opset_imports=[helper.make_opsetid("", 20)], ir_version=10
+    )
 
 
 def node(operator: str, inputs: str, output: str, module: str = "", **options: Any) -> Any:
-    made = helper.make_node(operator, inputs.split(), [output], name=output, **options)
+    node_proto = helper.make_node(operator, inputs.split(), [output], name=output, **options)
     scopes = repr(["", module, output])
-    made.metadata_props.add(key=METADATA, value=scopes)
-    return made
+    node_proto.metadata_props.add(key=METADATA, value=scopes)
+    return node_proto
 
 
 def run(model: Any, x: np.ndarray) -> np.ndarray:
@@ -58,7 +60,7 @@ def converted(model: Any, **options: Any) -> Any:
 def kinds(model: Any) -> dict[str, int]:
     """The type of each node's first output."""
     types = value_types(model)
-    return {made.name: types[made.output[0]] for made in model.graph.node}
+    return {node.name: types[node.output[0]] for node in model.graph.node}
 
 
 def inputs(seed: int = 0) -> np.ndarray:
@@ -79,27 +81,27 @@ def test_norms_and_softmax_compute_in_float32_and_the_rest_does_not(
     types = value_types(model)
     for tensor in (*model.graph.input, *model.graph.output):
         assert tensor.type.tensor_type.elem_type == FLOAT
-    for made in model.graph.node:
-        found = {types[value] for value in made.input if types.get(value) in (FLOAT, HALF)}
-        if made.op_type in OPERATORS:
-            assert found == {FLOAT}, made.name
-        elif made.op_type in ("MatMul", "Gemm", "Conv", "Gelu", "Relu") and "sparse" not in (
-            module_of(made)
+    for node in model.graph.node:
+        read_types = {types[value] for value in node.input if types.get(value) in (FLOAT, HALF)}
+        if node.op_type in OPERATORS:
+            assert read_types == {FLOAT}, node.name
+        elif node.op_type in ("MatMul", "Gemm", "Conv", "Gelu", "Relu") and "sparse" not in (
+            module_of(node)
         ):
-            assert found == {HALF}, made.name
+            assert read_types == {HALF}, node.name
 
 
 def test_coordinates_stay_float32_up_to_their_sines(bundle: Path) -> None:
     model = load_graph(bundle / "decoder.onnx")
     to_float16(model, float32_nodes(model))
     types = value_types(model)
-    makers = {output: made for made in model.graph.node for output in made.output}
-    todo = [made for made in model.graph.node if made.op_type in ("Sin", "Cos")]
+    makers = {output: node for node in model.graph.node for output in node.output}
+    todo = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
     assert len(todo) == 2
     seen = set()
     while todo:
-        made = todo.pop()
-        for name in made.input:
+        node = todo.pop()
+        for name in node.input:
             if types.get(name) in (FLOAT, HALF):
                 assert types[name] == FLOAT, name
                 seen.add(name)
@@ -119,11 +121,11 @@ def test_why_nodes_stay(bundle: Path) -> None:
 
 def test_a_block_returns_to_float32(bundle: Path) -> None:
     model = load_graph(bundle / "encoder.onnx")
-    whole = float32_nodes(model, blocks=["blocks.1"])
-    for i, made in enumerate(model.graph.node):
-        if block_of(module_of(made)) == "blocks.1" and made.op_type in ("MatMul", "Gelu"):
-            assert whole[i] == "blocks"
-    to_float16(model, whole)
+    of_block = float32_nodes(model, blocks=["blocks.1"])
+    for i, node in enumerate(model.graph.node):
+        if block_of(module_of(node)) == "blocks.1" and node.op_type in ("MatMul", "Gelu"):
+            assert of_block[i] == "blocks"
+    to_float16(model, of_block)
     onnx.checker.check_model(model, full_check=True)
 
 
@@ -169,10 +171,10 @@ def test_a_value_that_both_types_read_is_cast_once() -> None:
             node("Add", "d a", "y"),
         ]
     )
-    made = converted(model)
-    casts = [made_.input[0] for made_ in made.graph.node if made_.op_type == "Cast"]
+    half = converted(model)
+    casts = [cast.input[0] for cast in half.graph.node if cast.op_type == "Cast"]
     assert sorted(casts) == ["a", "b", "c", "x", "y_float16"]
-    np.testing.assert_allclose(run(made, inputs()), run(model, inputs()), atol=5e-3)
+    np.testing.assert_allclose(run(half, inputs()), run(model, inputs()), atol=5e-3)
 
 
 def test_a_weight_that_both_types_read_is_kept_in_both() -> None:
@@ -181,10 +183,10 @@ def test_a_weight_that_both_types_read_is_kept_in_both() -> None:
     model = graph(
         [node("Mul", "x w", "a"), node("LayerNormalization", "a w b", "y")], w=weight, b=bias
     )
-    made = converted(model)
-    found = {t.name: t.data_type for t in made.graph.initializer}
-    assert found == {"w": FLOAT, "b": FLOAT, "w_float16": HALF}
-    np.testing.assert_allclose(run(made, inputs()), run(model, inputs()), atol=5e-3)
+    half = converted(model)
+    dtypes = {t.name: t.data_type for t in half.graph.initializer}
+    assert dtypes == {"w": FLOAT, "b": FLOAT, "w_float16": HALF}
+    np.testing.assert_allclose(run(half, inputs()), run(model, inputs()), atol=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +232,9 @@ def test_a_weight_that_both_types_read_is_kept_in_both() -> None:
     ids=lambda model: model.graph.node[0].op_type + str(len(model.graph.node)),
 )  # fmt: skip
 def test_operators_that_need_care(model: Any) -> None:
-    made = onnx.ModelProto.FromString(model.SerializeToString())
-    to_float16(made, float32_nodes(made))
-    np.testing.assert_allclose(run(made, inputs()), run(model, inputs()), rtol=2e-3, atol=2e-3)
+    half = onnx.ModelProto.FromString(model.SerializeToString())
+    to_float16(half, float32_nodes(half))
+    np.testing.assert_allclose(run(half, inputs()), run(model, inputs()), rtol=2e-3, atol=2e-3)
 
 
 def test_why_a_graph_was_not_changed() -> None:
@@ -275,13 +277,13 @@ def test_any_chain_gives_what_float32_gives(operators: list[str], seed: int) -> 
         last = name
     weight = np.random.default_rng(seed).uniform(-0.5, 0.5, (SIDE, SIDE)).astype(np.float32)
     model = graph(nodes, w=weight)
-    made = onnx.ModelProto.FromString(model.SerializeToString())
-    to_float16(made, float32_nodes(made))
+    half = onnx.ModelProto.FromString(model.SerializeToString())
+    to_float16(half, float32_nodes(half))
     rounded = onnx.ModelProto.FromString(model.SerializeToString())
     round_like_float16(rounded, float32_nodes(rounded))
     expected = run(model, inputs(seed))
-    for found in (run(made, inputs(seed)), run(rounded, inputs(seed))):
-        np.testing.assert_allclose(found, expected, atol=2e-2)
+    for results in (run(half, inputs(seed)), run(rounded, inputs(seed))):
+        np.testing.assert_allclose(results, expected, atol=2e-2)
 
 
 def test_rounding_is_that_of_float16() -> None:
@@ -302,11 +304,11 @@ def test_ranges_come_from_inside_the_graph() -> None:
     watch(model, ["a"], sampled=["y"])
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    found = dict(zip(names, session.run(names, {"x": inputs()}), strict=True))
-    assert found[f"a{LOW}"] == 0
-    assert found[f"a{HIGH}"] == inputs().max()
-    assert found[f"y{LOW}"] == -2 * inputs().max()
-    np.testing.assert_array_equal(found[f"y{SAMPLE}"], found["y"].ravel()[::SAMPLE_STRIDE])
+    results = dict(zip(names, session.run(names, {"x": inputs()}), strict=True))
+    assert results[f"a{LOW}"] == 0
+    assert results[f"a{HIGH}"] == inputs().max()
+    assert results[f"y{LOW}"] == -2 * inputs().max()
+    np.testing.assert_array_equal(results[f"y{SAMPLE}"], results["y"].ravel()[::SAMPLE_STRIDE])
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,14 @@ CLOSE = 5e-3
 @pytest.fixture(scope="module", autouse=True)
 def flavor() -> Iterator[tensorrt_api.Flavor]:
     """The library that runs the engines."""
-    asked = os.environ.get("MEDSA_TEST_FLAVOR")
+    choice = os.environ.get("MEDSA_TEST_FLAVOR")
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rehearsal.rehearsing():
-            rehearsal.install(monkeypatch, asked or "tensorrt")
+            rehearsal.install(monkeypatch, choice or "tensorrt")
         yield next(
-            f for f in tensorrt_api.FLAVORS if (f == asked if asked else tensorrt_api.installed(f))
+            f
+            for f in tensorrt_api.FLAVORS
+            if (f == choice if choice else tensorrt_api.installed(f))
         )
 
 

@@ -203,8 +203,10 @@ def test_the_rehearsal_runs_every_part_to_its_end(
     for name, part in gpu_check.PARTS.items():
         assert f"{name}: needs {part.needs}; about {part.minutes:g} min" in output
     for name, expected in (("sessions", 6), ("threads", 1), ("full_memory", 1)):
-        (said,) = [result["said"] for result in record[name].values() if isinstance(result, dict)]
-        assert said.startswith(f"{expected} passed")
+        (message,) = [
+            result["said"] for result in record[name].values() if isinstance(result, dict)
+        ]
+        assert message.startswith(f"{expected} passed")
     assert record["latency"]["tensorrt_graphs"]["profile"]["facts"]["cuda_graphs"] is True
     assert {run["backend"] for run in record["models"]["runs"]} == {"tensorrt", "rtx"}
     assert "MEDSA_REHEARSAL" not in os.environ

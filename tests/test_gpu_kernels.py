@@ -59,7 +59,7 @@ class OnGpu:
         module = self.modules[launch.source]
         self.gpu.launch(module, launch.entry, launch.grid, BLOCK, bytes(launch.parameters))
 
-    def taken(self, address: int, size: int) -> np.ndarray:
+    def guarded_content(self, address: int, size: int) -> np.ndarray:
         """The bytes of an output, whose guards are whole."""
         memory = self.gpu.read(address, (size + 2 * GUARD,), np.uint8)
         assert (memory[:GUARD] == 0xEE).all()
@@ -82,7 +82,7 @@ class OnGpu:
             scratch=scratch,
         ):
             self.launch(launch)
-        image = self.taken(output, plan.output_bytes)
+        image = self.guarded_content(output, plan.output_bytes)
         for address in (frame, output, tables, scratch):
             self.gpu.free(address)
         return image.view(np.float16 if case.half else np.float32).reshape(3, case.size, case.size)
@@ -102,7 +102,7 @@ class OnGpu:
         ]
         logits, output, tally, tables = addresses
         self.launch(plan.launch(logits=logits, output=output + GUARD, tally=tally, tables=tables))
-        masks = self.taken(output, byte_count).view(dtype).reshape(plan.shape)
+        masks = self.guarded_content(output, byte_count).view(dtype).reshape(plan.shape)
         counted = regions(self.gpu.read(tally, plan.tally_shape, np.uint32), case.frame.image_size)
         for address in addresses:
             self.gpu.free(address)

@@ -107,8 +107,8 @@ def test_embeddings_and_prompt_sets_broadcast(
     for k in range(count):
         i, j = min(k, embeddings - 1), min(k, sets - 1)
         alone = decode(slice(i, i + 1), slice(j, j + 1))
-        for one, many in zip(alone, together, strict=True):
-            assert relative_l2(many[k : k + 1], one) <= ONNX_LIMIT
+        for single, joint in zip(alone, together, strict=True):
+            assert relative_l2(joint[k : k + 1], single) <= ONNX_LIMIT
 
 
 def test_embeddings_and_prompt_sets_that_do_not_match_are_refused(hyp: Path) -> None:

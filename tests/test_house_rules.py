@@ -10,12 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("medsa_deploy", "exporters", "kernels", "benchmarks")
-FILES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for room in ROOMS
-    for path in sorted((ROOT / room).rglob("*.py"))
-}
+
+
+def read_room(room: str) -> dict[str, str]:
+    """Path in the repository → text of each module below a folder."""
+    paths = sorted((ROOT / room).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+FILES = {path: text for room in ROOMS for path, text in read_room(room).items()}
+TESTS = {path: text for path, text in read_room("tests").items() if "/golden/" not in path}
 MOST_LINES, MOST_FUNCTION_LINES, SHARED_LINES = 400, 60, 10
+MOST_TEST_LINES = 600
 
 PRONOUNS = frozenset(
     "anything asked everything few found given held here it its itself kept made many nothing one "
@@ -71,9 +77,10 @@ def is_pronoun(name: str) -> bool:
     return bool(words) and all(word in PRONOUNS for word in words)
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", FILES | TESTS)
 def test_names_are_nouns(path: str) -> None:
-    bad = {(line, name) for line, name in names(ast.parse(FILES[path])) if is_pronoun(name)}
+    tree = ast.parse((FILES | TESTS)[path])
+    bad = {(line, name) for line, name in names(tree) if is_pronoun(name)}
     assert not sorted(f"{line}: {name}" for line, name in bad if (path, name) not in JSON_FIELDS)
 
 
@@ -93,6 +100,11 @@ def test_modules_and_functions_are_short(path: str) -> None:
         and function_lines(node) > MOST_FUNCTION_LINES
     ]
     assert not long
+
+
+@pytest.mark.parametrize("path", TESTS)
+def test_test_modules_have_one_subject(path: str) -> None:
+    assert len(TESTS[path].splitlines()) <= MOST_TEST_LINES
 
 
 @pytest.mark.parametrize("name", ONE_CLASS)

@@ -98,9 +98,9 @@ def test_the_narrowest_window_is_a_step(tmp_path: Path) -> None:
 
 
 def test_the_first_of_several_windows_counts(tmp_path: Path) -> None:
-    several = read(dicom(RAMP, WindowCenter=[40, 400], WindowWidth=[100, 2000]), tmp_path)
+    image = read(dicom(RAMP, WindowCenter=[40, 400], WindowWidth=[100, 2000]), tmp_path)
     first = read(dicom(RAMP, WindowCenter=40, WindowWidth=100), tmp_path)
-    np.testing.assert_array_equal(several.display, first.display)
+    np.testing.assert_array_equal(image.display, first.display)
 
 
 @pytest.mark.parametrize(

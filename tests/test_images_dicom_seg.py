@@ -157,12 +157,12 @@ def test_uids_derive_from_source_bundle_and_identity(
     first = uids("a.dcm", details)
     assert first == uids("b.dcm", details)
     assert first[0] == segmentation_uid(tmp_path / "a.dcm", volume, details)
-    others = [
+    variants = [
         uids("c.dcm", SegmentationDetails(bundle_sha256=bundle, identity=identity))
         for bundle, identity in (("2", "rule"), ("1", "other"), ("1", None), ("1", None))
     ]
-    assert len({uid for pair in [first, *others] for uid in pair[:2]}) == 10
-    assert [first[2] == other[2] for other in others] == [False, True, True, True]
+    assert len({uid for pair in [first, *variants] for uid in pair[:2]}) == 10
+    assert [first[2] == other[2] for other in variants] == [False, True, True, True]
     assert all(pydicom.uid.UID(uid).is_valid for uid in first)
 
 

@@ -264,9 +264,11 @@ def test_another_library_finds_the_mask_where_the_voxel_is(folder: Path, axis: i
     )
     z, y, x = (int(k) for k in np.argwhere(SimpleITK.GetArrayFromImage(after) == 9)[0])
     assert before[x, y, z] == image.pixels[3, 4]
-    here = before.TransformIndexToPhysicalPoint((x, y, z))
-    assert here == after.TransformIndexToPhysicalPoint((x, y, z))
-    np.testing.assert_allclose(np.array(here) * (-1, -1, 1), (affine @ (x, y, z, 1))[:3], atol=1e-4)
+    position = before.TransformIndexToPhysicalPoint((x, y, z))
+    assert position == after.TransformIndexToPhysicalPoint((x, y, z))
+    np.testing.assert_allclose(
+        np.array(position) * (-1, -1, 1), (affine @ (x, y, z, 1))[:3], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (1, 5, 6), (5, 6, 1, 1)])
@@ -324,9 +326,9 @@ def test_another_format_under_this_name_is_refused(folder: Path) -> None:
 @given(data=st.data())
 def test_damaged_files_raise_nothing_but_image_errors(folder: Path, data: st.DataObject) -> None:
     suffix = data.draw(st.sampled_from([".nii", ".nii.gz"]))
-    whole = save(VOLUME, folder / "whole.nii").read_bytes()
+    content = save(VOLUME, folder / "whole.nii").read_bytes()
     path = folder / f"damaged{suffix}"
-    damaged = bytearray(whole if suffix == ".nii" else gzip.compress(whole, mtime=0))
+    damaged = bytearray(content if suffix == ".nii" else gzip.compress(content, mtime=0))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, min(400, len(damaged)) - 1))] = data.draw(
             st.integers(0, 255)

@@ -110,10 +110,10 @@ def test_vectors_are_refused(tmp_path: Path) -> None:
 
 
 def test_damage_is_one_line(tmp_path: Path) -> None:
-    whole = save(tmp_path / "a.nrrd").read_bytes()
+    content = save(tmp_path / "a.nrrd").read_bytes()
     path = tmp_path / "cut.nrrd"
-    for size in (0, 9, 60, 200, len(whole) - 50):
-        path.write_bytes(whole[:size])
+    for size in (0, 9, 60, 200, len(content) - 50):
+        path.write_bytes(content[:size])
         with pytest.raises(ImageError) as caught:
             read_volume(path)
         assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from medsa_deploy.images import check_overlay_suffix, draw_overlay, write_overla
 from medsa_deploy.images.overlay import BOX, NEGATIVE, PALETTE, POSITIVE, WHITE
 
 GREY = np.tile(np.linspace(0, 255, 600), (520, 1))
-NOTHING = np.zeros((520, 600), bool)
+NO_MASK = np.zeros((520, 600), bool)
 
 
 def disc(shape: tuple[int, int], y: int, x: int, radius: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def test_without_a_mask_the_image_is_shown_as_it_is(dtype: type, channels: int) 
     background = GREY.astype(dtype)
     if channels == 3:
         background = np.stack([background, background[::-1], background[:, ::-1]], axis=-1)
-    picture = draw_overlay(background, NOTHING)
+    picture = draw_overlay(background, NO_MASK)
     assert picture.dtype == np.uint8
     assert picture.shape == (520, 600, 3)
     expected = np.rint(background).astype(np.uint8).reshape(520, 600, channels)
@@ -39,7 +39,7 @@ def test_without_a_mask_the_image_is_shown_as_it_is(dtype: type, channels: int) 
 def test_the_background_is_not_changed() -> None:
     background = np.stack([GREY.astype(np.uint8)] * 3, axis=-1)
     before = background.copy()
-    draw_overlay(background, ~NOTHING, points=[(5, 5)], labels=[1], boxes=[(1, 1, 9, 9)])
+    draw_overlay(background, ~NO_MASK, points=[(5, 5)], labels=[1], boxes=[(1, 1, 9, 9)])
     np.testing.assert_array_equal(background, before)
 
 
@@ -49,8 +49,8 @@ def test_small_images_are_enlarged_by_a_whole_factor(height: int, width: int) ->
     background = np.zeros((height, width))
     background[height // 2, width // 2] = 200
     picture = draw_overlay(background, np.zeros((height, width), bool))
-    scale, rest = divmod(picture.shape[0], height)
-    assert rest == 0
+    scale, remainder = divmod(picture.shape[0], height)
+    assert remainder == 0
     assert picture.shape == (height * scale, width * scale, 3)
     assert max(picture.shape) >= 512
     assert scale == 1 or max(height, width) * (scale - 1) < 512
@@ -74,7 +74,7 @@ def test_a_mask_is_tinted_outlined_and_set_off() -> None:
 
 
 def test_a_mask_of_one_pixel_is_seen() -> None:
-    mask = NOTHING.copy()
+    mask = NO_MASK.copy()
     mask[7, 9] = True
     picture = draw_overlay(np.full((520, 600), 100.0), mask)
     np.testing.assert_array_equal(picture[7, 9], PALETTE[0].astype(np.uint8))
@@ -93,7 +93,7 @@ def test_labels_differ_in_colour() -> None:
 
 def test_points_are_drawn_where_they_are() -> None:
     points, labels = [(100, 50), (400, 300)], [1, 0]
-    picture = draw_overlay(np.zeros((520, 600)), NOTHING, points=points, labels=labels)
+    picture = draw_overlay(np.zeros((520, 600)), NO_MASK, points=points, labels=labels)
     for (x, y), label in zip(points, labels, strict=True):
         np.testing.assert_array_equal(picture[y, x], WHITE)  # plus and minus cross here
         colour = POSITIVE if label else NEGATIVE
@@ -107,7 +107,7 @@ def test_points_are_drawn_where_they_are() -> None:
 
 @pytest.mark.parametrize("point", [(0, 0), (599, 519), (-40, 3), (10_000, 10_000), (0.4, 518.7)])
 def test_points_at_and_beyond_the_border(point: tuple[float, float]) -> None:
-    picture = draw_overlay(np.zeros((520, 600)), NOTHING, points=[point], labels=[1])
+    picture = draw_overlay(np.zeros((520, 600)), NO_MASK, points=[point], labels=[1])
     inside = 0 <= point[0] < 600 and 0 <= point[1] < 520
     assert picture.any() == inside
 
@@ -127,20 +127,20 @@ def test_prompts_follow_the_enlargement() -> None:
 
 def test_boxes_are_outlined_in_any_order_and_clipped() -> None:
     blank = np.full((520, 600), 90.0)
-    picture = draw_overlay(blank, NOTHING, boxes=[(50, 60, 200, 160)])
+    picture = draw_overlay(blank, NO_MASK, boxes=[(50, 60, 200, 160)])
     np.testing.assert_array_equal(picture[60, 120], BOX)
     np.testing.assert_array_equal(picture[110, 200], BOX)
     np.testing.assert_array_equal(picture[110, 120], (90, 90, 90))
-    turned = draw_overlay(blank, NOTHING, boxes=[(200, 160, 50, 60)])
+    turned = draw_overlay(blank, NO_MASK, boxes=[(200, 160, 50, 60)])
     np.testing.assert_array_equal(turned, picture)
-    draw_overlay(blank, NOTHING, boxes=np.array([(-50, -50, 9000, 20), (-9, -9, -5, -5)]))
+    draw_overlay(blank, NO_MASK, boxes=np.array([(-50, -50, 9000, 20), (-9, -9, -5, -5)]))
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ImageError, match=r"\(600, 520\) over \(520, 600\)"):
-        draw_overlay(GREY, NOTHING.T)
+        draw_overlay(GREY, NO_MASK.T)
     with pytest.raises(PromptError, match="1 for 2"):
-        draw_overlay(GREY, NOTHING, points=[(1, 1), (2, 2)], labels=[1])
+        draw_overlay(GREY, NO_MASK, points=[(1, 1), (2, 2)], labels=[1])
 
 
 def test_overlays_are_written_as_png_or_jpeg(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_other_formats_are_refused_before_anything_is_drawn(tmp_path: Path) -> N
     with pytest.raises(UsageError, match=r"'\.gif'; use one of: \.png, \.jpg, \.jpeg"):
         check_overlay_suffix(tmp_path / "o.gif")
     with pytest.raises(UsageError):
-        write_overlay(tmp_path / "o.nii.gz", GREY, NOTHING)
+        write_overlay(tmp_path / "o.nii.gz", GREY, NO_MASK)
     with pytest.raises(ImageError, match="does not exist"):
-        write_overlay(tmp_path / "missing" / "o.png", GREY, NOTHING)
+        write_overlay(tmp_path / "missing" / "o.png", GREY, NO_MASK)
     check_overlay_suffix("o.JPG")

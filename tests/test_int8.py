@@ -93,7 +93,7 @@ def linear(operator: str = "MatMul", **options: int) -> tuple[Any, np.ndarray]:
         nodes.append(helper.make_node("Add", ["v", "b"], ["y"], name="a"))
     else:
         nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="m", **options)]
-    made = helper.make_graph(
+    graph_proto = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 16])],
@@ -101,7 +101,7 @@ def linear(operator: str = "MatMul", **options: int) -> tuple[Any, np.ndarray]:
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
     opsets = [helper.make_opsetid("", 20)]
-    return helper.make_model(made, opset_imports=opsets, ir_version=10), weights
+    return helper.make_model(graph_proto, opset_imports=opsets, ir_version=10), weights
 
 
 def run(model: Any, x: np.ndarray) -> np.ndarray:
@@ -142,12 +142,12 @@ def test_the_same_as_onnxruntimes_own_quantiser(tmp_path: Path, unsigned: bool) 
     layers = linear_layers(model)
     ranges = {"x": (float(x.min()), float(x.max()))}
     assert quantize_layers(model, layers, ranges, unsigned=unsigned).changed
-    found = {t.name: numpy_helper.to_array(t) for t in theirs.graph.initializer}
+    values = {t.name: numpy_helper.to_array(t) for t in theirs.graph.initializer}
     ours = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     tolerance = 1e-6 if unsigned else 1e-3  # ours are rounded up to float16 for TensorRT
-    np.testing.assert_allclose(ours["x_scale"], found["x_scale"], rtol=tolerance)
-    np.testing.assert_allclose(ours["w_scale"], found["w_scale"], rtol=tolerance)
-    assert np.abs(ours["w_codes"].astype(int) - found["w_quantized"]).max() <= (not unsigned)
+    np.testing.assert_allclose(ours["x_scale"], values["x_scale"], rtol=tolerance)
+    np.testing.assert_allclose(ours["w_scale"], values["w_scale"], rtol=tolerance)
+    assert np.abs(ours["w_codes"].astype(int) - values["w_quantized"]).max() <= (not unsigned)
     assert {n.op_type for n in model.graph.node} == {n.op_type for n in theirs.graph.node}
     np.testing.assert_allclose(run(model, x), run(theirs, x), atol=0.1)
 
@@ -233,8 +233,10 @@ def images(tmp_path: Path) -> Path:
 
 
 def trials(bundle: Path) -> CandidateRunner:
-    made = load_manifest(bundle)
-    return CandidateRunner(bundle, made, [seeded_case(made.network.image_size, 64, 1)], None)
+    manifest = load_manifest(bundle)
+    return CandidateRunner(
+        bundle, manifest, [seeded_case(manifest.network.image_size, 64, 1)], None
+    )
 
 
 def inputs_of(bundle: Path) -> set[str]:

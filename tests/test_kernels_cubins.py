@@ -84,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
             compiled.append((source.stem, target))
             return real.cubin(source, target)
 
-    monkeypatch.setattr(cubins, "find_compiler", lambda *wanted: Counting())
+    monkeypatch.setattr(cubins, "find_compiler", lambda *options: Counting())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return compiled
 
@@ -143,14 +143,14 @@ def test_changed_or_foreign_cubins_are_not_used(
     cubins.build(mine, ["sm87"])
     folder = mine / "kernels"
     path = folder / "kernels.json"
-    whole = path.read_text()
+    content = path.read_text()
     (folder / "postprocess-sm87.cubin").write_bytes(b"else")
     with pytest.raises(BundleError, match="not the file that kernels"):
         cubins.cubin("postprocess", "sm87", bundle=mine)
     (folder / "postprocess-sm87.cubin").unlink()
     with pytest.raises(BundleError, match="cannot be read"):
         cubins.cubin("postprocess", "sm87", bundle=mine)
-    described = json.loads(whole)
+    described = json.loads(content)
     described["files"][1]["sources_sha256"] = "0" * 64
     path.write_text(json.dumps(described))
     assert cubins.cubin("postprocess", "sm87", bundle=mine)[:4] == b"\x7fELF"
@@ -158,8 +158,8 @@ def test_changed_or_foreign_cubins_are_not_used(
     for text, message in [
         ("{", "cannot be read"),
         ('{"schema": 99}', "schema"),
-        (whole.replace("preprocess-sm87.cubin", "../a.cubin"), "other folders"),
-        (whole.replace('"compiler"', '"other"'), "unknown fields"),
+        (content.replace("preprocess-sm87.cubin", "../a.cubin"), "other folders"),
+        (content.replace('"compiler"', '"other"'), "unknown fields"),
     ]:
         path.write_text(text)
         with pytest.raises(BundleError, match=message):
@@ -261,7 +261,7 @@ class NamedCompiler:
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(NamedCompiler, "count", 0)
-    monkeypatch.setattr(cubins, "find_compiler", lambda *wanted: NamedCompiler())
+    monkeypatch.setattr(cubins, "find_compiler", lambda *options: NamedCompiler())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -253,8 +253,8 @@ def test_unusable_values_are_found(data: st.DataObject) -> None:
     )
     plan = case.plan()
     scratch = np.zeros(plan.scratch_bytes, np.uint8)
-    given_ = {"frame": address(pixels), "output": 0, "tables": 0}
-    first, *_ = plan.launches(**given_, scratch=address(scratch))
+    fields = {"frame": address(pixels), "output": 0, "tables": 0}
+    first, *_ = plan.launches(**fields, scratch=address(scratch))
     assert first.entry == "find_unusable"
     run(first, seed=at)
     assert scratch[UNUSABLE : UNUSABLE + 4].view(np.uint32)[0] == (not np.isfinite(value))

@@ -28,15 +28,15 @@ def nifti(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
 
 
 def picture(path: Path, values: np.ndarray, mode: str | None = None) -> Path:
-    made = PIL.Image.fromarray(values)
-    (made.convert(mode) if mode else made).save(path)
+    image = PIL.Image.fromarray(values)
+    (image.convert(mode) if mode else image).save(path)
     return path
 
 
 def palette(path: Path, values: np.ndarray) -> Path:
-    made = PIL.Image.fromarray(values)
-    made.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 90, 90, 90])
-    made.save(path)
+    image = PIL.Image.fromarray(values)
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 90, 90, 90])
+    image.save(path)
     return path
 
 
@@ -56,10 +56,10 @@ def test_every_format_gives_the_numbers(tmp_path: Path) -> None:
         (picture(tmp_path / "a.tif", plane), plane),
         (palette(tmp_path / "p.png", plane), plane),
     ):
-        found = read_labels(path)
-        np.testing.assert_array_equal(found.values, expected, err_msg=path.name)
-        assert found.values.dtype.kind == "u"
-        assert (found.affine is not None) == (path.suffix in (".gz", ".nii"))
+        numbers = read_labels(path)
+        np.testing.assert_array_equal(numbers.values, expected, err_msg=path.name)
+        assert numbers.values.dtype.kind == "u"
+        assert (numbers.affine is not None) == (path.suffix in (".gz", ".nii"))
 
 
 def test_black_and_white_is_a_mask(tmp_path: Path) -> None:
@@ -105,26 +105,26 @@ def test_a_segmentation_object_comes_back(tmp_path: Path, orientation: list[floa
     for name, labels in label_sets(volume.shape).items():
         write_segmentation(tmp_path / "seg.dcm", labels, volume, names=["a", "b", "c", "d"])
         write_segmentation(tmp_path / "seg.nii.gz", labels, volume)
-        found = read_labels(tmp_path / "seg.dcm")
-        assert found.names == {1: "a", 2: "b", 3: "c", 4: "d"}
-        placed, spacing = on_volume(found, volume)
+        numbers = read_labels(tmp_path / "seg.dcm")
+        assert numbers.names == {1: "a", 2: "b", 3: "c", 4: "d"}
+        placed, spacing = on_volume(numbers, volume)
         np.testing.assert_array_equal(placed, labels, err_msg=name)
         assert spacing == pytest.approx((0.6, 0.8, 2.5), rel=1e-5)
-        for pair in itertools.permutations((found, read_labels(tmp_path / "seg.nii.gz"))):
-            one, other, _ = on_one_grid(*pair)
-            np.testing.assert_array_equal(one, labels)
+        for pair in itertools.permutations((numbers, read_labels(tmp_path / "seg.nii.gz"))):
+            first, other, _ = on_one_grid(*pair)
+            np.testing.assert_array_equal(first, labels)
             np.testing.assert_array_equal(other, labels)
 
 
 def test_two_segmentation_objects_share_a_grid(tmp_path: Path) -> None:
     volume = read_volume(save(slices(), tmp_path / "s"))
-    one, other = np.zeros((2, *volume.shape), np.uint8)
-    one[3:6, 2:5, 1], other[3:6, 2:5, 2:5] = 1, 1
-    write_segmentation(tmp_path / "one.dcm", one, volume)
+    first, other = np.zeros((2, *volume.shape), np.uint8)
+    first[3:6, 2:5, 1], other[3:6, 2:5, 2:5] = 1, 1
+    write_segmentation(tmp_path / "one.dcm", first, volume)
     write_segmentation(tmp_path / "other.dcm", other, volume)
     pair = [read_labels(tmp_path / f"{name}.dcm") for name in ("one", "other")]
     a, b, spacing = on_one_grid(*pair)
-    np.testing.assert_array_equal(a, one[..., 1:5])
+    np.testing.assert_array_equal(a, first[..., 1:5])
     np.testing.assert_array_equal(b, other[..., 1:5])
     assert spacing == pytest.approx((0.6, 0.8, 2.5))
 
@@ -183,6 +183,6 @@ def test_shapes_must_agree() -> None:
     plain = Labels(path=Path("plain"), values=VALUES)
     with pytest.raises(ImageError, match="must be of one shape"):
         on_one_grid(plain, labels)
-    one, other, spacing = on_one_grid(plain, Labels(path=Path("a"), values=VALUES, affine=AFFINE))
-    assert (one == other).all()
+    first, other, spacing = on_one_grid(plain, Labels(path=Path("a"), values=VALUES, affine=AFFINE))
+    assert (first == other).all()
     assert spacing == pytest.approx((0.8, 1.2, 3.0))

@@ -222,31 +222,31 @@ REQUIRED = {
 def test_round_trip(cls: type, data: st.DataObject) -> None:
     """Whatever a dataclass may hold comes back the same."""
     part = data.draw(st.from_type(cls))
-    whole = full()
+    complete = full()
     place: dict[type, Callable[[], Manifest]] = {
         Manifest: lambda: dataclasses.replace(part, schema=MANIFEST_SCHEMA),
-        Source: lambda: dataclasses.replace(whole, source=part),
-        Network: lambda: dataclasses.replace(whole, network=part),
-        Conventions: lambda: dataclasses.replace(whole, conventions=part),
+        Source: lambda: dataclasses.replace(complete, source=part),
+        Network: lambda: dataclasses.replace(complete, network=part),
+        Conventions: lambda: dataclasses.replace(complete, conventions=part),
         Tensor: lambda: dataclasses.replace(
-            whole, graphs={"g": GraphContract(inputs=(part,), outputs=())}
+            complete, graphs={"g": GraphContract(inputs=(part,), outputs=())}
         ),
-        GraphContract: lambda: dataclasses.replace(whole, graphs={"": part}),
-        File: lambda: dataclasses.replace(whole, files=(part, part)),
+        GraphContract: lambda: dataclasses.replace(complete, graphs={"": part}),
+        File: lambda: dataclasses.replace(complete, files=(part, part)),
         TensorParity: lambda: dataclasses.replace(
-            whole, parity=(dataclasses.replace(whole.parity[0], tensors={"x": part}),)
+            complete, parity=(dataclasses.replace(complete.parity[0], tensors={"x": part}),)
         ),
-        Parity: lambda: dataclasses.replace(whole, parity=(part,)),
-        Recipe: lambda: dataclasses.replace(whole, recipes=(part,)),
+        Parity: lambda: dataclasses.replace(complete, parity=(part,)),
+        Recipe: lambda: dataclasses.replace(complete, recipes=(part,)),
         Island: lambda: dataclasses.replace(
-            whole, recipes=(dataclasses.replace(whole.recipes[0], islands=(part,)),)
+            complete, recipes=(dataclasses.replace(complete.recipes[0], islands=(part,)),)
         ),
         Calibration: lambda: dataclasses.replace(
-            whole, recipes=(dataclasses.replace(whole.recipes[0], calibration=part),)
+            complete, recipes=(dataclasses.replace(complete.recipes[0], calibration=part),)
         ),
     }
-    made = place[cls]()
-    assert manifest_from_json(manifest_to_json(made)) == made
+    instance = place[cls]()
+    assert manifest_from_json(manifest_to_json(instance)) == instance
 
 
 def test_every_field_is_tried() -> None:
@@ -396,9 +396,9 @@ def bundle(tmp_path: Path) -> Path:
 
 def check(bundle: Path, **changes: Any) -> None:
     """Compare the bundle's file with its manifest, changed so."""
-    found = load_manifest(bundle)
-    entry = dataclasses.replace(found.files[0], **changes)
-    check_files(dataclasses.replace(found, files=(entry,)), bundle)
+    loaded = load_manifest(bundle)
+    entry = dataclasses.replace(loaded.files[0], **changes)
+    check_files(dataclasses.replace(loaded, files=(entry,)), bundle)
 
 
 def test_a_whole_bundle_passes(bundle: Path) -> None:
@@ -479,9 +479,9 @@ def test_loading_what_is_no_bundle_is_refused(tmp_path: Path, bundle: Path) -> N
         (path, "is a file, not a bundle folder: make a bundle"),
         (tmp_path, r"has no manifest\.json: it is not a bundle"),
     ]
-    for where, words in refusals:
+    for folder, words in refusals:
         with pytest.raises(BundleError, match=words):
-            load_manifest(where)
+            load_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -509,12 +509,12 @@ def test_a_manifest_that_is_a_folder_is_refused(bundle: Path) -> None:
 
 
 def test_a_file_is_found_by_role_and_precision() -> None:
-    made = full()
-    assert made.file("encoder") is made.files[0]
+    manifest = full()
+    assert manifest.file("encoder") is manifest.files[0]
     with pytest.raises(BundleError, match=r"no encoder in int8; it has: fp32$"):
-        made.file("encoder", "int8")
+        manifest.file("encoder", "int8")
     with pytest.raises(BundleError, match=r"no decoder in fp32; it has: none$"):
-        made.file("decoder")
+        manifest.file("decoder")
 
 
 def test_masks_are_classes_or_all_tokens() -> None:

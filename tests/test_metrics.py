@@ -37,10 +37,12 @@ def surface(mask: np.ndarray) -> list[tuple[int, ...]]:
 
 
 def brute_force(
-    one: np.ndarray, other: np.ndarray, spacing: Sequence[float], percentile: float
+    first: np.ndarray, other: np.ndarray, spacing: Sequence[float], percentile: float
 ) -> float:
     """The definition, every surface pixel against every other."""
-    surfaces = [np.array(surface(mask)).reshape(-1, one.ndim) * spacing for mask in (one, other)]
+    surfaces = [
+        np.array(surface(mask)).reshape(-1, first.ndim) * spacing for mask in (first, other)
+    ]
     between = np.linalg.norm(surfaces[0][:, None] - surfaces[1][None], axis=2)
     there, back = between.min(axis=1), between.min(axis=0)
     return float(max(np.percentile(there, percentile), np.percentile(back, percentile)))
@@ -50,20 +52,20 @@ def test_dice_of_masks_that_are_empty_apart_and_half_alike() -> None:
     a = np.zeros((4, 2, 2), bool)
     b = np.zeros((4, 2, 2), bool)
     a[1, 0, 0] = b[2, 0, 0] = a[3, 0, 0] = b[3, 0, 0] = b[3, 0, 1] = True
-    found = [metrics.dice(one, other) for one, other in zip(a, b, strict=True)]
-    assert found == [1.0, 0.0, 0.0, pytest.approx(2 / 3)]
+    values = [metrics.dice(mask, other) for mask, other in zip(a, b, strict=True)]
+    assert values == [1.0, 0.0, 0.0, pytest.approx(2 / 3)]
 
 
 @given(pairs())
 def test_overlap_is_counted(pair: tuple[np.ndarray, np.ndarray, list[float]]) -> None:
-    one, other, _ = pair
-    a, b = ({tuple(map(int, at)) for at in np.argwhere(mask)} for mask in (one, other))
+    first, other, _ = pair
+    a, b = ({tuple(map(int, at)) for at in np.argwhere(mask)} for mask in (first, other))
     if a or b:
-        assert metrics.dice(one, other) == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
-        assert metrics.iou(one, other) == pytest.approx(len(a & b) / len(a | b))
-    d, i = metrics.dice(one, other), metrics.iou(one, other)
+        assert metrics.dice(first, other) == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
+        assert metrics.iou(first, other) == pytest.approx(len(a & b) / len(a | b))
+    d, i = metrics.dice(first, other), metrics.iou(first, other)
     assert d == pytest.approx(2 * i / (1 + i))
-    assert (metrics.dice(other, one), metrics.iou(other, one)) == (d, i)
+    assert (metrics.dice(other, first), metrics.iou(other, first)) == (d, i)
 
 
 @given(pairs(), st.sampled_from([50, 95, 100]))
@@ -71,13 +73,13 @@ def test_overlap_is_counted(pair: tuple[np.ndarray, np.ndarray, list[float]]) ->
 def test_distance_is_the_definition(
     pair: tuple[np.ndarray, np.ndarray, list[float]], percentile: float
 ) -> None:
-    one, other, spacing = pair
-    found = metrics.hausdorff(one, other, spacing, percentile=percentile)
-    assert metrics.hausdorff(other, one, spacing, percentile=percentile) == found
-    if one.any() and other.any():
-        assert found == pytest.approx(brute_force(one, other, spacing, percentile), abs=1e-9)
+    mask, other, spacing = pair
+    distance = metrics.hausdorff(mask, other, spacing, percentile=percentile)
+    assert metrics.hausdorff(other, mask, spacing, percentile=percentile) == distance
+    if mask.any() and other.any():
+        assert distance == pytest.approx(brute_force(mask, other, spacing, percentile), abs=1e-9)
     else:
-        assert found == (0 if one.any() == other.any() else math.inf)
+        assert distance == (0 if mask.any() == other.any() else math.inf)
 
 
 @given(pairs())
@@ -86,9 +88,9 @@ def test_depth_is_the_distance_to_the_outside(
 ) -> None:
     mask = pair[0]
     outside = np.argwhere(~np.pad(mask, 1)) - 1
-    for at, found in np.ndenumerate(metrics.depth(mask)):
+    for at, distance in np.ndenumerate(metrics.depth(mask)):
         nearest = np.linalg.norm(outside - np.array(at), axis=1).min()
-        assert found == pytest.approx(nearest if mask[at] else 0)
+        assert distance == pytest.approx(nearest if mask[at] else 0)
 
 
 def blobs(shape: tuple[int, ...], seed: int) -> list[np.ndarray]:
@@ -122,10 +124,10 @@ def test_simpleitk_agrees(shape: tuple[int, ...], spacing: tuple[float, ...], se
     overlap.Execute(*images)
     assert metrics.dice(*masks) == pytest.approx(overlap.GetDiceCoefficient())
     assert metrics.iou(*masks) == pytest.approx(overlap.GetJaccardCoefficient())
-    whole = SimpleITK.HausdorffDistanceImageFilter()
-    whole.Execute(*contours)
+    overall = SimpleITK.HausdorffDistanceImageFilter()
+    overall.Execute(*contours)
     full = metrics.hausdorff(*masks, spacing, percentile=100)
-    assert full == pytest.approx(whole.GetHausdorffDistance(), rel=1e-5)
+    assert full == pytest.approx(overall.GetHausdorffDistance(), rel=1e-5)
     arrays = [SimpleITK.GetArrayFromImage(contour) == 1 for contour in contours]
     maps = [
         np.abs(SimpleITK.GetArrayFromImage(SimpleITK.SignedMaurerDistanceMap(
@@ -139,12 +141,12 @@ def test_simpleitk_agrees(shape: tuple[int, ...], spacing: tuple[float, ...], se
 
 def test_a_known_distance() -> None:
     """Two columns of pixels, 3 apart: 3 columns × 0.5 mm; one pixel more is beyond 95 %."""
-    one, other = np.zeros((2, 30, 40), bool)
-    one[5:25, 10], other[5:25, 13] = True, True
-    assert metrics.hausdorff(one, other, (2.0, 0.5)) == 1.5
+    mask, other = np.zeros((2, 30, 40), bool)
+    mask[5:25, 10], other[5:25, 13] = True, True
+    assert metrics.hausdorff(mask, other, (2.0, 0.5)) == 1.5
     other[24, 35] = True
-    assert metrics.hausdorff(one, other, (2.0, 0.5)) == 1.5
-    assert metrics.hausdorff(one, other, (2.0, 0.5), percentile=100) == 12.5
+    assert metrics.hausdorff(mask, other, (2.0, 0.5)) == 1.5
+    assert metrics.hausdorff(mask, other, (2.0, 0.5), percentile=100) == 12.5
 
 
 @pytest.mark.parametrize(

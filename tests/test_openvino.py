@@ -72,22 +72,22 @@ def test_a_session_for_many_callers_and_two_sessions_at_once(bundle: Path) -> No
     image = seeded_image(100, 2)
     clicks = [(10.0 * i + 5, 50.0) for i in range(8)]
     with (
-        load(bundle, backend="openvino", threads=1) as one,
+        load(bundle, backend="openvino", threads=1) as first,
         load(bundle, backend="openvino", threads=2) as two,
     ):
-        embedding = one.encode(image)
+        embedding = first.encode(image)
         np.testing.assert_allclose(two.encode(image).values, embedding.values, atol=1e-4)
 
         def logits(i: int) -> np.ndarray:
-            session = (one, two)[i % 2]
+            session = (first, two)[i % 2]
             return session.segment(embedding, points=[clicks[i % 8]]).low_res_logits
 
         expected = [logits(i) for i in range(8)]
         with ThreadPoolExecutor(4) as pool:
-            for i, found in enumerate(pool.map(logits, range(24))):
-                assert relative_l2(found, expected[i % 8]) <= LIMIT
+            for i, result in enumerate(pool.map(logits, range(24))):
+                assert relative_l2(result, expected[i % 8]) <= LIMIT
     with pytest.raises(UsageError, match="closed"):
-        one.encode(image)
+        first.encode(image)
 
 
 def test_verify_on_the_command_line(bundle: Path) -> None:
@@ -101,8 +101,8 @@ def test_verify_on_the_command_line(bundle: Path) -> None:
 def test_run_gives_the_default_backends_mask(bundle: Path, tmp_path: Path) -> None:
     PIL.Image.fromarray(seeded_image(90, 3)).save(tmp_path / "image.png")
     for backend in ("onnxruntime", "openvino"):
-        given = ["--point", "40,30", "--backend", backend, "-o", tmp_path / f"{backend}.png"]
-        assert call("run", bundle, tmp_path / "image.png", *given).code == 0
+        arguments = ["--point", "40,30", "--backend", backend, "-o", tmp_path / f"{backend}.png"]
+        assert call("run", bundle, tmp_path / "image.png", *arguments).code == 0
     masks = [PIL.Image.open(tmp_path / f"{name}.png") for name in ("onnxruntime", "openvino")]
     assert (np.asarray(masks[0]) != np.asarray(masks[1])).mean() <= MASK_PIXELS_LIMIT
 
@@ -137,8 +137,12 @@ def test_a_processor_without_bfloat16(bundle: Path, monkeypatch: pytest.MonkeyPa
 
     class Older(module.openvino.Core):
         def get_property(self, device: str, name: str) -> object:
-            found = super().get_property(device, name)
-            return [one for one in found if one != "BF16"] if "CAPABILITIES" in name else found
+            properties = super().get_property(device, name)
+            return (
+                [capability for capability in properties if capability != "BF16"]
+                if "CAPABILITIES" in name
+                else properties
+            )
 
     monkeypatch.setattr(module.openvino, "Core", Older)
     done = call("verify", bundle, "--backend", "openvino", "--precision", "bf16")
@@ -158,8 +162,8 @@ def test_int8_files_for_a_cpu(bundle: Path, tmp_path: Path) -> None:
     for i in range(4):
         PIL.Image.fromarray(seeded_image(64, i)).save(tmp_path / "images" / f"{i}.png")
     copy = copied(bundle, tmp_path)
-    given = ["--int8", "--for", "cpu", "--calibration", tmp_path / "images"]
-    assert call("quantize", copy, *given).code == 0
+    arguments = ["--int8", "--for", "cpu", "--calibration", tmp_path / "images"]
+    assert call("quantize", copy, *arguments).code == 0
     done = call("verify", copy, "--backend", "openvino", "--json")
     assert done.code == 0, done.err
     assert [parity["precision"] for parity in done.json["parity"]] == ["fp32", "int8-cpu"]
@@ -179,8 +183,8 @@ def kinds_of(session) -> list[dict[str, str]]:
 
 def test_what_is_no_graph(bundle: Path, tmp_path: Path) -> None:
     copy = copied(bundle, tmp_path)
-    whole = (copy / "decoder.onnx").read_bytes()
-    (copy / "decoder.onnx").write_bytes(whole[: len(whole) // 2])
+    content = (copy / "decoder.onnx").read_bytes()
+    (copy / "decoder.onnx").write_bytes(content[: len(content) // 2])
     accept_changes(copy)
     with pytest.raises(BundleError, match=r"decoder.onnx is not a graph OpenVINO can load: \w"):
         load(copy, backend="openvino")

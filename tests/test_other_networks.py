@@ -79,8 +79,8 @@ def test_folded_networks_of_other_sizes_agree(
 
     embedding = reference.encode(image)
     masks, iou = reference.decode(embedding, coords, labels)
-    given = no_mask if family_named(reference.network.family).decoder.takes_masks else ()
-    folded_masks, folded_iou = folded.decoder(embedding, coords, labels, *given)
+    mask_inputs = no_mask if family_named(reference.network.family).decoder.takes_masks else ()
+    folded_masks, folded_iou = folded.decoder(embedding, coords, labels, *mask_inputs)
     assert masks.shape == (2, 4, side, side)
     assert relative_l2(folded.encoder(image).numpy(), embedding.numpy()) <= LIMIT
     assert relative_l2(folded_masks.numpy(), masks.numpy()) <= LIMIT
@@ -255,8 +255,8 @@ def test_inspect_says_where_updates_are(tmp_path: Path) -> None:
     assert done.code == 0
     for fact in ("efficient_sam, ViT", "image_encoder.blocks.*.mlp.lin2", "adalora", "rank 6"):
         assert fact in done.out
-    found = call("inspect", path, "--image-size", 128, "--json").json
-    assert Counter(one["linear"].rpartition(".")[2] for one in found["lora"]) == {
+    document = call("inspect", path, "--image-size", 128, "--json").json
+    assert Counter(entry["linear"].rpartition(".")[2] for entry in document["lora"]) == {
         "qkv": 2,
         "lin1": 2,
         "lin2": 2,
@@ -299,13 +299,13 @@ def test_what_the_decoder_gets_is_padded_and_scaled(efficient: Path) -> None:
     """The session's masks are the graph's for prompts prepared by hand."""
     with load(efficient / "efficient.medsa", threads=1) as session:
         embedding = session.encode(seeded_image(200, 4)[:150])
-        found = session.segment(embedding, points=[(100, 30)], box=(20, 15, 190, 120))
+        prediction = session.segment(embedding, points=[(100, 30)], box=(20, 15, 190, 120))
         # (y, x) of the 128×128 frame, then times 1024/128
         coords = np.array([[30, 100], [15, 20], [120, 190]]) * (128 / 150, 128 / 200) * 8
         coords = np.concatenate([coords, np.full((3, 2), -1)]).astype(np.float32)
         labels = np.array([1, 2, 3, -1, -1, -1], np.float32)
         logits, _ = session.backend.decode(embedding.values, coords[None], labels[None], None)
-    np.testing.assert_allclose(found.low_res_logits, logits[:, :1], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(prediction.low_res_logits, logits[:, :1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -326,8 +326,8 @@ def test_prompts_efficient_sam_cannot_take(
     efficient: Path, tmp_path: Path, prompts: list[str], message: str
 ) -> None:
     np.save(tmp_path / "logits.npy", np.zeros((32, 32), np.float32))
-    given = [str(tmp_path / "logits.npy") if p == "LOGITS" else p for p in prompts]
-    done = call("run", efficient / "efficient.medsa", efficient / "images/a.png", *given)
+    arguments = [str(tmp_path / "logits.npy") if p == "LOGITS" else p for p in prompts]
+    done = call("run", efficient / "efficient.medsa", efficient / "images/a.png", *arguments)
     assert done.code == 2
     assert message in done.error
 
@@ -341,8 +341,8 @@ def test_a_mask_prompt_is_refused_from_python_too(efficient: Path) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--checkpoint", "efficient.pth", "--images", "images"]])
 def test_efficient_sam_verifies(efficient: Path, options: list[str]) -> None:
-    given = [o if o.startswith("--") else efficient / o for o in options]
-    done = call("verify", efficient / "efficient.medsa", *given, "--json")
+    arguments = [o if o.startswith("--") else efficient / o for o in options]
+    done = call("verify", efficient / "efficient.medsa", *arguments, "--json")
     assert done.code == 0, done.err
     (parity,) = done.json["parity"]
     assert parity["prompt_sets"] == (4 * 4 if options else 4)
@@ -357,11 +357,11 @@ def test_other_conventions_are_kept(efficient: Path, tmp_path: Path, pad: int) -
     edit_manifest(bundle, **{f"conventions__{name}": value for name, value in names.items()})
     with load(bundle) as session:
         embedding = session.encode(seeded_image(128, 4))
-        found = session.segment(embedding, points=[(100, 30)])
+        prediction = session.segment(embedding, points=[(100, 30)])
         coords = np.array([[[100, 30], [-1, -1], [-1, -1]]], np.float32)[:, : max(1, pad)]
         labels = np.array([[1, -1, -1]], np.float32)[:, : max(1, pad)]
         logits, _ = session.backend.decode(embedding.values, coords, labels, None)
-    np.testing.assert_allclose(found.low_res_logits, logits[:, :1], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(prediction.low_res_logits, logits[:, :1], atol=1e-5, rtol=1e-5)
     # the sets of a proof fit, and go to the checkpoint's own network as they go to the graphs
     done = call("verify", bundle, "--checkpoint", efficient / "efficient.pth", "--json")
     assert done.code == 0, done.err
@@ -389,7 +389,7 @@ def test_whole_networks_export_with_proof(
     tmp_path: Path, keys: Keys, image_size: int | None
 ) -> None:
     path = saved(tmp_path / "x.pth", keys, seed=11)
-    made = stages.export_checkpoint(
+    exported = stages.export_checkpoint(
         path,
         output=None,
         base=None,
@@ -397,5 +397,5 @@ def test_whole_networks_export_with_proof(
         overrides=Overrides(image_size=image_size),
         force=False,
     ).manifest
-    for tensor in made.parity[0].tensors.values():
+    for tensor in exported.parity[0].tensors.values():
         assert tensor.relative_l2 <= ONNX_LIMIT

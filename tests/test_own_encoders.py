@@ -113,12 +113,12 @@ def encoded(bundle: Path, image: np.ndarray, **options: object) -> np.ndarray:
 
 
 def test_the_bundle_holds_an_encoder_of_onnx_runtimes_own(bundle: Path) -> None:
-    made = load_manifest(bundle)
-    assert made.file(OURS).path == NAME
+    manifest = load_manifest(bundle)
+    assert manifest.file(OURS).path == NAME
     assert operators(bundle / NAME).count("MultiHeadAttention") == 1
     assert "MultiHeadAttention" not in operators(bundle / "encoder.onnx")
     assert operators(bundle / NAME).count("Softmax") == 1  # that of windows
-    (parity,) = made.parity
+    (parity,) = manifest.parity
     assert set(parity.encoders) == {OURS, THEIRS}
     for other in parity.encoders.values():
         assert other.tensors["image_embeddings"].relative_l2 < RELATIVE_L2_LIMIT
@@ -141,8 +141,8 @@ def test_linear_layers_take_some_tokens_at_a_time(
     bundle: Path, image: np.ndarray, tmp_path: Path
 ) -> None:
     """All but those of windows, whose grids are small."""
-    portable, own = (values(bundle / name, image, tmp_path) for name in ("encoder.onnx", NAME))
-    hidden = [max(size for name, size in one if "mlp" in name) for one in (portable, own)]
+    portable, ours = (values(bundle / name, image, tmp_path) for name in ("encoder.onnx", NAME))
+    hidden = [max(size for name, size in sizes if "mlp" in name) for sizes in (portable, ours)]
     assert hidden[0] == hidden[1] * TOKENS / MOST_TOKENS
     graph = onnx.load(bundle / NAME, load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
@@ -153,21 +153,21 @@ def test_linear_layers_take_some_tokens_at_a_time(
 def test_layers_in_loops_are_timed_by_name(bundle: Path, image: np.ndarray, tmp_path: Path) -> None:
     """A kernel has one time for an encoding, however often it ran; together they are all of it."""
     path = profile(bundle / NAME, image, tmp_path, runs=3)
-    found = read_layers(path)
-    assert {len(layer.samples_ms) for layer in found} == {3}
-    assert sum("mlp" in layer.name for layer in found) >= 4
+    layers = read_layers(path)
+    assert {len(layer.samples_ms) for layer in layers} == {3}
+    assert sum("mlp" in layer.name for layer in layers) >= 4
     kernels = [e for e in json.loads(path.read_text()) if e["name"].endswith("_kernel_time")]
     loops = [e for e in kernels if e["args"]["op_name"] == "Scan"]
-    whole = [
+    durations = [
         e["dur"]
         for e in kernels
         if not any(
-            one["ts"] <= e["ts"] and e["ts"] + e["dur"] <= one["ts"] + one["dur"]
-            for one in loops
-            if one is not e
+            loop["ts"] <= e["ts"] and e["ts"] + e["dur"] <= loop["ts"] + loop["dur"]
+            for loop in loops
+            if loop is not e
         )
     ]
-    assert sum(sum(layer.samples_ms) for layer in found) == pytest.approx(sum(whole) / 1e3)
+    assert sum(sum(layer.samples_ms) for layer in layers) == pytest.approx(sum(durations) / 1e3)
 
 
 def test_it_shares_the_weights(bundle: Path) -> None:
@@ -178,14 +178,14 @@ def test_it_shares_the_weights(bundle: Path) -> None:
 
 
 def test_the_session_runs_it(bundle: Path, image: np.ndarray, tmp_path: Path) -> None:
-    whole = encoded(bundle, image, portable=True)
-    assert relative_l2(encoded(bundle, image), whole) < 1e-5
+    expected = encoded(bundle, image, portable=True)
+    assert relative_l2(encoded(bundle, image), expected) < 1e-5
     copy = copied(bundle, tmp_path)
     doubled(copy / NAME)
     accept_changes(copy)
-    assert relative_l2(encoded(copy, image), whole) > 1e-3
-    assert np.array_equal(encoded(copy, image, portable=True), whole)
-    assert relative_l2(encoded(copy, image, backend="openvino"), whole) < 1e-5  # not this one
+    assert relative_l2(encoded(copy, image), expected) > 1e-3
+    assert np.array_equal(encoded(copy, image, portable=True), expected)
+    assert relative_l2(encoded(copy, image, backend="openvino"), expected) < 1e-5  # not this one
 
 
 def test_openvino_has_one_for_relative_positions(
@@ -195,9 +195,9 @@ def test_openvino_has_one_for_relative_positions(
     name = load_manifest(bundle).file(THEIRS).path
     assert operators(bundle / name).count("Expand") == 1  # that of windows
     assert operators(bundle / "encoder.onnx").count("Expand") == 2
-    whole = encoded(bundle, image, portable=True)
-    assert relative_l2(encoded(bundle, image, backend="openvino"), whole) < 1e-5
-    assert relative_l2(encoded(bundle, image, backend="openvino", portable=True), whole) < 1e-5
+    expected = encoded(bundle, image, portable=True)
+    assert relative_l2(encoded(bundle, image, backend="openvino"), expected) < 1e-5
+    assert relative_l2(encoded(bundle, image, backend="openvino", portable=True), expected) < 1e-5
     done = call("verify", bundle, "--backend", "openvino")
     assert done.code == 0, done.err
     assert "with encoder-openvino" in done.out
@@ -276,8 +276,8 @@ def test_int8_for_processors_has_one_too(bundle: Path, tmp_path: Path, image: np
     name = load_manifest(copy).file(OURS, "int8-cpu").path
     assert {"MultiHeadAttention", "QuantizeLinear"} <= set(operators(copy / name))
     with load(copy, precision="int8-cpu", threads=2) as session:
-        found = session.encode(image).values
-    assert relative_l2(found, encoded(copy, image)) < 0.2
+        embeddings = session.encode(image).values
+    assert relative_l2(embeddings, encoded(copy, image)) < 0.2
     assert call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu").code == 0
 
 
@@ -289,12 +289,12 @@ def test_an_older_bundle_is_quantized(bundle: Path, tmp_path: Path) -> None:
     images.mkdir()
     for seed in range(2):
         Image.fromarray(seeded_image(64, seed)).save(images / f"{seed}.png")
-    made = load_manifest(copy)
-    for file in made.files:
+    manifest = load_manifest(copy)
+    for file in manifest.files:
         if file.role in (OURS, THEIRS):
             (copy / file.path).unlink()
-    kept = tuple(file for file in made.files if file.role not in (OURS, THEIRS))
-    save_manifest(replace(made, files=kept), copy)
+    files = tuple(file for file in manifest.files if file.role not in (OURS, THEIRS))
+    save_manifest(replace(manifest, files=files), copy)
     done = call("quantize", copy, "--int8", "--calibration", images, "--for", "cpu")
     assert done.code == 0, done.error
     assert load_manifest(copy).has(OURS, "int8-cpu")
@@ -302,9 +302,9 @@ def test_an_older_bundle_is_quantized(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_small_grids_have_none(bundle_of) -> None:
-    made = bundle_of("medsa_hyp_2d")
-    assert not load_manifest(made).has(OURS)
-    assert not (made / NAME).exists()
+    bundle = bundle_of("medsa_hyp_2d")
+    assert not load_manifest(bundle).has(OURS)
+    assert not (bundle / NAME).exists()
 
 
 def doubled(path: Path) -> None:

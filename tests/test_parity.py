@@ -36,11 +36,11 @@ def mask_inputs(case: GoldenCase, sets: int) -> dict[str, np.ndarray]:
     """`mask_input` and `has_mask_input`, for a decoder that has them."""
     if case.efficient:
         return {}
-    given = case.mask_input is not None
+    has_mask = case.mask_input is not None
     side = case.size // 4
     return {
-        "mask_input": case.mask_input if given else np.zeros((sets, 1, side, side), np.float32),
-        "has_mask_input": np.array([given], np.float32),
+        "mask_input": case.mask_input if has_mask else np.zeros((sets, 1, side, side), np.float32),
+        "has_mask_input": np.array([has_mask], np.float32),
     }
 
 
@@ -88,9 +88,9 @@ def test_folded_is_golden(name: str, checkpoint_of) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_golden_through_the_command_line(name: str, bundle_of) -> None:
     case, bundle = GoldenCase(name), bundle_of(name)
-    made = load_manifest(bundle)
-    assert made.network.classes == export_options(name).get("classes", 1)
-    assert made.parity[0].mask_pixels_differing <= 1e-4
+    manifest = load_manifest(bundle)
+    assert manifest.network.classes == export_options(name).get("classes", 1)
+    assert manifest.parity[0].mask_pixels_differing <= 1e-4
 
     encoder, decoder = (ort.InferenceSession(bundle / f"{n}.onnx") for n in ("encoder", "decoder"))
     (embeddings,) = encoder.run(None, {"image": case.image})

@@ -78,10 +78,10 @@ def coloured(picture: np.ndarray, label: int) -> int:
 def test_the_page_shows_what_was_found(bundle: Path, tmp_path: Path) -> None:
     copy = copied(bundle, tmp_path)
     before = contents(copy)
-    found = call("verify", copy, "--report", "--json").json
-    assert Path(found["report"]) == copy / "reports/parity.html"
+    document = call("verify", copy, "--report", "--json").json
+    assert Path(document["report"]) == copy / "reports/parity.html"
     page = read(copy / "reports/parity.html")
-    (parity,) = found["parity"]
+    (parity,) = document["parity"]
     for name, tensor in parity["tensors"].items():
         assert name in page.text
         assert f"{tensor['relative_l2']:.1e}" in page.text
@@ -120,8 +120,8 @@ def test_another_network_is_shown_to_differ(bundle: Path, bundle_of, tmp_path: P
     worst = done.json["parity"][0]["mask_dice_worst"]
     assert worst < 0.9
     assert f"Dice {worst:.4f}" in page.text
-    whole, detail = page.pictures()
-    for picture in (whole, detail):
+    overview, detail = page.pictures()
+    for picture in (overview, detail):
         assert coloured(picture, 2) + coloured(picture, 3) > 0
 
 

@@ -145,11 +145,11 @@ def attacks() -> dict[str, bytes]:
     """Pickles that would run code where a pickle is loaded, by the opcode that calls."""
     text = RUN.encode()
     call = b"(S'" + text + b"'\n"
-    found = {
+    files = {
         f"reduce, protocol {protocol}": pickle.dumps(Malicious(exec, (RUN,)), protocol)
         for protocol in range(6)
     }
-    found |= {
+    files |= {
         "global and reduce": b"cbuiltins\nexec\n" + call + b"tR.",
         "global of an old name": b"c__builtin__\nexec\n" + call + b"tR.",
         "global of another module": b"cos\nsystem\n(S'" + SYSTEM.encode() + b"'\ntR.",
@@ -193,7 +193,7 @@ def attacks() -> dict[str, bytes]:
         "by pickle itself": b"cpickle\nloads\n(" + pickle.dumps(
             pickle.dumps(Malicious(exec, (RUN,))), 2)[2:-1] + b"tR.",
     }  # fmt: skip
-    return found
+    return files
 
 
 ATTACKS = attacks()

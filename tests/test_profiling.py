@@ -147,8 +147,8 @@ def test_steady_samples_of_an_idle_machine_raise_no_warning() -> None:
 
 def test_noise_is_named() -> None:
     noisy = stages(encode=[10.0, 10.1] * 2, decode=[1.0, 2.0] * 2)
-    few, vary, busy = noise(noisy, load=3.25, cores=2)
-    assert few.startswith("4 samples are few")
+    scarce, vary, busy = noise(noisy, load=3.25, cores=2)
+    assert scarce.startswith("4 samples are few")
     assert "decode 38.5 %" in vary
     assert "encode" not in vary
     assert "3.2 on 2 core(s)" in busy

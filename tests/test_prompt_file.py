@@ -56,11 +56,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.lists(ENTRY, min_size=1, max_size=3))
 def test_what_is_written_is_read(path: Path, entries: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps({"structures": entries}), encoding="utf-8")
-    for entry, found in zip(entries, read_prompts(path), strict=True):
-        rows = [(*p, s) for p, s in zip(found.points, found.labels, strict=True)]
+    for entry, structure in zip(entries, read_prompts(path), strict=True):
+        rows = [(*p, s) for p, s in zip(structure.points, structure.labels, strict=True)]
         assert rows == [tuple(p) if len(p) == 4 else (*p, 1) for p in entry["points"]]
-        assert list(map(list, found.boxes)) == entry.get("boxes", [])
-        assert (found.name, found.class_name) == (entry.get("name"), entry.get("class"))
+        assert list(map(list, structure.boxes)) == entry.get("boxes", [])
+        assert (structure.name, structure.class_name) == (entry.get("name"), entry.get("class"))
 
 
 @given(JUNK)
@@ -68,7 +68,7 @@ def test_junk_is_refused_in_one_line(path: Path, junk: Any) -> None:
     path.write_text(json.dumps(junk), encoding="utf-8")
     message = ""
     try:
-        assert all(one.points or one.boxes for one in read_prompts(path))
+        assert all(structure.points or structure.boxes for structure in read_prompts(path))
     except PromptError as e:
         message = str(e)
     assert "\n" not in message
@@ -158,18 +158,18 @@ def test_each_slice_gets_its_own_prompts(rows: list[tuple[int, ...]], boxed: set
         labels=tuple(label for *_, label in rows),
         boxes=tuple((x, 1, 2, x + 1, 8, 16 - x) for x in boxed),
     )
-    found = slice_prompts(structure, volume_of(np.zeros((5, 12, 20), np.uint8)))
-    assert list(found) == sorted({row[0] for row in rows} | boxed)
-    for index, prompt in found.items():
-        here = [(z, y, label) for x, y, z, label in rows if x == index]
-        assert [(*p, s) for p, s in zip(prompt.points, prompt.labels, strict=True)] == here
-        assert prompt.points.shape == (len(here), 2)
+    sets = slice_prompts(structure, volume_of(np.zeros((5, 12, 20), np.uint8)))
+    assert list(sets) == sorted({row[0] for row in rows} | boxed)
+    for index, prompt in sets.items():
+        on_slice = [(z, y, label) for x, y, z, label in rows if x == index]
+        assert [(*p, s) for p, s in zip(prompt.points, prompt.labels, strict=True)] == on_slice
+        assert prompt.points.shape == (len(on_slice), 2)
         if index in boxed:
             assert prompt.box is not None
             assert prompt.box.tolist() == [2, 1, 16 - index, 8]
         else:
             assert prompt.box is None
-    together = shared_prompt(found.values())
+    together = shared_prompt(sets.values())
     assert len(together.points) == len(together.labels) == len(rows)
     if boxed:
         assert together.box is not None
@@ -181,12 +181,12 @@ def test_each_slice_gets_its_own_prompts(rows: list[tuple[int, ...]], boxed: set
 @given(st.lists(st.sampled_from(["a", "b", None]), min_size=1, max_size=6), st.integers(1, 4))
 def test_every_structure_has_labels_that_have_names(names: list[str | None], classes: int) -> None:
     structures = [Structure(name=None if classes > 1 else name) for name in names]
-    found = labelling(structures, bright_pixels(classes=classes).manifest)
-    assert len(found.channels) == len(names)
-    labels = {label for channels in found.channels for _, label in channels}
-    assert labels == set(range(1, len(found.names) + 1))
-    assert len(set(found.names)) == len(found.names)
+    labels_of = labelling(structures, bright_pixels(classes=classes).manifest)
+    assert len(labels_of.channels) == len(names)
+    labels = {label for channels in labels_of.channels for _, label in channels}
+    assert labels == set(range(1, len(labels_of.names) + 1))
+    assert len(set(labels_of.names)) == len(labels_of.names)
     if classes == 1:
-        for name, ((mask, label),) in zip(names, found.channels, strict=True):
+        for name, ((mask, label),) in zip(names, labels_of.channels, strict=True):
             assert mask == 0
-            assert name in (None, found.names[label - 1])
+            assert name in (None, labels_of.names[label - 1])

@@ -157,8 +157,8 @@ def test_memory_goes_through_pycuda(library: Path, tmp_path: Path) -> None:
     ]
     remaining = iter(calls)
     assert all(call in remaining for call in in_order), calls
-    for taken, freed in (("cuMemAlloc ", "cuMemFree"), ("cuMemHostAlloc ", "cuMemFreeHost")):
-        assert sum(call.startswith(taken) for call in calls) == calls.count(freed) == 2
+    for allocated, freed in (("cuMemAlloc ", "cuMemFree"), ("cuMemHostAlloc ", "cuMemFreeHost")):
+        assert sum(call.startswith(allocated) for call in calls) == calls.count(freed) == 2
 
 
 @needs_pycuda

@@ -47,10 +47,10 @@ def half(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = copied(bundle, tmp_path_factory.mktemp("half"))
     done = call("quantize", copy, "--fp16", "--json")
     assert done.code == 0, done.err
-    found = done.json
-    assert set(found) == {"bundle", "precision", "recipe", "parity", "files", "seconds"}
-    assert found["precision"] == "fp16"
-    assert [f["path"] for f in found["files"]] == ["encoder.fp16.onnx", "decoder.fp16.onnx"]
+    document = done.json
+    assert set(document) == {"bundle", "precision", "recipe", "parity", "files", "seconds"}
+    assert document["precision"] == "fp16"
+    assert [f["path"] for f in document["files"]] == ["encoder.fp16.onnx", "decoder.fp16.onnx"]
     return copy
 
 
@@ -71,21 +71,21 @@ def every(half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_float16_is_in_the_bundle_with_its_recipe(half: Path, bundle: Path) -> None:
-    made = load_manifest(half)
-    check_files(made, half)
-    recipe = made.recipe("fp16")
+    manifest = load_manifest(half)
+    check_files(manifest, half)
+    recipe = manifest.recipe("fp16")
     assert recipe is not None
     assert {island.reason for island in recipe.islands} >= {"norms", "softmax", "coordinates"}
     assert recipe.float32_blocks == ()
     assert recipe.rounded_dice_mean is not None
     assert recipe.rounded_dice_mean >= LIMITS["fp16"].dice_mean
-    (parity,) = (p for p in made.parity if p.precision == "fp16")
+    (parity,) = (p for p in manifest.parity if p.precision == "fp16")
     assert parity.nan_count == 0
     assert (parity.seeded_images, parity.prompt_sets) == (2, 10)
     assert parity.mask_dice_worst is not None
     assert parity.mask_dice_worst >= LIMITS["fp16"].dice_worst
     for name in ("encoder", "decoder"):
-        assert made.file(name, "fp16").bytes < 0.6 * made.file(name).bytes
+        assert manifest.file(name, "fp16").bytes < 0.6 * manifest.file(name).bytes
     assert set(contents(bundle)) == set(contents(half)) - {
         "encoder.fp16.onnx",
         "decoder.fp16.onnx",
@@ -138,7 +138,7 @@ def test_float16_masks_are_float32s(half: Path, bundle: Path) -> None:
             embedding = session.encode(image)
             masks.append(session.segment(embedding, box=(20, 30, 150, 160)).masks)
     pairs = zip(*(of_precision[0] for of_precision in masks), strict=True)
-    assert min(dice(one, other) for one, other in pairs) >= 0.98
+    assert min(dice(mask, other) for mask, other in pairs) >= 0.98
 
 
 def disturbed(bundle: Path, folder: Path, size: float) -> Path:
@@ -189,13 +189,13 @@ def test_what_float16_cannot_hold_returns_to_float32(
 
 
 def test_int8_is_in_the_bundle_with_its_recipe(every: Path) -> None:
-    made = load_manifest(every)
-    check_files(made, every)
+    manifest = load_manifest(every)
+    check_files(manifest, every)
     for precision, target, activations, decoder in (
         ("int8", "tensorrt", "int8, symmetric", "decoder.fp16.onnx"),
         ("int8-cpu", "cpu", "uint8", "decoder.onnx"),
     ):
-        recipe = made.recipe(precision)
+        recipe = manifest.recipe(precision)
         assert recipe is not None
         assert (recipe.target, recipe.activations) == (target, activations)
         assert recipe.quantized
@@ -203,10 +203,10 @@ def test_int8_is_in_the_bundle_with_its_recipe(every: Path) -> None:
         assert recipe.calibration is not None
         assert recipe.calibration.images == 6
         assert recipe.reference_dice_mean is not None
-        assert made.file("decoder", precision).path == decoder
+        assert manifest.file("decoder", precision).path == decoder
         operators = [n.op_type for n in load_graph(every / f"encoder.{precision}.onnx").graph.node]
         assert operators.count("DequantizeLinear") > len(recipe.quantized)
-        (parity,) = (p for p in made.parity if p.precision == precision)
+        (parity,) = (p for p in manifest.parity if p.precision == precision)
         assert parity_failures(parity) == []
         assert (parity.images, parity.seeded_images) == (4, 0), "of the user's images"
 
@@ -218,9 +218,9 @@ def test_every_precision_is_verified(every: Path) -> None:
     assert names == ["fp32", "fp16", "int8", "int8-cpu"]
     means = [parity["mask_dice_mean"] for parity in done.json["parity"]]
     assert means[0] > means[1] > max(means[2:])
-    made = load_manifest(every)
+    manifest = load_manifest(every)
     for precision, mean in zip(names[2:], means[2:], strict=True):
-        recipe = made.recipe(precision)
+        recipe = manifest.recipe(precision)
         assert recipe is not None
         assert mean == pytest.approx(recipe.reference_dice_mean, abs=1e-3)
 
@@ -249,9 +249,9 @@ def test_int8_with_the_rest_in_bfloat16(every: Path) -> None:
 def test_int8_is_judged_on_images_where_there_are_some(
     every: Path, checkpoint_of: Any, tmp_path: Path
 ) -> None:
-    given = ["--checkpoint", checkpoint_of("medsa_2d"), "--precision", "int8", "--json"]
+    arguments = ["--checkpoint", checkpoint_of("medsa_2d"), "--precision", "int8", "--json"]
     for images, counts in (([], (0, 1)), (["--images", images_in(tmp_path / "i", 1)], (1, 0))):
-        done = call("verify", every, *given, *images)
+        done = call("verify", every, *arguments, *images)
         assert done.code == 0, done.err
         (parity,) = done.json["parity"]
         assert (parity["images"], parity["seeded_images"]) == counts
@@ -259,12 +259,12 @@ def test_int8_is_judged_on_images_where_there_are_some(
 
 def test_int8_that_gives_less_than_it_did_fails_verification(every: Path, tmp_path: Path) -> None:
     copy = copied(every, tmp_path)
-    made = load_manifest(copy)
+    manifest = load_manifest(copy)
     recipes = [
         dataclasses.replace(r, reference_dice_mean=1.0) if r.precision == "int8" else r
-        for r in made.recipes
+        for r in manifest.recipes
     ]
-    save_manifest(dataclasses.replace(made, recipes=tuple(recipes)), copy)
+    save_manifest(dataclasses.replace(manifest, recipes=tuple(recipes)), copy)
     model = load_graph(copy / "encoder.int8.onnx")
     (tensor,) = (t for t in model.graph.initializer if t.name == "positions_float16")
     values = numpy_helper.to_array(tensor) * np.float16(1.5)
@@ -293,8 +293,8 @@ def test_a_precision_is_replaced_without_leftovers(every: Path, tmp_path: Path) 
     assert set(before) - set(after) == {"encoder.fp16.onnx.data"}
     graphs = {name for name in after if name.endswith(".onnx")}
     assert {name: before[name] for name in graphs} == {name: after[name] for name in graphs}
-    made = load_manifest(copy)
-    assert [parity.precision for parity in made.parity] == ["fp32", "int8", "int8-cpu", "fp16"]
+    manifest = load_manifest(copy)
+    assert [parity.precision for parity in manifest.parity] == ["fp32", "int8", "int8-cpu", "fp16"]
 
 
 def test_int8_goes_when_the_decoder_it_used_is_replaced(every: Path, tmp_path: Path) -> None:
@@ -305,10 +305,10 @@ def test_int8_goes_when_the_decoder_it_used_is_replaced(every: Path, tmp_path: P
     done = call("quantize", copy, "--fp16")
     assert done.code == 0
     assert "int8 was made over an earlier fp16 and is removed: make it again" in done.err
-    made = load_manifest(copy)
-    assert {file.precision for file in made.files} == {"fp32", "fp16", "int8-cpu"}
-    assert {recipe.precision for recipe in made.recipes} == {"fp16", "int8-cpu"}
-    assert {parity.precision for parity in made.parity} == {"fp32", "fp16", "int8-cpu"}
+    manifest = load_manifest(copy)
+    assert {file.precision for file in manifest.files} == {"fp32", "fp16", "int8-cpu"}
+    assert {recipe.precision for recipe in manifest.recipes} == {"fp16", "int8-cpu"}
+    assert {parity.precision for parity in manifest.parity} == {"fp32", "fp16", "int8-cpu"}
     assert not (copy / "encoder.int8.onnx").exists()
     assert call("verify", copy).code == 0
 
@@ -380,14 +380,14 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(bundle: Path, tmp_path: Path) -
 def test_files_are_added_with_their_manifest_or_not_at_all(half: Path, tmp_path: Path) -> None:
     copy = copied(half, tmp_path)
     before = contents(copy)
-    made = load_manifest(copy)
-    parity = dataclasses.replace(made.parity[0], mask_pixels_differing=float("nan"))
+    manifest = load_manifest(copy)
+    parity = dataclasses.replace(manifest.parity[0], mask_pixels_differing=float("nan"))
     with work_folder(copy) as folder:
         for name in ("encoder.fp16.onnx", "new.onnx"):
             (folder / name).write_bytes(b"new")
         files = sorted(folder.iterdir())
         with pytest.raises(ValueError, match="JSON"):
-            add_files(copy, files, dataclasses.replace(made, parity=(parity,)))
+            add_files(copy, files, dataclasses.replace(manifest, parity=(parity,)))
     assert contents(copy) == before
 
 
@@ -406,13 +406,13 @@ def test_masks_that_are_not_float32s_fail_verification(half: Path, tmp_path: Pat
 
     for i in range(2):
         (tmp_path / str(i)).mkdir()
-    found = damage(lambda x: -x)
-    said = [failure.split(" 0")[0] for failure in found["failures"]]
-    assert said == ["fp16: mean mask Dice", "fp16: worst mask Dice"]
-    found = damage(lambda x: x * np.nan)
-    assert found["failures"][0].endswith("values are NaN or infinite")
-    assert found["parity"][1]["nan_count"] > 0
-    json.dumps(found, allow_nan=False)
+    document = damage(lambda x: -x)
+    figures = [failure.split(" 0")[0] for failure in document["failures"]]
+    assert figures == ["fp16: mean mask Dice", "fp16: worst mask Dice"]
+    document = damage(lambda x: x * np.nan)
+    assert document["failures"][0].endswith("values are NaN or infinite")
+    assert document["parity"][1]["nan_count"] > 0
+    json.dumps(document, allow_nan=False)
 
 
 # The measure
@@ -446,9 +446,9 @@ def test_limits_of_float16(figures: dict[str, float], failures: list[str]) -> No
 
 def test_the_saved_references_case_must_agree_by_itself(bundle: Path) -> None:
     """What verify goes by later is only that case: the mean of all must not hide it."""
-    made = load_manifest(bundle)
-    to_run = parity_cases(made, None)
-    trials = CandidateRunner(bundle, made, to_run, None)
+    manifest = load_manifest(bundle)
+    to_run = parity_cases(manifest, None)
+    trials = CandidateRunner(bundle, manifest, to_run, None)
     assert trials.measure(trials.encoder, trials.decoder, "fp16").failures == ()
     trials._expected[0]["low_res_masks"] = -trials._expected[0]["low_res_masks"]
     failed = trials.measure(trials.encoder, trials.decoder, "fp16").failures

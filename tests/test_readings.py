@@ -29,12 +29,12 @@ def ambiguous(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters in the encoder alone over Meta's decoder: of Med-SA or of finetune-SAM."""
     folder = tmp_path_factory.mktemp("readings")
     tensors = GoldenCase("finetune_sam_adapter").state_dict.items()
-    kept = {
+    facts = {
         key: torch.from_numpy(value)
         for key, value in tensors
         if not (key.startswith("mask_decoder.transformer.") and "Adapter." in key)
     }
-    torch.save(kept, folder / "ckpt.pth")
+    torch.save(facts, folder / "ckpt.pth")
     (folder / "images").mkdir()
     (folder / "labels").mkdir()
     for i in range(2):

@@ -71,10 +71,10 @@ def test_the_parts_are_the_checkpoints_own_decoder(checkpoint_of, name: str) -> 
         coords = size * torch.rand(sets, points, 2)
         labels = torch.randint(-1, 4, (sets, points)).float()
         expected = reference.decode(embedding, coords, labels)
-        found = folded.click_part(*folded.image_part(embedding), coords, labels)
-        for limit, one, other in zip((LIMIT, IOU_LIMIT), found, expected, strict=True):
-            assert one.shape == other.shape
-            assert relative_l2(one.numpy(), other.numpy()) <= limit
+        outputs = folded.click_part(*folded.image_part(embedding), coords, labels)
+        for limit, actual, other in zip((LIMIT, IOU_LIMIT), outputs, expected, strict=True):
+            assert actual.shape == other.shape
+            assert relative_l2(actual.numpy(), other.numpy()) <= limit
 
 
 def opened(path: Path) -> ort.InferenceSession:
@@ -89,10 +89,10 @@ def run(graph: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> dict[str,
 
 
 def test_the_graphs_broadcast_as_the_whole_decoder(hyp: Path) -> None:
-    whole, image, click = (opened(hyp / f"{name}.onnx") for name in ("decoder", *PARTS))
+    decoder, image, click = (opened(hyp / f"{name}.onnx") for name in ("decoder", *PARTS))
     rng = np.random.default_rng(2)
     for embeddings, sets, points in ((1, 1, 2), (1, 3, 1), (3, 1, 2), (3, 3, 4)):
-        given = {"image_embeddings": rng.normal(0, 0.5, (embeddings, 256, 16, 16)).astype("f")}
+        inputs = {"image_embeddings": rng.normal(0, 0.5, (embeddings, 256, 16, 16)).astype("f")}
         prompts = {
             "point_coords": rng.uniform(0, 256, (sets, points, 2)).astype("f"),
             "point_labels": rng.integers(-1, 4, (sets, points)).astype("f"),
@@ -101,12 +101,12 @@ def test_the_graphs_broadcast_as_the_whole_decoder(hyp: Path) -> None:
             "mask_input": np.zeros((sets, 1, 64, 64), "f"),
             "has_mask_input": np.zeros(1, "f"),
         }
-        expected = run(whole, given | prompts | no_mask)
-        found = run(click, run(image, given) | prompts)
-        assert found.keys() == expected.keys()
+        expected = run(decoder, inputs | prompts | no_mask)
+        outputs = run(click, run(image, inputs) | prompts)
+        assert outputs.keys() == expected.keys()
         for name, values in expected.items():
-            assert found[name].shape == values.shape
-            assert relative_l2(found[name], values) <= ONNX_LIMIT
+            assert outputs[name].shape == values.shape
+            assert relative_l2(outputs[name], values) <= ONNX_LIMIT
     two = run(image, {"image_embeddings": np.zeros((2, 256, 16, 16), "f")})
     three = {"point_coords": np.zeros((3, 1, 2), "f"), "point_labels": np.ones((3, 1), "f")}
     with pytest.raises(Exception, match=r"(?i)broadcast|dimension|bounds"):
@@ -121,10 +121,10 @@ def test_nothing_of_the_image_is_copied_by_a_click(hyp: Path) -> None:
 
 
 def test_the_manifest_lists_the_parts_and_their_parity(hyp: Path) -> None:
-    made = load_manifest(hyp)
-    assert [made.file(role).path for role in PARTS] == [f"{role}.onnx" for role in PARTS]
-    assert made.graphs["decoder-click"].outputs == made.graphs["decoder"].outputs
-    split = made.parity[0].split
+    manifest = load_manifest(hyp)
+    assert [manifest.file(role).path for role in PARTS] == [f"{role}.onnx" for role in PARTS]
+    assert manifest.graphs["decoder-click"].outputs == manifest.graphs["decoder"].outputs
+    split = manifest.parity[0].split
     assert split is not None
     assert split.tensors["low_res_masks"].relative_l2 <= ONNX_LIMIT
     assert split.mask_pixels_differing <= 1e-4
@@ -136,9 +136,9 @@ def test_clicks_run_the_click_part_and_masks_the_whole(hyp: Path, image, backend
         embedding = session.encode(image)
         assert embedding.image_part is not None
         parts = session.segment(embedding, points=CLICK)
-        whole = session.segment(replace(embedding, image_part=None), points=CLICK)
-        assert relative_l2(parts.low_res_logits, whole.low_res_logits) <= ONNX_LIMIT
-        assert (parts.low_res_logits != whole.low_res_logits).any(), "two graphs"
+        prediction = session.segment(replace(embedding, image_part=None), points=CLICK)
+        assert relative_l2(parts.low_res_logits, prediction.low_res_logits) <= ONNX_LIMIT
+        assert (parts.low_res_logits != prediction.low_res_logits).any(), "two graphs"
         mask = parts.low_res_logits[0, 0]
         refined = session.segment(embedding, points=CLICK, mask=mask)
         again = session.segment(replace(embedding, image_part=None), points=CLICK, mask=mask)
@@ -160,11 +160,11 @@ def test_a_bundle_without_the_parts_works(hyp: Path, image, session: Session, tm
     with load(copy, threads=2) as earlier:
         embedding = earlier.encode(image)
         assert embedding.image_part is None
-        found = earlier.segment(embedding, points=CLICK)
+        prediction = earlier.segment(embedding, points=CLICK)
         # an embedding goes from one session to another
         other = earlier.segment(session.encode(image), points=CLICK)
-    assert relative_l2(found.low_res_logits, expected.low_res_logits) <= ONNX_LIMIT
-    np.testing.assert_array_equal(other.low_res_logits, found.low_res_logits)
+    assert relative_l2(prediction.low_res_logits, expected.low_res_logits) <= ONNX_LIMIT
+    np.testing.assert_array_equal(other.low_res_logits, prediction.low_res_logits)
     assert call("verify", copy).code == 0
 
 
@@ -203,6 +203,6 @@ def test_golden_slices_share_one_prompt_set(bundle_of) -> None:
     coords, labels = case.coords_and_labels
     image, click = (opened(folder / f"{role}.onnx") for role in PARTS)
     part = run(image, {"image_embeddings": case.expected["image_embeddings"]})
-    found = run(click, part | {"point_coords": coords, "point_labels": labels})
-    assert relative_l2(found["low_res_masks"], case.expected["low_res_logits"]) <= ONNX_LIMIT
-    assert relative_l2(found["iou_predictions"], case.expected["iou_predictions"]) <= ONNX_LIMIT
+    outputs = run(click, part | {"point_coords": coords, "point_labels": labels})
+    assert relative_l2(outputs["low_res_masks"], case.expected["low_res_logits"]) <= ONNX_LIMIT
+    assert relative_l2(outputs["iou_predictions"], case.expected["iou_predictions"]) <= ONNX_LIMIT

@@ -43,7 +43,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_one_path_builds_with_every_version(
     tensorrt, bundle: Path, tmp_path: Path, version: str
 ) -> None:
-    asked = tensorrt(version)
+    requests = tensorrt(version)
     copy = copied(bundle, tmp_path)
     done = call("build-engine", copy, "--fp32", "--json")
     assert done.code == 0, done.err
@@ -53,7 +53,7 @@ def test_one_path_builds_with_every_version(
     assert (engine.version, engine.device, engine.state) == (version, "NVIDIA Orin", "built")
     assert (folder / "encoder.engine").read_bytes() == b"an engine of " + version.encode()
     assert [file.attention for file in engine.files] == ["unknown", "unknown"]
-    encoder, decoder = asked()
+    encoder, decoder = requests()
     assert "STRONGLY_TYPED" in encoder["network_flags"]
     assert encoder["flags"] == decoder["flags"] == ["TF32"]
     assert encoder["profiles"] == [{"image": [[b, 3, 256, 256] for b in (1, 1, 4)]}]
@@ -67,7 +67,7 @@ def test_one_path_builds_with_every_version(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_options_reach_the_builder(tensorrt, bundle: Path, tmp_path: Path, version: str) -> None:
-    asked = tensorrt(version)
+    requests = tensorrt(version)
     copy = copied(bundle, tmp_path)
     cache = tmp_path / "kernels.cache"
     options = ["--workspace", "2", "--optimization-level", "4", "--timing-cache", cache]
@@ -77,7 +77,7 @@ def test_options_reach_the_builder(tensorrt, bundle: Path, tmp_path: Path, versi
             *("--no-tf32", "--no-fused-attention"),
         )
         assert done.code == 0, done.err
-    encoder, decoder, *_, last = asked()
+    encoder, decoder, *_, last = requests()
     assert encoder["flags"] == []
     assert encoder["workspace"] == 2 << 30
     assert encoder["optimization_level"] == 4
@@ -88,7 +88,7 @@ def test_options_reach_the_builder(tensorrt, bundle: Path, tmp_path: Path, versi
     assert "fused_attention changed" not in done.out
     plain = call("build-engine", copy, "--fp32", "--flavor", "tensorrt", *options, "--no-tf32")
     assert "because: fused_attention changed from False to True" in plain.out
-    assert asked()[-1]["read_past_a_relu"] == 7
+    assert requests()[-1]["read_past_a_relu"] == 7
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.0.1", "10.11.0"])

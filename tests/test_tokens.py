@@ -27,37 +27,37 @@ def graph_of(steps: list[tuple[str, int, int]], outputs: list[int], batch: int |
         return name
 
     for i, (step, a, b) in enumerate(steps):
-        one, other, made = values[a % len(values)], values[b % len(values)], f"v{i}"
+        left, right, result = values[a % len(values)], values[b % len(values)], f"v{i}"
         if step == "MatMul":
-            inputs = [one, weight(f"w{i}", WIDTH, WIDTH)]
-            nodes.append(helper.make_node("MatMul", inputs, [made], name=f"layer{i}"))
+            inputs = [left, weight(f"w{i}", WIDTH, WIDTH)]
+            nodes.append(helper.make_node("MatMul", inputs, [result], name=f"layer{i}"))
         elif step == "bias":
-            nodes.append(helper.make_node("Add", [weight(f"b{i}", WIDTH), one], [made]))
+            nodes.append(helper.make_node("Add", [weight(f"b{i}", WIDTH), left], [result]))
         elif step == "LayerNormalization":
-            inputs = [one, weight(f"g{i}", WIDTH), weight(f"n{i}", WIDTH)]
-            nodes.append(helper.make_node(step, inputs, [made], axis=-1))
+            inputs = [left, weight(f"g{i}", WIDTH), weight(f"n{i}", WIDTH)]
+            nodes.append(helper.make_node(step, inputs, [result], axis=-1))
         elif step == "halves":
             tensors.append(numpy_helper.from_array(np.array([2, 4]), f"s{i}"))
-            halves = [f"{made}_0", f"{made}_1"]
-            nodes.append(helper.make_node("Split", [one, f"s{i}"], halves, axis=3))
-            nodes.append(helper.make_node("Concat", halves[::-1], [made], axis=3))
+            halves = [f"{result}_0", f"{result}_1"]
+            nodes.append(helper.make_node("Split", [left, f"s{i}"], halves, axis=3))
+            nodes.append(helper.make_node("Concat", halves[::-1], [result], axis=3))
         elif step == "mean":
-            nodes.append(helper.make_node("GlobalAveragePool", [one], [f"{made}_mean"]))
-            nodes.append(helper.make_node("Add", [one, f"{made}_mean"], [made]))
+            nodes.append(helper.make_node("GlobalAveragePool", [left], [f"{result}_mean"]))
+            nodes.append(helper.make_node("Add", [left, f"{result}_mean"], [result]))
         elif step == "swapped":
-            nodes.append(helper.make_node("Transpose", [one], [made], perm=(0, 2, 1, 3)))
+            nodes.append(helper.make_node("Transpose", [left], [result], perm=(0, 2, 1, 3)))
         else:
-            nodes.append(helper.make_node(step, [one, other][: 1 + (step == "Add")], [made]))
-        values.append(made)
-    names = dict.fromkeys(values[1 + one % (len(values) - 1)] for one in outputs)
+            nodes.append(helper.make_node(step, [left, right][: 1 + (step == "Add")], [result]))
+        values.append(result)
+    names = dict.fromkeys(values[1 + i % (len(values) - 1)] for i in outputs)
     shape = [batch, SIDE, SIDE, WIDTH]
-    given, *found = (
+    image, *results = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", *names)
     )
-    graph = helper.make_graph(nodes, "g", [given], found, tensors)
+    graph = helper.make_graph(nodes, "g", [image], results, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    inferred.graph.value_info.extend([given, *found])
+    inferred.graph.value_info.extend([image, *results])
     return inferred.SerializeToString()
 
 
@@ -88,10 +88,10 @@ def test_any_graph_computes_the_same(
     assert loops <= sum(step == "MatMul" for step, *_ in steps)
     onnx.checker.check_model(model, full_check=True)
     x = np.random.default_rng(1).normal(size=(2 if batch == "B" else batch, SIDE, SIDE, WIDTH))
-    wanted = run(before, x.astype(np.float32))
-    found = run(model.SerializeToString(), x.astype(np.float32))
-    for one, other in zip(found, wanted, strict=True):
-        assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+    expected = run(before, x.astype(np.float32))
+    results = run(model.SerializeToString(), x.astype(np.float32))
+    for actual, other in zip(results, expected, strict=True):
+        assert_allclose(actual, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
 
 
 def test_layers_between_two_others_share_a_loop() -> None:
@@ -107,8 +107,8 @@ def test_layers_between_two_others_share_a_loop() -> None:
     model = onnx.load_model_from_string(graph_of(steps, [5], "B"))
     assert loop_tokens(model, most_tokens=4) == 2
     bodies = [node.attribute[0].g for node in model.graph.node if node.op_type == "Scan"]
-    held = sorted([node.op_type for node in body.node] for body in bodies)
-    assert held == [["MatMul"], ["MatMul", "MatMul", "Add", "Add"]]
+    operators = sorted([node.op_type for node in body.node] for body in bodies)
+    assert operators == [["MatMul"], ["MatMul", "MatMul", "Add", "Add"]]
     assert [node.op_type for node in model.graph.node].count("MatMul") == 0
 
 

@@ -163,8 +163,8 @@ def test_quantizing_needs_onnx_and_no_torch(bundle: Path, tmp_path: Path) -> Non
 
 
 def test_verifying_against_a_checkpoint_names_the_extra(bundle: Path, checkpoint_of) -> None:
-    given = [bundle, "--checkpoint", checkpoint_of("medsa_2d")]
-    done = start("verify", *given, without=("torch",))
+    arguments = [bundle, "--checkpoint", checkpoint_of("medsa_2d")]
+    done = start("verify", *arguments, without=("torch",))
     assert done.code == 2
     assert done.error.endswith("which is not installed: pip install 'medsa-deploy[export]'")
 
@@ -178,8 +178,8 @@ def test_a_dicom_without_its_extra_is_reported_in_its_place(
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "1.dcm").write_bytes(slice_.read_bytes())
     (tmp_path / "study" / "2.png").write_bytes(image.read_bytes())
-    given = ["--point", "5,5", "--json", "-o", tmp_path / "masks"]
-    done = start("run", bundle, tmp_path / "study", *given, without=("pydicom",))
+    arguments = ["--point", "5,5", "--json", "-o", tmp_path / "masks"]
+    done = start("run", bundle, tmp_path / "study", *arguments, without=("pydicom",))
     assert done.code == 2
     missing, segmented = done.json
     assert "pip install 'medsa-deploy[dicom]'" in missing["error"]

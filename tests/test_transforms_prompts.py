@@ -107,14 +107,14 @@ def test_padding_is_neither_scaled_nor_swapped(scene, scale, order):
     conventions = replace(XY, point_order=order)
     parts = {"points": points, "labels": labels, "box": box}
     plain, plain_labels = converted(frame, conventions, **parts)
-    given = plain_labels != -1
+    placed = plain_labels != -1
     padded = replace(conventions, point_scale=scale, pad_points=6)
     coords, labels = converted(frame, padded, **parts)
     assert coords.dtype == labels.dtype == np.float32
     assert coords.shape == (6, 2)
-    count = given.sum()
-    np.testing.assert_allclose(coords[:count], plain[given] * scale, rtol=1e-6)
-    np.testing.assert_array_equal(labels[:count], plain_labels[given])
+    count = placed.sum()
+    np.testing.assert_allclose(coords[:count], plain[placed] * scale, rtol=1e-6)
+    np.testing.assert_array_equal(labels[:count], plain_labels[placed])
     np.testing.assert_array_equal(coords[count:], np.full((6 - count, 2), -1))
     np.testing.assert_array_equal(labels[count:], np.full(6 - count, -1))
 
@@ -160,9 +160,9 @@ def test_sets_of_points_boxes_and_masks(sets, number):
     labels = rng.integers(0, 2, (sets, number))
     box = np.tile([1, 2, 30, 40], (sets, 1)) + np.arange(sets)[:, None]
     mask = rng.standard_normal((sets, 1, MASK_SIZE, MASK_SIZE))
-    made = prompts(points=points, labels=labels, box=box, mask=mask)
-    assert len(made) == sets
-    for i, prompt in enumerate(made):
+    prompt_sets = prompts(points=points, labels=labels, box=box, mask=mask)
+    assert len(prompt_sets) == sets
+    for i, prompt in enumerate(prompt_sets):
         np.testing.assert_allclose(prompt.points, points[i], rtol=1e-6)
         np.testing.assert_array_equal(prompt.labels, labels[i])
         np.testing.assert_array_equal(prompt.box, box[i])

@@ -49,22 +49,22 @@ def choice(bundle: Path) -> Choice:
 def test_tuning_measures_and_stores(bundle: Path, config: Path) -> None:
     done = call("doctor", "--tune", bundle, "--json")
     assert done.code == 0, done.err
-    found = done.json
-    settings = [(c["backend"], c["threads"]) for c in found["candidates"]]
+    document = done.json
+    settings = [(c["backend"], c["threads"]) for c in document["candidates"]]
     assert settings[0] == ("onnxruntime", None), "what runs where nothing is asked for"
     assert len(set(settings)) == len(settings)
     assert {backend for backend, _ in settings} == {"onnxruntime", "openvino"}
-    for candidate in found["candidates"]:
+    for candidate in document["candidates"]:
         assert len(candidate["samples_ms"]) == 2
         assert min(candidate["samples_ms"]) > 0
-    assert found["stored_in"] == str(config)
-    assert json.loads(config.read_text()) == [found["choice"]]
-    assert (found["choice"]["backend"], found["choice"]["threads"]) in settings
-    assert found["choice"]["encoder_sha256"] == load_manifest(bundle).file("encoder").sha256
+    assert document["stored_in"] == str(config)
+    assert json.loads(config.read_text()) == [document["choice"]]
+    assert (document["choice"]["backend"], document["choice"]["threads"]) in settings
+    assert document["choice"]["encoder_sha256"] == load_manifest(bundle).file("encoder").sha256
 
-    assert list(call("doctor", "--json").json["tuning"]) == [found["choice"]]
+    assert list(call("doctor", "--json").json["tuning"]) == [document["choice"]]
     words = call("doctor").out
-    assert f"auto for medsa_2d.medsa is {found['choice']['backend']} with" in words
+    assert f"auto for medsa_2d.medsa is {document['choice']['backend']} with" in words
     again = call("doctor", "--tune", bundle)
     assert again.code == 0
     assert f"stored in {config}" in again.out
@@ -118,7 +118,7 @@ def test_auto_is_verified_with_its_own_encoder(bundle: Path, choice: Choice) -> 
     tuning.store(choice)
     done = call("verify", bundle, "--backend", "auto", "--json")
     assert done.code == 0, done.err
-    (parity,) = (one for one in done.json["parity"] if one["precision"] == "fp32")
+    (parity,) = (entry for entry in done.json["parity"] if entry["precision"] == "fp32")
     assert parity["backend"] == "openvino"
     (named,) = call("verify", bundle, "--backend", "openvino", "--json").json["parity"][:1]
     assert parity["encoders"].keys() == named["encoders"].keys()

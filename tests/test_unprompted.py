@@ -178,8 +178,8 @@ def test_margins_are_above_zero_exactly_where_the_class_is(
     assert margins.dtype == np.float32
     for k, margin in enumerate(margins, 1):
         np.testing.assert_array_equal(margin > 0, labels == k)
-        others = np.delete(values, k, axis=0).max(axis=0)
-        np.testing.assert_allclose(margin, values[k] - others, atol=1e-30)
+        rival = np.delete(values, k, axis=0).max(axis=0)
+        np.testing.assert_allclose(margin, values[k] - rival, atol=1e-30)
 
 
 @pytest.mark.parametrize(("need", "count"), [("required", 4), ("optional", 5), ("none", 1)])

@@ -39,11 +39,11 @@ def rewritten_reference(copy: Path, change: Callable[[dict[str, np.ndarray]], ob
 def test_a_good_bundle_without_its_checkpoint(bundle: Path) -> None:
     done = call("verify", bundle, "--json")
     assert done.code == 0, done.err
-    found = done.json
-    assert set(found) == {"bundle", "against", "parity", "failures", "engines", "report"}
-    assert found["against"] == "saved reference"
-    assert found["failures"] == []
-    (parity,) = found["parity"]
+    document = done.json
+    assert set(document) == {"bundle", "against", "parity", "failures", "engines", "report"}
+    assert document["against"] == "saved reference"
+    assert document["failures"] == []
+    (parity,) = document["parity"]
     assert (parity["precision"], parity["backend"]) == ("fp32", "onnxruntime")
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (0, 1, 5)
     assert set(parity["tensors"]) == set(TENSORS)
@@ -58,14 +58,14 @@ def test_a_good_bundle_with_its_checkpoint_and_images(
     for i in range(2):
         picture = PIL.Image.fromarray(seeded_image(80 + i, i))
         picture.save(tmp_path / f"{i}.png")
-    given = ["--checkpoint", checkpoint_of("medsa_2d"), "--images", tmp_path]
-    done = call("verify", bundle, *given, "--json")
+    arguments = ["--checkpoint", checkpoint_of("medsa_2d"), "--images", tmp_path]
+    done = call("verify", bundle, *arguments, "--json")
     assert done.code == 0, done.err
     assert done.json["against"] == "checkpoint"
     (parity,) = done.json["parity"]
     assert (parity["images"], parity["seeded_images"], parity["prompt_sets"]) == (2, 2, 20)
-    found = parity_cases(load_manifest(bundle), tmp_path / "1.png")
-    assert [case.name for case in found] == ["seed 1", "seed 2", "1.png"]
+    cases = parity_cases(load_manifest(bundle), tmp_path / "1.png")
+    assert [case.name for case in cases] == ["seed 1", "seed 2", "1.png"]
 
 
 def test_what_is_said_of_a_good_bundle(bundle: Path) -> None:
@@ -87,18 +87,18 @@ def test_another_networks_decoder_is_detected(
     copy = copied(bundle, tmp_path)
     shutil.copy(bundle_of("medsa_hyp_2d") / "decoder.onnx", copy / "decoder.onnx")
     accept_changes(copy)
-    given = ["--checkpoint", checkpoint_of("medsa_2d")] if with_checkpoint else []
-    done = call("verify", copy, *given, "--json")
+    arguments = ["--checkpoint", checkpoint_of("medsa_2d")] if with_checkpoint else []
+    done = call("verify", copy, *arguments, "--json")
     assert done.code == 1, done.err
     assert [line.split(": ")[:2] for line in done.json["failures"][:2]] == [
         ["fp32", "low_res_masks"],
         ["fp32", "iou_predictions"],
     ]
     assert "relative L2" in done.json["failures"][0]
-    said = call("verify", copy, *given)
-    assert said.code == 1
-    assert said.err.count("error: ") == len(done.json["failures"])
-    assert "verified" not in said.out
+    result = call("verify", copy, *arguments)
+    assert result.code == 1
+    assert result.err.count("error: ") == len(done.json["failures"])
+    assert "verified" not in result.out
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def test_a_bundle_without_a_reference_says_so(bundle: Path, tmp_path: Path) -> N
 def test_difference() -> None:
     expected = np.array([3.0, 4.0], np.float32)
     assert difference(expected, expected) == TensorParity(relative_l2=0, max_abs=0)
-    found = difference(expected, np.array([3.0, 4.5], np.float32))
-    assert found == TensorParity(relative_l2=pytest.approx(0.1), max_abs=0.5)
+    figures = difference(expected, np.array([3.0, 4.5], np.float32))
+    assert figures == TensorParity(relative_l2=pytest.approx(0.1), max_abs=0.5)
     with pytest.raises(ParityError, match=r"shapes: found \(1,\), expected \(2,\)"):
         difference(expected, expected[:1])
 
@@ -223,31 +223,31 @@ def parity(*, relative_l2: float = 0.0, pixels: float = 0.0) -> Parity:
     ],
 )
 def test_limits(figures: dict[str, float], failures: list[str]) -> None:
-    found = parity(**figures)
-    assert parity_failures(found) == failures
+    measured = parity(**figures)
+    assert parity_failures(measured) == failures
     if failures:
         with pytest.raises(ParityError, match="are not the checkpoint's network: "):
-            require_parity(found)
+            require_parity(measured)
     else:
-        require_parity(found)
+        require_parity(measured)
 
 
 def test_seeded_cases_are_the_same_everywhere_and_of_every_kind() -> None:
-    one, same, other = (seeded_case(64, 16, seed) for seed in (1, 1, 2))
-    pixels = [case.images[0].pixels for case in (one, same, other)]
+    first, same, other = (seeded_case(64, 16, seed) for seed in (1, 1, 2))
+    pixels = [case.images[0].pixels for case in (first, same, other)]
     assert (pixels[0] == pixels[1]).all()
     assert (pixels[0] != pixels[2]).any()
     assert np.ptp(pixels[0]) == 255
     chunk = seeded_case(64, 16, 1, slices=3).images
     assert (chunk[0].pixels == pixels[0]).all()
     assert len({image.pixels.tobytes() for image in chunk}) == 3
-    kinds = {(len(p.points), p.box is not None, p.mask is not None) for p in one.prompts}
+    kinds = {(len(p.points), p.box is not None, p.mask is not None) for p in first.prompts}
     assert kinds == {(1, 0, 0), (3, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 1)}
 
 
-@pytest.mark.parametrize("made", ["bundle", "bundle_3d"])
-def test_a_saved_reference_comes_back_as_it_was(made: str, request, tmp_path: Path) -> None:
-    bundle = request.getfixturevalue(made)
+@pytest.mark.parametrize("case_name", ["bundle", "bundle_3d"])
+def test_a_saved_reference_comes_back_as_it_was(case_name: str, request, tmp_path: Path) -> None:
+    bundle = request.getfixturevalue(case_name)
     with load(bundle) as session:
         case = seeded_case(256, 64, 3, slices=session.manifest.network.chunk)
         outputs = run_case(session, case)

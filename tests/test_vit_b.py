@@ -42,11 +42,11 @@ def vit_b(folder: Path, rel_pos_scale: float) -> stages.Export:
 @pytest.mark.parametrize("rel_pos_scale", [0.0, 0.2])
 def test_vit_b_exports_with_proof(tmp_path: Path, rel_pos_scale: float) -> None:
     exported = vit_b(tmp_path, rel_pos_scale)
-    made = exported.manifest
-    assert made.network.image_size == 1024
-    assert made.network.heads == (12,)
-    assert made.network.rel_pos == ("real" if rel_pos_scale else "zero")
-    for tensor in made.parity[0].tensors.values():
+    recorded = exported.manifest
+    assert recorded.network.image_size == 1024
+    assert recorded.network.heads == (12,)
+    assert recorded.network.rel_pos == ("real" if rel_pos_scale else "zero")
+    for tensor in recorded.parity[0].tensors.values():
         assert tensor.relative_l2 <= 2e-5
     for precision, size in (("fp32", 380e6), ("fp16", 190e6)):
         request = stages.EngineRequest(flavor="rtx", precision=precision)
@@ -96,5 +96,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < MEMORY_GB
-    made = load_manifest(bundle)
-    assert made.file("encoder", "fp16").bytes < 0.55 * made.file("encoder").bytes
+    recorded = load_manifest(bundle)
+    assert recorded.file("encoder", "fp16").bytes < 0.55 * recorded.file("encoder").bytes

@@ -373,8 +373,8 @@ def test_empty_and_truncated_series_are_refused(tmp_path: Path) -> None:
     empty = slices(PixelData=bytes(ROWS * COLUMNS * 2))
     refused(save(empty, tmp_path / "e"), r"every voxel is -1024.0: nothing to segment")
     folder = save(slices(), tmp_path / "s")
-    whole = (folder / "f.dcm").read_bytes()
-    (folder / "f.dcm").write_bytes(whole[:-200])
+    content = (folder / "f.dcm").read_bytes()
+    (folder / "f.dcm").write_bytes(content[:-200])
     volume = read_volume(folder)
     with pytest.raises(ImageError, match=r"f\.dcm cannot be read as DICOM"):
         volume.slice(5)

@@ -189,10 +189,10 @@ def test_a_cine_clip_is_a_volume_of_frames(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "noun"),
     [("liver_1frame.dcm", "a segmentation"), ("rtdose.dcm", "a dose distribution")],
 )
-def test_what_was_made_from_images_is_no_volume(name: str, what: str) -> None:
+def test_what_was_made_from_images_is_no_volume(name: str, noun: str) -> None:
     assert not is_volume(sample(name))
-    with pytest.raises(ImageError, match=f"is {what}, not an image"):
+    with pytest.raises(ImageError, match=f"is {noun}, not an image"):
         read_volume(sample(name))

@@ -40,19 +40,19 @@ class Direct:
 
     def prompted(self, structure: Structure) -> dict[int, np.ndarray]:
         """Slice → logits (K, 4g, 4g) where the structure's prompts ask for them."""
-        found: dict[int, list[tuple[float, np.ndarray]]] = {}
+        weighed: dict[int, list[tuple[float, np.ndarray]]] = {}
         for start in self.starts:
             chunk = range(start, min(start + self.size, self.count))
-            own = {i: one for i in chunk if (one := self.on_slice(structure, i))}
-            if not own:
+            prompts = {i: prompt for i in chunk if (prompt := self.on_slice(structure, i))}
+            if not prompts:
                 continue
-            sets: dict[int, list[Any]] = {i: [one] for i, one in own.items()}
+            sets: dict[int, list[Any]] = {i: [prompt] for i, prompt in prompts.items()}
             if self.session.conventions.prompt_scope == "chunk" and self.size > 1:
-                whole = list(own.values())
-                sets = {i: whole for i in (own if structure.boxes else chunk)}
+                together = list(prompts.values())
+                sets = {i: together for i in (prompts if structure.boxes else chunk)}
             for i, parts in sets.items():
-                found.setdefault(i, []).append(self.weighed(start, i, parts))
-        return {i: mean(parts) for i, parts in found.items()}
+                weighed.setdefault(i, []).append(self.weighed(start, i, parts))
+        return {i: mean(parts) for i, parts in weighed.items()}
 
     def on_slice(self, structure: Structure, index: int) -> dict[str, Any] | None:
         """Points with labels, and the box, on one slice."""
@@ -104,10 +104,10 @@ class Direct:
     def box(self, logits: np.ndarray, cut: float, margin: float) -> list[float] | None:
         frame = self.embeddings[0][0].frame
         pixels = transforms.pixel_values(logits.astype(np.float32), frame, "sam")
-        where = np.argwhere((pixels > cut).any(axis=0))
-        if not len(where):
+        inside = np.argwhere((pixels > cut).any(axis=0))
+        if not len(inside):
             return None
-        (top, left), (bottom, right) = where.min(axis=0), where.max(axis=0) + 1
+        (top, left), (bottom, right) = inside.min(axis=0), inside.max(axis=0) + 1
         height, width = self.volume.slice_size
         return [
             max(left - margin, 0),
@@ -143,7 +143,7 @@ def assert_direct(
     `channels`: for each structure, mask of the decoder → label.
     """
     volume = volume_of(array)
-    found = segment_volume(session, volume, structures, options)
+    prediction = segment_volume(session, volume, structures, options)
     direct = Direct(session, volume, options.overlap)
     threshold = session.conventions.threshold if options.threshold is None else options.threshold
     cut = transforms.probability_to_logit(threshold)
@@ -158,28 +158,28 @@ def assert_direct(
         slices |= logits.keys()
         for index, of_slice in logits.items():
             for mask, label in masks.items():
-                here = direct.full(of_slice[[mask]])[0]
-                highest[label, index] = np.maximum(highest[label, index], here)
-    assert found.slices == tuple(sorted(slices))
+                pixels = direct.full(of_slice[[mask]])[0]
+                highest[label, index] = np.maximum(highest[label, index], pixels)
+    assert prediction.slices == tuple(sorted(slices))
     second, first = np.sort(highest, axis=0)[-2:]
     clear = first - second > 1e-5
     # equal logits of two labels, above the threshold: the lower label wins
     tied = (second == first) & (first > cut)
     expected = highest.argmax(axis=0)
     assert clear.mean() > 0.9 or tied.any()
-    np.testing.assert_array_equal(found.labels[clear | tied], expected[clear | tied])
-    return found
+    np.testing.assert_array_equal(prediction.labels[clear | tied], expected[clear | tied])
+    return prediction
 
 
 @st.composite
 def structures(draw: st.DrawFn, count: int) -> Structure:
     """Points on any slices, each slice with a foreground one, or a box, or both."""
-    whole = [st.integers(0, n - 1) for n in (count, ROWS, COLUMNS)]
-    points = draw(st.lists(st.tuples(*whole), max_size=3))
+    voxels = [st.integers(0, n - 1) for n in (count, ROWS, COLUMNS)]
+    points = draw(st.lists(st.tuples(*voxels), max_size=3))
     more = [(x, ROWS - 1 - y, COLUMNS - 1 - z) for x, y, z in points if draw(st.booleans())]
     boxes = []
     if not points or draw(st.booleans()):
-        low = draw(st.tuples(*whole))
+        low = draw(st.tuples(*voxels))
         ends = zip(low, (count, ROWS, COLUMNS), strict=True)
         high = [draw(st.integers(a + 1, n)) for a, n in ends]
         boxes = [(*low, *high)]
@@ -196,7 +196,7 @@ def test_any_prompts_give_what_the_slow_formulation_gives(data: st.DataObject) -
     chunk = data.draw(st.integers(1, 4), "chunk")
     count = data.draw(st.integers(max(2, chunk), 9), "slices")
     classes = data.draw(st.integers(1, 3), "classes")
-    given = data.draw(st.lists(structures(count), min_size=1, max_size=3))
+    drawn = data.draw(st.lists(structures(count), min_size=1, max_size=3))
     seed = data.draw(st.integers(0, 99), "seed")
     array = np.random.default_rng(seed).integers(0, 256, (count, ROWS, COLUMNS), np.uint8)
     session = bright_pixels(
@@ -214,10 +214,10 @@ def test_any_prompts_give_what_the_slow_formulation_gives(data: st.DataObject) -
         threshold=data.draw(st.sampled_from([None, 0.55])),
     )
     if classes == 1:
-        channels = [{0: i + 1} for i in range(len(given))]
+        channels = [{0: i + 1} for i in range(len(drawn))]
     else:
-        channels = [{k: k + 1 for k in range(classes)}] * len(given)
-    assert_direct(session, array, given, options, channels)
+        channels = [{k: k + 1 for k in range(classes)}] * len(drawn)
+    assert_direct(session, array, drawn, options, channels)
 
 
 @pytest.mark.parametrize("seed", [0, 4, 12])
@@ -262,19 +262,19 @@ def test_a_real_network_in_chunks(session_3d, real_array, scope: str, options: A
     manifest = session_3d.manifest
     conventions = replace(manifest.conventions, prompt_scope=scope, class_names=("a", "b"))
     session = Session(replace(manifest, conventions=conventions), session_3d.backend)
-    given = (REAL[0], replace(REAL[1], class_name="b"))
-    found = assert_direct(
-        session, real_array, given, VolumeOptions(**options), [{0: 1, 1: 2}, {1: 2}]
+    prompted = (REAL[0], replace(REAL[1], class_name="b"))
+    prediction = assert_direct(
+        session, real_array, prompted, VolumeOptions(**options), [{0: 1, 1: 2}, {1: 2}]
     )
-    assert found.names == ("a", "b")
-    assert len(np.unique(found.labels)) > 1
+    assert prediction.names == ("a", "b")
+    assert len(np.unique(prediction.labels)) > 1
 
 
 def test_a_real_2d_network_is_followed(bundle: Path, real_array) -> None:
     with load(bundle, threads=2) as session:
         # its two forms round differently, and a box that moves by a pixel moves what follows
         session.backend.splits = False
-        given = [clicked((2, 30, 40), name="a"), boxed(4, 10, 20, 5, 80, 110, name="b")]
+        prompted = [clicked((2, 30, 40), name="a"), boxed(4, 10, 20, 5, 80, 110, name="b")]
         options = VolumeOptions(propagate=True, threshold=0.4)
-        found = assert_direct(session, real_array[:6], given, options, [{0: 1}, {0: 2}])
-    assert found.names == ("a", "b")
+        prediction = assert_direct(session, real_array[:6], prompted, options, [{0: 1}, {0: 2}])
+    assert prediction.names == ("a", "b")

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("end-to-end")
 
 
-def whole(shape: tuple[int, ...]) -> Structure:
+def box_of(shape: tuple[int, ...]) -> Structure:
     """A box around everything."""
     x, y, z = shape
     return Structure(boxes=((0, 0, 0, x, y, z),), name="all")
@@ -78,15 +78,17 @@ def test_bright_voxels_are_labelled_in_the_very_same_geometry(
     source = geometry.save(array, folder / f"in{suffix}")
     session = bright_pixels(chunk=chunk, intensity_window=(0, 200))
     out = folder / f"out{suffix}"
-    found = segmented(
-        session, folder / f"in{suffix}", whole(SHAPE), options=VolumeOptions(), mask=out, axis=axis
+    segmentation = segmented(
+        session, folder / f"in{suffix}", box_of(SHAPE), options=VolumeOptions(), mask=out, axis=axis
     )
     np.testing.assert_array_equal(assert_labels_of(out, source), array > 100)
-    assert axis in (None, found.axis)
-    assert found.slices == tuple(range(SHAPE[found.axis]))
-    assert found.labels[0].voxels == len(set(marked))
+    assert axis in (None, segmentation.axis)
+    assert segmentation.slices == tuple(range(SHAPE[segmentation.axis]))
+    assert segmentation.labels[0].voxels == len(set(marked))
     voxel = abs(np.linalg.det(source.affine[:3, :3]))
-    assert found.labels[0].millilitres == pytest.approx(len(set(marked)) * voxel / 1000, rel=1e-3)
+    assert segmentation.labels[0].millilitres == pytest.approx(
+        len(set(marked)) * voxel / 1000, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -99,7 +101,7 @@ def test_a_click_marks_the_voxel_it_names(folder: Path, axis: int) -> None:
     nibabel.save(nibabel.Nifti1Image(array, affine), folder / "click.nii.gz")
     session = bright_pixels(clicks=0.2)
     voxel = (9.0, 16.0, 1.0)
-    found = segmented(
+    segmentation = segmented(
         session,
         folder / "click.nii.gz",
         Structure(points=(voxel,), labels=(1,)),
@@ -108,10 +110,10 @@ def test_a_click_marks_the_voxel_it_names(folder: Path, axis: int) -> None:
         axis=axis,
     )
     labels = np.asarray(nibabel.load(folder / "click-seg.nii.gz").dataobj)
-    where = np.argwhere(labels)
-    assert found.slices == (voxel[axis],)
-    assert set(where[:, axis]) == {voxel[axis]}
-    assert (np.abs((where.min(axis=0) + where.max(axis=0)) / 2 - voxel) <= 0.5).all()
+    marked = np.argwhere(labels)
+    assert segmentation.slices == (voxel[axis],)
+    assert set(marked[:, axis]) == {voxel[axis]}
+    assert (np.abs((marked.min(axis=0) + marked.max(axis=0)) / 2 - voxel) <= 0.5).all()
     before, after = (
         SimpleITK.ReadImage(str(folder / n)) for n in ("click.nii.gz", "click-seg.nii.gz")
     )
@@ -129,9 +131,9 @@ def test_one_of_several_volumes(folder: Path) -> None:
     out = folder / "4d-seg.nii.gz"
     session = bright_pixels()
     with pytest.raises(ImageError, match=r"choose one of its volumes \(--volume\) 0…2"):
-        segmented(session, folder / "4d.nii.gz", whole(SHAPE), options=options, mask=out)
+        segmented(session, folder / "4d.nii.gz", box_of(SHAPE), options=options, mask=out)
     assert not out.exists()
-    segmented(session, folder / "4d.nii.gz", whole(SHAPE), options=options, mask=out, volume=1)
+    segmented(session, folder / "4d.nii.gz", box_of(SHAPE), options=options, mask=out, volume=1)
     np.testing.assert_array_equal(np.asarray(nibabel.load(out).dataobj), array[..., 1] > 0)
 
 
@@ -140,14 +142,16 @@ def test_npy_in_npy_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     array = np.random.default_rng(0).random((5, 12, 20)) < 0.2
     np.save("mask.npy", array)  # bool becomes 0 and 255
     session = bright_pixels(chunk=2)
-    found = segmented(session, Path("mask.npy"), whole(array.shape), options=VolumeOptions())
-    assert found.mask == Path("mask.npy.seg.npy")
+    segmentation = segmented(
+        session, Path("mask.npy"), box_of(array.shape), options=VolumeOptions()
+    )
+    assert segmentation.mask == Path("mask.npy.seg.npy")
     written = np.load("mask.npy.seg.npy")
     assert written.dtype == np.uint8
     np.testing.assert_array_equal(written, array)
-    assert found.labels[0].millilitres is None
+    assert segmentation.labels[0].millilitres is None
     out = Path("out.nii.gz")
-    segmented(session, Path("mask.npy"), whole(array.shape), options=VolumeOptions(), mask=out)
+    segmented(session, Path("mask.npy"), box_of(array.shape), options=VolumeOptions(), mask=out)
     np.testing.assert_array_equal(np.asarray(nibabel.load(out).dataobj), array)
 
 
@@ -175,8 +179,11 @@ def test_a_series_and_its_segmentation(tmp_path: Path, orientation: list[float])
     path = series(tmp_path / "s", array, orientation=orientation)
     session = bright_pixels(chunk=2, classes=2, names=("fat", "bone"))
     structure = Structure(boxes=((0, 0, 0, COLUMNS, ROWS, SLICES),))
-    found = segmented(session, path, structure, options=CT, mask=tmp_path / "seg.dcm")
-    assert [(one.name, one.voxels) for one in found.labels] == [("fat", 1), ("bone", 2)]
+    segmentation = segmented(session, path, structure, options=CT, mask=tmp_path / "seg.dcm")
+    assert [(label.name, label.voxels) for label in segmentation.labels] == [
+        ("fat", 1),
+        ("bone", 2),
+    ]
     labels = (array > 0).astype(np.uint8) + (array > 500)
     volume = read_volume(path)
     np.testing.assert_array_equal(back(tmp_path / "seg.dcm", volume), labels)  # highdicom's reader
@@ -213,21 +220,21 @@ def test_structures_become_segments_of_their_names(tmp_path: Path) -> None:
     session = bright_pixels()
     options = VolumeOptions(intensity_window=(-1024, 1024), propagate=True, margin=0)
     out = tmp_path / "seg.dcm"
-    found = segmented(session, path, *structures, options=options, mask=out)
+    segmentation = segmented(session, path, *structures, options=options, mask=out)
     expected = (array > 0).astype(np.uint8)
     expected[6:] *= 3
     np.testing.assert_array_equal(back(out, read_volume(path)), expected)
     dataset = pydicom.dcmread(out)
     assert [s.SegmentLabel for s in dataset.SegmentSequence] == ["Leber links", "absent", "肿瘤"]
-    assert [one.voxels for one in found.labels] == [90, 0, 90]
+    assert [label.voxels for label in segmentation.labels] == [90, 0, 90]
 
 
 def test_a_mask_of_nothing_is_written_too(tmp_path: Path) -> None:
     path = series(tmp_path / "s", ct((0, 0, 0)))
-    one = Structure(boxes=((5, 5, 1, 9, 9, 3),))
+    structure = Structure(boxes=((5, 5, 1, 9, 9, 3),))
     for name in ("seg.dcm", "seg.nii.gz", "seg.npy"):
-        found = segmented(bright_pixels(), path, one, options=CT, mask=tmp_path / name)
-        assert found.labels[0].voxels == 0
+        segmentation = segmented(bright_pixels(), path, structure, options=CT, mask=tmp_path / name)
+        assert segmentation.labels[0].voxels == 0
     assert not back(tmp_path / "seg.dcm", read_volume(path)).any()
     assert not np.load(tmp_path / "seg.npy").any()
 
@@ -235,14 +242,14 @@ def test_a_mask_of_nothing_is_written_too(tmp_path: Path) -> None:
 def test_a_window_of_the_file_holds_for_all_slices(tmp_path: Path) -> None:
     array = ct((1, 1, 0), (2, 2, 4), value=300)
     path = series(tmp_path / "s", array, WindowCenter=302, WindowWidth=1000)
-    found = segmented(
-        bright_pixels(), path, whole(array.shape), options=VolumeOptions(), mask=tmp_path / "a.npy"
+    segmentation = segmented(
+        bright_pixels(), path, box_of(array.shape), options=VolumeOptions(), mask=tmp_path / "a.npy"
     )
-    assert found.intensity_window is None
+    assert segmentation.intensity_window is None
     assert not np.load(tmp_path / "a.npy").any()  # 300 is not half-way
     path = series(tmp_path / "s", array, WindowCenter=250, WindowWidth=1000)
     segmented(
-        bright_pixels(), path, whole(array.shape), options=VolumeOptions(), mask=tmp_path / "a.npy"
+        bright_pixels(), path, box_of(array.shape), options=VolumeOptions(), mask=tmp_path / "a.npy"
     )
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array > 0)
 
@@ -250,7 +257,7 @@ def test_a_window_of_the_file_holds_for_all_slices(tmp_path: Path) -> None:
 def test_monochrome1_is_seen_as_it_is_shown(tmp_path: Path) -> None:
     array = -ct((1, 1, 0), (2, 2, 4)) - 24  # bright is low, now
     path = series(tmp_path / "s", array, PhotometricInterpretation="MONOCHROME1")
-    segmented(bright_pixels(), path, whole(array.shape), options=CT, mask=tmp_path / "a.npy")
+    segmented(bright_pixels(), path, box_of(array.shape), options=CT, mask=tmp_path / "a.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array < 0)
 
 
@@ -263,11 +270,11 @@ def test_a_montage_shows_labels_and_prompts(tmp_path: Path) -> None:
     nibabel.save(
         nibabel.Nifti1Image(array.transpose(0, 2, 1), np.diag([1, 5, 1, 1])), tmp_path / "v.nii"
     )
-    given = Structure(points=((9, 5, 9),), labels=(1,), boxes=((4, 5, 4, 16, 6, 16),), name="a")
+    structure = Structure(points=((9, 5, 9),), labels=(1,), boxes=((4, 5, 4, 16, 6, 16),), name="a")
     segmented(
         bright_pixels(),
         tmp_path / "v.nii",
-        given,
+        structure,
         options=VolumeOptions(propagate=True),
         mask=tmp_path / "seg.nii",
         overlay=tmp_path / "montage.png",
@@ -283,9 +290,9 @@ def test_a_montage_shows_labels_and_prompts(tmp_path: Path) -> None:
         assert not (np.abs(other - colour).max(axis=-1) < 12).any()
     # the label's tint is inside the square, and nothing outside it is tinted
     blue = other[..., 2] - other[..., 0] > 40
-    where = np.argwhere(blue)
-    assert where.min() == pytest.approx(5 / 20 * 512, abs=3)
-    assert where.max() == pytest.approx(15 / 20 * 512, abs=3)
+    places = np.argwhere(blue)
+    assert places.min() == pytest.approx(5 / 20 * 512, abs=3)
+    assert places.max() == pytest.approx(15 / 20 * 512, abs=3)
     assert (picture[tile:, 520:] == 0).all()  # no tiles there
 
 
@@ -296,7 +303,7 @@ def test_a_montage_of_many_slices_shows_twelve(tmp_path: Path) -> None:
     segmented(
         bright_pixels(),
         tmp_path / "v.npy",
-        whole(array.shape),
+        box_of(array.shape),
         options=VolumeOptions(),
         mask=tmp_path / "s.npy",
         overlay=tmp_path / "m.jpg",
@@ -327,7 +334,7 @@ def test_targets_are_refused_before_anything_is_computed(
         segmented(
             session,
             tmp_path / "v.npy",
-            whole((3, 12, 20)),
+            box_of((3, 12, 20)),
             options=VolumeOptions(),
             mask=tmp_path / mask,
             overlay=overlay and tmp_path / overlay,
@@ -341,6 +348,6 @@ def test_the_default_name_of_the_folder_one_is_in(
 ) -> None:
     path = series(tmp_path / "thorax", ct((1, 1, 1)))
     monkeypatch.chdir(path)
-    found = segmented(bright_pixels(), Path(), whole((COLUMNS, ROWS, SLICES)), options=CT)
-    assert found.mask == Path("thorax.seg.nii.gz")
+    segmentation = segmented(bright_pixels(), Path(), box_of((COLUMNS, ROWS, SLICES)), options=CT)
+    assert segmentation.mask == Path("thorax.seg.nii.gz")
     assert nibabel.load(path / "thorax.seg.nii.gz").shape == (COLUMNS, ROWS, SLICES)

@@ -337,11 +337,11 @@ def test_another_library_finds_the_label_where_the_voxel_is(folder: Path, axis: 
     before, after = (SimpleITK.ReadImage(str(folder / n)) for n in ("itk.nii.gz", "itk-seg.nii.gz"))
     z, y, x = (int(k) for k in np.argwhere(SimpleITK.GetArrayFromImage(after) == 9)[0])
     assert before[x, y, z] == VOXELS[3, 4, 2]
-    here = before.TransformIndexToPhysicalPoint((x, y, z))
-    assert here == after.TransformIndexToPhysicalPoint((x, y, z))
+    position = before.TransformIndexToPhysicalPoint((x, y, z))
+    assert position == after.TransformIndexToPhysicalPoint((x, y, z))
     assert volume.affine is not None
     np.testing.assert_allclose(
-        np.array(here) * (-1, -1, 1), (volume.affine @ (3, 4, 2, 1))[:3], atol=1e-4
+        np.array(position) * (-1, -1, 1), (volume.affine @ (3, 4, 2, 1))[:3], atol=1e-4
     )
 
 
@@ -390,9 +390,9 @@ def test_a_header_that_asks_for_too_much_is_refused_before_it_is_allocated(folde
 @given(data=st.data())
 def test_damaged_files_raise_nothing_but_image_errors(folder: Path, data: st.DataObject) -> None:
     suffix = data.draw(st.sampled_from([".nii", ".nii.gz"]))
-    whole = save(VOXELS, folder / "whole.nii").read_bytes()
+    content = save(VOXELS, folder / "whole.nii").read_bytes()
     path = folder / f"damaged{suffix}"
-    damaged = bytearray(whole if suffix == ".nii" else gzip.compress(whole, mtime=0))
+    damaged = bytearray(content if suffix == ".nii" else gzip.compress(content, mtime=0))
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, min(400, len(damaged)) - 1))] = data.draw(
             st.integers(0, 255)

@@ -190,12 +190,12 @@ def test_a_box_holds_the_voxels_of_its_range(
 ) -> None:
     volume = volumes[axis]
     slices, (x0, y0, x1, y1) = volume.locate_box(box)
-    found = np.zeros(volume.shape, bool)
+    inside = np.zeros(volume.shape, bool)
     for index in slices:
-        volume.plane(found, index)[int(y0) : int(y1), int(x0) : int(x1)] = True
+        volume.plane(inside, index)[int(y0) : int(y1), int(x0) : int(x1)] = True
     expected = np.zeros(volume.shape, bool)
     expected[box[0] : box[3], box[1] : box[4], box[2] : box[5]] = True
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(inside, expected)
     assert volume.voxel_box(slices, (x0, y0, x1, y1)) == box
 
 

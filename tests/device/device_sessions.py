@@ -31,26 +31,26 @@ def frame(seed: int) -> np.ndarray:
 
 def same(session: Session, plain: Session, image: np.ndarray, **prompt) -> None:
     """The same logits with a GPU and without."""
-    found = session.segment(session.encode(image), **prompt)
-    wanted = plain.segment(plain.encode(image), **prompt)
-    assert_array_equal(found.low_res_logits, wanted.low_res_logits)
-    assert_array_equal(found.masks, wanted.masks)
-    assert_array_equal(found.scores, wanted.scores)
-    assert found.degraded is None
+    prediction = session.segment(session.encode(image), **prompt)
+    expected = plain.segment(plain.encode(image), **prompt)
+    assert_array_equal(prediction.low_res_logits, expected.low_res_logits)
+    assert_array_equal(prediction.masks, expected.masks)
+    assert_array_equal(prediction.scores, expected.scores)
+    assert prediction.degraded is None
 
 
-def assert_masks(found: Prediction, wanted: Prediction) -> None:
+def assert_masks(prediction: Prediction, expected: Prediction) -> None:
     """Those that numpy makes of the logits, but where these are the threshold up to rounding."""
-    assert_array_equal(found.low_res_logits, wanted.low_res_logits)
-    rule = wanted.rule
-    logits = transforms.pixel_values(wanted.low_res_logits, wanted.frame, rule.postprocess)
+    assert_array_equal(prediction.low_res_logits, expected.low_res_logits)
+    rule = expected.rule
+    logits = transforms.pixel_values(expected.low_res_logits, expected.frame, rule.postprocess)
     cut = rule.threshold
     clear = np.abs(logits - cut) > TOLERANCE * max(float(np.abs(logits).max()), abs(cut))
-    masks = np.asarray(found.masks)
+    masks = np.asarray(prediction.masks)
     assert masks.dtype == np.bool_
     assert clear.mean() > 0.99
-    assert_array_equal(masks[clear], wanted.masks[clear])
-    assert found.regions == [[region(mask) for mask in of_set] for of_set in masks]
+    assert_array_equal(masks[clear], expected.masks[clear])
+    assert prediction.regions == [[region(mask) for mask in of_set] for of_set in masks]
 
 
 def raising(error: BaseException):

@@ -84,9 +84,9 @@ def test_kernels_of_rtx_are_kept(monkeypatch, tmp_path: Path) -> None:
     plain = session_of(machine)
     folder = write(tmp_path / "x", plain.manifest, describe("rtx"))
     open_engines(plain, folder, flavor="rtx").close()
-    kept = list((tmp_path / "medsa-deploy" / "rtx").iterdir())
-    assert [path.read_bytes() for path in kept] == [b"compiled kernels"] * len(kept)
-    assert len(kept) == 2
+    cache_files = list((tmp_path / "medsa-deploy" / "rtx").iterdir())
+    assert [path.read_bytes() for path in cache_files] == [b"compiled kernels"] * len(cache_files)
+    assert len(cache_files) == 2
     assert machine.runtime_cache is None
     open_engines(plain, folder, flavor="rtx").close()
     assert machine.runtime_cache == b"compiled kernels"

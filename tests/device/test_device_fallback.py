@@ -24,12 +24,12 @@ def test_a_fallback_is_marked(machine: Machine, session: Session, plain: Session
     with pytest.raises(errors.DeviceError, match=r"was given up.*out of memory.*encode it again"):
         falling.segment(embedding, **POINT)
     assert backend.name == "bright pixels"
-    found = falling.segment(falling.encode(frame(1)), **POINT)
-    assert "tensorrt: the GPU's memory is full" in found.degraded
-    assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **POINT).masks)
+    prediction = falling.segment(falling.encode(frame(1)), **POINT)
+    assert "tensorrt: the GPU's memory is full" in prediction.degraded
+    assert_array_equal(prediction.masks, plain.segment(plain.encode(frame(1)), **POINT).masks)
     assert "plain is used, because tensorrt: the GPU's memory is full" in caplog.text
     machine.on_wait = lambda: None
-    assert falling.segment(falling.encode(frame(2)), **POINT).degraded == found.degraded
+    assert falling.segment(falling.encode(frame(2)), **POINT).degraded == prediction.degraded
     falling.close()
 
 
@@ -39,9 +39,9 @@ def test_an_embedding_is_brought_along_where_it_can_be(
     falling = chain(session, plain)
     embedding = falling.encode(frame(1))
     machine.refuses = "Error Code 3"
-    found = falling.segment(embedding, **BOX)
-    assert "Error Code 3" in found.degraded
-    assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **BOX).masks)
+    prediction = falling.segment(embedding, **BOX)
+    assert "Error Code 3" in prediction.degraded
+    assert_array_equal(prediction.masks, plain.segment(plain.encode(frame(1)), **BOX).masks)
     assert machine.used == machine.pinned == 0
 
 
@@ -51,20 +51,20 @@ def test_frames_and_masks_stay_on_the_gpu_within_a_chain(
     """Until its first backend is given up; also between two prompt sets of one call."""
     falling, image = chain(session, plain), frame(1)[:50]
     embedding, on_host = falling.encode(machine.put(image)), plain.encode(image)
-    found = falling.segment(embedding, points=[(9, 9)], on_device=True)
-    assert isinstance(found.masks, DeviceArray)
-    assert_masks(found, plain.segment(on_host, points=[(9, 9)]))
+    prediction = falling.segment(embedding, points=[(9, 9)], on_device=True)
+    assert isinstance(prediction.masks, DeviceArray)
+    assert_masks(prediction, plain.segment(on_host, points=[(9, 9)]))
     sets = [*prompts(points=[(9, 9), (20, 30)], labels=[1, 0]), *prompts(points=[(9, 9)])]
 
     def on_wait() -> None:
         machine.refuses = "Error Code 3"
 
     machine.on_wait = on_wait
-    found = falling.segment_sets(embedding, sets)
-    assert "Error Code 3" in found.degraded
-    wanted = plain.segment_sets(on_host, sets)
-    assert_array_equal(found.masks, wanted.masks)
-    assert found.regions == wanted.regions
+    prediction = falling.segment_sets(embedding, sets)
+    assert "Error Code 3" in prediction.degraded
+    expected = plain.segment_sets(on_host, sets)
+    assert_array_equal(prediction.masks, expected.masks)
+    assert prediction.regions == expected.regions
     with pytest.raises(errors.UsageError, match="bright pixels takes no frames on a GPU"):
         falling.encode(machine.put(image))
     with pytest.raises(errors.UsageError, match="bright pixels makes no masks on a GPU"):
@@ -76,9 +76,9 @@ def test_an_encoder_that_fails_falls_back_at_once(
 ) -> None:
     falling = chain(session, plain)
     machine.refuses = "Error Code 3"
-    found = falling.segment(falling.encode(frame(1)), **POINT)
-    assert "Error Code 3" in found.degraded
-    assert_array_equal(found.masks, plain.segment(plain.encode(frame(1)), **POINT).masks)
+    prediction = falling.segment(falling.encode(frame(1)), **POINT)
+    assert "Error Code 3" in prediction.degraded
+    assert_array_equal(prediction.masks, plain.segment(plain.encode(frame(1)), **POINT).masks)
 
 
 def test_a_chain_skips_what_cannot_be_opened(machine: Machine, plain: Session) -> None:
@@ -91,9 +91,9 @@ def test_a_chain_skips_what_cannot_be_opened(machine: Machine, plain: Session) -
     openers = [("tensorrt", no_engine), ("onnxruntime-cuda", absent)]
     last = ("plain", lambda: BrightPixels(plain.manifest.network))
     falling = Session(plain.manifest, FallbackBackend([*openers, last]))
-    found = falling.segment(falling.encode(frame(0)), **POINT)
-    assert found.degraded.startswith("tensorrt: no engines here; onnxruntime-cuda: it needs")
-    assert falling.backend.facts()["degraded"] == found.degraded
+    prediction = falling.segment(falling.encode(frame(0)), **POINT)
+    assert prediction.degraded.startswith("tensorrt: no engines here; onnxruntime-cuda: it needs")
+    assert falling.backend.facts()["degraded"] == prediction.degraded
     with pytest.raises(errors.MissingDependencyError):
         FallbackBackend(openers)
 
@@ -128,9 +128,9 @@ def test_an_interrupted_step_down_goes_on_with_the_next(
     machine.refuses = "Error Code 3"
     with pytest.raises(KeyboardInterrupt):
         falling.encode(frame(0))
-    found = falling.segment(falling.encode(frame(0)), **POINT)
-    assert "Error Code 3" in found.degraded
-    assert_array_equal(found.masks, plain.segment(plain.encode(frame(0)), **POINT).masks)
+    prediction = falling.segment(falling.encode(frame(0)), **POINT)
+    assert "Error Code 3" in prediction.degraded
+    assert_array_equal(prediction.masks, plain.segment(plain.encode(frame(0)), **POINT).masks)
 
 
 def test_a_chain_that_ends_is_an_error_and_can_be_closed(

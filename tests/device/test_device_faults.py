@@ -35,12 +35,12 @@ def test_a_gpu_is_lost_at_each_stage_of_a_stream(
     machine: Machine, session: Session, step: str
 ) -> None:
     embedding, theirs = session.encode(frame(0)), machine.put(frame(1))
-    kept = session.segment(embedding, **POINT, on_device=True).masks
+    masks = session.segment(embedding, **POINT, on_device=True).masks
     steps = {
         "encode": lambda: session.encode(frame(1)),
         "frame": lambda: session.encode(theirs),
         "mask on the GPU": lambda: session.segment(embedding, **POINT, on_device=True),
-        "read": lambda: np.asarray(kept),
+        "read": lambda: np.asarray(masks),
     }
     machine.on_wait = raising(CudaLogicError("cuStreamSynchronize failed: unspecified launch"))
     with pytest.raises(errors.DeviceLostError, match="unspecified launch"):

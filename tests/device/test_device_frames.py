@@ -19,12 +19,12 @@ from medsa_deploy.runtime import Session
 
 
 def test_an_embedding_that_is_held_is_not_overwritten(session: Session, plain: Session) -> None:
-    held = [session.encode(frame(seed)) for seed in range(5)]
-    for seed, embedding in enumerate(held):
+    embeddings = [session.encode(frame(seed)) for seed in range(5)]
+    for seed, embedding in enumerate(embeddings):
         assert isinstance(embedding.values, DeviceArray)
-        wanted = plain.encode(frame(seed)).values
-        assert_array_equal(np.asarray(embedding.values), wanted)
-        assert embedding.values.nbytes == wanted.nbytes
+        expected = plain.encode(frame(seed)).values
+        assert_array_equal(np.asarray(embedding.values), expected)
+        assert embedding.values.nbytes == expected.nbytes
 
 
 def test_frames_on_the_gpu_are_taken_where_they_are(
@@ -63,13 +63,13 @@ def test_a_frame_on_the_gpu_stays_there(
     theirs = machine.put(pixels)
     for _ in range(3):
         embedding = session.encode(theirs, intensity_window=window)
-        wanted = plain.encode(pixels, intensity_window=window)
-        assert embedding.frame == wanted.frame
+        expected = plain.encode(pixels, intensity_window=window)
+        assert embedding.frame == expected.frame
         assert embedding.intensity_window == window
         close = 0 if dtype == np.uint8 else 1e-3
-        assert np.abs(np.asarray(embedding.values) - wanted.values).max() <= close
-        found = session.segment(embedding, points=[(20, 30)])
-        assert found.masks.shape[-2:] == shape[:2]
+        assert np.abs(np.asarray(embedding.values) - expected.values).max() <= close
+        prediction = session.segment(embedding, points=[(20, 30)])
+        assert prediction.masks.shape[-2:] == shape[:2]
     blocks = set(machine.blocks)
     session.encode(theirs, intensity_window=window)
     assert len(set(machine.blocks) - blocks) <= 1  # an embedding's, as the last is held
@@ -186,9 +186,9 @@ def test_chunks_of_slices(machine: Machine, tmp_path: Path) -> None:
     folder = write(tmp_path / "x", plain.manifest, describe(batch=four))
     slices = [frame(i) for i in range(8)]
     with open_engines(plain, folder) as session:
-        found, wanted = session.encode_slices(slices), plain.encode_slices(slices)
-        for one, other in zip(found, wanted, strict=True):
-            assert_array_equal(np.asarray(one.values), other.values)
+        embeddings, expected = session.encode_slices(slices), plain.encode_slices(slices)
+        for embedding, other in zip(embeddings, expected, strict=True):
+            assert_array_equal(np.asarray(embedding.values), other.values)
             assert_array_equal(
-                session.segment(one, **POINT).masks, plain.segment(other, **POINT).masks
+                session.segment(embedding, **POINT).masks, plain.segment(other, **POINT).masks
             )

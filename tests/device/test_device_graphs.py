@@ -35,9 +35,9 @@ def test_masks_are_those_of_the_network(
             same(session, plain, frame(seed), **BOX)
             same(session, plain, frame(seed), points=[(3, 4), (5, 6)], labels=[1, 0])
             same(session, plain, frame(seed), box=np.array([[1, 2, 30, 40], [5, 6, 50, 51]]))
-        found = session.segment(session.encode(frame(1)), **POINT, mask=mask)
-        wanted = plain.segment(plain.encode(frame(1)), **POINT)
-        assert_array_equal(found.low_res_logits, wanted.low_res_logits + mask)
+        prediction = session.segment(session.encode(frame(1)), **POINT, mask=mask)
+        expected = plain.segment(plain.encode(frame(1)), **POINT)
+        assert_array_equal(prediction.low_res_logits, expected.low_res_logits + mask)
         same(session, plain, frame(1), **POINT)
         assert session.backend.facts()["backend"] == flavor
     assert machine.used == machine.pinned == machine.graphs == 0
@@ -51,12 +51,12 @@ def test_a_graph_of_one_shape_survives_another(
 ) -> None:
     """A captured context whose shapes changed would compute the wrong prompt."""
     embedding = session.encode(frame(0))
-    one = {"points": [(20, 30)]}
+    single = {"points": [(20, 30)]}
     two = {"points": [(20, 30), (40, 10)], "labels": [1, 0]}
-    for prompt in (one, one, two, two, one, two, one):
-        found = session.segment(embedding, **prompt)
-        wanted = plain.segment(plain.encode(frame(0)), **prompt)
-        assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+    for prompt in (single, single, two, two, single, two, single):
+        prediction = session.segment(embedding, **prompt)
+        expected = plain.segment(plain.encode(frame(0)), **prompt)
+        assert_array_equal(prediction.low_res_logits, expected.low_res_logits)
     assert machine.captured == 2
     assert machine.replayed == 3
 
@@ -65,9 +65,9 @@ def test_graphs_are_bounded(machine: Machine, session: Session, plain: Session) 
     embeddings = [session.encode(frame(i)) for i in range(12)]
     for _ in range(3):
         for i, embedding in enumerate(embeddings):
-            found = session.segment(embedding, **POINT)
-            wanted = plain.segment(plain.encode(frame(i)), **POINT)
-            assert_array_equal(found.low_res_logits, wanted.low_res_logits)
+            prediction = session.segment(embedding, **POINT)
+            expected = plain.segment(plain.encode(frame(i)), **POINT)
+            assert_array_equal(prediction.low_res_logits, expected.low_res_logits)
     for _ in range(4):
         session.segment(embeddings[0], **POINT)
     assert 0 < machine.graphs <= 16
@@ -161,8 +161,8 @@ def test_nothing_breaks_a_capture(monkeypatch, tmp_path: Path, name: str, other_
 
     machine.on_capture = on_capture
     for _ in range(3):
-        found = session.segment(embedding, **POINT)
+        prediction = session.segment(embedding, **POINT)
     threads[0].join(30)
-    wanted = plain.encode(frame(0))
-    assert_array_equal(results[0], wanted.values)
-    assert_array_equal(found.masks, plain.segment(wanted, **POINT).masks)
+    expected = plain.encode(frame(0))
+    assert_array_equal(results[0], expected.values)
+    assert_array_equal(prediction.masks, plain.segment(expected, **POINT).masks)

@@ -67,9 +67,9 @@ def test_masks_are_made_on_the_gpu(
     embedding, on_host = session.encode(image), plain.encode(image)
     boxes = np.array([[1, 2, 30, 19], [5, 6, 32, 18], [0, 0, 9, 9], [3, 3, 20, 9], [2, 4, 6, 8]])
     for prompt in ({"points": [(20, 10)]}, {"box": boxes}, {"box": boxes[:2], "threshold": 0.4}):
-        found = session.segment(embedding, **prompt, on_device=on_device)
-        assert_masks(found, plain.segment(on_host, **prompt))
-        assert isinstance(found.masks, DeviceArray) == on_device
+        prediction = session.segment(embedding, **prompt, on_device=on_device)
+        assert_masks(prediction, plain.segment(on_host, **prompt))
+        assert isinstance(prediction.masks, DeviceArray) == on_device
     assert set(machine.launched) == {"label_map" if on_device else "threshold_masks"}
 
 
@@ -79,8 +79,8 @@ def test_only_what_is_asked_for_comes_to_the_host(machine: Machine, session: Ses
     logits, words, tally = 4 * SIDE**2 + 4, 64 * 96 // 8, 5 * 4
     for on_device in (False, True):
         machine.downloaded = 0
-        found = session.segment(embedding, points=[(20, 10)], on_device=on_device)
-        assert found.masks.shape == (1, 1, 64, 96)
+        prediction = session.segment(embedding, points=[(20, 10)], on_device=on_device)
+        assert prediction.masks.shape == (1, 1, 64, 96)
         assert machine.downloaded == logits + tally + (0 if on_device else words)
 
 
@@ -95,15 +95,15 @@ def test_masks_of_several_a_set(
     image, points = frame(3)[:50], np.array([[[9, 9]], [[30, 20]], [[5, 40]], [[50, 45]]])
     with open_engines(plain, folder) as session:
         options = {"points": points, "multimask": multimask}
-        found = session.segment(session.encode(image), **options, on_device=on_device)
-        assert_masks(found, plain.segment(plain.encode(image), **options))
-        assert found.masks.shape[:2] == (4, 3 if multimask else 1)
+        prediction = session.segment(session.encode(image), **options, on_device=on_device)
+        assert_masks(prediction, plain.segment(plain.encode(image), **options))
+        assert prediction.masks.shape[:2] == (4, 3 if multimask else 1)
 
 
 def test_sets_of_different_lengths_keep_their_order(session: Session, plain: Session) -> None:
     two = {"points": [(40, 9), (3, 3)], "labels": [1, 0]}
     sets = [*prompts(box=[1, 2, 40, 50]), *prompts(**two), *prompts(points=[(9, 9)])]
-    embedding, on_host = (one.encode(frame(3)[:50]) for one in (session, plain))
+    embedding, on_host = (opened.encode(frame(3)[:50]) for opened in (session, plain))
     assert_masks(session.segment_sets(embedding, sets), plain.segment_sets(on_host, sets))
     with pytest.raises(errors.UsageError, match="sets with equally many points"):
         session.segment_sets(embedding, sets, on_device=True)
@@ -113,24 +113,24 @@ def test_masks_on_the_gpu_are_arrays_for_other_libraries(
     machine: Machine, session: Session, plain: Session
 ) -> None:
     embedding, prompt = session.encode(frame(0)[:40]), {"points": [(9, 9)], "on_device": True}
-    found = session.segment(embedding, **prompt)
-    interface = found.masks.__cuda_array_interface__
+    prediction = session.segment(embedding, **prompt)
+    interface = prediction.masks.__cuda_array_interface__
     assert (interface["typestr"], interface["shape"]) == ("|b1", (1, 1, 40, SIDE))
     seen = machine.view(interface["data"][0], 40 * SIDE).reshape(40, SIDE)
-    assert_array_equal(seen, np.asarray(found.masks)[0, 0])
-    assert_array_equal(found.label_map() > 0, seen)
+    assert_array_equal(seen, np.asarray(prediction.masks)[0, 0])
+    assert_array_equal(prediction.label_map() > 0, seen)
     with pytest.raises(errors.UsageError, match=r"is \|b1 with strides None, expected contiguous"):
-        session.backend.encode(found.masks)
-    others = [session.segment(embedding, **prompt) for _ in range(3)]
-    assert len({one.masks.address for one in (found, *others)}) == 4
-    del others
+        session.backend.encode(prediction.masks)
+    predictions = [session.segment(embedding, **prompt) for _ in range(3)]
+    assert len({each.masks.address for each in (prediction, *predictions)}) == 4
+    del predictions
     blocks = set(machine.blocks)
     for _ in range(5):
         session.segment(embedding, **prompt)
     assert set(machine.blocks) == blocks
     session.close()
     with pytest.raises(errors.UsageError, match="released with its session"):
-        np.asarray(found.masks)
+        np.asarray(prediction.masks)
     with pytest.raises(errors.UsageError, match="bright pixels makes no masks on a GPU"):
         plain.segment(plain.encode(frame(0)), **prompt)
 

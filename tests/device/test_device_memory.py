@@ -71,15 +71,15 @@ def test_memory_that_nothing_uses_makes_room(
     machine: Machine, session: Session, plain: Session
 ) -> None:
     """Embeddings' memory, which is kept for the next images, for masks; once for each request."""
-    held = [session.encode(frame(seed)) for seed in range(3)]
-    embedding, released = held[0], held[1].values.nbytes
-    del held
+    embeddings = [session.encode(frame(seed)) for seed in range(3)]
+    embedding, released = embeddings[0], embeddings[1].values.nbytes
+    del embeddings
     machine.capacity = machine.used
     before = machine.used
     same_masks = session.segment(embedding, points=[(9, 9)], on_device=True)
     assert machine.used < before - released
-    wanted = plain.segment(plain.encode(frame(0)), points=[(9, 9)])
-    assert_array_equal(np.asarray(same_masks.masks), wanted.masks)
+    expected = plain.segment(plain.encode(frame(0)), points=[(9, 9)])
+    assert_array_equal(np.asarray(same_masks.masks), expected.masks)
     with pytest.raises(errors.DeviceMemoryError):
         [session.encode(frame(seed)) for seed in range(3)]
 
@@ -87,14 +87,14 @@ def test_memory_that_nothing_uses_makes_room(
 def test_a_full_memory_mid_stream_leaves_a_session_that_works(
     machine: Machine, session: Session, plain: Session
 ) -> None:
-    held = [session.encode(frame(0)), session.encode(frame(1))]
-    session.segment(held[0], **POINT)
+    embeddings = [session.encode(frame(0)), session.encode(frame(1))]
+    session.segment(embeddings[0], **POINT)
     machine.capacity = machine.used
     with pytest.raises(errors.DeviceMemoryError):
         session.encode(frame(2))
-    wanted = plain.segment(plain.encode(frame(1)), **POINT)
-    assert_array_equal(session.segment(held[1], **POINT).masks, wanted.masks)
-    del held
+    expected = plain.segment(plain.encode(frame(1)), **POINT)
+    assert_array_equal(session.segment(embeddings[1], **POINT).masks, expected.masks)
+    del embeddings
     same(session, plain, frame(2), **POINT)
 
 

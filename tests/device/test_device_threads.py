@@ -24,9 +24,9 @@ def test_two_threads_on_one_session_are_refused(
         entered.set()
         assert go_on.wait(30)
 
-    found = []
+    embeddings = []
     machine.on_wait = on_wait
-    thread = threading.Thread(target=lambda: found.append(session.encode(frame(0))))
+    thread = threading.Thread(target=lambda: embeddings.append(session.encode(frame(0))))
     thread.start()
     assert entered.wait(30)
     with pytest.raises(errors.UsageError, match="two threads use one session on tensorrt"):
@@ -34,7 +34,7 @@ def test_two_threads_on_one_session_are_refused(
     machine.on_wait = lambda: None
     go_on.set()
     thread.join(30)
-    assert_array_equal(np.asarray(found[0].values), plain.encode(frame(0)).values)
+    assert_array_equal(np.asarray(embeddings[0].values), plain.encode(frame(0)).values)
 
 
 def test_every_call_of_a_second_thread_is_refused(machine: Machine, session: Session) -> None:
@@ -46,9 +46,11 @@ def test_every_call_of_a_second_thread_is_refused(machine: Machine, session: Ses
         entered.set()
         assert go_on.wait(30)
 
-    found = []
+    predictions = []
     machine.on_wait = on_wait
-    running = threading.Thread(target=lambda: found.append(session.segment(embedding, **POINT)))
+    running = threading.Thread(
+        target=lambda: predictions.append(session.segment(embedding, **POINT))
+    )
     running.start()
     assert entered.wait(30)
     for call in (
@@ -66,7 +68,7 @@ def test_every_call_of_a_second_thread_is_refused(machine: Machine, session: Ses
     go_on.set()
     for thread in (running, closing):
         thread.join(30)
-    assert found[0].masks.shape == (1, 1, SIDE, SIDE)
+    assert predictions[0].masks.shape == (1, 1, SIDE, SIDE)
     assert machine.used == sum(block.nbytes for block in (theirs.block,))
     assert machine.pinned == machine.graphs == 0
 
@@ -75,12 +77,12 @@ def test_threads_on_a_chain_wait_for_each_other(
     machine: Machine, session: Session, plain: Session
 ) -> None:
     falling = chain(session, plain)
-    found: dict[int, np.ndarray] = {}
+    logits: dict[int, np.ndarray] = {}
 
     def stream(seed: int) -> None:
         for _ in range(5):
             embedding = falling.encode(frame(seed))
-            found[seed] = falling.segment(embedding, **POINT).low_res_logits
+            logits[seed] = falling.segment(embedding, **POINT).low_res_logits
 
     threads = [threading.Thread(target=stream, args=(seed,)) for seed in range(3)]
     for thread in threads:
@@ -88,5 +90,5 @@ def test_threads_on_a_chain_wait_for_each_other(
     for thread in threads:
         thread.join(60)
     for seed in range(3):
-        wanted = plain.segment(plain.encode(frame(seed)), **POINT)
-        assert_array_equal(found[seed], wanted.low_res_logits)
+        expected = plain.segment(plain.encode(frame(seed)), **POINT)
+        assert_array_equal(logits[seed], expected.low_res_logits)

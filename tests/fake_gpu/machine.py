@@ -106,8 +106,8 @@ class Machine:
 
     def put(self, values: np.ndarray) -> SimpleNamespace:
         """Another library's array on the GPU."""
-        whole = values if values.base is None else values.base
-        data = np.frombuffer(whole.tobytes(), np.uint8)
+        base = values if values.base is None else values.base
+        data = np.frombuffer(base.tobytes(), np.uint8)
         address = self.allocate(len(data))
         block = self.view(address, len(data))
         block[:] = data

@@ -47,9 +47,11 @@ def full_size(values: np.ndarray) -> np.ndarray:
     return values.repeat(64, axis=0).repeat(64, axis=1)
 
 
-def assert_same(one: Prediction, other: Prediction) -> None:
+def assert_same(prediction: Prediction, other: Prediction) -> None:
     """Equal up to rounding, which may move a logit that is almost 0 across it."""
-    np.testing.assert_allclose(one.low_res_logits, other.low_res_logits, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
-    assert one.masks.shape == other.masks.shape
-    assert (one.masks != other.masks).mean() <= 1e-4
+    np.testing.assert_allclose(
+        prediction.low_res_logits, other.low_res_logits, atol=1e-5, rtol=1e-5
+    )
+    np.testing.assert_allclose(prediction.scores, other.scores, atol=1e-5)
+    assert prediction.masks.shape == other.masks.shape
+    assert (prediction.masks != other.masks).mean() <= 1e-4

@@ -49,8 +49,8 @@ def test_two_threads_on_one_session_get_their_own_masks(session) -> None:
 
     expected = [segment(i) for i in range(4)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(segment, [i % 4 for i in range(32)]))
-    for i, logits in enumerate(found):
+        results = list(pool.map(segment, [i % 4 for i in range(32)]))
+    for i, logits in enumerate(results):
         np.testing.assert_allclose(logits, expected[i % 4], atol=1e-5)
 
 

@@ -21,16 +21,16 @@ from medsa_deploy.runtime import Session
 # Outputs
 def test_a_sam_gives_one_mask_or_three_candidates(sam, image) -> None:
     embedding = sam.encode(image)
-    one = sam.segment(embedding, points=POINTS)
+    prediction = sam.segment(embedding, points=POINTS)
     three = sam.segment(embedding, points=POINTS, multimask=True)
-    assert one.low_res_logits.shape == (3, 1, 64, 64)
+    assert prediction.low_res_logits.shape == (3, 1, 64, 64)
     assert three.low_res_logits.shape == (3, 3, 64, 64)
     assert three.masks.shape == (3, 3, HEIGHT, WIDTH)
     assert not three.classes
     labels = np.array([[1, -1]] * 3, np.float32)
     points = np.concatenate([POINTS, np.zeros((3, 1, 2))], 1) * 256 / WIDTH
     every, scores = sam.backend.decode(embedding.values, points.astype(np.float32), labels, None)
-    np.testing.assert_allclose(one.low_res_logits, every[:, :1], atol=1e-5)
+    np.testing.assert_allclose(prediction.low_res_logits, every[:, :1], atol=1e-5)
     np.testing.assert_allclose(three.low_res_logits, every[:, 1:], atol=1e-5)
     np.testing.assert_allclose(three.scores, scores[:, 1:], atol=1e-5)
     assert three.best.tolist() == three.scores.argmax(axis=1).tolist()

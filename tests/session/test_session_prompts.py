@@ -31,7 +31,7 @@ def test_the_encoder_runs_once_however_many_prompts_follow(session, image, monke
 
 
 @pytest.mark.parametrize(
-    ("given", "sets"),
+    ("prompt", "sets"),
     [
         ({"points": [(30, 40)]}, 1),
         ({"points": POINTS[0], "labels": [1]}, 1),
@@ -46,8 +46,8 @@ def test_the_encoder_runs_once_however_many_prompts_follow(session, image, monke
         ({"mask": np.ones((2, 64, 64)), "box": BOXES[:2]}, 2),
     ],
 )
-def test_prompts_of_every_kind(session, image, given: dict[str, Any], sets: int) -> None:
-    prediction = session.segment(session.encode(image), **given)
+def test_prompts_of_every_kind(session, image, prompt: dict[str, Any], sets: int) -> None:
+    prediction = session.segment(session.encode(image), **prompt)
     assert prediction.masks.shape == (sets, 1, HEIGHT, WIDTH)
     assert prediction.masks.dtype == np.bool_
     assert prediction.scores.shape == (sets, 1)
@@ -84,28 +84,28 @@ def test_sets_of_different_lengths_equal_the_sets_one_by_one(
     embedding = session.encode(image)
     together = session.segment_sets(embedding, SETS)
     assert len(together.masks) == len(SETS)
-    for i, one in enumerate(SETS):
-        alone = session.segment_sets(embedding, [one])
+    for i, prompt_set in enumerate(SETS):
+        alone = session.segment_sets(embedding, [prompt_set])
         np.testing.assert_allclose(together.low_res_logits[i], alone.low_res_logits[0], atol=1e-5)
         np.testing.assert_allclose(together.scores[i], alone.scores[0], atol=1e-5)
         assert (together.masks[i] != alone.masks[0]).mean() <= 1e-4
 
 
 @pytest.mark.parametrize(
-    "given",
+    "prompt",
     [
         {"points": POINTS},
         {"box": BOXES},
         {"points": POINTS, "labels": np.array([[1], [0], [1]]), "box": BOXES},
         {"points": POINTS, "mask": np.random.default_rng(0).normal(0, 4, (3, 64, 64))},
     ],
-    ids=lambda given: " + ".join(given),
+    ids=lambda prompt: " + ".join(prompt),
 )
-def test_p_sets_in_one_call_equal_p_calls(session, image, given: dict[str, np.ndarray]) -> None:
+def test_p_sets_in_one_call_equal_p_calls(session, image, prompt: dict[str, np.ndarray]) -> None:
     embedding = session.encode(image)
-    together = session.segment(embedding, **given)
+    together = session.segment(embedding, **prompt)
     for i in range(3):
-        alone = session.segment(embedding, **{name: part[i] for name, part in given.items()})
+        alone = session.segment(embedding, **{name: part[i] for name, part in prompt.items()})
         np.testing.assert_allclose(together.low_res_logits[i], alone.low_res_logits[0], atol=1e-5)
         np.testing.assert_allclose(together.scores[i], alone.scores[0], atol=1e-5)
 
@@ -121,9 +121,9 @@ def test_equal_sets_go_through_the_decoder_together_and_are_never_padded(faked) 
 def test_many_sets_take_the_decoder_several_runs(faked, session, image) -> None:
     points = np.random.default_rng(0).uniform(0, HEIGHT, (19, 1, 2))
     with faked() as fake:
-        found = fake.segment(fake.encode(full_size(FOUR_BY_FOUR)), points=points)
+        prediction = fake.segment(fake.encode(full_size(FOUR_BY_FOUR)), points=points)
         assert [len(coords) for coords, _, _ in fake.backend.prompts] == [7, 6, 6]
-    assert found.masks.shape == (19, 1, 256, 256)
+    assert prediction.masks.shape == (19, 1, 256, 256)
     embedding = session.encode(image)
     together = session.segment(embedding, points=points)
     for i in (0, 8, 18):
@@ -160,11 +160,11 @@ def test_a_yx_network_gets_the_clicks_an_xy_network_would_get_swapped(
     edit_manifest(copy, conventions__point_order="xy")
     assert session.conventions.point_order == "yx"
     with load(copy) as swapped:
-        given = session.segment(session.encode(square), points=[(20, 70)], box=(5, 10, 80, 60))
+        prediction = session.segment(session.encode(square), points=[(20, 70)], box=(5, 10, 80, 60))
         same = swapped.segment(swapped.encode(square), points=[(70, 20)], box=(10, 5, 60, 80))
         other = swapped.segment(swapped.encode(square), points=[(20, 70)], box=(5, 10, 80, 60))
-    assert_same(given, same)
-    assert np.abs(given.low_res_logits - other.low_res_logits).max() > 1e-3
+    assert_same(prediction, same)
+    assert np.abs(prediction.low_res_logits - other.low_res_logits).max() > 1e-3
 
 
 def test_a_previous_mask_is_fed_back(session, image) -> None:

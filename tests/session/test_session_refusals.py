@@ -17,7 +17,7 @@ from medsa_deploy.transforms import Prompt
 
 # What else it refuses
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("prompt", "message"),
     [
         ({}, "the prompt is empty"),
         ({"labels": [1]}, "0 points have 1 labels"),
@@ -36,17 +36,17 @@ from medsa_deploy.transforms import Prompt
         ({"points": POINTS, "box": BOXES[:2]}, "different numbers of sets"),
     ],
 )
-def test_prompts_that_cannot_be_used(session, image, given: dict[str, Any], message: str) -> None:
+def test_prompts_that_cannot_be_used(session, image, prompt: dict[str, Any], message: str) -> None:
     embedding = session.encode(image)
     with pytest.raises(PromptError, match=message):
-        session.segment(embedding, **given)
+        session.segment(embedding, **prompt)
 
 
-NOTHING = np.zeros((0, 2), np.float32)
+NO_POINTS = np.zeros((0, 2), np.float32)
 
 
 @pytest.mark.parametrize(
-    "sets", [[], [Prompt(points=NOTHING, labels=NOTHING[:, 0], box=None, mask=None)]]
+    "sets", [[], [Prompt(points=NO_POINTS, labels=NO_POINTS[:, 0], box=None, mask=None)]]
 )
 def test_no_prompt_sets_and_empty_ones_are_refused(session, image, sets: list[Prompt]) -> None:
     embedding = session.encode(image)

@@ -11,7 +11,7 @@ import os
 
 __version__ = os.environ["FAKE_TENSORRT"]
 ELEVEN = int(__version__.split(".")[0]) >= 11
-asked = {"flags": ["TF32"], "profiles": []}  # TF32 is on by default
+requests = {"flags": ["TF32"], "profiles": []}  # TF32 is on by default
 
 
 class _Member(enum.IntEnum):
@@ -190,25 +190,25 @@ class BuilderConfig:
 
     def __setattr__(self, name, value):
         if name == "builder_optimization_level":
-            asked["optimization_level"] = value
+            requests["optimization_level"] = value
         object.__setattr__(self, name, value)
 
     def set_flag(self, flag):
-        asked["flags"] = sorted({*asked["flags"], flag.name})
+        requests["flags"] = sorted({*requests["flags"], flag.name})
 
     def clear_flag(self, flag):
-        asked["flags"] = [name for name in asked["flags"] if name != flag.name]
+        requests["flags"] = [name for name in requests["flags"] if name != flag.name]
 
     def get_flag(self, flag):
-        return flag.name in asked["flags"]
+        return flag.name in requests["flags"]
 
     def add_optimization_profile(self, profile):
         self.profiles.append(profile)
-        asked["profiles"].append(profile.shapes)
+        requests["profiles"].append(profile.shapes)
 
     def set_memory_pool_limit(self, pool, limit):
         self.pools[pool] = limit
-        asked["workspace"] = limit
+        requests["workspace"] = limit
 
     def get_memory_pool_limit(self, pool):
         return self.pools.get(pool, 0)
@@ -220,7 +220,7 @@ class BuilderConfig:
         return False
 
     def create_timing_cache(self, data):
-        asked.setdefault("timing_caches", []).append(len(data))
+        requests.setdefault("timing_caches", []).append(len(data))
         return TimingCache()
 
     def set_timing_cache(self, cache, ignore_mismatch):
@@ -237,7 +237,7 @@ class Builder:
         pass
 
     def create_network(self, flags):
-        asked["network_flags"] = [
+        requests["network_flags"] = [
             flag.name for flag in NetworkDefinitionCreationFlag if flags >> int(flag) & 1
         ]
         return Network(flags)
@@ -255,13 +255,13 @@ class Builder:
             monitor.step_complete("Building engine", step)
         monitor.phase_finish("Building engine")
         softmax = [layer for layer in network if layer.type == LayerType.SOFTMAX]
-        asked["softmax"] = len(softmax)
+        requests["softmax"] = len(softmax)
         read = [t.name for layer in network for t in layer.inputs if t is not None]
-        asked["read_past_a_relu"] = sum(
+        requests["read_past_a_relu"] = sum(
             read.count(layer.get_output(0).name) != 1
             or f"{layer.get_output(0).name}_RELU" not in read
             for layer in softmax
         )
         with open(os.environ["FAKE_TENSORRT_LOG"], "a") as log:
-            log.write(json.dumps(asked) + "\n")
+            log.write(json.dumps(requests) + "\n")
         return memoryview(b"an engine of " + __version__.encode())
