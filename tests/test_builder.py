@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from command_line import copied, edit_manifest
 from fake_gpu import engine_shapes
 from onnx import TensorProto, helper, numpy_helper
 
@@ -150,6 +151,18 @@ def test_axes_that_the_default_profile_does_not_vary_are_static(
     graph = load_manifest(bundle_of(name)).graphs[role]
     shapes = assert_shapes(Path(job.output), graph, job.profile)
     assert {tensor: shapes[tensor][: len(first)] for tensor, first in axes.items()} == axes
+
+
+@pytest.mark.parametrize(("need", "points"), [("required", -1), ("none", 0)])
+def test_decoders_build_for_no_points(need: str, points: int, sam_bundle, tmp_path: Path) -> None:
+    """A mask alone, and networks without prompts: N is 0, where it is dynamic and where static."""
+    bundle = copied(sam_bundle, tmp_path)
+    edit_manifest(bundle, conventions__prompts=need)
+    job = default_job(bundle, "decoder", tmp_path / "decoder.engine")
+    assert job.profile["point_coords"][0] == (1, 0, 2)
+    engine_builder.build(job)
+    graph = load_manifest(bundle).graphs["decoder"]
+    assert assert_shapes(Path(job.output), graph, job.profile)["point_coords"][1] == points
 
 
 @pytest.mark.parametrize("name", ENCODERS)

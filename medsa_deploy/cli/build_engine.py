@@ -43,7 +43,7 @@ class BuildOptions:
         ),
     ] = None
     batch: Annotated[str | None, _axis("images of an encoder run")] = None
-    points: Annotated[str | None, _axis("points of a prompt, padding point included")] = None
+    points: Annotated[str | None, _axis("points of a prompt, padding included; 0: none")] = None
     prompts: Annotated[str | None, _axis("prompts of a decoder run")] = None
     embeddings: Annotated[str | None, _axis("embeddings of a decoder run")] = None
     calibration: Annotated[
@@ -77,7 +77,7 @@ class BuildOptions:
             flavor=self.flavor,
             targets=tuple(self.target or ()),
             batch=parse_range(self.batch, "--batch"),
-            points=parse_range(self.points, "--points"),
+            points=parse_range(self.points, "--points", least=0),
             prompts=parse_range(self.prompts, "--prompts"),
             embeddings=parse_range(self.embeddings, "--embeddings"),
             calibration=tuple(self.calibration or ()),

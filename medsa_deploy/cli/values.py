@@ -63,13 +63,13 @@ def parse_measured_window(text: str | None) -> IntensityWindow:
     return "auto" if text == "auto" else parse_window(text)
 
 
-def parse_range(text: str | None, option: str) -> AxisRange | None:
-    """MIN,OPT,MAX."""
+def parse_range(text: str | None, option: str, *, least: int = 1) -> AxisRange | None:
+    """MIN,OPT,MAX, of at least `least`."""
     if text is None:
         return None
     values = parse_numbers(text, int, option)
-    if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
-        raise UsageError(f"{option} {text}: expected MIN,OPT,MAX with 1 ≤ MIN ≤ OPT ≤ MAX")
+    if len(values) != 3 or not least <= values[0] <= values[1] <= values[2]:
+        raise UsageError(f"{option} {text}: expected MIN,OPT,MAX with {least} ≤ MIN ≤ OPT ≤ MAX")
     return AxisRange(min=values[0], opt=values[1], max=values[2])
 
 

@@ -63,7 +63,7 @@ class EngineOptions:
     batch: AxisRange
     """B: images of an encoder run."""
     points: AxisRange
-    """N: points of a prompt, its padding point included."""
+    """N: points of a prompt, its padding point included; 0 for a mask alone or no prompt."""
     prompts: AxisRange
     """P: prompts of a decoder run."""
     embeddings: AxisRange

@@ -81,7 +81,11 @@ class Machine:
         assert getattr(self.current, "depth", 0) > 0, "no current context"
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes, which are NaN until something is written."""
+        """The address of `size` bytes, which are NaN until something is written.
+
+        CUDA refuses to allocate nothing.
+        """
+        assert size > 0
         block = np.full(size + ALIGNMENT, 0xFF, np.uint8)
         start = -block.ctypes.data % ALIGNMENT
         address = block.ctypes.data + start

@@ -78,6 +78,7 @@ def pycuda_driver(machine: Machine) -> ModuleType:
 
     def pagelocked_empty(length: int, dtype: type) -> np.ndarray:
         assert dtype is np.float32
+        assert length > 0
         return np.asarray(Pinned(length))
 
     def htod(address: int, values: np.ndarray, stream: Stream) -> None:

@@ -283,7 +283,7 @@ class EngineRun:
         }
 
     def _buffer(self, shape: Shape) -> _Buffer:
-        length = int(np.prod(shape))
+        length = max(1, int(np.prod(shape)))  # TensorRT wants an address of an empty tensor too
         return _Buffer(self._gpu.allocate(FLOAT32 * length), self._gpu.pinned(length))
 
     def _place(self, name: str, values: Array | DeviceArray) -> int:
@@ -292,8 +292,9 @@ class EngineRun:
             return values.address
         buffer = self._buffers[name]
         part = buffer.pinned[: values.size]
-        np.copyto(part.reshape(values.shape), values)
-        self._gpu.upload(buffer.address, part)
+        if values.size:
+            np.copyto(part.reshape(values.shape), values)
+            self._gpu.upload(buffer.address, part)
         return buffer.address
 
     def _tensors(self) -> list[tuple[str, str, list[int | None]]]:

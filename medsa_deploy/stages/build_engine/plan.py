@@ -232,8 +232,8 @@ def _targets(
 def _ranges(manifest: Manifest, request: EngineRequest) -> dict[str, AxisRange]:
     """Sizes of the dynamic axes: those asked for, else the defaults.
 
-    A session encodes one chunk of a 3D network at a time, and gathers the clicks of its slices;
-    efficient_sam's prompts all have the same number of points.
+    A session encodes one chunk of a 3D network at a time, and gathers the clicks of its slices.
+    A mask alone and no prompt are 0 points; efficient_sam's prompts all have the same number.
     """
     network = manifest.network
     chunk, padded = network.chunk, manifest.conventions.pad_points
@@ -250,9 +250,11 @@ def _ranges(manifest: Manifest, request: EngineRequest) -> dict[str, AxisRange]:
             f"--batch {_text(batch)}: this network takes {network.slices} slices, no more and no "
             "less: leave --batch out"
         )
-    points = AxisRange(min=1, opt=2, max=max(16, 4 * chunk))
+    points = AxisRange(min=0, opt=2, max=max(16, 4 * chunk))
     if padded:
         points = AxisRange(min=padded, opt=padded, max=padded)
+    if manifest.conventions.prompts == "none":
+        points = AxisRange(min=0, opt=0, max=0)
     return {
         "batch": batch,
         "points": request.points or points,
