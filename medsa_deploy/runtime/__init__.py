@@ -2,6 +2,7 @@
 
 from .backends.registry import BackendName, LoadOptions, Precision
 from .decoding import Embedding
+from .health import Health
 from .loading import load
 from .prediction import Prediction
 from .session import Session
@@ -11,6 +12,7 @@ from .volumes.structures import Structure
 __all__ = [
     "BackendName",
     "Embedding",
+    "Health",
     "LoadOptions",
     "Precision",
     "Prediction",

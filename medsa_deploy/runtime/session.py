@@ -30,6 +30,7 @@ from .backends.interface import (
     require_frame_encoder,
 )
 from .decoding import Embedding, decode_masks
+from .health import CallRecord, Health, counted
 from .prediction import Prediction, best_candidates, full_size_masks
 from .volumes.segment import VolumeOptions, VolumePrediction, segment_volume
 from .volumes.structures import Structure, class_names
@@ -55,6 +56,7 @@ class Session:
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
         self.manifest = manifest
         self._backend: Backend | None = backend
+        self._calls = CallRecord()
 
     @property
     def backend(self) -> Backend:
@@ -87,6 +89,7 @@ class Session:
         """S: the side of the network's square frame, in pixels. Images may have any size."""
         return self.manifest.network.image_size
 
+    @counted
     def encode(
         self, image: Image | ArrayLike, *, intensity_window: IntensityWindow = None
     ) -> Embedding:
@@ -113,6 +116,7 @@ class Session:
         check_pixels(source)
         return self._encode([check_image(source)], intensity_window, flat=False)[0]
 
+    @counted
     def encode_slices(
         self,
         slices: Sequence[Image | ArrayLike],
@@ -212,6 +216,7 @@ class Session:
             values=values, frame=placement, intensity_window=window, timings_ms=timings
         )
 
+    @counted
     def segment(
         self,
         embedding: Embedding,
@@ -249,6 +254,7 @@ class Session:
             embedding, sets, multimask=multimask, threshold=threshold, on_device=on_device
         )
 
+    @counted
     def segment_sets(
         self,
         embedding: Embedding,
@@ -306,6 +312,7 @@ class Session:
             degraded=_degraded(backend),  # another thread may have closed the session
         )
 
+    @counted
     def decode_logits(self, embedding: Embedding, prompts: Sequence[Prompt]) -> tuple[Array, Array]:
         """The decoder's outputs for P prompt sets, in their order, without masks.
 
@@ -325,6 +332,19 @@ class Session:
     ) -> VolumePrediction:
         """Segment a volume, encoding its slices as they are needed: see `segment_volume`."""
         return segment_volume(self, volume, structures, options, on_slice=on_slice)
+
+    def health(self) -> Health:
+        """Age of the last result, faults, memory: for a watchdog, cheap enough for every frame.
+
+        >>> from medsa_deploy import load
+        >>> with load("liver.medsa") as session:
+        ...     health = session.health()
+        >>> health.faults, health.last_result_age_s
+        (0, None)
+        """
+        backend = self._backend
+        degraded = None if backend is None else _degraded(backend)
+        return self._calls.health(is_open=backend is not None, degraded=degraded)
 
     def close(self) -> None:
         """Release the backend; the session cannot be used afterwards."""

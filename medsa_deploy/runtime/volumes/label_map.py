@@ -29,9 +29,13 @@ class LabelMap:
         self._threshold = threshold
         self._highest: dict[int, Array] | None = {} if revisited else None
 
+    def plane(self, index: int) -> NDArray[np.uint8]:
+        """The labels of a slice, a view (H, W)."""
+        return self._volume.plane(self.labels, index)
+
     def add(self, index: int, values: Array, labels: Sequence[int]) -> None:
         """Add the values (n, H, W) of a slice, and the label of each of the n."""
-        plane = self._volume.plane(self.labels, index)
+        plane = self.plane(index)
         highest = None if self._highest is None else self._highest.get(index)
         if highest is None:
             highest = np.full(plane.shape, self._threshold, np.float32)

@@ -28,15 +28,13 @@ from medsa_deploy.transforms import UNPROMPTED, Frame, MaskRule, Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .chunk_encoder import ChunkEncoder
+from .chunk_prompts import Work, nearest_first, prompted_chunks
 from .label_map import LabelMap
 from .structures import (
     Labelling,
     SlicePrompts,
     Structure,
-    check_foreground,
-    has_foreground,
     labelling,
-    shared_prompt,
     slice_prompts,
 )
 
@@ -48,10 +46,12 @@ MARGIN = 3.0
 KEPT_BYTES = 256 * 2**20
 """Memory for logits between the prompts of structures that are followed together."""
 
-Work = dict[int, dict[int, dict[int, Prompt]]]
-"""Chunk → slice → structure → its prompt set."""
 Boxes = dict[int, Array | None]
 """Slice → the box around a structure's mask there, None if it is empty."""
+Followed = tuple[int, int, Array, Array]
+"""Slice, structure, the logits of its masks there, and their pixels."""
+OnLabels = Callable[[int, NDArray[np.uint8]], None]
+"""Called with a slice and its labels (H, W) so far, a view of the label map."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +108,16 @@ def segment_volume(
     options: VolumeOptions | None = None,
     *,
     on_slice: Callable[[int, int], None] = lambda done, total: None,
+    near: int | None = None,
+    on_labels: OnLabels = lambda index, plane: None,
 ) -> VolumePrediction:
     """Segment the slices that have prompts and, with `propagate`, those that the masks reach.
 
     If labels overlap, a voxel belongs to the one with the highest logit. Without structures, a
     network that needs no prompts segments its classes on every slice. `on_slice` is called with the
-    number of slices encoded so far, and the most that will be. PromptError for prompts that cannot
-    be used, ImageError for a volume that cannot be used.
+    number of slices encoded so far, and the most that will be. With `near`, slices are segmented in
+    the order of their distance from it. `on_labels` is called with each slice and its labels so
+    far. PromptError for prompts that cannot be used, ImageError for a volume that cannot be used.
 
     >>> from medsa_deploy import Structure, VolumeOptions, load, read_volume, segment_volume
     >>> volume = read_volume("ct.nii.gz")
@@ -137,9 +140,9 @@ def segment_volume(
         intensity_window=options.intensity_window,
         on_slice=lambda done: on_slice(done, total),
     )
-    work = _prompted(prompts, encoder, session)
+    work = nearest_first(prompted_chunks(prompts, encoder, session), near)
     label_map = LabelMap(volume, pixel_threshold(rule), revisited=len(structures) > 1)
-    run = _Run(session, encoder, labels_of, label_map, rule)
+    run = _Run(session, encoder, labels_of, label_map, rule, on_labels)
     if options.propagate:
         run.propagate(work, margin)
     else:
@@ -185,38 +188,6 @@ def _margin(options: VolumeOptions) -> float:
     return options.margin
 
 
-def _prompted(prompts: Sequence[SlicePrompts], encoder: ChunkEncoder, session: Session) -> Work:
-    """The prompt sets, chunk by chunk.
-
-    If prompts are for a whole chunk, they segment all of its slices, or if a structure has boxes,
-    only the slices of the boxes. If chunks overlap, background clicks without foreground are left
-    to a chunk that has both.
-    """
-    by_chunk = encoder.size > 1 and session.conventions.prompt_scope == "chunk"
-    work: Work = defaultdict(lambda: defaultdict(dict))
-    with_foreground = [
-        {start for i in of_slices if has_foreground(of_slices[i]) for start in encoder.holding(i)}
-        for of_slices in prompts
-    ]
-    for start in encoder.starts:
-        slices = sorted(encoder.slices(start))
-        for structure, of_slices in enumerate(prompts):
-            in_chunk = {index: of_slices[index] for index in slices if index in of_slices}
-            if by_chunk and in_chunk:
-                if start not in with_foreground[structure] and all(
-                    with_foreground[structure] & set(encoder.holding(index)) for index in in_chunk
-                ):
-                    continue
-                boxed = any(prompt.box is not None for prompt in of_slices.values())
-                shared = shared_prompt(in_chunk.values())
-                check_foreground(shared, f"the chunk of slices {slices[0]}…{slices[-1]}")
-                in_chunk = dict.fromkeys(in_chunk if boxed else slices, shared)
-            for index, prompt in in_chunk.items():
-                check_foreground(prompt, f"slice {index}")
-                work[start][index][structure] = prompt
-    return work
-
-
 class _Run:
     """Decoding the slices of one volume into its label map."""
 
@@ -227,8 +198,9 @@ class _Run:
         labelling: Labelling,
         label_map: LabelMap,
         rule: MaskRule,
+        on_labels: OnLabels,
     ) -> None:
-        self.session = session
+        self.session, self.on_labels = session, on_labels
         self.encoder = encoder
         self.label_map = label_map
         self.masks = [[mask for mask, _ in channels] for channels in labelling.channels]
@@ -284,27 +256,26 @@ class _Run:
         yield batch
 
     def _follow(self, prompted: Sequence[Boxes], margin: float) -> None:
-        """Follow structures from the boxes around their masks."""
-        from_below: dict[tuple[int, int], Array] = {}
+        """Follow structures from the boxes around their masks, a chunk up and a chunk down."""
+        waiting: dict[tuple[int, int], Array] = {}
         upwards = range(len(self.encoder))
-        for index, structure, logits, pixels in self._followed(prompted, upwards, margin):
-            if index < max(prompted[structure]):  # it may also be reached from above
-                from_below[index, structure] = logits
-            else:
-                self._label(index, structure, pixels)
-        for index, structure, logits, pixels in self._followed(prompted, upwards[::-1], margin):
-            below = from_below.pop((index, structure), None)
-            if below is not None:
-                mean = np.asarray(np.mean([logits, below], axis=0, dtype=np.float32))
-                pixels = self._pixels(structure, mean)
+        ways = [self._followed(prompted, way, margin) for way in (upwards, upwards[::-1])]
+        for index, structure, logits, pixels in _alternately(ways):
+            key = index, structure
+            if min(prompted[structure]) < index < max(prompted[structure]):
+                if key not in waiting:  # it may also be reached the other way
+                    waiting[key] = logits
+                    continue
+                mean = np.mean([logits, waiting.pop(key)], axis=0, dtype=np.float32)
+                pixels = self._pixels(structure, np.asarray(mean))
             self._label(index, structure, pixels)
-        for (index, structure), logits in from_below.items():
+        for (index, structure), logits in waiting.items():
             self._label(index, structure, self._pixels(structure, logits))
 
     def _followed(
         self, prompted: Sequence[Boxes], order: Sequence[int], margin: float
-    ) -> Iterator[tuple[int, int, Array, Array]]:
-        """(slice, structure, logits, their pixels) of slices that masks reach, one way."""
+    ) -> Iterator[Followed | None]:
+        """The slices that masks reach, one way; None after each chunk."""
         boxes: Boxes = dict.fromkeys(range(len(prompted)))
         for index in order:
             boxes |= {i: known[index] for i, known in enumerate(prompted) if index in known}
@@ -319,6 +290,8 @@ class _Run:
                     pixels = self._pixels(structure, logits)
                     boxes[structure] = _box(pixels > self.threshold, margin)
                     yield index, structure, logits, pixels
+            if index % self.encoder.size == (self.encoder.size - 1 if order[0] == 0 else 0):
+                yield None
 
     def _decoded(self, work: Work) -> Iterator[tuple[int, int, Array]]:
         """(slice, structure, logits of its masks (n, 4g, 4g)), blended where chunks overlap."""
@@ -366,6 +339,7 @@ class _Run:
 
     def _label(self, index: int, structure: int, pixels: Array) -> None:
         self.label_map.add(index, pixels, self.labels[structure])
+        self.on_labels(index, self.label_map.plane(index))
 
 
 def pixel_threshold(rule: MaskRule) -> float:
@@ -376,6 +350,19 @@ def pixel_threshold(rule: MaskRule) -> float:
 def _keys(slices: Mapping[int, Mapping[int, Prompt]]) -> list[tuple[int, int]]:
     """(slice, structure) of every set."""
     return [(index, structure) for index, sets in slices.items() for structure in sets]
+
+
+def _alternately(ways: Sequence[Iterator[Followed | None]]) -> Iterator[Followed]:
+    """What each way yields up to its next None, in turn, until every way has ended."""
+    left = list(ways)
+    while left:
+        for way in list(left):
+            for item in way:
+                if item is None:
+                    break
+                yield item
+            else:
+                left.remove(way)
 
 
 def _box(inside: NDArray[np.bool_], margin: float) -> Array | None:
