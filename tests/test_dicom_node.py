@@ -45,9 +45,9 @@ from pynetdicom.sop_class import (
 )
 
 from medsa_deploy.dicom_node import sender
-from medsa_deploy.dicom_node.health import resident_memory
 from medsa_deploy.dicom_node.receiver import client_context
 from medsa_deploy.errors import UsageError
+from medsa_deploy.metrics import resident_memory
 
 pytestmark = SOCKETS_LEFT
 RULES = (

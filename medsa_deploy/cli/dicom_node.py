@@ -133,8 +133,8 @@ def dicom_node(bundle: Bundle, options: NodeCommandOptions, json: Json = False) 
     ]}
     ```
     """
-    from medsa_deploy.dicom_node.event_log import EventLog
     from medsa_deploy.dicom_node.node import Node
+    from medsa_deploy.event_log import EventLog
 
     events = EventLog(sys.stderr, identifiers=options.log_identifiers)
     stop = threading.Event()

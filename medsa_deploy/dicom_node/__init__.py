@@ -10,5 +10,5 @@ study_prompts.py   RTSTRUCT and SR of the same study → structures in voxels; r
 segmenting.py      the worker process: queued series → segmentations
 sender.py          segmentations → PACS, by C-STORE or STOW, until it has them
 health.py          counters → /healthz and Prometheus text
-event_log.py       events → JSON lines without patient data; the audit trail
+audit.py           studies that are finished → lines of the audit trail
 """

@@ -6,9 +6,8 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-Labels = tuple[tuple[str, str], ...]
+from medsa_deploy.metrics import Metrics
 
 HELP = {
     "medsa_images_received_total": ("counter", "Images taken into the queue"),
@@ -26,58 +25,15 @@ HELP = {
 """Metric → its type and meaning."""
 
 
-class Metrics:
-    """Counters with labels; any thread may count.
-
-    >>> metrics = Metrics()
-    >>> metrics.count("medsa_series_total", result="sent")
-    >>> "medsa_series_total{result=\\"sent\\"} 1" in metrics.text({})
-    True
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, Labels], float] = {}
-        self._lock = threading.Lock()
-
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Add to a counter."""
-        key = (name, tuple(sorted(labels.items())))
-        with self._lock:
-            self._values[key] = self._values.get(key, 0) + amount
-
-    def total(self, name: str, **labels: str) -> int:
-        """What a counter has counted."""
-        with self._lock:
-            return int(self._values.get((name, tuple(sorted(labels.items()))), 0))
-
-    def text(self, states: Mapping[str, int]) -> str:
-        """All metrics in Prometheus' text format; `states`: series on disk by their state."""
-        with self._lock:
-            values = dict(self._values)
-        for state, count in states.items():
-            values["medsa_series_in_queue", (("state", state),)] = count
-        values["medsa_resident_memory_bytes", ()] = resident_memory()
-        lines = []
-        for name, (kind, meaning) in HELP.items():
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            for (metric, labels), value in sorted(values.items()):
-                if metric == name:
-                    lines.append(f"{name}{_label_text(labels)} {value:.15g}")
-        return "\n".join(lines) + "\n"
+def node_metrics() -> Metrics:
+    """The node's counters, all 0."""
+    return Metrics(HELP)
 
 
-def _label_text(labels: Labels) -> str:
-    quoted = ",".join(f'{name}="{value}"' for name, value in labels)
-    return f"{{{quoted}}}" if labels else ""
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process has in RAM; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * 4096
+def _text(metrics: Metrics, states: Mapping[str, int]) -> str:
+    """The metrics, with the series on disk by their state."""
+    series = "medsa_series_in_queue"
+    return metrics.text({(series, (("state", s),)): count for s, count in states.items()})
 
 
 def serve_health(
@@ -96,7 +52,7 @@ def serve_health(
                 text = json.dumps(body | {"series": states()}) + "\n"
                 self._answer(503 if problems else 200, "application/json", text)
             elif self.path == "/metrics":
-                self._answer(200, "text/plain; version=0.0.4", metrics.text(states()))
+                self._answer(200, "text/plain; version=0.0.4", _text(metrics, states()))
             else:
                 self._answer(404, "text/plain", "/healthz or /metrics\n")
 

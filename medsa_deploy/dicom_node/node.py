@@ -14,11 +14,12 @@ from typing import Any, Self
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.child import ChildError, run_in_child
 from medsa_deploy.errors import MedsaError, UsageError, one_line
+from medsa_deploy.event_log import EventLog
 from medsa_deploy.stages.run.dicomweb import WebSeries
 from medsa_deploy.stages.run.run import SessionOptions
 
-from .event_log import Audit, EventLog
-from .health import Metrics, serve_health
+from .audit import Audit
+from .health import node_metrics, serve_health
 from .received import received_object, short_hash
 from .receiver import Receiver, client_context, server_context
 from .rules import matching_rule, read_rules
@@ -90,7 +91,7 @@ class Node:
 
     def __init__(self, options: NodeOptions, events: EventLog) -> None:
         """UsageError for options, rules or addresses that cannot be used; BundleError."""
-        self.options, self.events, self.metrics = options, events, Metrics()
+        self.options, self.events, self.metrics = options, events, node_metrics()
         self.rules = read_rules(options.rules, options.bundle)
         for bundle in {rule.bundle for rule in self.rules}:
             load_manifest(bundle)  # a bundle that cannot be used is refused now

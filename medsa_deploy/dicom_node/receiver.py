@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from medsa_deploy.errors import ImageError, MissingDependencyError, UsageError
+from medsa_deploy.event_log import EventLog
+from medsa_deploy.metrics import Metrics
 
-from .event_log import EventLog
-from .health import Metrics
 from .received import received_object
 from .spool import Inbox, QueueFullError
 from .study_prompts import PROMPT_CLASSES

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from medsa_deploy.bundle.atomic import write_text
 from medsa_deploy.errors import MissingDependencyError, UsageError, one_line
+from medsa_deploy.event_log import EventLog
+from medsa_deploy.metrics import Metrics
 from medsa_deploy.stages.run.dicomweb import store_files
 
-from .event_log import EventLog
-from .health import Metrics
 from .received import short_hash
 from .spool import Spool
 

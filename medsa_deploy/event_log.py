@@ -1,16 +1,14 @@
-"""Events of the node → one JSON object a line, without patient data unless it is allowed."""
+"""Events of a service → one JSON object a line, without patient data unless it is allowed."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 
 class EventLog:
@@ -60,20 +58,6 @@ class _EventHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         self.events.write("warning", {"text": record.getMessage()}, message=str(record.msg))
-
-
-class Audit:
-    """Appends one line for each study to a file, and to no log."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, **facts: Any) -> None:
-        """Append a line; it is on the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"time": now(), **facts}) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
 
 
 def now() -> str:
