@@ -12,6 +12,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,14 @@ class Orthanc:
 
 @pytest.fixture(scope="module")
 def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
-    server = Orthanc(tmp_path_factory.mktemp("orthanc"), free_port(), free_port())
+    with running_orthanc(tmp_path_factory.mktemp("orthanc"), AuthenticationEnabled=False) as server:
+        yield server
+
+
+@contextmanager
+def running_orthanc(folder: Path, **settings: Any) -> Iterator[Orthanc]:
+    """Orthanc with its DICOMweb plugin."""
+    server = Orthanc(folder, free_port(), free_port())
     configuration = {
         "Name": "ORTHANC",
         "StorageDirectory": str(server.folder / "db"),
@@ -98,15 +106,17 @@ def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
         "DicomPort": server.dicom,
         "DicomAet": "ORTHANC",
         "DicomAlwaysAllowStore": True,
-        "AuthenticationEnabled": False,
         "Plugins": [PLUGINS],
         "DicomWeb": {"Enable": True},
+        **settings,
     }
     (server.folder / "orthanc.json").write_text(json.dumps(configuration))
     process = server.start()
-    yield server
-    process.kill()
-    process.wait()
+    try:
+        yield server
+    finally:
+        process.kill()
+        process.wait()
 
 
 def stored(orthanc: Orthanc, series: list[Dataset]) -> str:
@@ -183,6 +193,20 @@ def test_the_node_fetches_a_study_when_it_starts(orthanc: Orthanc, tmp_path: Pat
     source = WebSeries(url=orthanc.web, study=study)
     with running_node(tmp_path, BUNDLE, None, to_web=orthanc.web, from_web=source):
         wait_until(lambda: orthanc.instances(study, "SEG"))
+
+
+def test_passwords_are_read_from_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.dcm"
+    ct_series(1)[0].save_as(path)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    users = {"AuthenticationEnabled": True, "RegisteredUsers": {"scanner": "secret"}}
+    with running_orthanc(tmp_path, **users) as server:
+        with pytest.raises(ImageError, match="401"):
+            store_files(server.web, [path])
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login scanner password secret\n")
+        store_files(server.web, [path])
+        study = str(pydicom.dcmread(path).StudyInstanceUID)
+        assert len(WebSeries(url=server.web, study=study).fetch(tmp_path)) == 1
 
 
 def test_servers_that_do_not_answer_are_named(orthanc: Orthanc, tmp_path: Path) -> None:

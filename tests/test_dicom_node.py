@@ -298,6 +298,18 @@ def test_garbage_on_the_port_is_bounded(node: RunningNode, pacs: FakePacs, count
     assert not node.node.faults()
 
 
+def test_failed_series_stay_for_their_days(bundle: Path, tmp_path: Path) -> None:
+    for name, hours in (("old", 49), ("new", 47)):
+        reason = tmp_path / "spool" / "failed" / name / "reason.txt"
+        reason.parent.mkdir(parents=True)
+        reason.write_text("no series\n")
+        written = time.time() - 3600 * hours
+        os.utime(reason, (written, written))
+    with running_node(tmp_path, bundle, None, to_web="http://127.0.0.1:9", keep_days=2) as node:
+        wait_until(lambda: node.named("expired"))
+        assert [job.name for job in node.spool.jobs("failed")] == ["new"]
+
+
 def test_logs_and_audit_have_no_patient_data(node: RunningNode, pacs: FakePacs) -> None:
     series = ct_series(2)
     send(node.port, series)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,8 +210,24 @@ def test_old_prompts_are_removed(bench: Bench) -> None:
     folder = bench.spool.state("prompts") / "study"
     folder.mkdir()
     (folder / "a.dcm").write_bytes(b"")
-    assert bench.inbox.remove_old_prompts(60) == 0
-    assert bench.inbox.remove_old_prompts(-1) == 1
+    assert bench.inbox.remove_old("prompts/*/*", 60) == 0
+    assert bench.inbox.remove_old("prompts/*/*", -1) == 1
+
+
+def test_what_is_over_stays_for_its_days(bench: Bench) -> None:
+    for name, days in (("old", 31), ("new", 29)):
+        job = bench.spool.state("failed") / name
+        (job / "images").mkdir(parents=True)
+        (job / "reason.txt").write_text("no series\n")
+        record = bench.spool.state("sent") / f"{name}.json"
+        record.write_text("{}\n")
+        written = time.time() - days * 86_400
+        for path in (job / "reason.txt", record):
+            os.utime(path, (written, written))
+    for state in ("failed", "sent"):
+        assert bench.inbox.remove_old(f"{state}/[!.]*", 30 * 86_400) == 1
+    assert [p.name for p in bench.spool.folder.glob("failed/*")] == ["new"]
+    assert [p.name for p in bench.spool.folder.glob("sent/*")] == ["new.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 200, b"\0" * 128 + b"DICM" + b"\xff" * 50])

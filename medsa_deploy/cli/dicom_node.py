@@ -57,6 +57,10 @@ class NodeCommandOptions:
     prompt_wait: Annotated[
         float, typer.Option(help="Seconds that a series waits for prompts of its study")
     ] = 600.0
+    keep_days: Annotated[
+        float,
+        typer.Option(min=0, help="Days that failed series and records of sent ones stay; 0 ever"),
+    ] = 30.0
     allow: Annotated[
         list[str] | None,
         typer.Option(metavar="AET", help="AE title that may send; repeatable; default all"),
@@ -98,6 +102,7 @@ class NodeCommandOptions:
             expect=self.expect,
             max_queue=self.max_queue,
             prompt_wait=self.prompt_wait,
+            keep_days=self.keep_days,
             allow=tuple(self.allow or ()),
             tls_certificate=self.tls_cert,
             tls_key=self.tls_key,

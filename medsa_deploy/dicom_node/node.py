@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,9 @@ POLL_SECONDS = 0.1
 RESTART_SECONDS = 2.0
 STOP_SECONDS = 5.0
 """Time that each thread has to end."""
-PROMPTS_KEPT_SECONDS = 24 * 3600.0
+DAY_SECONDS = 24 * 3600.0
+PROMPTS_KEPT_DAYS = 1.0
+CLEANING_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class NodeOptions:
     max_queue: int = 100
     prompt_wait: float = 600.0
     """Seconds that a series waits for prompts of its study, if its rule says so."""
+    keep_days: float = 30.0
+    """Days that failed series, and records of what was sent, stay in the spool; 0 for ever."""
     allow: tuple[str, ...] = ()
     """AE titles that may send; none for all."""
     tls_certificate: Path | None = None
@@ -99,6 +104,7 @@ class Node:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._worker_fault: str | None = None
+        self._next_cleaning = 0.0
         with ExitStack() as opened:
             self.spool = Spool(options.spool)
             self.inbox = Inbox(self.spool, most_series=options.max_queue)
@@ -198,8 +204,18 @@ class Node:
         for job in self.inbox.complete(self.options.quiet_time, self.options.expect):
             self._take(job)
         self._close_books()
-        if count := self.inbox.remove_old_prompts(PROMPTS_KEPT_SECONDS):
-            self.events.write("prompts expired", files=count)
+        if time.monotonic() >= self._next_cleaning:
+            self._clean()
+            self._next_cleaning = time.monotonic() + CLEANING_SECONDS
+
+    def _clean(self) -> None:
+        """Remove from the spool what has been there for too long."""
+        days = {"prompts/*/*": PROMPTS_KEPT_DAYS}
+        if self.options.keep_days > 0:
+            days |= dict.fromkeys(("failed/[!.]*", "sent/[!.]*"), self.options.keep_days)
+        for pattern, limit in days.items():
+            if count := self.inbox.remove_old(pattern, limit * DAY_SECONDS):
+                self.events.write("expired", kind=pattern.partition("/")[0], files=count)
 
     def _repeat(self, work: Callable[[], None]) -> None:
         """Do a thread's work until the node stops, whatever a full disk does to it."""

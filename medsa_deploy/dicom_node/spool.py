@@ -191,15 +191,17 @@ class Inbox:
             self._last.pop(job.name, None)
             self.spool.drop(job)
 
-    def remove_old_prompts(self, age: float) -> int:
-        """Remove prompts that nothing has used for `age` s; returns their number."""
-        old = [
-            path
-            for path in self.spool.state("prompts").glob("*/*")
-            if time.time() - path.stat().st_mtime > age
-        ]
+    def remove_old(self, pattern: str, age: float) -> int:
+        """Remove what matches in the spool and has been there for `age` s; returns its number.
+
+        The age of a failed series is that of its `reason.txt`.
+        """
+        old = [p for p in self.spool.folder.glob(pattern) if time.time() - _written(p) > age]
         for path in old:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                self.spool.drop(path)
+            else:
+                path.unlink(missing_ok=True)
         return len(old)
 
     def _begin(self, job: Path, item: ReceivedObject) -> None:
@@ -233,6 +235,12 @@ def requeue(spool: Spool) -> None:
     for job in spool.jobs("working"):
         shutil.rmtree(job / "results", ignore_errors=True)
         job.rename(spool.state("queued") / job.name)
+
+
+def _written(path: Path) -> float:
+    """When a file of the spool, or a failed series, was put where it is; seconds since 1970."""
+    reason = path / "reason.txt"
+    return (reason if reason.exists() else path).stat().st_mtime
 
 
 def _study_key(state: str, name: str) -> str:
