@@ -23,11 +23,12 @@ from .inspect import inspect
 from .profile import profile
 from .quantize import quantize
 from .run import run
+from .serve import serve
 from .verify import verify
 
 COMMANDS = (
     *(inspect, export, quantize, build_engine, build_kernels),
-    *(run, verify, profile, doctor, demo, dicom_node),
+    *(run, verify, profile, doctor, demo, dicom_node, serve),
 )
 """The commands, in the order of --help."""
 
