@@ -6,6 +6,9 @@ import os
 import platform
 import sys
 
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files with the memory of a container: of cgroups version 2, and of version 1."""
+
 
 def processor() -> str:
     """The processor's name, as the system reports it."""
@@ -30,6 +33,25 @@ def memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def memory_bytes() -> int | None:
+    """Bytes of memory that this process may use: of the machine, or of its container if less.
+
+    None if the system reports neither.
+    """
+    sizes = []
+    try:
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        pass
+    for path in CONTAINER_LIMITS:
+        try:
+            with open(path, encoding="ascii") as f:
+                sizes.append(int(f.read()))
+        except (OSError, ValueError):  # no container, or "max"
+            continue
+    return min((size for size in sizes if size > 0), default=None)
 
 
 def system() -> str:

@@ -216,7 +216,7 @@ def test_several_pages_are_refused(folder: Path) -> None:
         read_image(folder / "pages.tif")
     frames = [PIL.Image.new("L", (8, 8), value) for value in (0, 100, 200)]
     frames[0].save(folder / "animated.png", save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match="3 pages or frames"):
+    with pytest.raises(ImageError, match="several pages or frames"):
         read_image(folder / "animated.png")
 
 
@@ -292,7 +292,7 @@ def test_an_animation_is_no_volume(tmp_path: Path) -> None:
     frames = [PIL.Image.fromarray(np.full((9, 9), k * 60, np.uint8)) for k in range(3)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert not is_volume(tmp_path / "a.gif")
-    with pytest.raises(ImageError, match="holds 3 pages or frames"):
+    with pytest.raises(ImageError, match="holds several pages or frames"):
         read_image(tmp_path / "a.gif")
 
 

@@ -134,7 +134,7 @@ def test_what_anonymisers_remove_is_left_empty(tmp_path: Path) -> None:
         ({"FrameOfReferenceUID": ""}, r"needs FrameOfReferenceUID of its source, which .*a\.dcm"),
         ({"StudyInstanceUID": ""}, r"needs StudyInstanceUID of its source"),
         ({"PixelSpacing": None}, "needs the PixelSpacing of its source"),
-        ({"PatientSex": "X"}, "cannot be written as a DICOM segmentation: 'X' is not a valid"),
+        ({"PatientSex": "X"}, "cannot be written as a DICOM segmentation: … is not a valid"),
     ],
 )
 def test_what_a_segmentation_needs_is_named(

@@ -19,7 +19,7 @@ import numpy as np
 
 from medsa_deploy.errors import PromptError
 from medsa_deploy.images import Volume
-from medsa_deploy.images.dicom import load_header
+from medsa_deploy.images.dicom_files import load_header
 from medsa_deploy.images.files import reading
 from medsa_deploy.images.stacking import TO_NIFTI
 from medsa_deploy.images.volume import VolumeBox

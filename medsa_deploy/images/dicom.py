@@ -8,26 +8,25 @@ interpretation alone: a Presentation LUT Shape only repeats it.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
+from medsa_deploy.errors import ImageError, MissingDependencyError
 
+from .dicom_files import load
+from .dicom_frames import check_frame, decoded_file_frame, decoded_frame, frame_count
+from .file_texts import PHOTOMETRIC, code_text, library_text, uid_name, uid_text
 from .files import reading
 from .image import Image
 
 try:
     import pydicom
     from pydicom.pixels import apply_color_lut, get_decoder
-    from pydicom.uid import (
-        ExplicitVRBigEndian,
-        ExplicitVRLittleEndian,
-        ImplicitVRLittleEndian,
-        JPEGExtended12Bit,
-    )
+    from pydicom.uid import JPEGExtended12Bit
 except ImportError as e:
     raise MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM") from e
 
@@ -87,7 +86,7 @@ def frame_image(
     For the slices of a volume, `dtype` converts the intensities of every slice to one type, and
     `rendering` holds the LUT or window that all slices share.
     """
-    stored, photometric = _decode(dataset, path, frame)
+    stored, photometric = decode_frame(dataset, path, frame)
     with reading(path, "DICOM"):  # pydicom parses a value at first use, and may fail then
         if photometric == "PALETTE COLOR":
             return Image(pixels=_palette(stored, dataset), path=path)
@@ -95,7 +94,7 @@ def frame_image(
             return Image(pixels=stored, path=path)
         if photometric not in ("MONOCHROME1", "MONOCHROME2"):
             raise ImageError(
-                f"{path} has photometric interpretation {photometric or 'none'}; "
+                f"{path} has photometric interpretation {code_text(photometric, PHOTOMETRIC)}; "
                 "convert it to RGB or MONOCHROME2"
             )
         values = _modality(stored, dataset, frame)
@@ -118,23 +117,6 @@ def frame_image(
         )
 
 
-def load(path: Path) -> Any:
-    """The dataset of a file that holds pixels; ImageError if it holds none."""
-    with reading(path, "DICOM"):
-        # Forced, because old files lack the preamble. They name no transfer syntax either: it
-        # follows from the encoding that pydicom has detected.
-        dataset = pydicom.dcmread(path, force=True)
-        if not dataset.file_meta.get("TransferSyntaxUID"):
-            implicit, little_endian = dataset.original_encoding
-            explicit = ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
-            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
-        if not any(k in dataset for k in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-            kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
-            content = f"it is {kind.name}" if kind else "it does not look like DICOM"
-            raise ImageError(f"{path} holds no pixel data ({content}); give a DICOM image")
-    return dataset
-
-
 def check_is_image(path: Path, dataset: Any) -> None:
     """ImageError for an object that was computed from images, or has no pixels."""
     if not is_image(dataset):
@@ -153,15 +135,6 @@ def is_derived(header: Any) -> bool:
     return str(header.get("SOPClassUID", "")) in DERIVED
 
 
-def load_header(path: Path, names: list[str] | None = None) -> Any:
-    """All attributes except the pixels, or only those in `names`; ImageError if it is not DICOM."""
-    with reading(path, "DICOM"):
-        header = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
-        if "SOPClassUID" not in header and "Rows" not in header:
-            raise ImageError(f"{path} does not look like DICOM; take it out of the folder")
-    return header
-
-
 def rendering_of(dataset: Any, frame: int) -> Any:
     """A copy of the attributes with the LUT or window of a frame; empty without one."""
     group = functional_group(dataset, "FrameVOILUTSequence", frame)
@@ -172,20 +145,15 @@ def rendering_of(dataset: Any, frame: int) -> Any:
     return rendering
 
 
-def frame_count(dataset: Any) -> int:
-    """The number of frames a dataset announces; 1 if it announces none."""
-    return int(dataset.get("NumberOfFrames") or 1)
-
-
-def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
+def decode_frame(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
     """Stored values, (H, W) or (H, W, 3), and their photometric interpretation, RGB for YBR."""
     with reading(path, "DICOM"):
         _check_bits(path, dataset)
         syntax = dataset.file_meta.TransferSyntaxUID
-        syntax_name = f"transfer syntax {syntax.name} ({syntax})"
-        index = frame if frame_count(dataset) > 1 else None
+        syntax_name = f"transfer syntax {uid_name(syntax)} ({uid_text(syntax)})"
+        check_frame(path, dataset)
         try:
-            decoder = get_decoder(syntax)
+            decoding = get_decoder(syntax)
         except NotImplementedError as e:
             raise ImageError(
                 f"{path} has {syntax_name}, which pydicom cannot decode; convert it to "
@@ -194,40 +162,33 @@ def _decode(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]:
     if syntax == JPEGExtended12Bit and dataset.get("BitsStored", 8) > 8:
         return _decode_twelve_bits(dataset, path, frame), str(dataset.PhotometricInterpretation)
     package = PACKAGES.get(str(syntax), "python-gdcm")
-    if not decoder.is_available:
+    if not decoding.is_available:
         raise ImageError(f"{path} has {syntax_name}; to decode it: pip install {package}")
+    if not syntax.is_encapsulated:
+        with reading(path, "DICOM"):
+            index = frame if frame_count(dataset) > 1 else None
+            pixels, meta = decoding.as_array(dataset, index=index)
+            # Not from the dataset: its tag still says YBR after the decoder has converted to RGB.
+            return pixels, str(meta["photometric_interpretation"])
     try:
         with reading(path, "DICOM"):
-            pixels, meta = decoder.as_array(dataset, index=index)
+            return decoded_frame(dataset, syntax, frame)
     except ImageError as e:
-        if not syntax.is_encapsulated:
-            raise
         raise ImageError(
-            f"{path} has {syntax_name} and cannot be decoded ({one_line(e.__cause__ or e)}): it is "
-            "damaged, or another tool (gdcmconv, dcmdjpeg) must convert it to uncompressed DICOM"
+            f"{path} has {syntax_name} and cannot be decoded ({library_text(e.__cause__ or e)}): "
+            "it is damaged, or another tool (gdcmconv, dcmdjpeg) must convert it to uncompressed "
+            "DICOM"
         ) from e.__cause__
-    # Not from the dataset: its tag still says YBR after the decoder has converted to RGB.
-    return pixels, str(meta["photometric_interpretation"])
 
 
 def _decode_twelve_bits(dataset: Any, path: Path, frame: int) -> np.ndarray:
     """Stored values (H, W) of a JPEG with more than 8 bits, which pydicom leaves to nobody."""
-    try:
-        import gdcm
-    except ImportError as e:
+    if importlib.util.find_spec("gdcm") is None:
         raise ImageError(
             f"{path} has 12-bit JPEG; to decode it: pip install {PACKAGES[str(JPEGExtended12Bit)]}"
-        ) from e
+        )
     with reading(path, "DICOM"):
-        reader = gdcm.ImageReader()
-        reader.SetFileName(str(path))
-        if not reader.Read():
-            raise ValueError("its JPEG cannot be decoded: it is damaged")
-        content = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
-        stored = np.int16 if dataset.PixelRepresentation else np.uint16
-        shape = (frame_count(dataset), dataset.Rows, dataset.Columns)
-        decoded: np.ndarray = np.frombuffer(content, stored).reshape(shape)[frame]
-        return decoded
+        return decoded_file_frame(dataset, path, frame)
 
 
 def _check_bits(path: Path, dataset: Any) -> None:
@@ -281,7 +242,7 @@ def _values_of_interest(
     try:
         centre, width = number(group, "WindowCenter"), number(group, "WindowWidth")
     except ValueError as e:
-        logger.warning("%s: its window is ignored: %s", path, e)
+        logger.warning("%s: its window is ignored: %s", path, library_text(e))
         return None
     if centre is None or width is None:
         return None
@@ -388,4 +349,4 @@ def number(dataset: Any, name: str) -> float | None:
             return float(value)
         return float(value[0]) if len(value) else None
     except ValueError as e:  # pydicom parses a value at first use
-        raise ValueError(f"its {name} is no number: {one_line(e)}") from e
+        raise ValueError(f"its {name} is no number: {library_text(e)}") from e

@@ -19,10 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
+from medsa_deploy.errors import ImageError, MissingDependencyError
 
-from .dicom import frame_count, functional_group, load, load_header
+from .dicom import decode_frame, functional_group
+from .dicom_files import load, load_header
+from .dicom_frames import check_all_frames, check_frames, frame_count
 from .dicom_uids import derived_uid
+from .file_texts import code_text, library_text, uid_name
 from .files import logged_warnings, reading
 from .labels import Labels
 from .segments import Segment, SegmentationDetails
@@ -47,6 +50,7 @@ LABEL_LENGTH = 64
 """Longest segment label, in characters: DICOM's limit for long strings."""
 READABLE = ("BINARY", "LABELMAP")
 """Segmentation types that hold labels; FRACTIONAL holds probabilities."""
+TYPES = frozenset((*READABLE, "FRACTIONAL"))
 
 
 def check_dicom_source(path: Path, volume: Volume) -> None:
@@ -148,14 +152,17 @@ def read_segmentation(path: Path) -> Labels:
     """
     dataset = load(path)
     with reading(path, "DICOM"):
-        kind = str(dataset.get("SegmentationType") or dataset.get("SOPClassUID").name)
+        stored_kind = dataset.get("SegmentationType")
+        kind = code_text(stored_kind, TYPES) if stored_kind else uid_name(dataset.SOPClassUID)
         if kind not in READABLE:
             raise ImageError(
                 f"{path} is {kind}, expected a DICOM segmentation, {' or '.join(READABLE)}"
             )
+        check_frames(path, dataset)
+        check_all_frames(path, dataset)
         count = frame_count(dataset)
         headers = [slice_header(path, dataset, k) for k in range(count)]
-        pixels = dataset.pixel_array.reshape(count, dataset.Rows, dataset.Columns)
+        pixels = _frames(path, dataset, count)
         numbers = [
             functional_group(dataset, "SegmentIdentificationSequence", k).get(
                 "ReferencedSegmentNumber", 1
@@ -185,6 +192,14 @@ def read_segmentation(path: Path) -> Labels:
         columns_first=True,
         names=names,
     )
+
+
+def _frames(path: Path, dataset: Any, count: int) -> np.ndarray:
+    """Stored values of all frames, (count, rows, columns)."""
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return np.stack([decode_frame(dataset, path, k)[0] for k in range(count)])
+    pixels: np.ndarray = dataset.pixel_array
+    return pixels.reshape(count, dataset.Rows, dataset.Columns)
 
 
 def _places(path: Path, headers: Sequence[SliceHeader]) -> tuple[np.ndarray, np.ndarray]:
@@ -335,6 +350,6 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except Exception as e:
         raise ImageError(
-            f"{path} cannot be written as a DICOM segmentation: {one_line(e)}; "
+            f"{path} cannot be written as a DICOM segmentation: {library_text(e)}; "
             "write .npy or .nii.gz"
         ) from e

@@ -12,6 +12,8 @@ from pathlib import Path
 from medsa_deploy.bundle.atomic import whole_file
 from medsa_deploy.errors import ImageError, MedsaError, UsageError, one_line
 
+from .file_texts import library_text
+
 logger = logging.getLogger(__name__)
 
 MOST_GZIP = 1032
@@ -64,7 +66,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     except MedsaError:
         raise
     except Exception as e:
-        raise ImageError(f"{path} cannot be read as {kind}: {one_line(e)}") from e
+        raise ImageError(f"{path} cannot be read as {kind}: {library_text(e)}") from e
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def logged_warnings(path: Path) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        logger.info("%s: %s", path, warning.message)
+        logger.info("%s: %s", path, library_text(warning.message))
 
 
 @contextlib.contextmanager

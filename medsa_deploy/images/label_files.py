@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .labels import Labels
+from .limits import check_memory
 from .raster import FORMATS, is_raster_volume, read_raster
+from .raster_limits import check_picture
 from .read import format_of, open_volume
 from .volume import Volume
 
@@ -47,6 +50,8 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
 
 def _voxels(volume: Volume) -> np.ndarray:
     """All voxels of a volume, (X, Y, Z) in stored order."""
+    held = 2 * math.prod(volume.shape) * volume.dtype.itemsize
+    check_memory(volume.path, held, f"{'×'.join(map(str, volume.shape))} voxels")
     stacked = np.stack([volume.slice(k).pixels for k in range(len(volume))])
     return stacked.transpose(np.argsort((volume.axis, *volume.plane_axes)))
 
@@ -55,7 +60,9 @@ def _array(path: Path) -> np.ndarray:
     """The array in a .npy, (H, W) or (X, Y, Z)."""
     from .npy import map_array
 
-    array = np.array(map_array(path))
+    mapped = map_array(path)
+    check_memory(path, 2 * mapped.nbytes, f"an array of shape {mapped.shape}")
+    array = np.array(mapped)
     if array.ndim not in (2, 3) or array.size == 0:
         raise ImageError(f"{path} has shape {array.shape}; expected labels (H, W) or (X, Y, Z)")
     return array
@@ -68,6 +75,7 @@ def _picture(path: Path) -> np.ndarray:
         if picture.format in ("JPEG", "MPO"):
             raise ImageError(f"{path} is a JPEG, which blurs labels; give the labels as PNG")
         if picture.mode == "P":
+            check_picture(path, picture)
             return np.asarray(PIL.ImageOps.exif_transpose(picture))
     pixels = read_raster(path).pixels
     if pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():

@@ -21,6 +21,7 @@ from medsa_deploy.errors import ImageError
 
 from .files import MOST_GZIP, reading
 from .image import Image, Plane, choose_slice
+from .limits import check_plane, check_ratio, check_volume_size
 from .nifti_files import files_of, is_compressed, load
 from .volume import Volume, default_axis, warn_of_spacing
 
@@ -49,6 +50,10 @@ def read_nifti(path: Path, *, axis: int | None, index: int | None) -> Image:
     if axis is None:
         axis = default_axis(shape, _spacing_mm(path, source))
     plane = choose_slice(path, shape, axis, index)
+    _check_size(path, source, plane.axis)
+    if not is_compressed(files_of(path, source)[0]):  # mapped: costs this slice alone
+        stored = _stored_voxels(path, source, 0).reshape(shape)
+        return NiftiSlices(path=path, source=source, voxels=stored, axis=axis).read(plane.index)
     subscript: list[int | slice] = [slice(None)] * 3 + [0] * (len(source.shape) - 3)
     subscript[plane.axis] = plane.index
     with reading(path, "NIfTI"):
@@ -94,6 +99,7 @@ def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Vo
     if axis is None:
         axis = default_axis(shape, spacing_mm)
     choose_slice(path, shape, axis, 0)
+    _check_size(path, source, axis)
     stored = _stored_voxels(path, source, number).reshape(shape)
     slope, inter = _scaling(source)
     unit = _unit_mm(source)
@@ -201,17 +207,33 @@ def _scaling(source: Any) -> tuple[float, float]:
     return source.dataobj.slope, source.dataobj.inter
 
 
-def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
-    """The stored, unscaled voxels of volume `number`; mapped if it is alone and uncompressed."""
+def _check_size(path: Path, source: Any, axis: int) -> None:
+    """ImageError for more than the file can hold, or than there may be; nibabel would allocate it.
+
+    `axis`: along which slices are read.
+    """
     proxy = source.dataobj
-    announced = proxy.offset + math.prod(source.shape) * proxy.dtype.itemsize
+    voxels = math.prod(source.shape) * proxy.dtype.itemsize
     data, *_ = files_of(path, source)
-    most = data.stat().st_size * (MOST_GZIP if is_compressed(data) else 1)
-    if announced > most:  # nibabel would allocate whatever size a damaged header announces
+    size, compressed = data.stat().st_size, is_compressed(data)
+    announced = proxy.offset + voxels
+    if announced > size * (MOST_GZIP if compressed else 1):
         raise ImageError(
             f"{path} cannot be read as NIfTI: its header announces {announced} bytes, more than "
             "the file can hold; it is damaged or cut off, copy or export it again"
         )
+    if compressed:
+        check_ratio(path, announced, size)
+    shape = (*source.shape, 1, 1)[:3]
+    plane = math.prod(shape) // shape[axis]
+    check_plane(path, [n for k, n in enumerate(shape) if k != axis], plane * proxy.dtype.itemsize)
+    held = math.prod(shape) * proxy.dtype.itemsize if compressed else 0
+    check_volume_size(path, shape, proxy.dtype, held, plane)
+
+
+def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
+    """The stored, unscaled voxels of volume `number`; mapped if it is alone and uncompressed."""
+    proxy = source.dataobj
     with reading(path, "NIfTI"):
         unscaled = ArrayProxy(proxy.file_like, (source.shape, proxy.dtype, proxy.offset))
         if math.prod(source.shape[3:]) == 1:

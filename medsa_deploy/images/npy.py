@@ -11,6 +11,7 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .image import Image, choose_slice
+from .limits import check_plane, check_volume_size
 from .volume import Volume
 
 CHANNELS = (1, 3, 4)
@@ -23,7 +24,9 @@ def read_npy(path: Path, *, axis: int | None, index: int | None) -> Image:
     if its last axis has length 1, 3 or 4. A volume needs `index`, along axis 0 by default.
     """
     array = map_array(path)
-    pixels = np.array(_picture(path, array, axis, index))
+    picture = _picture(path, array, axis, index)
+    check_plane(path, picture.shape[:2], picture.nbytes)
+    pixels = np.array(picture)
     if pixels.ndim == 3:
         pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3]
     return Image(pixels=_numbers(pixels), path=path)
@@ -61,6 +64,9 @@ def read_npy_volume(path: Path, *, axis: int | None) -> Volume:
     axis = 0 if axis is None else axis
     choose_slice(path, shape, axis, 0)
     rows, columns = (k for k in range(3) if k != axis)
+    plane = shape[rows] * shape[columns]
+    check_plane(path, (shape[rows], shape[columns]), plane * array.dtype.itemsize)
+    check_volume_size(path, shape, array.dtype, 0, plane)
     stored = np.dtype(np.uint8) if array.dtype == np.bool_ else array.dtype.newbyteorder("=")
     return Volume(
         path=path,

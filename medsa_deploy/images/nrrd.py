@@ -20,6 +20,7 @@ from medsa_deploy.errors import ImageError, MissingDependencyError
 
 from .files import MOST_GZIP, reading
 from .image import Image, choose_slice
+from .limits import check_ratio, check_volume_size
 from .npy import ArraySlices
 from .segments import Segment
 from .structure_codes import Code, StructureCodes
@@ -32,6 +33,12 @@ except ImportError as e:
 
 TO_NIFTI = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's axes point to left and posterior, NIfTI's to right and anterior."""
+BYTES = {
+    kind: 1 if "8" in name else 2 if "16" in name else 4 if "32" in name else 8
+    for name, kind in vars(SimpleITK).items()
+    if name.startswith(("sitkInt", "sitkUInt", "sitkFloat", "sitkVector"))
+}
+"""Type of a voxel's component → its bytes."""
 MOST_HEADER = 1 << 20
 """Bytes in which a header ends."""
 DATA_FILE = re.compile(rb"^(?:data ?file:=?|ElementDataFile *=) *(.*?)\r?$", re.M | re.I)
@@ -190,12 +197,19 @@ def _header(path: Path) -> SimpleITK.ImageFileReader:
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-    announced = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()  # a byte each, or more
-    if announced > sum(file.stat().st_size for file in files) * MOST_GZIP:
+    shape = reader.GetSize()
+    announced = math.prod(shape) * reader.GetNumberOfComponents()
+    size = sum(file.stat().st_size for file in files)
+    if announced > size * MOST_GZIP:  # a byte each, or more
         raise ImageError(
             f"{path} cannot be read as NRRD or MetaImage: its header announces {announced} voxels, "
             "more than the file can hold; it is damaged or cut off, copy or export it again"
         )
+    depth = BYTES.get(reader.GetPixelID(), 8)
+    check_ratio(path, announced * depth, size)
+    plane = math.prod(sorted((1, *shape))[-2:])
+    kind = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+    check_volume_size(path, shape, kind, 2 * announced * depth, plane)  # ITK's, and numpy's
     return reader
 
 

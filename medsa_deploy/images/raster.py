@@ -23,6 +23,8 @@ from medsa_deploy.errors import ImageError
 
 from .files import reading
 from .image import Image
+from .limits import check_volume_size
+from .raster_limits import announced_size, check_pages, check_picture
 from .volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -40,16 +42,18 @@ def read_raster(path: Path, *, page: int | None = None) -> Image:
         # swapped if their orientation tag turns them, and scrambles the picture.
         with reading(path, "an image"), path.open("rb") as f:
             picture = PIL.Image.open(f, formats=FORMATS)
-            pages = _page_count(picture)
+            pages = _page_count(picture, path)
             if page is not None:
                 if not 0 <= page < pages:
                     raise ImageError(f"{path} has no page {page}: give 0…{pages - 1}")
                 picture.seek(page)
             elif pages > 1:
+                count = pages if picture.format == "TIFF" else "several"
                 raise ImageError(
-                    f"{path} holds {pages} pages or frames, expected 1; extract one into its own "
+                    f"{path} holds {count} pages or frames, expected 1; extract one into its own "
                     "file"
                 )
+            check_picture(path, picture)
             return _read(picture, path)
     except ImageError as e:
         if isinstance(e.__cause__, PIL.UnidentifiedImageError):
@@ -60,7 +64,8 @@ def read_raster(path: Path, *, page: int | None = None) -> Image:
         if isinstance(e.__cause__, PIL.Image.DecompressionBombError):
             limit = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
             raise ImageError(
-                f"{path} has more than {limit} million pixels; crop it or scale it down first"
+                f"{path} announces {announced_size(e.__cause__)}, more than {limit} million "
+                "pixels; crop it or scale it down first"
             ) from e.__cause__
         raise
 
@@ -80,7 +85,7 @@ def is_raster_volume(path: Path) -> bool:
     """Whether a file is a TIFF of several pages; frames of a GIF or WebP are an animation."""
     try:
         with reading(path, "a TIFF"), path.open("rb") as f:
-            return _page_count(PIL.Image.open(f, formats=("TIFF",))) > 1
+            return _page_count(PIL.Image.open(f, formats=("TIFF",)), path) > 1
     except ImageError:  # another format, or damaged, which reading the picture reports
         return False
 
@@ -97,7 +102,7 @@ def read_tiff_volume(path: Path, *, axis: int | None) -> Volume:
         )
     with reading(path, "a TIFF"), path.open("rb") as f:
         picture = PIL.Image.open(f, formats=("TIFF",))
-        pages = _page_count(picture)
+        pages = _page_count(picture, path)
         kinds: dict[tuple[tuple[int, int], str], int] = {}
         for page in range(pages):
             picture.seek(page)
@@ -112,6 +117,7 @@ def read_tiff_volume(path: Path, *, axis: int | None) -> Volume:
     image = slices.read(pages // 2)
     rows, columns = image.pixels.shape[:2]
     stored = image.pixels.dtype.newbyteorder("=")
+    check_volume_size(path, (columns, rows, pages), stored, 0, rows * columns)
     return Volume(
         path=path,
         kind="tiff",
@@ -140,9 +146,14 @@ def write_tiff(path: Path, pages: np.ndarray) -> None:
     )
 
 
-def _page_count(picture: PIL.ImageFile.ImageFile) -> int:
-    """The pages or frames of a picture; a JPEG's own previews (MPO) do not count."""
-    return 1 if picture.format == "MPO" else int(getattr(picture, "n_frames", 1))
+def _page_count(picture: PIL.ImageFile.ImageFile, path: Path) -> int:
+    """The pages of a TIFF; 2 for any animation; a JPEG's own previews (MPO) do not count."""
+    if picture.format == "TIFF":
+        check_pages(path)
+        return int(getattr(picture, "n_frames", 1))
+    if picture.format == "MPO":
+        return 1
+    return 2 if getattr(picture, "is_animated", False) else 1
 
 
 def _kind(page: tuple[tuple[int, int], str]) -> str:

@@ -20,18 +20,18 @@ from medsa_deploy.errors import ImageError
 
 from .dicom import (
     check_is_image,
-    frame_count,
     frame_image,
     functional_group,
     functional_groups,
     is_derived,
     is_image,
-    load,
-    load_header,
     number,
     rendering_of,
     rescale,
 )
+from .dicom_files import load, load_header
+from .dicom_frames import check_frames, frame_count
+from .file_texts import MODALITIES, code_text, number_text, uid_text
 from .files import reading
 from .image import Image
 from .phases import choose_phase
@@ -46,8 +46,7 @@ ACQUISITION = (
 """Numbers that tell images of one place apart, the most telling first."""
 HEADER = [
     "SpecificCharacterSet", "ImageType", "SOPClassUID", "SOPInstanceUID", "Modality",
-    "SeriesDescription", "SliceThickness", "SpacingBetweenSlices", "SeriesInstanceUID",
-    "SeriesNumber",
+    "SliceThickness", "SpacingBetweenSlices", "SeriesInstanceUID", "SeriesNumber",
     "ImagePositionPatient", "ImageOrientationPatient", "FrameOfReferenceUID", "SamplesPerPixel",
     "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "PixelSpacing",
     "BitsAllocated", "PixelRepresentation", "RescaleIntercept", "RescaleSlope",
@@ -163,12 +162,8 @@ def read_dicom_volume(
     dataset = load(path)
     with reading(path, "DICOM"):
         check_is_image(path, dataset)
+        check_frames(path, dataset)
         count = frame_count(dataset)
-        if count > path.stat().st_size:
-            raise ImageError(
-                f"{path} announces {count} frames, more than its size can hold; it is damaged: "
-                "copy or export it again"
-            )
         if count == 1:
             headers = [slice_header(path, dataset)]
         else:
@@ -310,15 +305,18 @@ def _numbers(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
 
 
 def _series_names(series: Mapping[str, Sequence[tuple[Path, Any]]]) -> str:
-    """`series 3 'Thorax' (CT, 120 images, such as IM0001, UID 1.2.3), …`, at most five."""
+    """`series 3 (CT, 120 images of 512×512 pixels, such as IM0001, UID 1.2.3), …`, at most five.
+
+    Descriptions are free text, in which names of patients occur, and are left out.
+    """
     names = []
     for uid, members in series.items():
         path, header = members[0]
         names.append(
-            f"series {header.get('SeriesNumber') or '?'} "
-            f"'{' '.join(str(header.get('SeriesDescription') or 'no description').split())}' "
-            f"({header.get('Modality') or 'no modality'}, {len(members)} images, "
-            f"such as {path.name}, UID {uid})"
+            f"series {number_text(header.get('SeriesNumber'))} "
+            f"({code_text(header.get('Modality'), MODALITIES)}, {len(members)} images of "
+            f"{header.get('Columns')}×{header.get('Rows')} pixels, such as {path.name}, "
+            f"UID {uid_text(uid)})"
         )
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

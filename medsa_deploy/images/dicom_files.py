@@ -1,0 +1,210 @@
+"""A path or received bytes → a pydicom dataset, within the limits on what is read.
+
+pydicom reads whatever a file announces: millions of items of a sequence, a deflated dataset of any
+size. So files are read through streams that count, and that look into the content before it is
+inflated.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+from medsa_deploy.errors import ImageError, MissingDependencyError
+
+from .decoder import decoder
+from .file_texts import uid_name
+from .files import reading
+from .limits import check_memory, check_ratio, current_limits, size_text
+
+try:
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
+    from pydicom.uid import (
+        DeflatedExplicitVRLittleEndian,
+        ExplicitVRBigEndian,
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+        RLELossless,
+    )
+except ImportError as e:
+    raise MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM") from e
+
+PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+"""Tags of pixels, in floats, doubles and integers."""
+PIXEL_NAMES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+"""The tag of an item, in either byte order."""
+SYNTAXES = "1.2.840.10008.1.2"
+"""The beginning of every transfer syntax's UID."""
+IN_THIS_PROCESS = (
+    DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian, RLELossless,
+)  # fmt: skip
+"""Transfer syntaxes whose pixels need no process of their own, unless they are damaged."""
+READS_AN_ITEM = 10
+READS_BEFORE_COUNT = 20_000
+"""Reads after which the items of a file are counted. A usual header takes a few hundred."""
+LARGE_HEADER = 2**20
+"""Bytes of a header whose items are counted before any of them is parsed."""
+MOST_ELEMENTS = 65_536
+"""Elements of the outermost dataset."""
+INFLATED_STEP = 2**22
+"""Bytes that are inflated at a time."""
+
+
+class _Counted:
+    """A stream that refuses to be read without end."""
+
+    path: Path
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads == READS_BEFORE_COUNT:
+            self._count_items()
+        elif self.reads % READS_BEFORE_COUNT == 0:
+            self._check_reads()
+        content: bytes = super().read(size)  # type: ignore[misc]
+        if size is None or size < 0:  # pydicom reads to the end only what it inflates
+            _check_inflated(self.path, content)
+        return content
+
+    def _count_items(self) -> None:
+        """ImageError for more items than there may be, in all of the stream."""
+        place = self.tell()  # type: ignore[attr-defined]
+        self.seek(0)  # type: ignore[attr-defined]
+        check_items(self.path, super().read())  # type: ignore[misc]
+        self.seek(place)  # type: ignore[attr-defined]
+
+    def _check_reads(self) -> None:
+        """ImageError for more reads than there may be."""
+        most = current_limits().items
+        if self.reads > most * READS_AN_ITEM:
+            raise ImageError(
+                f"{self.path} has a header of more than {self.reads // 2} elements; the limit is "
+                f"{most * READS_AN_ITEM // 2}: it is damaged, or raise the limit with --max-memory "
+                "(in Python: Limits)"
+            )
+
+
+class _CountedFile(_Counted, io.BufferedReader):
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.path = path
+
+
+class _CountedBytes(_Counted, io.BytesIO):
+    def __init__(self, content: bytes, path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+
+def load(path: Path) -> Any:
+    """The dataset of a file that holds pixels; ImageError if it holds none."""
+    with reading(path, "DICOM"):
+        size = path.stat().st_size
+        check_memory(path, size, f"{size_text(size)} of DICOM")
+        with _CountedFile(path) as stream:
+            # Forced, because old files lack the preamble. They name no transfer syntax either: it
+            # follows from the encoding that pydicom has detected.
+            dataset = _read(stream, None, None)
+        if not dataset.file_meta.get("TransferSyntaxUID"):
+            implicit, little_endian = dataset.original_encoding
+            explicit = ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
+            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+        pixels = next((name for name in PIXEL_NAMES if name in dataset), None)
+        if pixels is None:
+            kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+            content = f"it is {uid_name(kind)}" if kind else "it does not look like DICOM"
+            raise ImageError(f"{path} holds no pixel data ({content}); give a DICOM image")
+        _check_header(path, dataset, size, pixels)
+    return dataset
+
+
+def load_header(path: Path, names: list[str] | None = None) -> Any:
+    """All attributes except the pixels, or only those in `names`; ImageError if it is not DICOM."""
+    with reading(path, "DICOM"):
+        with _CountedFile(path) as stream:
+            header = _read(stream, names, PIXELS)
+            if stream.tell() > LARGE_HEADER:
+                place = stream.tell()
+                stream.seek(0)
+                check_items(path, io.BufferedReader.read(stream, place))
+        if "SOPClassUID" not in header and "Rows" not in header:
+            raise ImageError(f"{path} does not look like DICOM; take it out of the folder")
+    return header
+
+
+def received_header(content: bytes, names: list[str] | None) -> Any:
+    """The attributes of received bytes, without the pixels; any exception of pydicom."""
+    stream = _CountedBytes(content, Path("the object"))
+    header = _read(stream, names, PIXELS)
+    if stream.tell() > LARGE_HEADER:
+        check_items(stream.path, content[: stream.tell()])
+    return header
+
+
+def check_items(path: Path, content: bytes) -> None:
+    """ImageError if there are more items of sequences in some bytes than there may be."""
+    _check_count(path, max(content.count(tag) for tag in ITEM_TAGS))
+
+
+def _check_count(path: Path, count: int) -> None:
+    most = current_limits().items
+    if count > most:
+        raise ImageError(
+            f"{path} announces {count} items of sequences; the limit is {most}: it is damaged, or "
+            "raise the limit with --max-memory (in Python: Limits)"
+        )
+
+
+def _read(stream: Any, names: list[str] | None, end: tuple[int, ...] | None) -> Any:
+    """The dataset of a stream, up to the tags `end`."""
+    elements = 0
+
+    def stop(tag: Any, vr: str | None, length: int) -> bool:
+        nonlocal elements
+        elements += 1
+        if elements > MOST_ELEMENTS:
+            raise ImageError(
+                f"{stream.path} has more than {MOST_ELEMENTS} elements outside of sequences, "
+                "expected some hundreds: it is damaged, copy or export it again"
+            )
+        return end is not None and tag in end
+
+    tags: Any = None if names is None else [Tag(name) for name in names]
+    dataset = read_partial(stream, stop, force=True, specific_tags=tags)
+    syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+    if syntax.startswith(SYNTAXES) and syntax not in IN_THIS_PROCESS:
+        decoder.start()  # it gets ready while headers are read
+    return dataset
+
+
+def _check_header(path: Path, dataset: Any, size: int, pixels: str) -> None:
+    """ImageError for too many items in a large header; pydicom parses them at first use."""
+    element = dataset.get_item(pixels)
+    header = size - len(element.value or b"")
+    if header <= LARGE_HEADER:
+        return
+    place = getattr(element, "value_tell", 0) or size
+    with path.open("rb") as f:
+        check_items(path, f.read(place))
+        f.seek(place + len(element.value or b""))
+        check_items(path, f.read())
+
+
+def _check_inflated(path: Path, content: bytes) -> None:
+    """ImageError if deflated bytes inflate to more than there may be."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    total, items, waiting = 0, 0, content
+    while waiting and not inflater.eof:
+        part = inflater.decompress(waiting, INFLATED_STEP)
+        waiting = inflater.unconsumed_tail
+        total += len(part)
+        items += part.count(ITEM_TAGS[0])
+        _check_count(path, items)
+        check_ratio(path, total, len(content))
+        check_memory(path, total, f"a dataset of {size_text(total)} or more")
