@@ -15,6 +15,7 @@ from medsa_deploy.errors import UsageError
 from . import console
 from .build_engine import build_engine
 from .build_kernels import build_kernels
+from .cpp import cpp
 from .demo import demo
 from .dicom_node import dicom_node
 from .doctor import doctor
@@ -27,7 +28,7 @@ from .serve import serve
 from .verify import verify
 
 COMMANDS = (
-    *(inspect, export, quantize, build_engine, build_kernels),
+    *(inspect, export, quantize, build_engine, build_kernels, cpp),
     *(run, verify, profile, doctor, demo, dicom_node, serve),
 )
 """The commands, in the order of --help."""

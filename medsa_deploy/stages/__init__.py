@@ -7,6 +7,7 @@ quantize/        bundle → float16 or INT8 graphs in it
                  candidates.py compares candidate graphs with float32
 build_engine/    bundle → engines in it: plan.py decides, build.py builds
 build_kernels.py bundle → compiled CUDA kernels in it
+cpp.py           the C++ runtime → a folder to build a program with
 run/             bundle, image or volume, prompts → masks
                  run.py chooses; images.py, volumes.py, prompt_file.py prompts from JSON
 verify/          bundle → parity or accuracy
@@ -24,6 +25,7 @@ from medsa_deploy.runtime import VolumeOptions
 from .build_engine.build import EngineBuild, build_engines
 from .build_engine.plan import EnginePlan, EngineRequest
 from .build_kernels import KernelBuild, build_kernels
+from .cpp import CppProject, copy_cpp
 from .demo.automatic import AutomaticDemonstration, demonstrate_automatic
 from .demo.litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .demo.medsa import Demonstration, demonstrate
@@ -45,6 +47,7 @@ from .verify.verify import Verification, verify_bundle
 __all__ = [
     "Accuracy",
     "AutomaticDemonstration",
+    "CppProject",
     "Demonstration",
     "Diagnosis",
     "EngineBuild",
@@ -72,6 +75,7 @@ __all__ = [
     "VolumeSelection",
     "build_engines",
     "build_kernels",
+    "copy_cpp",
     "demonstrate",
     "demonstrate_automatic",
     "demonstrate_litemedsam",

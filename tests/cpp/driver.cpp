@@ -78,7 +78,9 @@ class Driver {
   std::vector<float> floats(std::size_t count) {
     const Bytes bytes = read(count * sizeof(float));
     std::vector<float> values(count);
-    std::memcpy(values.data(), bytes.data(), bytes.size());
+    if (count > 0) {
+      std::memcpy(values.data(), bytes.data(), bytes.size());
+    }
     return values;
   }
 

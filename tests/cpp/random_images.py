@@ -73,7 +73,7 @@ def random_prompt(rng: np.random.Generator, size: tuple[int, int], kinds: str = 
     labels = (rng.random(number) < 0.7).astype(np.float32)
     box = None
     if "b" in kinds and (number == 0 or rng.random() < 0.5):
-        x = np.sort(rng.uniform(0, width, 2)) + [0, 0.01]
-        y = np.sort(rng.uniform(0, height, 2)) + [0, 0.01]
+        x = np.sort(rng.uniform(0, width, 2)) + np.array([0, 0.01])
+        y = np.sort(rng.uniform(0, height, 2)) + np.array([0, 0.01])
         box = np.float32([x[0], y[0], min(x[1], width), min(y[1], height)])
     return Prompt(points=points, labels=labels, box=box, mask=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def compare(
     return differing
 
 
-@pytest.mark.parametrize("name", (*CASES_2D, *ADAPTED_SAMS))
+@pytest.mark.parametrize("name", [*CASES_2D, *ADAPTED_SAMS])
 def test_golden_networks(driver: Driver, bundle_of, name: str) -> None:
     bundle = bundle_of(name)
     names = driver.open(bundle)
@@ -151,7 +151,7 @@ def compare_slices(driver: Driver, session: Session, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def variant(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def variant(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name → a bundle with those conventions; graphs are shared."""
 
     def make(name: str) -> Path:
@@ -160,7 +160,7 @@ def variant(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         edit_manifest(folder, **{f"conventions__{k}": v for k, v in VARIANTS[name].items()})
         return folder
 
-    yield make
+    return make
 
 
 @pytest.mark.parametrize("name", VARIANTS)

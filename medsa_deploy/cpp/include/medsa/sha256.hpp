@@ -123,6 +123,9 @@ class Sha256 {
 
   void update(const void* data, std::size_t size) {
     const auto* bytes = static_cast<const std::uint8_t*>(data);
+    if (size == 0) {
+      return;  // also of null
+    }
     length_ += size;
     if (pending_ > 0) {
       const std::size_t more = std::min(size, block_.size() - pending_);
