@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from medsa_deploy.errors import ImageError
 from medsa_deploy.images import Image, Volume, holds_volume, read_image, read_volume
 from medsa_deploy.images.measurements import voxel_millilitres
 from medsa_deploy.images.volume import check_volume, default_axis
+from medsa_deploy.runtime import Session
+from medsa_deploy.runtime.volumes.chunk_encoder import volume_window
+from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .cached_session import PlacedImage
 from .refusals import TooLargeError
@@ -49,6 +52,15 @@ class OpenImage:
     bytes: int
     wire: tuple[str, float, float]
     """Type of the pixels that are sent, and the slope and intercept that lead to the file's."""
+    windows: dict[tuple[str, IntensityWindow], IntensityWindow] = field(default_factory=dict)
+    """By bundle and choice, what `window` has measured."""
+
+    def window(self, bundle: str, session: Session, chosen: IntensityWindow) -> IntensityWindow:
+        """What a choice of window means for a bundle; measured, and warned of, once."""
+        key = bundle, chosen
+        if key not in self.windows:
+            self.windows[key] = volume_window(session, self.volume, chosen)
+        return self.windows[key]
 
     def facts(self) -> dict[str, Any]:
         """What a client needs to show it."""
@@ -63,6 +75,7 @@ class OpenImage:
             "slices": len(volume),
             "slice_size": list(volume.slice_size),
             "spacing_mm": list(volume.spacing_mm),
+            "directions": _directions(volume),
             "voxel_ml": None if self.picture else voxel_millilitres(volume),
             "colour": volume.colour,
             "inverted": volume.inverted,
@@ -144,6 +157,16 @@ class _ArrayPlanes:
         return Image(pixels=np.ascontiguousarray(self.array[index]), path=Path("image"))
 
 
+def _directions(volume: Volume) -> list[str] | None:
+    """For each stored axis the side of the patient that it leads to: R, L, A, P, S or I."""
+    if volume.affine is None or volume.kind == "npy":
+        return None
+    from nibabel.orientations import aff2axcodes
+
+    codes = aff2axcodes(volume.affine)
+    return None if None in codes else list(codes)
+
+
 def _spacing(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
     """Three lengths, 1 mm where the client gave none; ImageError."""
     if not spacing_mm:
@@ -202,7 +225,7 @@ def _held(
                 f"the image takes more than the {most_bytes / 2**20:.0f} MB of memory that are "
                 "left: send a smaller one, or try again later"
             )
-        values = {field.name: getattr(image, field.name) for field in fields(Image)}
+        values = {part.name: getattr(image, part.name) for part in fields(Image)}
         images.append(PlacedImage(**values, owner=owner, index=index))
     held = replace(volume, slices=HeldSlices(images=images))
     return OpenImage(

@@ -35,11 +35,10 @@ class SegmentRequest:
     intensity_window: IntensityWindow = None
     threshold: float | None = None
 
-    @property
-    def options(self) -> VolumeOptions:
-        """The options of `segment_volume`."""
+    def options(self, window: IntensityWindow) -> VolumeOptions:
+        """The options of `segment_volume`, with the window that `intensity_window` means."""
         return VolumeOptions(
-            intensity_window=self.intensity_window,
+            intensity_window=window,
             threshold=self.threshold,
             propagate=self.propagate,
         )
@@ -62,6 +61,7 @@ def segment(
     """
     start = perf_counter()
     session = CachedSession(bundle, cache, check)
+    window = image.window(bundle.name, session, request.intensity_window)
     pending: dict[int, NDArray[np.uint8]] = {}
 
     def flush() -> None:
@@ -81,7 +81,7 @@ def segment(
         session,
         image.volume,
         request.structures,
-        request.options,
+        request.options(window),
         on_slice=on_slice,
         near=request.near,
         on_labels=labelled,
