@@ -130,7 +130,7 @@ class Driver:
         return np.frombuffer(masks, np.uint8).reshape(-1, *frame.image_size).astype(bool)
 
     def open(
-        self, bundle: Path, *, threads: int = 2, precision: str = "fp32", sha256: str = "any"
+        self, bundle: Path, *, threads: int = 1, precision: str = "fp32", sha256: str = "any"
     ) -> list[str]:
         """Open a bundle; the names of its classes."""
         (names,) = self.ask(f"open {threads} {precision} {sha256} {bundle}")

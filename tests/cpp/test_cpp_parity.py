@@ -122,7 +122,7 @@ def compare(
 def test_golden_networks(driver: Driver, bundle_of, name: str) -> None:
     bundle = bundle_of(name)
     names = driver.open(bundle)
-    with load(bundle, threads=2) as session:
+    with load(bundle, threads=1) as session:
         assert names == list(session.classes)
         compare(driver, session, range(2), largest=200)
 
@@ -131,7 +131,7 @@ def test_golden_networks(driver: Driver, bundle_of, name: str) -> None:
 def test_golden_networks_in_3d(driver: Driver, bundle_of, name: str) -> None:
     bundle = bundle_of(name)
     driver.open(bundle)
-    with load(bundle, threads=2) as session:
+    with load(bundle, threads=1) as session:
         compare_slices(driver, session, seed=3)
 
 
@@ -167,13 +167,13 @@ def variant(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 def test_conventions(driver: Driver, variant, name: str) -> None:
     bundle = variant(name)
     driver.open(bundle)
-    with load(bundle, threads=2) as session:
+    with load(bundle, threads=1) as session:
         compare(driver, session, range(10, 14))
 
 
 def test_candidates(driver: Driver, sam_bundle: Path) -> None:
     driver.open(sam_bundle)
-    with load(sam_bundle, threads=2) as session:
+    with load(sam_bundle, threads=1) as session:
         compare(driver, session, range(3))
         compare(driver, session, range(3, 5), multimask=True)
 
@@ -181,7 +181,7 @@ def test_candidates(driver: Driver, sam_bundle: Path) -> None:
 def test_many_sets_are_decoded_in_the_groups_of_python(driver: Driver, bundle: Path) -> None:
     driver.open(bundle)
     image, rng = random_image(4), np.random.default_rng(4)
-    with load(bundle, threads=2) as session:
+    with load(bundle, threads=1) as session:
         embedding = session.encode(python_image(image), intensity_window=image.window)
         driver.encode(image.pixels, window=image.window, **image.layout)
         sets = [random_prompt(rng, embedding.frame.image_size) for _ in range(21)]
@@ -202,7 +202,7 @@ def test_200_random_images(
     with Driver(fast_program) as driver:
         for i, bundle in enumerate(networks[part::4]):
             driver.open(bundle)
-            with load(bundle, threads=2) as session:
+            with load(bundle, threads=1) as session:
                 seeds = range(1000 * part + 100 * i, 1000 * part + 100 * i + 14)
                 differing += compare(driver, session, seeds, largest=700)
     print(f"part {part}: {differing} pixels differ")

@@ -15,7 +15,8 @@
 //     pixels       transforms/intensities.py    image           transforms/image.py
 //     resampling   transforms/resampling.py     prompts         transforms/prompts.py
 //     masks        transforms/masks.py          onnxruntime, graph  runtime/backends/
-//     decoding     runtime/decoding.py          prediction, session runtime/
+//     open_bundle  runtime/loading.py           decoding        runtime/decoding.py
+//     prediction   runtime/prediction.py        session         runtime/session.py
 #pragma once
 
 #include "medsa/errors.hpp"

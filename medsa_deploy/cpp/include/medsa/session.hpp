@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <new>
 #include <optional>
@@ -16,27 +15,17 @@
 
 #include "decoding.hpp"
 #include "errors.hpp"
-#include "files.hpp"
 #include "graph.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
 #include "masks.hpp"
 #include "onnxruntime.hpp"
+#include "open_bundle.hpp"
 #include "pixels.hpp"
 #include "prediction.hpp"
 #include "prompts.hpp"
 
 namespace medsa {
-
-/// How a bundle is opened.
-struct LoadOptions {
-  std::string precision = "fp32";     ///< of the files: fp32, fp16, int8-cpu
-  int threads = 0;                    ///< of one run; 0 for all cores
-  std::filesystem::path onnxruntime;  ///< the shared library; empty: the system's search path
-  const void* ort_api_base = nullptr; ///< or what the host's own `OrtGetApiBase()` gives
-  std::string manifest_sha256;        ///< of the manifest that is expected; empty for any
-  bool portable = false;              ///< run `encoder.onnx`, not the one for ONNX Runtime alone
-};
 
 /// How masks are made.
 struct SegmentOptions {
@@ -54,7 +43,7 @@ class Session {
   /// BundleError for a bundle that is missing, changed, of another version, or without the
   /// precision. MissingDependencyError without ONNX Runtime. UsageError for unusable options.
   explicit Session(const std::filesystem::path& bundle, const LoadOptions& options = {})
-      : state_(guarded([&] { return std::make_unique<State>(bundle, options); })) {}
+      : bundle_(guarded([&] { return std::make_unique<detail::OpenBundle>(bundle, options); })) {}
 
   /// Encode an image; every prompt on it then costs a decoder run only.
   ///
@@ -116,14 +105,14 @@ class Session {
     return guarded([&] { return decode(embedding, prompts); });
   }
 
-  const Manifest& manifest() const { return state_->manifest; }
-  int chunk() const { return state_->manifest.network.chunk; }
-  int image_size() const { return state_->manifest.network.image_size; }
-  const std::string& onnxruntime_version() const { return state_->library->version(); }
+  const Manifest& manifest() const { return bundle_->manifest; }
+  int chunk() const { return bundle_->manifest.network.chunk; }
+  int image_size() const { return bundle_->manifest.network.image_size; }
+  const std::string& onnxruntime_version() const { return bundle_->library->version(); }
 
   /// Names of the classes that masks are of, in order.
   std::vector<std::string> classes() const {
-    const Manifest& manifest = state_->manifest;
+    const Manifest& manifest = bundle_->manifest;
     std::vector<std::string> names = manifest.conventions.class_names;
     const auto count = static_cast<std::size_t>(
         manifest.network.outputs == Outputs::sam ? 1 : manifest.network.classes);
@@ -139,58 +128,6 @@ class Session {
  private:
   using Clock = std::chrono::steady_clock;
 
-  /// What the session has opened; graphs refer to its members, so it never moves.
-  struct State {
-    State(const std::filesystem::path& bundle, const LoadOptions& options)
-        : manifest(manifest_from_json(read_manifest(bundle, options.manifest_sha256))) {
-      if (options.threads < 0 || options.threads > 1024) {
-        throw Error(Code::usage, "threads is " + std::to_string(options.threads) +
-                                     ", expected a whole number from 1 to 1024, or 0 for all");
-      }
-      library = std::make_shared<detail::Library>(options.onnxruntime, options.ort_api_base);
-      environment = std::make_unique<detail::Environment>(library, options.threads);
-      const std::int64_t grid = manifest.network.embedding_size;
-      embedding_shape = {1, 256, grid, grid};
-      const bool own = !options.portable && find("encoder-onnxruntime", options) != nullptr;
-      const bool splits = find("decoder-image", options) && find("decoder-click", options);
-      for (const char* role : {"weights", "encoder"}) {  // other graphs read weights from these
-        if (const File* file = find(role, options)) {
-          check_file(*file, bundle);
-        }
-      }
-      open("encoder", own ? "encoder-onnxruntime" : "encoder", bundle, options);
-      open("decoder", "decoder", bundle, options);
-      if (splits) {
-        open("decoder-image", "decoder-image", bundle, options);
-        open("decoder-click", "decoder-click", bundle, options);
-      }
-    }
-
-    const File* find(const std::string& role, const LoadOptions& options) const {
-      return manifest.find(role, options.precision);
-    }
-
-    void open(const std::string& graph, const std::string& role,
-              const std::filesystem::path& bundle, const LoadOptions& options) {
-      const File* file = find(role, options);
-      if (file == nullptr) {
-        throw Error(Code::bundle, "the bundle has no " + role + " in " + options.precision +
-                                      ": choose another precision, or add it with "
-                                      "medsa-deploy quantize");
-      }
-      const std::filesystem::path path =
-          role == "encoder" ? bundle / detail::utf8_path(file->path) : check_file(*file, bundle);
-      graphs.emplace(std::piecewise_construct, std::forward_as_tuple(graph),
-                     std::forward_as_tuple(*environment, path, manifest.graph(graph)));
-    }
-
-    Manifest manifest;
-    std::shared_ptr<const detail::Library> library;
-    std::unique_ptr<detail::Environment> environment;
-    std::map<std::string, detail::Graph> graphs;
-    std::vector<std::int64_t> embedding_shape;
-  };
-
   /// What a function gives; a full memory is an Error, too.
   template <class Function>
   static auto guarded(Function function) -> decltype(function()) {
@@ -205,14 +142,14 @@ class Session {
     return std::chrono::duration<double, std::milli>(end - start).count();
   }
 
-  const detail::Graph& graph(const std::string& name) const { return state_->graphs.at(name); }
-  bool splits() const { return state_->graphs.count("decoder-click") > 0; }
+  const detail::Graph& graph(const std::string& name) const { return bundle_->graph(name); }
+  bool splits() const { return bundle_->graphs.count("decoder-click") > 0; }
 
   /// Images that the network sees together → their embeddings. `flat`: they may be one flat grey.
   std::vector<Embedding> encode_chunk(const std::vector<ImageView>& images,
                                       const std::optional<IntensityWindow>& window,
                                       bool flat) const {
-    const Manifest& manifest = state_->manifest;
+    const Manifest& manifest = bundle_->manifest;
     const Clock::time_point start = Clock::now();
     std::vector<Embedding> embeddings(images.size());
     std::vector<float> batch;
@@ -255,8 +192,8 @@ class Session {
   /// The embedding of each image of a batch (B, 3, S, S), and the decoder's image part.
   void run_encoder(const std::vector<float>& batch, std::vector<Embedding>& embeddings) const {
     const auto count = static_cast<std::int64_t>(embeddings.size());
-    const std::int64_t side = state_->manifest.network.image_size;
-    std::vector<std::int64_t> shape = state_->embedding_shape;
+    const std::int64_t side = bundle_->manifest.network.image_size;
+    std::vector<std::int64_t> shape = bundle_->embedding_shape;
     shape[0] = count;
     const detail::RunOutputs encoded =
         graph("encoder").run({{"image", batch.data(), {count, 3, side, side}}});
@@ -264,7 +201,7 @@ class Session {
     detail::check_finite(values, detail::elements(shape), "an embedding");
     // a copy: the output itself would keep the memory of the encoder's next runs
     for (std::size_t i = 0; i < embeddings.size(); ++i) {
-      const std::size_t size = detail::elements(state_->embedding_shape);
+      const std::size_t size = detail::elements(bundle_->embedding_shape);
       embeddings[i].values.assign(values + i * size, values + (i + 1) * size);
     }
     if (!splits()) {
@@ -290,9 +227,9 @@ class Session {
   }
 
   Logits decode(const Embedding& embedding, const std::vector<Prompt>& prompts) const {
-    const Manifest& manifest = state_->manifest;
+    const Manifest& manifest = bundle_->manifest;
     const int mask_size = manifest.mask_prompt_size();
-    detail::check_embedding(embedding, manifest, state_->embedding_shape);
+    detail::check_embedding(embedding, manifest, bundle_->embedding_shape);
     detail::check_prompted(manifest.conventions.prompts, prompts);
     std::vector<detail::NetworkPrompt> tokens;
     for (const Prompt& prompt : prompts) {
@@ -313,7 +250,7 @@ class Session {
         detail::add_masks(inputs, group, prompts, mask_size);
       }
       detail::decode_group(graph(click ? "decoder-click" : "decoder"), click, group, embedding,
-                           state_->embedding_shape, inputs, result);
+                           bundle_->embedding_shape, inputs, result);
     }
     detail::check_finite(result.values.data(), result.values.size(), "masks");
     detail::check_finite(result.scores.data(), result.scores.size(), "masks");
@@ -322,7 +259,7 @@ class Session {
 
   Prediction predict(const Embedding& embedding, const std::vector<Prompt>& prompts,
                      const SegmentOptions& options) const {
-    const Manifest& manifest = state_->manifest;
+    const Manifest& manifest = bundle_->manifest;
     const detail::MaskRule rule = rule_of(options);
     const Clock::time_point start = Clock::now();
     Logits logits = decode(embedding, prompts);
@@ -351,7 +288,7 @@ class Session {
 
   /// UsageError for options that this network does not have.
   detail::MaskRule rule_of(const SegmentOptions& options) const {
-    const Manifest& manifest = state_->manifest;
+    const Manifest& manifest = bundle_->manifest;
     const bool exclusive = manifest.network.outputs == Outputs::labels;
     if (options.multimask && manifest.network.outputs != Outputs::sam) {
       throw Error(Code::usage,
@@ -373,7 +310,7 @@ class Session {
 
   /// The masks that the caller sees: all classes; of SAM's outputs one, or the candidates.
   void choose(Logits& logits, const SegmentOptions& options, Prediction& result) const {
-    const Manifest& manifest = state_->manifest;
+    const Manifest& manifest = bundle_->manifest;
     std::size_t first = 0, last = logits.masks;
     const bool sam = manifest.network.outputs == Outputs::sam;
     const bool best = sam && !options.multimask &&
@@ -399,7 +336,7 @@ class Session {
     }
   }
 
-  std::unique_ptr<State> state_;
+  std::unique_ptr<detail::OpenBundle> bundle_;
 };
 
 }  // namespace medsa
