@@ -5,6 +5,7 @@ MedsaError
 ├── InputError             a file, image or prompt cannot be used                        exit 2
 │   ├── CheckpointError    a checkpoint: container, keys, shapes, another architecture
 │   ├── BundleError        a bundle: missing, changed or unknown files
+│   │   └── SignatureError a bundle that no trusted key has signed, or a damaged signature
 │   ├── ImageError         an image: unreadable, NaN, constant, wrong shape, unwritable
 │   └── PromptError        a prompt: outside the image, an empty box, no prompt at all
 ├── EngineError            an engine cannot be loaded on this machine; rebuild it        exit 2
@@ -73,6 +74,10 @@ class CheckpointError(InputError):
 
 class BundleError(InputError):
     """A bundle cannot be used: missing, changed or unknown files."""
+
+
+class SignatureError(BundleError):
+    """A bundle that no trusted key has signed, or whose signature cannot be used."""
 
 
 class ImageError(InputError):

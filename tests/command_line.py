@@ -115,10 +115,17 @@ def copied(bundle: Path, folder: Path) -> Path:
     return Path(shutil.copytree(bundle, folder / "copy.medsa"))
 
 
+def manifest_data(bundle: Path) -> Any:
+    """`manifest.json` without its digest: a changed one loads, as those of earlier versions do."""
+    data = json.loads((bundle / "manifest.json").read_text())
+    data.pop("digest", None)
+    return data
+
+
 def edit_manifest(bundle: Path, **changes: Any) -> None:
     """Change values of `manifest.json`, each named by its path: `conventions__threshold=0.2`."""
     path = bundle / "manifest.json"
-    data = json.loads(path.read_text())
+    data = manifest_data(bundle)
     for name, value in changes.items():
         *parents, last = name.split("__")
         place = data
@@ -131,7 +138,7 @@ def edit_manifest(bundle: Path, **changes: Any) -> None:
 def accept_changes(bundle: Path) -> None:
     """Make the manifest's sizes and hashes those of the files there are."""
     path = bundle / "manifest.json"
-    data = json.loads(path.read_text())
+    data = manifest_data(bundle)
     for entry in data["files"]:
         content = (bundle / entry["path"]).read_bytes()
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

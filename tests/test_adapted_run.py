@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from command_line import call, copied, edit_manifest
+from command_line import call, copied, edit_manifest, manifest_data
 from PIL import Image
 from test_postprocessing import SIZES, efficientsam, finetune_sam, medsam, samed
 
@@ -93,7 +93,7 @@ def test_a_bundle_that_does_not_say_keeps_sams_way(sam_bundle: Path, tmp_path: P
 
     bundle = copied(sam_bundle, tmp_path)
     path = bundle / "manifest.json"
-    document = json.loads(path.read_text())
+    document = manifest_data(bundle)
     for name in ("postprocess", "prompts", "mask_choice"):
         del document["conventions"][name]
     path.write_text(json.dumps(document))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from medsa_deploy.bundle import folder as folders
 from medsa_deploy.bundle.folder import check_target, new_bundle
 from medsa_deploy.bundle.manifest import MANIFEST_FILENAME
 from medsa_deploy.errors import UsageError
@@ -93,6 +94,8 @@ def test_what_ends_early_leaves_nothing(
 def test_an_interrupt_between_the_two_renames_keeps_the_earlier_bundle(
     target: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
+    """Where the system cannot exchange two names in one step."""
+    monkeypatch.setattr(folders, "exchange", lambda first, second: False)
     rename, calls = Path.rename, []
 
     def interrupted(self: Path, to: Path) -> Path:
@@ -126,6 +129,7 @@ def test_an_interrupt_while_the_folder_is_made_leaves_nothing(
 def test_an_earlier_bundle_that_cannot_be_put_back_is_not_deleted(
     target: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(folders, "exchange", lambda first, second: False)
     rename = Path.rename
 
     def failing(self: Path, to: Path) -> Path:
@@ -216,7 +220,7 @@ def test_a_parent_that_cannot_be_written_is_refused(
 def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="cannot be written"),
-        new_bundle(tmp_path / ("x" * 250)),
+        new_bundle(tmp_path / ("x" * 300)),
     ):
         pytest.fail("the block must not run")
 

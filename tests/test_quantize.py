@@ -18,8 +18,8 @@ from command_line import accept_changes, call, command, contents, copied, start
 from onnx import helper, numpy_helper
 
 from medsa_deploy import load, stages
+from medsa_deploy.bundle.additions import add_files, work_folder
 from medsa_deploy.bundle.files import check_files
-from medsa_deploy.bundle.folder import add_files, work_folder
 from medsa_deploy.bundle.manifest import Parity, load_manifest, save_manifest
 from medsa_deploy.bundle.node_names import module_of
 from medsa_deploy.evaluation.cases import parity_cases, seeded_image

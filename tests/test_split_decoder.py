@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from command_line import accept_changes, call, copied
+from command_line import accept_changes, call, copied, manifest_data
 from golden_cases import GoldenCase, export_options, relative_l2
 
 from medsa_deploy import load
@@ -149,7 +149,7 @@ def test_a_bundle_without_the_parts_works(hyp: Path, image, session: Session, tm
     """As bundles from before them do."""
     copy = copied(hyp, tmp_path)
     path = copy / "manifest.json"
-    data = json.loads(path.read_text())
+    data = manifest_data(copy)
     data["files"] = [entry for entry in data["files"] if entry["role"] not in PARTS]
     for role in PARTS:
         del data["graphs"][role]
@@ -169,7 +169,7 @@ def test_a_bundle_without_the_parts_works(hyp: Path, image, session: Session, tm
 
 
 def test_a_manifest_of_parities_in_parities_is_refused(hyp: Path) -> None:
-    data = json.loads((hyp / "manifest.json").read_text())
+    data = manifest_data(hyp)
     innermost = data["parity"][0]
     for _ in range(400):
         innermost["split"] = dict(innermost, split=None)

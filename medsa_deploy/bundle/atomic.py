@@ -1,16 +1,21 @@
 """Content → a file that is there whole or not at all: a temporary name first, then a rename.
 
-Every file this package writes goes through here, so that a full disk, an error or an interrupt
-leaves the previous file, or none. `bundle/folder.py` does the same for folders.
+Every file this package writes goes through here, so that a full disk, an error, an interrupt or a
+power cut leaves the previous file, or none. `bundle/folder.py` does the same for folders.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .durable import sync_file, sync_folder
+from .leftovers import remove_files, temporary_name
+
+_CLEANED: set[Path] = set()
+"""Folders in which this process has removed what killed ones left: once is enough."""
 
 
 @contextmanager
@@ -18,17 +23,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` at the end; its suffixes are lower case.
 
     The block writes the temporary file. If the block fails or is interrupted, the temporary file is
-    removed and an earlier file at `path` stays as it was. OSError if the file cannot be renamed.
+    removed and an earlier file at `path` stays as it was. The content is on the disk before it gets
+    its name. OSError if the file cannot be written or renamed.
 
     >>> with whole_file(Path("mask.npy")) as temporary:
     ...     np.save(temporary, np.zeros((256, 256), np.uint8))
     """
-    temporary = path.with_name(
-        f".medsa-{secrets.token_hex(8)}{''.join(path.suffixes[-2:]).lower()}"
-    )
+    if path.parent not in _CLEANED:
+        _CLEANED.add(path.parent)
+        remove_files(path.parent)
+    temporary = path.with_name(temporary_name("".join(path.suffixes[-2:]).lower()))
     try:
         yield temporary
+        sync_file(temporary)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

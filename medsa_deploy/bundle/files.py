@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NoReturn
 
 from medsa_deploy.errors import BundleError
 
@@ -24,32 +25,45 @@ def check_file(entry: File, bundle: Path) -> Path:
 
     BundleError if the file is missing, changed, unreadable or outside the bundle.
     """
-    path = bundle / entry.path
+    path = resolve_inside(entry.path, bundle)
     try:
-        if not path.resolve().is_relative_to(bundle.resolve()):
-            raise BundleError(
-                f"{bundle}: its manifest names a file outside the bundle, {entry.path!r}: "
-                "use only bundles that medsa-deploy has written"
-            )
-        if not path.is_file():
-            raise BundleError(
-                f"{bundle} lacks {entry.path!r}, which its manifest lists: copy the bundle again "
-                "or export it again"
-            )
         size = path.stat().st_size
         digest = sha256(path) if size == entry.bytes else None
-    except (OSError, ValueError, RuntimeError) as e:  # not a valid path, or a loop of links
+    except OSError as e:
         raise BundleError(
             f"{bundle}: {entry.path!r} cannot be read ({e}): copy the bundle again"
         ) from e
     if digest != entry.sha256:
-        wrong_size = f"{size} bytes, expected {entry.bytes}"
-        difference = wrong_size if digest is None else "its SHA-256 differs"
-        raise BundleError(
-            f"{path} is not the file the manifest describes ({difference}): copy the bundle again "
-            "or export it again"
-        )
+        refuse_changed(path, size, entry.bytes, digest)
     return path
+
+
+def resolve_inside(name: str, bundle: Path) -> Path:
+    """The path of a bundle's file; BundleError if it is missing or outside the bundle."""
+    path = bundle / name
+    try:
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            raise BundleError(
+                f"{bundle}: its manifest names a file outside the bundle, {name!r}: "
+                "use only bundles that medsa-deploy has written"
+            )
+        if not path.is_file():
+            raise BundleError(
+                f"{bundle} lacks {name!r}, which its manifest lists: copy the bundle again "
+                "or export it again"
+            )
+    except (OSError, ValueError, RuntimeError) as e:  # not a valid path, or a loop of links
+        raise BundleError(f"{bundle}: {name!r} cannot be read ({e}): copy the bundle again") from e
+    return path
+
+
+def refuse_changed(path: Path, size: int, expected: int | None, digest: str | None) -> NoReturn:
+    """BundleError about a file of another size, or, with a `digest`, of another content."""
+    difference = f"{size} bytes, expected {expected}" if digest is None else "its SHA-256 differs"
+    raise BundleError(
+        f"{path} is not the file the manifest describes ({difference}): copy the bundle again "
+        "or export it again"
+    )
 
 
 def describe_file(

@@ -1,23 +1,25 @@
-"""Files → a bundle folder that is there whole or not at all, or new files in an existing bundle.
+"""Files → a bundle folder that is there whole or not at all.
 
-A new bundle is built under a temporary name and then renamed. Files are added to a bundle together
-with the manifest that lists them: both change, or neither.
+A new bundle is built under a temporary name and then renamed. `bundle/additions.py` adds files to
+an existing one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from medsa_deploy.errors import UsageError
 
-from .manifest import MANIFEST_FILENAME, Manifest, save_manifest
+from .durable import exchange, sync_folder, sync_tree
+from .leftovers import temporary_name
+from .lock import changing
+from .manifest_text import MANIFEST_FILENAME
+from .recovery import tidy
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -43,66 +45,30 @@ def check_target(target: Path, *, force: bool) -> None:
 def new_bundle(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name when the block ends without error.
 
-    An earlier folder at `target` stays until then. If the block fails or is interrupted, the
-    temporary folder is removed and `target` stays as it was. UsageError if no folder can be made.
+    An earlier folder at `target` stays until then, and no other command may change it. Everything
+    is on the disk before it gets its name. If the block fails or is interrupted, the temporary
+    folder is removed and `target` stays as it was. UsageError if no folder can be made, or if
+    another command is changing `target`.
 
     >>> with new_bundle(Path("liver.medsa")) as folder:
     ...     save_manifest(manifest, folder)
     """
-    folder = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-    try:
+    tidy(target.parent)
+    folder = target.parent / temporary_name(".tmp")
+    with changing(target):
         try:
-            folder.mkdir()  # here, so that an interrupt at any moment leaves no folder
-        except OSError as e:
-            reason = f"{target} cannot be written ({e.strerror}): name another output"
-            raise UsageError(reason) from e
-        yield folder
-        _replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def work_folder(bundle: Path) -> Iterator[Path]:
-    """A temporary folder inside `bundle` for files that `add_files` will move into the bundle.
-
-    The folder and everything still in it are removed at the end. UsageError if it cannot be made.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".new-", suffix=".tmp", dir=bundle))
-    except OSError as e:
-        raise UsageError(
-            f"{bundle} cannot be written to ({e.strerror}): change its permissions, or copy it to "
-            "a folder of yours"
-        ) from e
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def add_files(bundle: Path, files: Sequence[Path], manifest: Manifest) -> None:
-    """Move `files` from a work folder into `bundle` and save its new `manifest`.
-
-    Files of the same name are replaced. If a step fails, the earlier files and the earlier manifest
-    are put back.
-    """
-    moves: list[tuple[Path, Path]] = []
-    try:
-        for file in files:
-            target, aside = bundle / file.name, file.with_name(f"{file.name}.earlier")
-            if target.exists():
-                target.replace(aside)
-            moves.append((target, aside))
-            file.replace(target)
-        save_manifest(manifest, bundle)
-    except BaseException:
-        for target, aside in moves:
-            if aside.exists():
-                aside.replace(target)
-            else:
-                target.unlink(missing_ok=True)
-        raise
+            try:
+                folder.mkdir()  # here, so that an interrupt at any moment leaves no folder
+                _check_name(folder, target)
+            except OSError as e:
+                reason = f"{target} cannot be written ({e.strerror}): name another output"
+                raise UsageError(reason) from e
+            yield folder
+            sync_tree(folder)
+            _replace(folder, target)
+            sync_folder(target.parent)
+        finally:
+            _remove(folder)
 
 
 def _is_bundle(path: Path) -> bool:
@@ -114,12 +80,25 @@ def _is_bundle(path: Path) -> bool:
     return isinstance(data, dict) and {"schema", "files"} <= set(data)
 
 
+def _check_name(folder: Path, target: Path) -> None:
+    """OSError if the file system cannot hold the name of `target`."""
+    trial = folder / target.name
+    trial.mkdir()
+    trial.rmdir()
+
+
 def _replace(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; an earlier folder is kept aside until the rename succeeds."""
-    if not target.exists():
+    """Rename `folder` to `target`, in one step where the system can.
+
+    Elsewhere an earlier folder is kept aside until the rename succeeds.
+    """
+    if not os.path.lexists(target):
         folder.rename(target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    if exchange(folder, target):
+        return  # the earlier bundle now has the temporary name
+    aside = target.parent / temporary_name(".old")
+    aside.mkdir()
     earlier = aside / target.name
     try:
         target.rename(earlier)
@@ -129,5 +108,14 @@ def _replace(folder: Path, target: Path) -> None:
             earlier.rename(target)
         raise
     finally:
-        if target.exists():
+        if os.path.lexists(target):
+            _remove(earlier)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ an unknown schema version, an unknown or missing field, or a value of the wrong 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,14 @@ from typing import Literal
 from medsa_deploy.errors import BundleError, about
 
 from .atomic import write_text
+from .manifest_text import MANIFEST_FILENAME as MANIFEST_FILENAME
+from .manifest_text import check_digest, document_from_text, document_to_text
+from .manifest_values import check_values
 from .recipe import Recipe
 from .strict_json import decode
 
 MANIFEST_SCHEMA = 2
-MANIFEST_FILENAME = "manifest.json"
+MOST_BYTES = 64 << 20
 
 RelPos = Literal["zero", "real", "none"]
 TwoWay = Literal["meta", "public"]
@@ -287,30 +290,23 @@ class Manifest:
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """A manifest as the text of `manifest.json`."""
-    data = dataclasses.asdict(manifest)
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """A manifest as the text of `manifest.json`, with a digest of the text."""
+    return document_to_text(dataclasses.asdict(manifest))
 
 
 def manifest_from_json(text: str) -> Manifest:
-    """The manifest in a text; BundleError names the field that is wrong, and how."""
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as e:
-        raise BundleError(
-            f"{MANIFEST_FILENAME} is not JSON ({e}): copy the bundle again or export it again"
-        ) from e
-    if not isinstance(data, dict) or "schema" not in data:
-        raise BundleError(
-            f"{MANIFEST_FILENAME} has no schema version: it is not a bundle's manifest; name a "
-            "folder that medsa-deploy export has written"
-        )
+    """The manifest in a text; BundleError names the field that is wrong, and how.
+
+    A text with a digest must match it. Values are checked by `load_manifest` only.
+    """
+    data = document_from_text(text)
     if data["schema"] != MANIFEST_SCHEMA:
         raise BundleError(
             f"{MANIFEST_FILENAME} has schema version {reprlib.repr(data['schema'])}; this "
             f"medsa-deploy reads version {MANIFEST_SCHEMA}: export the checkpoint again, or "
             "install a matching medsa-deploy"
         )
+    check_digest(data, text)
     try:
         return decode(Manifest, data, MANIFEST_FILENAME)
     except RecursionError as e:  # a parity may hold a parity
@@ -319,11 +315,6 @@ def manifest_from_json(text: str) -> Manifest:
         ) from e
     except BundleError as e:
         raise BundleError(f"{e}; export the checkpoint again") from e
-
-
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity: Python's parser accepts them, JSON does not."""
-    raise ValueError(f"{name} is not a number")
 
 
 def save_manifest(manifest: Manifest, bundle: Path) -> None:
@@ -339,25 +330,48 @@ def load_manifest(bundle: Path) -> Manifest:
     >>> load_manifest(bundle).network.image_size
     256
     """
+    return read_manifest(bundle)[0]
+
+
+def read_manifest(bundle: Path) -> tuple[Manifest, str]:
+    """A bundle's manifest, and the SHA-256 of the bytes that it was read from.
+
+    Errors as for `load_manifest`.
+    """
     with about(bundle):
-        return _read_manifest(bundle)
+        content = _read_content(bundle)
+        try:
+            manifest = manifest_from_json(content.decode())
+            check_values(manifest)
+        except UnicodeDecodeError as e:
+            path = bundle / MANIFEST_FILENAME
+            raise BundleError(f"{path} cannot be read ({e}): copy the bundle again") from e
+        except RecursionError as e:
+            raise BundleError(f"{bundle}: {MANIFEST_FILENAME} is nested too deeply") from e
+        except BundleError as e:
+            raise BundleError(f"{bundle}: {e}") from e
+    return manifest, hashlib.sha256(content).hexdigest()
 
 
-def _read_manifest(bundle: Path) -> Manifest:
+def _read_content(bundle: Path) -> bytes:
+    """The bytes of a bundle's `manifest.json`."""
     if not bundle.is_dir():
         state = "is a file, not a bundle folder" if bundle.exists() else "does not exist"
         raise BundleError(f"{bundle} {state}: make a bundle with medsa-deploy export CHECKPOINT")
     path = bundle / MANIFEST_FILENAME
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as f:
+            content = f.read(MOST_BYTES + 1)
     except FileNotFoundError as e:
         raise BundleError(
             f"{bundle} has no {MANIFEST_FILENAME}: it is not a bundle; name a folder "
             "that medsa-deploy export has written"
         ) from e
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise BundleError(f"{path} cannot be read ({e}): copy the bundle again") from e
-    try:
-        return manifest_from_json(text)
-    except BundleError as e:
-        raise BundleError(f"{bundle}: {e}") from e
+    if len(content) > MOST_BYTES:
+        raise BundleError(
+            f"{path} has more than {MOST_BYTES} bytes: no bundle's manifest is so long; copy the "
+            "bundle again"
+        )
+    return content

@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from medsa_deploy.bundle.files import check_file
-from medsa_deploy.bundle.manifest import Manifest, load_manifest
+from medsa_deploy.bundle.checked import CheckedBundle, check_bundle
+from medsa_deploy.bundle.opened import HeldFiles, held_files
+from medsa_deploy.bundle.trusted_keys import KeyPaths
 from medsa_deploy.errors import UsageError
 
 from . import tuning
@@ -23,6 +24,7 @@ from .backends.registry import (
     GRAPH_ROLES,
     BackendName,
     BackendSetup,
+    BackendSpec,
     LoadOptions,
     Precision,
     check_options,
@@ -42,8 +44,11 @@ def load(
     fallback: BackendName | Sequence[BackendName] = (),
     cuda_graphs: bool = True,
     options: LoadOptions | None = None,
+    trusted: KeyPaths | None = None,
 ) -> Session:
     """Open a bundle. The files it runs are compared with their SHA-256 first.
+
+    They are held open, and the load fails if one was exchanged before the backend had read it.
 
     If the bundle has the decoder in two parts, prompts without a mask run these.
 
@@ -51,10 +56,13 @@ def load(
     on `tensorrt` and `rtx`. `precision`: see `Precision`. `threads`: threads of one run; None for
     all cores. `fallback`: backends that take over, in this order, if the one before cannot be
     opened or fails while it runs; their predictions are `degraded`. `cuda_graphs`: whether engines
-    may be replayed as CUDA graphs. `options`: rarely needed ones.
+    may be replayed as CUDA graphs. `options`: rarely needed ones. `trusted`: files and folders of
+    public keys (PEM), one of which must have signed the bundle; None for those that the machine's
+    policy or $MEDSA_TRUSTED_KEYS names, if they do.
 
     UsageError for an option that cannot be used. BundleError for a bundle that is missing, changed,
-    of another version, or without the precision. MissingDependencyError for a backend that is not
+    of another version, or without the precision. SignatureError for one that no trusted key has
+    signed. MissingDependencyError for a backend that is not
     installed. EngineError if the bundle's engines do not fit this machine.
 
     >>> from medsa_deploy import load, read_image
@@ -64,8 +72,8 @@ def load(
     >>> prediction.masks.shape
     (1, 1, 240, 320)
     """
-    folder = Path(bundle)
-    manifest = load_manifest(folder)
+    checked = check_bundle(Path(bundle), trusted)
+    manifest = checked.manifest
     chain = (backend, *([fallback] if isinstance(fallback, str) else fallback))
     for name in chain:
         check_options(name, threads, precision)
@@ -75,38 +83,51 @@ def load(
             f"{', '.join(chain)} replays no CUDA graphs, only {' and '.join(on_engines)} do: leave "
             "out --no-cuda-graphs (cuda_graphs=False)"
         )
-    only_engines = set(chain) <= set(on_engines)
-    _check_files(manifest, folder, files_precision(precision), only_engines=only_engines)
+    for role in ("encoder", "decoder"):
+        manifest.file(role, files_precision(precision))
     setup = BackendSetup(
-        bundle=folder,
+        bundle=checked.path,
         manifest=manifest,
         precision=precision,
         threads=threads,
         cuda_graphs=cuda_graphs,
         options=options or LoadOptions(),
     )
-    openers = [(name, partial(_open, name, setup)) for name in chain]
-    return Session(manifest, FallbackBackend(openers) if fallback else openers[0][1]())
+    openers = [(name, partial(_open, name, setup, checked)) for name in chain]
+    if not fallback:
+        return Session(manifest, openers[0][1]())
+    with held_files(checked.path) as held:  # a backend must not step in for a file that was changed
+        for name in chain:
+            _hold(held, BACKENDS[DEFAULT if name == AUTO else name], setup, checked)
+    return Session(manifest, FallbackBackend(openers))
 
 
-def _check_files(manifest: Manifest, folder: Path, precision: str, *, only_engines: bool) -> None:
-    """BundleError unless the files that will run are the manifest's."""
-    for role in ("encoder", "decoder"):
-        manifest.file(role, precision)
-    if only_engines:  # they are compared with theirs when they are loaded
-        return
-    for file in manifest.files:
-        if file.role in GRAPH_ROLES and file.precision == precision:
-            check_file(file, folder)
-
-
-def _open(name: BackendName, setup: BackendSetup) -> Backend:
-    """A backend on files whose SHA-256 was compared."""
+def _open(name: BackendName, setup: BackendSetup, checked: CheckedBundle) -> Backend:
+    """A backend on files that were compared with their SHA-256, and did not change meanwhile."""
     if name == AUTO:
         name, threads = _tuned(setup)
         setup = replace(setup, threads=threads)
     spec = BACKENDS[name]
-    return spec.opener(spec, setup)
+    with held_files(checked.path) as held:
+        _hold(held, spec, setup, checked)
+        backend = spec.opener(spec, setup)
+        try:
+            held.check_unchanged()
+        except BaseException:
+            backend.close()
+            raise
+    return backend
+
+
+def _hold(held: HeldFiles, spec: BackendSpec, setup: BackendSetup, checked: CheckedBundle) -> None:
+    """Compare the files that a backend will read, and keep them open."""
+    if spec.engines:  # `check_loadable` compares them with their description
+        checked.hold_native_code(held)
+        return
+    precision = files_precision(setup.precision)
+    for file in setup.manifest.files:
+        if file.role in GRAPH_ROLES and file.precision == precision:
+            held.add(file.path, [file.sha256], file.bytes)
 
 
 def _tuned(setup: BackendSetup) -> tuple[BackendName, int | None]:

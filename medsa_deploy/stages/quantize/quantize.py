@@ -13,8 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
+from medsa_deploy.bundle.additions import add_files, work_folder
 from medsa_deploy.bundle.files import check_files, describe_file
-from medsa_deploy.bundle.folder import add_files, work_folder
 from medsa_deploy.bundle.manifest import File, Manifest, Parity, load_manifest
 from medsa_deploy.bundle.recipe import Recipe
 from medsa_deploy.errors import UsageError
