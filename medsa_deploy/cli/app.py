@@ -25,10 +25,11 @@ from .profile import profile
 from .quantize import quantize
 from .run import run
 from .serve import serve
+from .sign import sign
 from .verify import verify
 
 COMMANDS = (
-    *(inspect, export, quantize, build_engine, build_kernels, cpp),
+    *(inspect, export, quantize, build_engine, build_kernels, cpp, sign),
     *(run, verify, profile, doctor, demo, dicom_node, serve),
 )
 """The commands, in the order of --help."""

@@ -72,6 +72,14 @@ Precision = Annotated[
         "the float32 parts in bfloat16",
     ),
 ]
+Trusted = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="KEYS",
+        help="Public key of who may have signed the bundle, a PEM file or a folder of them; "
+        "repeatable; default those of $MEDSA_TRUSTED_KEYS, if it is set",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
 
 

@@ -26,6 +26,7 @@ from .options import (
     Precision,
     Threads,
     Threshold,
+    Trusted,
     with_options,
 )
 from .values import parse_colours, parse_measured_window, parse_rows, parse_web_series
@@ -137,6 +138,7 @@ class RunOptions:
     no_cuda_graphs: NoCudaGraphs = False
     precision: Precision = "fp32"
     threads: Threads = None
+    trusted: Trusted = None
 
     def request(self) -> stages.RunRequest:
         """Options of the input and the output."""
@@ -188,6 +190,7 @@ class RunOptions:
             cuda_graphs=not self.no_cuda_graphs,
             precision=self.precision,
             threads=self.threads,
+            trusted=None if self.trusted is None else tuple(self.trusted),
         )
 
 

@@ -19,7 +19,7 @@ from medsa_deploy.stages.verify.verify import AGAINST
 
 from . import console
 from .console import out, plain_table, print_error
-from .options import Backend, Base, Bundle, Json, MeasuredWindow, Threads, with_options
+from .options import Backend, Base, Bundle, Json, MeasuredWindow, Threads, Trusted, with_options
 from .parity_table import print_parity
 from .values import parse_measured_window, parse_names
 
@@ -80,6 +80,7 @@ class VerifyOptions:
         ),
     ] = None
     threads: Threads = None
+    trusted: Trusted = None
 
 
 @with_options
@@ -104,6 +105,7 @@ def verify(
     if options.labels is not None:
         if options.checkpoint or options.base or options.report:
             raise UsageError("--checkpoint, --base and --report do not go with --labels")
+        stages.check_signed(bundle, options.trusted)
         measured = _measure_accuracy(bundle, options.labels, options, accuracy, shown=not json)
         console.print_json(measured) if json else _print_accuracy(measured)
         if any(file.error for file in measured.files):
@@ -131,6 +133,7 @@ def _verify_parity(bundle: Path, options: VerifyOptions) -> stages.Verification:
             precision=options.precision,
             threads=options.threads,
             report=options.report,
+            trusted=options.trusted,
             on_step=on_step,
         )
 
@@ -166,6 +169,8 @@ def _print_verification(verification: stages.Verification) -> None:
         out.print(f"report {escape(str(verification.report))}")
     for failure in verification.failures:
         print_error(failure)
+    for signer in verification.signers:
+        out.print(f"signed by {signer[:16]}")
     if not verification.failures:
         out.print("[bold green]verified[/]")
 

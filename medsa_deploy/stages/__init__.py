@@ -13,6 +13,7 @@ run/             bundle, image or volume, prompts → masks
 verify/          bundle → parity or accuracy
                  verify.py parity, engine_check.py the same for engines, parity_report.py a page;
                  accuracy.py masks against label files, matched_files.py, drawn_prompts.py
+sign.py          bundle and a private key → a signature beside it
 profile.py       bundle → latencies
 doctor/          diagnose.py this machine → what is installed; tune.py bundle → its fastest backend
 demo/            medsa.py, automatic.py, litemedsam.py: trained weights and mni_template.py's volume
@@ -39,10 +40,11 @@ from .readings import Reading
 from .run.images import MaskTargets, Segmentation
 from .run.run import RunRequest, RunResult, SessionOptions, run_bundle
 from .run.volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
+from .sign import Signing, sign_bundle
 from .verify.accuracy import Accuracy, measure_accuracy
 from .verify.drawn_prompts import PromptKind
 from .verify.engine_check import EngineState
-from .verify.verify import Verification, verify_bundle
+from .verify.verify import Verification, check_signed, verify_bundle
 
 __all__ = [
     "Accuracy",
@@ -68,6 +70,7 @@ __all__ = [
     "RunResult",
     "Segmentation",
     "SessionOptions",
+    "Signing",
     "Tuning",
     "Verification",
     "VolumeOptions",
@@ -75,6 +78,7 @@ __all__ = [
     "VolumeSelection",
     "build_engines",
     "build_kernels",
+    "check_signed",
     "copy_cpp",
     "demonstrate",
     "demonstrate_automatic",
@@ -87,6 +91,7 @@ __all__ = [
     "quantize_bundle",
     "run_bundle",
     "segment_volume_file",
+    "sign_bundle",
     "structures_of",
     "tune",
     "verify_bundle",

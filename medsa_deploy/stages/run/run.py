@@ -49,6 +49,8 @@ class SessionOptions:
     cuda_graphs: bool = True
     precision: Precision = "fp32"
     threads: int | None = None
+    trusted: tuple[Path, ...] | None = None
+    """Files and folders of public keys; None for those that the machine configures."""
 
     def open(self, bundle: Path) -> Session:
         """A session on the bundle."""
@@ -59,6 +61,7 @@ class SessionOptions:
             cuda_graphs=self.cuda_graphs,
             precision=self.precision,
             threads=self.threads,
+            trusted=self.trusted,
         )
 
 

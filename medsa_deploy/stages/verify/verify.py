@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from medsa_deploy.bundle.checked import CheckedBundle, check_bundle
 from medsa_deploy.bundle.files import check_files, sha256
-from medsa_deploy.bundle.manifest import Manifest, Parity, load_manifest
+from medsa_deploy.bundle.manifest import Manifest, Parity
 from medsa_deploy.errors import InputError, UsageError
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import Array, compare_cases, reference_outputs
@@ -53,6 +54,8 @@ class Verification:
     """The bundle's engines, which are run if there is a GPU."""
     report: Path | None = None
     """The page with the figures and the worst masks, if one was asked for."""
+    signers: tuple[str, ...] = ()
+    """Fingerprints of the trusted keys that signed the bundle; empty if no keys are configured."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +86,13 @@ class RunOptions:
     """Whether the worst masks are drawn."""
 
 
+def check_signed(bundle: Path, trusted: Sequence[Path] | None) -> CheckedBundle:
+    """A bundle whose manifest and added files are signed, if keys are given or configured."""
+    checked = check_bundle(bundle, trusted)
+    checked.check_additions()
+    return checked
+
+
 def verify_bundle(
     bundle: Path,
     *,
@@ -93,6 +103,7 @@ def verify_bundle(
     precision: Precision | None,
     threads: int | None,
     report: bool = False,
+    trusted: Sequence[Path] | None = None,
     on_step: OnStep = lambda step: None,
 ) -> Verification:
     """Compare a bundle with its checkpoint's network, or with what that gave at export.
@@ -104,7 +115,8 @@ def verify_bundle(
     UsageError for options that exclude each other. BundleError for missing or changed files.
     InputError for another checkpoint than the one the bundle was made from.
     """
-    manifest = load_manifest(bundle)
+    checked = check_signed(bundle, trusted)
+    manifest = checked.manifest
     check_options(backend, threads, precision or "fp32")
     encoders = [file.precision for file in manifest.files if file.role == "encoder"]
     precisions = [precision] if precision else cast(list[Precision], encoders)
@@ -133,6 +145,7 @@ def verify_bundle(
         failures=tuple(f"{part}: {failure}" for part, failure in failures),
         engines=engines,
         report=page,
+        signers=checked.trust.signers,
     )
 
 
