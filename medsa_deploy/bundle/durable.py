@@ -58,5 +58,5 @@ def exchange(first: Path, second: Path) -> bool:
     except AttributeError:  # a C library from before 2018
         return False
     paths = (os.fsencode(first), os.fsencode(second))
-    failed = rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
-    return failed == 0
+    failed: int = rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE)
+    return not failed

@@ -13,8 +13,8 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from medsa_deploy.errors import BundleError
 
@@ -30,7 +30,7 @@ class _HeldFile:
     """A file that was hashed, still open."""
 
     path: Path
-    file: BinaryIO
+    file: BufferedReader
     identity: tuple[int, ...]
     sha256: str
     is_recent: bool
@@ -112,5 +112,5 @@ def _identity(about: os.stat_result) -> tuple[int, ...]:
     return (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()

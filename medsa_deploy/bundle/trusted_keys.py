@@ -70,7 +70,7 @@ def configured_keys(trusted: KeyPaths | None) -> list[KeySet]:
         sets.append(KeySet(place=f"the policy {POLICY}", keys=_read_all([POLICY])))
     if trusted is not None:
         paths = [trusted] if isinstance(trusted, str | os.PathLike) else list(trusted)
-        place = ", ".join(map(os.fspath, paths))
+        place = ", ".join(os.fspath(path) for path in paths)
         sets.append(KeySet(place=place, keys=_read_all(map(Path, paths))))
     elif VARIABLE in os.environ:
         named = [Path(name) for name in os.environ[VARIABLE].split(os.pathsep) if name]
