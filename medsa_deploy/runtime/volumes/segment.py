@@ -306,9 +306,9 @@ class _Run:
                     weights[key] += weight
                     before = blended.get(key, logits)
                     blended[key] = before + (logits - before) * (weight / weights[key])
-            for key in _keys(slices):
-                if last[key] == start:
-                    yield *key, blended.pop(key)
+                for structure in sets:
+                    if last[index, structure] == start:
+                        yield index, structure, blended.pop((index, structure))
 
     def _decode(
         self, start: int, index: int, sets: Mapping[int, Prompt]
