@@ -209,7 +209,10 @@ def _modality(stored: np.ndarray, dataset: Any, frame: int) -> np.ndarray:
     slope, intercept = rescale(group)
     if (slope, intercept) == (1.0, 0.0):
         return stored
-    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    values = stored.astype(np.float64)
+    values *= slope  # in place: new pages of memory cost more than the arithmetic
+    values += intercept
+    return values.astype(np.float32)
 
 
 def _padding(stored: np.ndarray, dataset: Any) -> np.ndarray | None:
@@ -258,15 +261,21 @@ def _values_of_interest(
 
 def window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
     """Values → float32 0…255 by a DICOM window (PS3.3 C.11.2.1.2.1 and C.11.2.1.3)."""
-    x = values.astype(np.float64) - centre
+    x = values.astype(np.float64)
+    x -= centre
     if function == "SIGMOID":
         # The standard's 1 / (1 + exp(-4x/w)), in a form that cannot overflow.
         return np.asarray(127.5 * (1 + np.tanh(2 * x / width)), np.float32)
     if function == "LINEAR":
-        x, width = x + 0.5, width - 1
+        x += 0.5
+        width -= 1
     if width == 0:
         return np.asarray(np.where(x > 0, 255, 0), np.float32)
-    return np.asarray(255 * np.clip(x / width + 0.5, 0, 1), np.float32)
+    x /= width
+    x += 0.5
+    np.clip(x, 0, 1, out=x)
+    x *= 255
+    return x.astype(np.float32)
 
 
 def _eight_bit(values: np.ndarray, dataset: Any) -> np.ndarray:

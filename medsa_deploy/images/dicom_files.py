@@ -32,7 +32,7 @@ try:
 except ImportError as e:
     raise MissingDependencyError("pydicom", extra="dicom", purpose="reading DICOM") from e
 
-PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+PIXELS = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))
 """Tags of pixels, in floats, doubles and integers."""
 PIXEL_NAMES = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
@@ -44,13 +44,11 @@ IN_THIS_PROCESS = (
     ImplicitVRLittleEndian, RLELossless,
 )  # fmt: skip
 """Transfer syntaxes whose pixels need no process of their own, unless they are damaged."""
-READS_AN_ITEM = 10
+READS_AN_ITEM = 6
 READS_BEFORE_COUNT = 20_000
 """Reads after which the items of a file are counted. A usual header takes a few hundred."""
 LARGE_HEADER = 2**20
 """Bytes of a header whose items are counted before any of them is parsed."""
-MOST_ELEMENTS = 65_536
-"""Elements of the outermost dataset."""
 INFLATED_STEP = 2**22
 """Bytes that are inflated at a time."""
 
@@ -110,7 +108,7 @@ def load(path: Path) -> Any:
         with _CountedFile(path) as stream:
             # Forced, because old files lack the preamble. They name no transfer syntax either: it
             # follows from the encoding that pydicom has detected.
-            dataset = _read(stream, None, None)
+            dataset = _read(stream, None, pixels=True)
         if not dataset.file_meta.get("TransferSyntaxUID"):
             implicit, little_endian = dataset.original_encoding
             explicit = ExplicitVRLittleEndian if little_endian else ExplicitVRBigEndian
@@ -128,7 +126,7 @@ def load_header(path: Path, names: list[str] | None = None) -> Any:
     """All attributes except the pixels, or only those in `names`; ImageError if it is not DICOM."""
     with reading(path, "DICOM"):
         with _CountedFile(path) as stream:
-            header = _read(stream, names, PIXELS)
+            header = _read(stream, names, pixels=False)
             if stream.tell() > LARGE_HEADER:
                 place = stream.tell()
                 stream.seek(0)
@@ -141,7 +139,7 @@ def load_header(path: Path, names: list[str] | None = None) -> Any:
 def received_header(content: bytes, names: list[str] | None) -> Any:
     """The attributes of received bytes, without the pixels; any exception of pydicom."""
     stream = _CountedBytes(content, Path("the object"))
-    header = _read(stream, names, PIXELS)
+    header = _read(stream, names, pixels=False)
     if stream.tell() > LARGE_HEADER:
         check_items(stream.path, content[: stream.tell()])
     return header
@@ -161,22 +159,14 @@ def _check_count(path: Path, count: int) -> None:
         )
 
 
-def _read(stream: Any, names: list[str] | None, end: tuple[int, ...] | None) -> Any:
-    """The dataset of a stream, up to the tags `end`."""
-    elements = 0
+def _read(stream: Any, names: list[str] | None, *, pixels: bool) -> Any:
+    """The dataset of a stream, with its pixels or up to them."""
 
     def stop(tag: Any, vr: str | None, length: int) -> bool:
-        nonlocal elements
-        elements += 1
-        if elements > MOST_ELEMENTS:
-            raise ImageError(
-                f"{stream.path} has more than {MOST_ELEMENTS} elements outside of sequences, "
-                "expected some hundreds: it is damaged, copy or export it again"
-            )
-        return end is not None and tag in end
+        return tag in PIXELS
 
     tags: Any = None if names is None else [Tag(name) for name in names]
-    dataset = read_partial(stream, stop, force=True, specific_tags=tags)
+    dataset = read_partial(stream, None if pixels else stop, force=True, specific_tags=tags)
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
     if syntax.startswith(SYNTAXES) and syntax not in IN_THIS_PROCESS:
         decoder.start()  # it gets ready while headers are read

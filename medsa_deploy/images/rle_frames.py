@@ -32,18 +32,18 @@ def decode_grey(content: bytes, options: dict[str, Any]) -> np.ndarray | None:
         rows and columns and 0 < rows * columns <= MOST_PIXELS and stored in range(1, bits + 1)
     ):
         return None
-    planes = _planes(content, rows * columns, bits // 8)
-    if planes is None:
+    values = _values(content, rows * columns, bits // 8)
+    if values is None:
         return None
-    interleaved = np.stack(planes[::-1], axis=-1)  # the most significant byte comes first
-    pixels = interleaved.view(f"<{'i' if signed else 'u'}{bits // 8}").reshape(rows, columns)
-    pixels <<= bits - stored  # bits that are not stored may hold anything
-    pixels >>= bits - stored
+    pixels = values.view(f"<{'i' if signed else 'u'}{bits // 8}").reshape(rows, columns)
+    if unused := bits - stored:  # bits that are not stored may hold anything
+        pixels <<= unused
+        pixels >>= unused
     return pixels
 
 
-def _planes(content: bytes, pixels: int, count: int) -> list[np.ndarray] | None:
-    """The bytes of each of `count` segments, (pixels,) uint8; None if one has another length."""
+def _values(content: bytes, pixels: int, count: int) -> np.ndarray | None:
+    """(pixels, count) uint8, the least significant byte first; None if a segment does not fit."""
     try:
         from rle.rle import decode_segment
     except ImportError:
@@ -54,8 +54,8 @@ def _planes(content: bytes, pixels: int, count: int) -> list[np.ndarray] | None:
     places = [*offsets[:count], len(content)]
     if announced != count or places[0] != HEADER.size or any(offsets[count:]):
         return None
-    planes = []
-    for start, end in pairwise(places):
+    values = np.empty((pixels, count), np.uint8)
+    for place, (start, end) in enumerate(pairwise(places)):
         if not start < end or end - start > 2 * pixels + 2:
             return None
         try:
@@ -64,5 +64,5 @@ def _planes(content: bytes, pixels: int, count: int) -> list[np.ndarray] | None:
             return None
         if len(plane) != pixels:
             return None
-        planes.append(plane)
-    return planes
+        values[:, count - 1 - place] = plane  # the most significant byte comes first
+    return values
