@@ -225,16 +225,16 @@ def test_a_file_exchanged_while_it_is_loaded_is_detected(tmp_path: Path) -> None
     for change in ("replace", "write"):
         path = tmp_path / "encoder.onnx"
         path.write_bytes(b"right")
-        with held_files(tmp_path) as held:
-            held.add("encoder.onnx")
-            held.check_unchanged()
+        with held_files(tmp_path) as files:
+            files.add("encoder.onnx")
+            files.check_unchanged()
             if change == "replace":
                 (tmp_path / "other").write_bytes(b"wrong")
                 (tmp_path / "other").replace(path)
             else:
                 path.write_bytes(b"wrong")
             with pytest.raises(BundleError, match="changed while it was loaded"):
-                held.check_unchanged()
+                files.check_unchanged()
 
 
 def test_a_recent_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,11 +242,11 @@ def test_a_recent_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(opened, "_identity", lambda about: (0, 0, about.st_size, 0, 2**62))
     path = tmp_path / "encoder.onnx"
     path.write_bytes(b"right")
-    with held_files(tmp_path) as held:
-        held.add("encoder.onnx")
+    with held_files(tmp_path) as files:
+        files.add("encoder.onnx")
         path.write_bytes(b"wrong")
         with pytest.raises(BundleError, match="changed while it was loaded"):
-            held.check_unchanged()
+            files.check_unchanged()
 
 
 def test_a_load_detects_an_exchange(

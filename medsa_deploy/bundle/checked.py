@@ -39,11 +39,11 @@ class CheckedBundle:
         """Paths of the engines and cubins, with the files that describe them."""
         return (path for path in self.added if path.split("/")[0] in NATIVE_CODE)
 
-    def hold_native_code(self, held: HeldFiles) -> None:
+    def hold_native_code(self, held_files: HeldFiles) -> None:
         """Keep engines and cubins open; SignatureError if one is not the file that was signed."""
         for path in self.native_code():
             self.trust.check_addition(self.path, path)
-            held.add(path, self.trust.additions.get(path, ()))
+            held_files.add(path, self.trust.additions.get(path, ()))
 
 
 def check_bundle(bundle: Path, trusted: KeyPaths | None = None) -> CheckedBundle:

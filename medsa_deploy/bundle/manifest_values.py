@@ -80,7 +80,7 @@ def check_values(manifest: Any) -> None:
         elif not isinstance(value, bool) and isinstance(value, int | float):
             low, high = RANGES[owner, field]
             if not low <= value <= high:
-                _refuse(place, value, _words(low, high, whole=isinstance(value, int)))
+                _refuse(place, value, _words(low, high, is_integer=isinstance(value, int)))
     _check_files(manifest.files)
     _check_window(manifest.conventions.intensity_window)
     _check_classes(manifest)
@@ -105,11 +105,11 @@ def _values(value: Any, owner: str, field: str, place: str) -> Iterator[tuple[st
         yield place, owner, field, value
 
 
-def _words(low: float, high: float, *, whole: bool) -> str:
+def _words(low: float, high: float, *, is_integer: bool) -> str:
     """A range in words."""
     if (low, high) == _PROBABILITY:
         return "a number above 0 and below 1"
-    return f"a {'whole ' * whole}number from {low:g} to {high:g}"
+    return f"a {'whole ' * is_integer}number from {low:g} to {high:g}"
 
 
 def _check_text(place: str, text: str) -> None:

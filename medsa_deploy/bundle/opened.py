@@ -71,19 +71,19 @@ class HeldFiles:
 
     def check_unchanged(self) -> None:
         """BundleError if a name leads to another file now, or a file was written to."""
-        for held in self._files.values():
+        for held_file in self._files.values():
             try:
-                now = _identity(os.stat(held.path))
-                same = now == held.identity == _identity(os.fstat(held.file.fileno()))
-                if same and held.is_recent:
-                    with held.path.open("rb") as f:
-                        same = _sha256(f) == held.sha256
+                now = _identity(os.stat(held_file.path))
+                same = now == held_file.identity == _identity(os.fstat(held_file.file.fileno()))
+                if same and held_file.is_recent:
+                    with held_file.path.open("rb") as f:
+                        same = _sha256(f) == held_file.sha256
             except OSError:
                 same = False
             if not same:
                 raise BundleError(
-                    f"{held.path} changed while it was loaded: nothing was run; load the bundle "
-                    "again, and find out what writes to it"
+                    f"{held_file.path} changed while it was loaded: nothing was run; load the "
+                    "bundle again, and find out what writes to it"
                 )
 
     def close(self) -> None:
@@ -96,15 +96,15 @@ class HeldFiles:
 def held_files(bundle: Path) -> Iterator[HeldFiles]:
     """Files that stay open during the block.
 
-    >>> with held_files(bundle) as held:
-    ...     held.add("encoder.onnx", [manifest.file("encoder").sha256])
-    ...     held.check_unchanged()
+    >>> with held_files(bundle) as files:
+    ...     files.add("encoder.onnx", [manifest.file("encoder").sha256])
+    ...     files.check_unchanged()
     """
-    held = HeldFiles(bundle)
+    files = HeldFiles(bundle)
     try:
-        yield held
+        yield files
     finally:
-        held.close()
+        files.close()
 
 
 def _identity(about: os.stat_result) -> tuple[int, ...]:

@@ -49,12 +49,12 @@ def signature_paths(bundle: Path) -> list[Path]:
     """The signatures beside a bundle: `NAME.medsa.sig`, then `NAME.medsa.SIGNER.sig` by name."""
     bundle = bundle.resolve()
     first = bundle.with_name(bundle.name + SUFFIX)
-    others = sorted(
+    further_paths = sorted(
         path
         for path in bundle.parent.iterdir()
         if path.name.startswith(f"{bundle.name}.") and path.name.endswith(SUFFIX) and path != first
     )
-    return [path for path in (first, *others) if path.is_file()]
+    return [path for path in (first, *further_paths) if path.is_file()]
 
 
 def sign_files(
@@ -207,8 +207,8 @@ def signature_target(bundle: Path, signer: str) -> Path:
     """
     resolved = bundle.resolve()
     first = resolved.with_name(resolved.name + SUFFIX)
-    own = resolved.with_name(f"{resolved.name}.{signer[:16]}{SUFFIX}")
-    for path in (first, own):
+    second = resolved.with_name(f"{resolved.name}.{signer[:16]}{SUFFIX}")
+    for path in (first, second):
         if not path.exists():
             return path
         try:
@@ -217,4 +217,4 @@ def signature_target(bundle: Path, signer: str) -> Path:
             raise UsageError(f"{e}; or delete it") from e
         if earlier.signer == signer:
             return path
-    raise UsageError(f"{first} and {own} are signatures of other keys: delete one of them")
+    raise UsageError(f"{first} and {second} are signatures of other keys: delete one of them")

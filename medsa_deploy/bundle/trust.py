@@ -60,10 +60,10 @@ def check_trust(
     allowed: dict[str, frozenset[str]] = {}
     for key_set in key_sets:
         statements = _statements(signatures, key_set)
-        whole = [key for key, files in statements if listed.items() <= files.items()]
-        if not whole:
+        whole_signers = [key for key, files in statements if listed.items() <= files.items()]
+        if not whole_signers:
             raise SignatureError(_unsigned(bundle, key_set, signatures, statements, listed))
-        signers |= dict.fromkeys(key.fingerprint for key in whole)
+        signers |= dict.fromkeys(key.fingerprint for key in whole_signers)
         for path in added:
             digests = frozenset(files[path] for _, files in statements if path in files)
             if not digests:

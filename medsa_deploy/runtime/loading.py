@@ -77,12 +77,7 @@ def load(
     chain = (backend, *([fallback] if isinstance(fallback, str) else fallback))
     for name in chain:
         check_options(name, threads, precision)
-    on_engines = [name for name, spec in BACKENDS.items() if spec.engines]
-    if not (cuda_graphs or set(chain) & set(on_engines)):
-        raise UsageError(
-            f"{', '.join(chain)} replays no CUDA graphs, only {' and '.join(on_engines)} do: leave "
-            "out --no-cuda-graphs (cuda_graphs=False)"
-        )
+    _check_cuda_graphs(chain, cuda_graphs)
     for role in ("encoder", "decoder"):
         manifest.file(role, files_precision(precision))
     setup = BackendSetup(
@@ -96,10 +91,25 @@ def load(
     openers = [(name, partial(_open, name, setup, checked)) for name in chain]
     if not fallback:
         return Session(manifest, openers[0][1]())
-    with held_files(checked.path) as held:  # a backend must not step in for a file that was changed
-        for name in chain:
-            _hold(held, BACKENDS[DEFAULT if name == AUTO else name], setup, checked)
+    _check_all(chain, setup, checked)
     return Session(manifest, FallbackBackend(openers))
+
+
+def _check_cuda_graphs(chain: Sequence[BackendName], cuda_graphs: bool) -> None:
+    """UsageError if CUDA graphs are turned off for backends that have none."""
+    on_engines = [name for name, spec in BACKENDS.items() if spec.engines]
+    if not (cuda_graphs or set(chain) & set(on_engines)):
+        raise UsageError(
+            f"{', '.join(chain)} replays no CUDA graphs, only {' and '.join(on_engines)} do: leave "
+            "out --no-cuda-graphs (cuda_graphs=False)"
+        )
+
+
+def _check_all(chain: Sequence[BackendName], setup: BackendSetup, checked: CheckedBundle) -> None:
+    """Compare every backend's files now: none must step in for a file that was changed."""
+    with held_files(checked.path) as files:
+        for name in chain:
+            _hold(files, BACKENDS[DEFAULT if name == AUTO else name], setup, checked)
 
 
 def _open(name: BackendName, setup: BackendSetup, checked: CheckedBundle) -> Backend:
@@ -108,26 +118,26 @@ def _open(name: BackendName, setup: BackendSetup, checked: CheckedBundle) -> Bac
         name, threads = _tuned(setup)
         setup = replace(setup, threads=threads)
     spec = BACKENDS[name]
-    with held_files(checked.path) as held:
-        _hold(held, spec, setup, checked)
+    with held_files(checked.path) as files:
+        _hold(files, spec, setup, checked)
         backend = spec.opener(spec, setup)
         try:
-            held.check_unchanged()
+            files.check_unchanged()
         except BaseException:
             backend.close()
             raise
     return backend
 
 
-def _hold(held: HeldFiles, spec: BackendSpec, setup: BackendSetup, checked: CheckedBundle) -> None:
+def _hold(files: HeldFiles, spec: BackendSpec, setup: BackendSetup, checked: CheckedBundle) -> None:
     """Compare the files that a backend will read, and keep them open."""
     if spec.engines:  # `check_loadable` compares them with their description
-        checked.hold_native_code(held)
+        checked.hold_native_code(files)
         return
     precision = files_precision(setup.precision)
     for file in setup.manifest.files:
         if file.role in GRAPH_ROLES and file.precision == precision:
-            held.add(file.path, [file.sha256], file.bytes)
+            files.add(file.path, [file.sha256], file.bytes)
 
 
 def _tuned(setup: BackendSetup) -> tuple[BackendName, int | None]:
