@@ -1,18 +1,24 @@
-"""A module → its operators, captured once for the ONNX exporter.
+"""A module → its operators, captured once for the ONNX exporter, and translated.
 
 torch decomposes what it captures before it translates it, by tracing all of it twice more: half the
-time of an export. Here that happens only if an operator has no translation.
+time of an export. Here that happens only if an operator has no translation. For every graph it also
+reads the signatures of its 2,000 translations anew, and traces the graph once more for operands of
+different types. Here the signatures are read once, and only graphs with such operands are traced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.onnx._internal.exporter import _fx_passes, _registration
 from torch.overrides import TorchFunctionMode
 
 
@@ -33,7 +39,8 @@ def capture(
     dynamic_shapes: Sequence[Mapping[int, str] | None],
 ) -> CapturedProgram:
     """The operators of a module; for each example, the axes whose sizes may vary."""
-    with SymbolicViews():
+    # Keys of the cache of fake tensors cost more here than the tensors
+    with SymbolicViews(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program = torch.export.export(
             module,
             tuple(examples),
@@ -52,6 +59,48 @@ def capture(
         example_inputs=program.example_inputs,
         constants=program.constants,
     )
+
+
+@contextmanager
+def quick_translation() -> Iterator[None]:
+    """Have torch read its translations once in a process, and trace what has mixed types only."""
+    with (
+        patch.object(_registration.ONNXRegistry, "from_torchlib", staticmethod(_read_translations)),
+        patch.object(_fx_passes, "insert_type_promotion_nodes", _promote_mixed_types),
+    ):
+        yield
+
+
+_from_torchlib = _registration.ONNXRegistry.from_torchlib
+_insert_promotions = _fx_passes.insert_type_promotion_nodes
+TYPED = frozenset({"_to_copy", "where", "index", "index_select", "gather", "embedding"})
+"""Operators that cast, or whose conditions and indices have a type of their own."""
+
+
+def _promote_mixed_types(graph_module: torch.fx.GraphModule) -> None:
+    """Cast operands to the type that torch computes in, if any operator has two types."""
+    if any(_has_mixed_types(node) for node in graph_module.graph.nodes):
+        _insert_promotions(graph_module)
+
+
+def _has_mixed_types(node: torch.fx.Node) -> bool:
+    """Whether an operator reads or makes values of another type than its first operand's."""
+    name = getattr(node.target, "__name__", "").partition(".")[0]
+    if node.op != "call_function" or name in TYPED:
+        return False
+    values = [operand.meta.get("val") for operand in node.all_input_nodes]
+    types = {value.dtype for value in values if isinstance(value, Tensor)}
+    result = node.meta.get("val")
+    if types and isinstance(result, Tensor) and result.dtype is not torch.bool:
+        types.add(result.dtype)
+    has_fraction = any(isinstance(argument, float) for argument in node.args)
+    return len(types) > 1 or (has_fraction and not all(kind.is_floating_point for kind in types))
+
+
+@cache
+def _read_translations(opset_version: int) -> Any:
+    """torch's translations of operators into those of an opset."""
+    return _from_torchlib(opset_version=opset_version)
 
 
 class SymbolicViews(TorchFunctionMode):

@@ -21,7 +21,7 @@ from medsa_deploy.bundle.manifest import Tensor as Contract
 from medsa_deploy.bundle.node_names import METADATA, innermost, node_name
 from medsa_deploy.errors import ParityError
 
-from .capture import capture
+from .capture import capture, quick_translation
 from .families.registry import family_named
 from .folded.split import ImagePart
 from .networks import FoldedNetwork
@@ -135,7 +135,7 @@ def _export(module: nn.Module, graph: GraphContract, path: Path, *, batch: int =
         {axis: name for axis, name in enumerate(tensor.shape) if isinstance(name, str)} or None
         for tensor in graph.inputs
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quick_translation():
         # The exporter warns about its own internals and about N standing at two inputs.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
 
-from medsa_deploy.exporters.capture import CapturedProgram, SymbolicViews, capture
+from medsa_deploy.exporters.capture import (
+    CapturedProgram,
+    SymbolicViews,
+    capture,
+    quick_translation,
+)
 
 
 class Views(nn.Module):
@@ -54,6 +61,50 @@ def test_a_program_is_decomposed_only_where_it_must_be(
         x = torch.rand(batch, 6, 4)
         (values,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(values, module(x).numpy(), rtol=1e-6, atol=1e-6)
+
+
+class Fractions(nn.Module):
+    """Whole numbers that become fractions."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = (4 * x).to(torch.int64)
+        if self.kind == "beside a fraction":
+            return whole * 0.5
+        if self.kind == "compared with a fraction":
+            return (whole > 0.5).to(torch.float32)
+        return whole / whole.flatten(1)[:, :1, None] if self.kind == "divided" else whole + x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["beside a fraction", "compared with a fraction", "divided", "beside fractions"]
+)
+def test_mixed_types_are_computed_as_torch_does(kind: str) -> None:
+    module, x = Fractions(kind), torch.rand(3, 6, 4) + 0.5
+    with quick_translation():
+        session, _ = exported(module, x)
+    (values,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(values, module(x).numpy(), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_graph_is_that_of_torchs_own_translation() -> None:
+    layer, models = nn.TransformerEncoderLayer(8, 2, 16).eval(), []
+    for context in (nullcontext(), quick_translation()):
+        program = capture(layer, [torch.rand(3, 5, 8)], [{}])
+        with context:
+            translated = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert translated is not None
+        models.append(translated.model_proto.graph)
+    theirs, ours = models
+    assert [node.op_type for node in ours.node] == [node.op_type for node in theirs.node]
+    assert [tensor.raw_data for tensor in ours.initializer] == [
+        tensor.raw_data for tensor in theirs.initializer
+    ]
 
 
 def test_shapes_are_computed_once() -> None:
