@@ -14,7 +14,7 @@ import typer
 from medsa_deploy import stages
 
 from . import console
-from .options import Backend, Bundle, Json, Precision, Threads, with_options
+from .options import Backend, Bundle, Json, MaxMemory, Precision, Threads, with_options
 from .values import parse_web_series
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class NodeCommandOptions:
     backend: Backend = "onnxruntime"
     precision: Precision = "fp32"
     threads: Threads = None
+    max_memory: MaxMemory = None
 
     def node(self, bundle: Path) -> NodeOptions:
         """How the node runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from medsa_deploy.bundle.manifest import PostprocessingName, PreprocessingName
+from medsa_deploy.images.limits import VARIABLE, parse_size
 from medsa_deploy.runtime import BackendName
 from medsa_deploy.runtime import Precision as PrecisionName
 from medsa_deploy.stages.inspect import export_extra
@@ -81,6 +83,24 @@ Trusted = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads; default all cores")]
+
+
+def _limit_memory(size: str | None) -> str | None:
+    """Set the budget for reading files, of this process and its children."""
+    if size is not None:
+        parse_size(size, "--max-memory")
+        os.environ[VARIABLE] = size
+    return size
+
+
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        callback=_limit_memory,
+        help="Memory that reading one file may take, such as 16GB; default half of the machine's",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,16 @@ from medsa_deploy.reports.latency import HEADERS, facts, figures
 
 from . import console
 from .console import out
-from .options import Backend, Bundle, Json, NoCudaGraphs, Precision, Threads, with_options
+from .options import (
+    Backend,
+    Bundle,
+    Json,
+    MaxMemory,
+    NoCudaGraphs,
+    Precision,
+    Threads,
+    with_options,
+)
 
 MOST_PARTS = 6
 """Largest parts of a graph's time that are shown."""
@@ -47,6 +56,7 @@ class ProfileOptions:
     backend: Backend = "onnxruntime"
     precision: Precision = "fp32"
     threads: Threads = None
+    max_memory: MaxMemory = None
     no_cuda_graphs: NoCudaGraphs = False
 
     def latency(self, bundle: Path) -> stages.LatencyOptions:

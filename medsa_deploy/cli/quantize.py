@@ -13,7 +13,7 @@ from medsa_deploy.bundle.recipe import Recipe
 from medsa_deploy.errors import UsageError
 
 from . import console
-from .options import Bundle, Images, Json, Threads
+from .options import Bundle, Images, Json, MaxMemory, Threads
 from .parity_table import print_parity
 
 
@@ -33,6 +33,7 @@ def quantize(
     ] = "tensorrt",
     images: Images = None,
     threads: Threads = None,
+    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
     """Add float16 or INT8 graphs to a bundle, and check that they give its masks.

@@ -21,6 +21,7 @@ from .options import (
     Backend,
     Bundle,
     Json,
+    MaxMemory,
     MeasuredWindow,
     NoCudaGraphs,
     Precision,
@@ -138,6 +139,7 @@ class RunOptions:
     no_cuda_graphs: NoCudaGraphs = False
     precision: Precision = "fp32"
     threads: Threads = None
+    max_memory: MaxMemory = None
     trusted: Trusted = None
 
     def request(self) -> stages.RunRequest:

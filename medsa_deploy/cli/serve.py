@@ -16,7 +16,7 @@ from medsa_deploy import stages
 from medsa_deploy.errors import MissingDependencyError, UsageError
 
 from . import console
-from .options import Backend, Precision, Threads, with_options
+from .options import Backend, MaxMemory, Precision, Threads, with_options
 
 if TYPE_CHECKING:
     from medsa_deploy.serve.service import ServeOptions
@@ -65,6 +65,7 @@ class ServeCommandOptions:
     backend: Backend = "onnxruntime"
     precision: Precision = "fp32"
     threads: Threads = None
+    max_memory: MaxMemory = None
 
     def server(self, bundles: list[Path]) -> ServeOptions:
         """How the server runs."""

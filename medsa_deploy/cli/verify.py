@@ -19,7 +19,17 @@ from medsa_deploy.stages.verify.verify import AGAINST
 
 from . import console
 from .console import out, plain_table, print_error
-from .options import Backend, Base, Bundle, Json, MeasuredWindow, Threads, Trusted, with_options
+from .options import (
+    Backend,
+    Base,
+    Bundle,
+    Json,
+    MaxMemory,
+    MeasuredWindow,
+    Threads,
+    Trusted,
+    with_options,
+)
 from .parity_table import print_parity
 from .values import parse_measured_window, parse_names
 
@@ -80,6 +90,7 @@ class VerifyOptions:
         ),
     ] = None
     threads: Threads = None
+    max_memory: MaxMemory = None
     trusted: Trusted = None
 
 

@@ -8,6 +8,7 @@ inflated.
 from __future__ import annotations
 
 import io
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from medsa_deploy.errors import ImageError, MissingDependencyError
 
 from .decoder import decoder
-from .file_texts import uid_name
+from .file_texts import library_text, uid_name
 from .files import reading
 from .limits import check_memory, check_ratio, current_limits, size_text
 
@@ -51,6 +52,15 @@ LARGE_HEADER = 2**20
 """Bytes of a header whose items are counted before any of them is parsed."""
 INFLATED_STEP = 2**22
 """Bytes that are inflated at a time."""
+
+
+def _without_quotations(record: logging.LogRecord) -> bool:
+    """Cut what pydicom quotes from files out of its own log, in any program that reads it."""
+    record.msg, record.args, record.exc_info = library_text(record.getMessage()), (), None
+    return True
+
+
+logging.getLogger("pydicom").addFilter(_without_quotations)
 
 
 class _Counted:

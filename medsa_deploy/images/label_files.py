@@ -50,8 +50,8 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
 
 def _voxels(volume: Volume) -> np.ndarray:
     """All voxels of a volume, (X, Y, Z) in stored order."""
-    held = 2 * math.prod(volume.shape) * volume.dtype.itemsize
-    check_memory(volume.path, held, f"{'×'.join(map(str, volume.shape))} voxels")
+    in_memory = 2 * math.prod(volume.shape) * volume.dtype.itemsize
+    check_memory(volume.path, in_memory, f"{'×'.join(map(str, volume.shape))} voxels")
     stacked = np.stack([volume.slice(k).pixels for k in range(len(volume))])
     return stacked.transpose(np.argsort((volume.axis, *volume.plane_axes)))
 

@@ -227,8 +227,8 @@ def _check_size(path: Path, source: Any, axis: int) -> None:
     shape = (*source.shape, 1, 1)[:3]
     plane = math.prod(shape) // shape[axis]
     check_plane(path, [n for k, n in enumerate(shape) if k != axis], plane * proxy.dtype.itemsize)
-    held = math.prod(shape) * proxy.dtype.itemsize if compressed else 0
-    check_volume_size(path, shape, proxy.dtype, held, plane)
+    in_memory = math.prod(shape) * proxy.dtype.itemsize if compressed else 0
+    check_volume_size(path, shape, proxy.dtype, in_memory, plane)
 
 
 def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
