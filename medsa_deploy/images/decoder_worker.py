@@ -36,7 +36,8 @@ def main() -> None:
         request = json.loads(requests.read(count))
         content = requests.read(size)
         _limit(base + request["memory"], request["seconds"] + GRACE_SECONDS)
-        panicked, reply, payload = False, {}, b""
+        panicked, payload = False, b""
+        reply: dict[str, Any] = {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -68,7 +69,7 @@ def _decode(request: dict[str, Any], content: bytes) -> tuple[dict[str, Any], An
         photometric = str(meta["photometric_interpretation"])
     array = np.ascontiguousarray(array)
     facts = {"dtype": array.dtype.str, "shape": array.shape, "photometric": photometric}
-    return facts, memoryview(array).cast("B")
+    return facts, array.data.cast("B")
 
 
 def _gdcm(request: dict[str, Any]) -> Any:
