@@ -45,7 +45,7 @@ def pack(array: np.ndarray) -> bytes:
     library = blosc()
     array = np.ascontiguousarray(array)
     name = array.dtype.name.encode()
-    content = memoryview(array).cast("B") if array.size else memoryview(b"")
+    content = array.tobytes()
     chunks = [content[i : i + MOST_CHUNK] for i in range(0, len(content), MOST_CHUNK)]
     parts = [
         HEADER.pack(MAGIC, VERSION, LZ4, array.ndim, len(name)),

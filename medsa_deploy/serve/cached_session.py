@@ -80,8 +80,8 @@ class CachedSession(Session):
         self.check()
         if not isinstance(embedding, PlacedEmbedding):
             return super().decode_logits(embedding, prompts)
-        whole = embedding.image_part is None  # the decoder in one part rounds differently
-        key = (*embedding.key, "logits", whole, *map(_prompt_key, prompts))
+        undivided = embedding.image_part is None  # the decoder in one part rounds differently
+        key = (*embedding.key, "logits", undivided, *map(_prompt_key, prompts))
 
         def compute() -> tuple[Array, Array]:
             with self.bundle.running:

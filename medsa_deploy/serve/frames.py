@@ -42,9 +42,9 @@ def runs(plane: NDArray[np.uint8]) -> bytes:
     if len(flat) > MOST_LENGTH and lengths.max() > MOST_LENGTH:
         parts = -(-lengths // MOST_LENGTH)
         labels = np.repeat(labels, parts)
-        rest = lengths - (parts - 1) * MOST_LENGTH
+        remainders = lengths - (parts - 1) * MOST_LENGTH
         lengths = np.full(len(labels), MOST_LENGTH)
-        lengths[np.cumsum(parts) - 1] = rest
+        lengths[np.cumsum(parts) - 1] = remainders
     words = labels << np.uint32(LENGTH_BITS) | lengths.astype(np.uint32)
     return words.astype("<u4").tobytes()
 

@@ -49,7 +49,7 @@ class OpenImage:
     """Names it in the cache."""
     picture: bool
     """Whether it is a picture rather than a volume."""
-    bytes: int
+    size_bytes: int
     wire: tuple[str, float, float]
     """Type of the pixels that are sent, and the slope and intercept that lead to the file's."""
     windows: dict[tuple[str, IntensityWindow], IntensityWindow] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def open_files(
     `most_bytes`: memory that its pixels may take. `check` is called for every slice.
     """
     if holds_volume(path, lone=True):
-        return _held(read_volume(path), picture=False, most_bytes=most_bytes, check=check)
+        return _in_memory(read_volume(path), picture=False, most_bytes=most_bytes, check=check)
     if path.is_dir():
         entries = [entry for entry in path.iterdir() if entry.is_file()]
         if len(entries) != 1:
@@ -114,7 +114,7 @@ def open_files(
             )
         return open_files(entries[0], most_bytes=most_bytes, check=check)
     volume = _picture_volume(read_image(path))
-    return _held(volume, picture=True, most_bytes=most_bytes, check=check)
+    return _in_memory(volume, picture=True, most_bytes=most_bytes, check=check)
 
 
 def open_array(array: np.ndarray, spacing_mm: Sequence[float], *, most_bytes: int) -> OpenImage:
@@ -144,7 +144,7 @@ def open_array(array: np.ndarray, spacing_mm: Sequence[float], *, most_bytes: in
         dtype=np.dtype(np.float32) if array.dtype.kind == "f" else array.dtype,
         slices=_ArrayPlanes(array=np.moveaxis(array, axis, 0)),
     )
-    return _held(check_volume(volume), picture=False, most_bytes=most_bytes)
+    return _in_memory(check_volume(volume), picture=False, most_bytes=most_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -205,7 +205,7 @@ class _OneSlice:
         return self.image
 
 
-def _held(
+def _in_memory(
     volume: Volume,
     *,
     picture: bool,
@@ -227,9 +227,9 @@ def _held(
             )
         values = {part.name: getattr(image, part.name) for part in fields(Image)}
         images.append(PlacedImage(**values, owner=owner, index=index))
-    held = replace(volume, slices=HeldSlices(images=images))
+    stored = replace(volume, slices=HeldSlices(images=images))
     return OpenImage(
-        volume=held, owner=owner, picture=picture, bytes=size, wire=_wire(held, images)
+        volume=stored, owner=owner, picture=picture, size_bytes=size, wire=_wire(stored, images)
     )
 
 

@@ -106,8 +106,8 @@ def bounds(inside: NDArray[np.bool_]) -> list[list[int]] | None:
     """[[low, high], …] along each axis, high one past the last; None if nothing is inside."""
     box = []
     for axis in range(inside.ndim):
-        others = tuple(k for k in range(inside.ndim) if k != axis)
-        places = np.flatnonzero(inside.any(axis=others))
+        other_axes = tuple(k for k in range(inside.ndim) if k != axis)
+        places = np.flatnonzero(inside.any(axis=other_axes))
         if not len(places):
             return None
         box.append([int(places[0]), int(places[-1]) + 1])

@@ -88,7 +88,7 @@ class Leases:
     @property
     def image_bytes(self) -> int:
         """Memory of all images."""
-        return sum(lease.image.bytes for lease in self.all() if lease.image is not None)
+        return sum(lease.image.size_bytes for lease in self.all() if lease.image is not None)
 
     def claim(self) -> Lease:
         """A new lease; BusyError if there are too many."""

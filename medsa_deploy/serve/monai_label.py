@@ -54,10 +54,12 @@ class _Protocol:
         """The models."""
         models = {}
         for bundle in self.service.bundles:
-            several = bundle.facts["several_classes"]
-            names = [f"{bundle.name}:{c}" for c in bundle.session.classes] if several else []
+            several_classes = bundle.facts["several_classes"]
+            names = (
+                [f"{bundle.name}:{c}" for c in bundle.session.classes] if several_classes else []
+            )
             for name in names or [bundle.name]:
-                label = name.rpartition(":")[2] if several else bundle.session.classes[0]
+                label = name.rpartition(":")[2] if several_classes else bundle.session.classes[0]
                 models[name] = {
                     "type": "deepgrow",
                     "labels": [label],
@@ -94,8 +96,8 @@ class _Protocol:
     async def infer(self, request: Request) -> Response:
         """The labels of clicks or a box on a session's image, or on one that is sent."""
         token = request.query_params.get("session_id")
-        lease = self.service.leases.claim() if token is None else self._lease(token)
         bundle, class_name = self._model(request.path_params["model"])
+        lease = self.service.leases.claim() if token is None else self._lease(token)
         try:
             async with await self._form(request) as form:
                 params = parse_object(_text(form.get("params", "{}")))

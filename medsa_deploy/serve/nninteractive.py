@@ -258,10 +258,10 @@ class _Protocol:
             return interaction.segment(self.service, image, near, job)
 
         long = interaction.propagate
-        mask, whole = await self.service.run(request, work, lease=lease, long=long)
+        mask, complete = await self.service.run(request, work, lease=lease, long=long)
         before = interaction.mask
         interaction.mask = mask
-        return _answer(mask, before, interaction.dtype, whole=whole)
+        return _answer(mask, before, interaction.dtype, complete=complete)
 
     def _target(self, request: Request) -> tuple[ServedBundle, str | None]:
         """The bundle and class of a path; None for a network of one class."""
@@ -287,13 +287,13 @@ def _answer(
     before: NDArray[np.uint8] | None = None,
     dtype: str = "uint8",
     *,
-    whole: bool = True,
+    complete: bool = True,
 ) -> Response:
     """The box of what has changed, and the mask within; without a mask nothing was predicted."""
     meta: dict[str, Any] = {"ran_prediction": mask is not None, "bbox": None}
     content = b""
     if mask is not None:
-        meta["complete"] = whole
+        meta["complete"] = complete
         changed = mask != 0 if before is None else mask != before
         if (box := bounds(changed)) is not None:
             meta["bbox"] = box

@@ -69,7 +69,7 @@ def segment(
             on_labels(index, plane)
         pending.clear()
 
-    def labelled(index: int, plane: NDArray[np.uint8]) -> None:
+    def take_labels(index: int, plane: NDArray[np.uint8]) -> None:
         check()
         if index not in pending:
             flush()
@@ -84,7 +84,7 @@ def segment(
         request.options(window),
         on_slice=on_slice,
         near=request.near,
-        on_labels=labelled,
+        on_labels=take_labels,
     )
     flush()
     prediction.timings_ms["request"] = 1e3 * (perf_counter() - start)

@@ -115,14 +115,14 @@ class Server:
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens; UsageError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
-        listener.listen(128)
+        listening.bind((host, port))
+        listening.listen(128)
     except OSError as e:
-        listener.close()
+        listening.close()
         raise UsageError(
             f"{host}:{port} cannot be listened on: {e.strerror or one_line(e)}; choose another port"
         ) from e
-    return listener
+    return listening

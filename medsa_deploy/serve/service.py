@@ -116,16 +116,16 @@ class Service:
 
     def image_room(self, lease: Lease) -> int:
         """Bytes that an image of a lease may take."""
-        before = lease.image.bytes if lease.image is not None else 0
+        before = lease.image.size_bytes if lease.image is not None else 0
         return max(0, self.options.image_bytes - self.leases.image_bytes + before)
 
-    def hold(self, lease: Lease, image: OpenImage, **facts: object) -> None:
+    def hold(self, lease: Lease, image: OpenImage) -> None:
         """Give a lease its image, and forget the one it had."""
         self.forget_image(lease)
         lease.image = image
         self.metrics.count("medsa_serve_images_total")
         self.events.write(
-            "image", shape=image.volume.shape, kind=image.volume.kind, bytes=image.bytes, **facts
+            "image", shape=image.volume.shape, kind=image.volume.kind, bytes=image.size_bytes
         )
 
     def forget_image(self, lease: Lease) -> None:
@@ -174,9 +174,9 @@ class Service:
         BusyError if too many wait.
         """
         job = self.pool.submit(work, long=long)
-        with ExitStack() as held:
+        with ExitStack() as stack:
             if lease is not None:
-                held.enter_context(lease.working(job))
+                stack.enter_context(lease.working(job))
             future = asyncio.wrap_future(job.future)
             gone = asyncio.ensure_future(disconnected(request))
             try:
