@@ -1,4 +1,4 @@
-"""A path or received bytes → a pydicom dataset, within the limits on what is read.
+"""A path → a pydicom dataset, within the limits on what is read.
 
 pydicom reads whatever a file announces: millions of items of a sequence, a deflated dataset of any
 size. So files are read through streams that count, and that look into the content before it is
@@ -104,12 +104,6 @@ class _CountedFile(_Counted, io.BufferedReader):
         self.path = path
 
 
-class _CountedBytes(_Counted, io.BytesIO):
-    def __init__(self, content: bytes, path: Path) -> None:
-        super().__init__(content)
-        self.path = path
-
-
 def load(path: Path) -> Any:
     """The dataset of a file that holds pixels; ImageError if it holds none."""
     with reading(path, "DICOM"):
@@ -143,15 +137,6 @@ def load_header(path: Path, names: list[str] | None = None) -> Any:
                 check_items(path, io.BufferedReader.read(stream, place))
         if "SOPClassUID" not in header and "Rows" not in header:
             raise ImageError(f"{path} does not look like DICOM; take it out of the folder")
-    return header
-
-
-def received_header(content: bytes, names: list[str] | None) -> Any:
-    """The attributes of received bytes, without the pixels; any exception of pydicom."""
-    stream = _CountedBytes(content, Path("the object"))
-    header = _read(stream, names, pixels=False)
-    if stream.tell() > LARGE_HEADER:
-        check_items(stream.path, content[: stream.tell()])
     return header
 
 
