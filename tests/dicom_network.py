@@ -24,8 +24,8 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Comprehensive3DSRStorage, SegmentationStorage, Verification
 
-from medsa_deploy.event_log import EventLog
 from medsa_deploy.dicom_node.node import Node, NodeOptions
+from medsa_deploy.event_log import EventLog
 
 CALLING = "SCANNER"
 SOCKETS_LEFT = pytest.mark.filterwarnings(
