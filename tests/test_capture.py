@@ -71,12 +71,12 @@ class Fractions(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = (4 * x).to(torch.int64)
+        counts = (4 * x).to(torch.int64)
         if self.kind == "beside a fraction":
-            return whole * 0.5
+            return counts * 0.5
         if self.kind == "compared with a fraction":
-            return (whole > 0.5).to(torch.float32)
-        return whole / whole.flatten(1)[:, :1, None] if self.kind == "divided" else whole + x
+            return (counts > 0.5).to(torch.float32)
+        return counts / counts.flatten(1)[:, :1, None] if self.kind == "divided" else counts + x
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from medsa_deploy import stages
 from medsa_deploy.errors import MissingDependencyError, UsageError
 
 from . import console
-from .options import Backend, MaxMemory, Precision, Threads, with_options
+from .options import Backend, Json, MaxMemory, Precision, Threads, with_options
 
 if TYPE_CHECKING:
     from medsa_deploy.serve.service import ServeOptions
@@ -100,6 +100,7 @@ class ServeCommandOptions:
 def serve(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles: folders that export wrote")],
     options: ServeCommandOptions,
+    json: Json = False,
 ) -> None:
     """Serve bundles to a browser, and to viewers that speak nnInteractive or MONAI Label.
 
@@ -125,7 +126,11 @@ def serve(
     with events.of_logger("medsa_deploy"), Server(options.server(bundles), events) as server:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, frame: stop.set())
-        console.out.print(server.url)
+        if json:
+            console.print_json({"url": server.url})
+            sys.stdout.flush()  # whoever started it waits for the address
+        else:
+            console.out.print(server.url)
         while not stop.wait(1.0) and server.alive:
             pass
 

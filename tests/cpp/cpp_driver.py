@@ -91,10 +91,10 @@ class Driver:
         if not reply:
             _, messages = self.process.communicate()
             raise AssertionError(f"{request}: {messages.decode()}")
-        word, _, rest = reply.strip("\n").partition(" ")
+        word, _, payload = reply.strip("\n").partition(" ")
         if word == "error":
-            raise Refusal(rest)
-        return [self.process.stdout.read(int(size)) for size in rest.split()]
+            raise Refusal(payload)
+        return [self.process.stdout.read(int(size)) for size in payload.split()]
 
     def image(
         self, pixels: np.ndarray, *, gap: int = 0, upwards: bool = False, **flags: Any

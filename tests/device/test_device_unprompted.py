@@ -18,12 +18,14 @@ from medsa_deploy.nvidia.engines import AxisRange
 from medsa_deploy.runtime import Session
 
 NONE = AxisRange(min=0, opt=0, max=0)
-FEW = AxisRange(min=0, opt=2, max=4)
+DYNAMIC = AxisRange(min=0, opt=2, max=4)
 LABELS = {"classes": 3, "outputs": "labels", "postprocess": "samed"}
 
 
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt_rtx"])
-@pytest.mark.parametrize(("need", "points"), [("none", NONE), ("none", FEW), ("optional", FEW)])
+@pytest.mark.parametrize(
+    ("need", "points"), [("none", NONE), ("none", DYNAMIC), ("optional", DYNAMIC)]
+)
 def test_networks_without_prompts_run_on_engines(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: str, need: str, points: AxisRange
 ) -> None:
@@ -43,7 +45,7 @@ def test_networks_without_prompts_run_on_engines(
 
 
 def test_a_mask_alone_runs_on_engines(machine: Machine, plain: Session, tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", plain.manifest, describe(points=FEW))
+    folder = write(tmp_path / "x", plain.manifest, describe(points=DYNAMIC))
     mask = np.random.default_rng(0).normal(size=(2, SIDE, SIDE)).astype(np.float32)
     image = frame(0)
     with open_engines(plain, folder) as session:
