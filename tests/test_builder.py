@@ -257,13 +257,16 @@ def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
 
 
+def child_processes() -> set[str]:
+    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
+
+
 def test_an_interrupt_ends_the_builder(bundle: Path, tmp_path: Path) -> None:
     children: set[str] = set()
+    earlier = child_processes()
 
     def interrupt(percent: int) -> None:
-        children.update(
-            Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        )
+        children.update(child_processes() - earlier)
         raise KeyboardInterrupt
 
     job = job_of(bundle, "encoder", tmp_path / "encoder.engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from typing import Any
 
@@ -119,7 +120,8 @@ def test_memory_is_that_of_the_process(session: Session) -> None:
     before = session.health().memory_mb
     if before is None:
         pytest.skip("this system does not report resident memory")
-    block = np.ones(40_000_000, np.uint8)
+    block = np.frombuffer(mmap.mmap(-1, 40_000_000), np.uint8)  # memory that was never freed
+    block[:] = 1
     after = session.health().memory_mb
     assert after is not None
     assert after - before > 30

@@ -51,8 +51,8 @@ SHELL_OPTIONS = {"--no-build-isolation"}
 
 def blocks(page: Path, language: str) -> list[str]:
     """Fenced blocks of a language; the empty name for those without one."""
-    pattern = rf"^```{language}\n(.*?)^```$"
-    return re.findall(pattern, page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
 
 
 def commands(page: Path) -> list[str]:

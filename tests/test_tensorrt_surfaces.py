@@ -57,7 +57,7 @@ def test_one_path_builds_with_every_version(
     assert "STRONGLY_TYPED" in encoder["network_flags"]
     assert encoder["flags"] == decoder["flags"] == ["TF32"]
     assert encoder["profiles"] == [{"image": [[b, 3, 256, 256] for b in (1, 1, 4)]}]
-    assert decoder["profiles"][0]["point_coords"] == [[1, 1, 2], [1, 2, 2], [8, 16, 2]]
+    assert decoder["profiles"][0]["point_coords"] == [[1, 0, 2], [1, 2, 2], [8, 16, 2]]
     assert "workspace" not in encoder
     assert "optimization_level" not in encoder
     library = tensorrt_api.Library(flavor="tensorrt", version=version, targets=())

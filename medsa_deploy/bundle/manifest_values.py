@@ -125,7 +125,10 @@ def _check_files(files: Any) -> None:
     digests: dict[str, str] = {}
     for file in files:
         parts = file.path.split("/")
-        if any(part in ("", ".", "..") or part.startswith(".git") for part in parts) or (
+        if ".." in parts or not parts[0]:
+            place = f"{MANIFEST_FILENAME} names a file outside the bundle: files"
+            _refuse(place, file.path, "a path inside the bundle")
+        if any(part in ("", ".") or part.startswith(".git") for part in parts) or (
             "\\" in file.path or ":" in file.path
         ):
             _refuse(f"{MANIFEST_FILENAME}: files", file.path, "a path inside the bundle")

@@ -112,7 +112,7 @@ class Machine:
         """Another library's array on the GPU."""
         base = values if values.base is None else values.base
         data = np.frombuffer(base.tobytes(), np.uint8)
-        address = self.allocate(len(data))
+        address = self.allocate(max(1, len(data)))
         block = self.view(address, len(data))
         block[:] = data
         interface = {
