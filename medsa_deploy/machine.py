@@ -29,10 +29,8 @@ def cores() -> int:
 
 def memory_gb() -> float | None:
     """Installed memory in GB; None if the system does not report it."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
+    size = _installed_bytes()
+    return None if size is None else round(size / 1e9, 1)
 
 
 def memory_bytes() -> int | None:
@@ -40,11 +38,7 @@ def memory_bytes() -> int | None:
 
     None if the system reports neither.
     """
-    sizes = []
-    try:
-        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        pass
+    sizes = [_installed_bytes() or 0]
     for path in CONTAINER_LIMITS:
         try:
             with open(path, encoding="ascii") as f:
@@ -52,6 +46,27 @@ def memory_bytes() -> int | None:
         except (OSError, ValueError):  # no container, or "max"
             continue
     return min((size for size in sizes if size > 0), default=None)
+
+
+def resident_bytes() -> int | None:
+    """Bytes of memory that this process has in RAM; None if the system does not report it.
+
+    >>> resident_bytes() is None or resident_bytes() > 1e6
+    True
+    """
+    try:
+        with open("/proc/self/statm", "rb") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def _installed_bytes() -> int | None:
+    """Bytes of the machine's memory; None if the system does not report it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def system() -> str:

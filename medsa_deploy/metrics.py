@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
+
+from medsa_deploy.machine import resident_bytes
 
 Labels = tuple[tuple[str, str], ...]
 Descriptions = Mapping[str, tuple[str, str]]
@@ -41,7 +42,7 @@ class Metrics:
         with self._lock:
             values = dict(self._values)
         values |= gauges or {}
-        values["medsa_resident_memory_bytes", ()] = resident_memory()
+        values["medsa_resident_memory_bytes", ()] = resident_bytes() or 0
         lines = []
         for name, (kind, meaning) in self.descriptions.items():
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
@@ -54,12 +55,3 @@ class Metrics:
 def _label_text(labels: Labels) -> str:
     quoted = ",".join(f'{name}="{value}"' for name, value in labels)
     return f"{{{quoted}}}" if labels else ""
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process has in RAM; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * 4096

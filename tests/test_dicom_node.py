@@ -47,7 +47,7 @@ from pynetdicom.sop_class import (
 from medsa_deploy.dicom_node import sender
 from medsa_deploy.dicom_node.receiver import client_context
 from medsa_deploy.errors import UsageError
-from medsa_deploy.metrics import resident_memory
+from medsa_deploy.machine import resident_bytes
 
 pytestmark = SOCKETS_LEFT
 RULES = (
@@ -282,7 +282,7 @@ def throw(port: int, contents: Iterator[bytes]) -> None:
 @pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_garbage_on_the_port_is_bounded(node: RunningNode, pacs: FakePacs, count: int) -> None:
     throw(node.port, garbage(20, seed=1))
-    before = resident_memory()
+    before = resident_bytes()
     throw(node.port, garbage(count, seed=2))
     with socket.create_connection(("127.0.0.1", node.port), 5) as half:
         half.sendall(b"\x01\0\xff\xff\xff\xff" + bytes(64))  # announces 4 GB
@@ -290,7 +290,7 @@ def test_garbage_on_the_port_is_bounded(node: RunningNode, pacs: FakePacs, count
         with contextlib.suppress(ConnectionResetError):
             while half.recv(64):
                 pass  # the node closes it
-    assert resident_memory() - before < 64e6
+    assert resident_bytes() - before < 64e6
     assert wait_until(lambda: echo(node.port) == 0)
     series = ct_series(2)
     assert send(node.port, series) == [0, 0]
@@ -506,7 +506,7 @@ def test_200_series_keep_memory_flat(bundle: Path, tmp_path: Path) -> None:
                 wait_until(node.idle, 600)
                 worker = worker_of(os.getpid())
                 pages = Path(f"/proc/{worker}/statm").read_text().split()[1]
-                sizes.append((resident_memory(), int(pages) * 4096))
+                sizes.append((resident_bytes(), int(pages) * 4096))
                 pacs.stored.clear()
     print(f"200 series in {time.monotonic() - start:.0f} s; node and worker, bytes: {sizes}")
     for early, late in zip(*sizes, strict=True):

@@ -24,7 +24,6 @@ ADDED = {
     "reports": (".html",),
 }
 """Folder that stages add to a bundle → the suffixes of its files."""
-SBOM_FILENAME = "sbom.cdx.json"
 
 
 def check_contents(manifest: Manifest, bundle: Path) -> list[str]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import threading
 import time
@@ -26,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy.bundle.atomic import whole_file
+from medsa_deploy.bundle.atomic import write_bytes
 from medsa_deploy.errors import MedsaError, UsageError
 
 from .received import ReceivedObject, short_hash
@@ -139,8 +138,8 @@ class Inbox:
         if item.is_prompt:
             folder = self.spool.state("prompts") / item.study_key
             folder.mkdir(exist_ok=True)
-            _write(folder / name, content)
-            _write(folder / f"{name}.json", json.dumps(item.referenced_series).encode())
+            write_bytes(folder / name, content)
+            write_bytes(folder / f"{name}.json", json.dumps(item.referenced_series).encode())
             return
         with self._lock:
             job = self.spool.state("receiving") / item.series_key
@@ -151,7 +150,7 @@ class Inbox:
                     )
                 self._begin(job, item)
             self._last[job.name] = time.monotonic()
-            _write(job / "images" / name, content)
+            write_bytes(job / "images" / name, content)
 
     def waiting(self) -> int:
         """Series on their way."""
@@ -209,7 +208,7 @@ class Inbox:
         temporary = job.with_name(f".medsa-{job.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "images").mkdir(parents=True)
-        _write(temporary / "source.json", json.dumps(asdict(item)).encode())
+        write_bytes(temporary / "source.json", json.dumps(asdict(item)).encode())
         temporary.rename(job)
 
     def _silence(self, job: Path) -> float:
@@ -256,16 +255,3 @@ def _json_line(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole, and see it onto the disk: the sender may forget it then."""
-    with whole_file(path) as temporary, temporary.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -63,11 +63,12 @@ def _without_quotations(record: logging.LogRecord) -> bool:
 logging.getLogger("pydicom").addFilter(_without_quotations)
 
 
-class _Counted:
-    """A stream that refuses to be read without end."""
+class _CountedFile(io.BufferedReader):
+    """A file that refuses to be read without end."""
 
-    path: Path
-    reads = 0
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.path, self.reads = path, 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
@@ -75,17 +76,17 @@ class _Counted:
             self._count_items()
         elif self.reads % READS_BEFORE_COUNT == 0:
             self._check_reads()
-        content: bytes = super().read(size)  # type: ignore[misc]
+        content = super().read(size)
         if size is None or size < 0:  # pydicom reads to the end only what it inflates
             _check_inflated(self.path, content)
         return content
 
     def _count_items(self) -> None:
         """ImageError for more items than there may be, in all of the stream."""
-        place = self.tell()  # type: ignore[attr-defined]
-        self.seek(0)  # type: ignore[attr-defined]
-        check_items(self.path, super().read())  # type: ignore[misc]
-        self.seek(place)  # type: ignore[attr-defined]
+        place = self.tell()
+        self.seek(0)
+        check_items(self.path, super().read())
+        self.seek(place)
 
     def _check_reads(self) -> None:
         """ImageError for more reads than there may be."""
@@ -96,12 +97,6 @@ class _Counted:
                 f"{most * READS_AN_ITEM // 2}: it is damaged, or raise the limit with --max-memory "
                 "(in Python: Limits)"
             )
-
-
-class _CountedFile(_Counted, io.BufferedReader):
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self.path = path
 
 
 def load(path: Path) -> Any:

@@ -5,7 +5,6 @@ A watchdog polls it, so that a scanner shows a session that hangs, fails or grow
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from time import monotonic
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from medsa_deploy.errors import InputError, MissingDependencyError, UsageError
+from medsa_deploy.machine import resident_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,13 +127,6 @@ def counted(
 
 
 def resident_mb() -> float | None:
-    """Resident memory of this process in MB; None if the system does not report it.
-
-    >>> resident_mb() is None or resident_mb() > 1
-    True
-    """
-    try:
-        with open("/proc/self/statm", "rb") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except (OSError, ValueError, AttributeError):
-        return None
+    """Resident memory of this process in MB; None if the system does not report it."""
+    size = resident_bytes()
+    return None if size is None else size / 1e6

@@ -27,7 +27,6 @@ PAGE = {
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-CLOSED = 499
 
 
 def application(service: Service, *, token: str | None) -> ASGIApp:
@@ -98,12 +97,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, RefusedError) and error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
-    status = CLOSED if isinstance(error, CancelledError) else status_of(error)
-    return JSONResponse({"detail": str(error)}, status, headers)
+    return JSONResponse({"detail": str(error)}, status_of(error), headers)
 
 
 async def _closed(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": "the client has gone"}, CLOSED)
+    return JSONResponse({"detail": "the client has gone"}, CancelledError.status)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

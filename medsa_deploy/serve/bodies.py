@@ -87,6 +87,11 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
     return data
 
 
+def is_number(value: Any, most: float = 1e9) -> bool:
+    """Whether a value of JSON is a finite number, and not larger than `most` either way."""
+    return type(value) in (int, float) and abs(value) <= most
+
+
 async def save_body(request: Request, path: Path, *, most_bytes: int) -> int:
     """Write the body to a file, which is removed if it does not come whole; the bytes written."""
     size = 0

@@ -47,14 +47,3 @@ def runs(plane: NDArray[np.uint8]) -> bytes:
         lengths[np.cumsum(parts) - 1] = remainders
     words = labels << np.uint32(LENGTH_BITS) | lengths.astype(np.uint32)
     return words.astype("<u4").tobytes()
-
-
-def labels_of(content: bytes, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """The inverse of `runs`: (H, W) uint8.
-
-    >>> labels_of(runs(np.eye(3, dtype=np.uint8)), (3, 3)).trace()
-    3
-    """
-    words = np.frombuffer(content, "<u4")
-    labels = (words >> np.uint32(LENGTH_BITS)).astype(np.uint8)
-    return np.repeat(labels, words & np.uint32(MOST_LENGTH)).reshape(shape)

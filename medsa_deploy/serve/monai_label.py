@@ -20,7 +20,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.runtime import Structure
 from medsa_deploy.stages.run.prompt_file import structure_of
 
-from .bodies import bounded, parse_object
+from .bodies import bounded, is_number, parse_object
 from .bundles import ServedBundle
 from .exports import FORMATS, export
 from .images import OpenImage, open_files
@@ -179,7 +179,7 @@ def _wish(params: Mapping[str, Any], class_name: str | None, propagate: bool) ->
     rows = [[*point, label] for key, label in (("foreground", 1), ("background", 0))
             for point in _points(params.get(key))]  # fmt: skip
     roi = params.get("roi") or []
-    if roi and not (isinstance(roi, list) and len(roi) == 6 and all(map(_is_number, roi))):
+    if roi and not (isinstance(roi, list) and len(roi) == 6 and all(map(is_number, roi))):
         raise UsageError("roi should be x0, x1, y0, y1, z0, z1 in voxels")
     boxes = [(roi[0], roi[2], roi[4], roi[1], roi[3], roi[5])] if roi else []
     points = [tuple(float(v) for v in row) for row in rows]
@@ -194,14 +194,10 @@ def _points(value: Any) -> list[list[float]]:
     if value is None:
         return []
     if not isinstance(value, list) or not all(
-        isinstance(row, list) and len(row) == 3 and all(map(_is_number, row)) for row in value
+        isinstance(row, list) and len(row) == 3 and all(map(is_number, row)) for row in value
     ):
         raise UsageError("foreground and background should be lists of x, y, z in voxels")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e9
 
 
 def _text(value: Any) -> str:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from medsa_deploy.errors import PromptError, UsageError
 
 from .array_wire import TYPES, pack, unpack
-from .bodies import json_object, parse_object, read_body
+from .bodies import is_number, json_object, parse_object, read_body
 from .bundles import ServedBundle
 from .images import OpenImage, open_array
 from .interaction import Interaction, Prompts, bounds
@@ -324,7 +324,7 @@ def _numbers(value: Any, count: int, expected: str) -> list[float]:
     """A list of finite numbers; PromptError, which says what was `expected`."""
     if not isinstance(value, list) or len(value) != count:
         raise PromptError(expected)
-    if not all(type(v) in (int, float) and abs(v) <= 1e9 for v in value):
+    if not all(map(is_number, value)):
         raise PromptError(f"{expected}, found {value!r:.60}")
     return [float(v) for v in value]
 

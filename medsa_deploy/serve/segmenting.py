@@ -15,6 +15,7 @@ from medsa_deploy.runtime import Structure, VolumeOptions, VolumePrediction, seg
 from medsa_deploy.stages.run.prompt_file import parsed_structure
 from medsa_deploy.transforms.intensities import IntensityWindow
 
+from .bodies import is_number
 from .bundles import ServedBundle
 from .cache import ByteCache
 from .cached_session import CachedSession
@@ -22,6 +23,8 @@ from .images import OpenImage
 
 MOST_STRUCTURES = 255
 MOST_PROMPTS = 10_000
+MOST_VALUE = 1e30
+"""Of an intensity or a threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def _window(value: Any) -> IntensityWindow:
         return None
     if value == "auto":
         return "auto"
-    if isinstance(value, list) and len(value) == 2 and all(_is_number(v) for v in value):
+    if isinstance(value, list) and len(value) == 2 and all(is_number(v, MOST_VALUE) for v in value):
         low, high = (float(v) for v in value)
         if low < high:
             return low, high
@@ -132,11 +135,6 @@ def _window(value: Any) -> IntensityWindow:
 def _threshold(value: Any) -> float | None:
     if value is None:
         return None
-    if not _is_number(value):
+    if not is_number(value, MOST_VALUE):
         raise PromptError("threshold should be a probability or null")
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and abs(value) <= 1e30

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from medsa_deploy import __version__
+from medsa_deploy.bundle.folder import new_bundle
 from medsa_deploy.errors import UsageError
 
 SOURCES = "cpp"
@@ -37,20 +37,18 @@ def copy_cpp(output: Path, *, force: bool = False) -> CppProject:
     ('CMakeLists.txt', 'VERSION')
     """
     _check_output(output, force=force)
-    temporary = output.parent / f".{output.name}.{secrets.token_hex(8)}.tmp"
     try:
-        with resources.as_file(resources.files("medsa_deploy") / SOURCES) as sources:
-            shutil.copytree(sources, temporary, ignore=shutil.ignore_patterns("__pycache__"))
-        (temporary / VERSION_FILE).write_text(f"{__version__}\n", encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
+        with (
+            resources.as_file(resources.files("medsa_deploy") / SOURCES) as sources,
+            new_bundle(output) as folder,
+        ):
+            without_caches = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(sources, folder, ignore=without_caches, dirs_exist_ok=True)
+            (folder / VERSION_FILE).write_text(f"{__version__}\n", encoding="utf-8")
     except OSError as e:
         raise UsageError(
             f"{output} cannot be written ({e.strerror}): name another folder with -o"
         ) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     files = sorted(path for path in output.rglob("*") if path.is_file())
     names = tuple(path.relative_to(output).as_posix() for path in files)
     return CppProject(folder=output, version=__version__, files=names)
