@@ -244,9 +244,9 @@ class Node:
         }
         if rule is None:
             self.spool.add_outcome(short_hash(source["study"]), facts | {"result": "kept out"})
-            self.inbox.keep_out(job)
             self.metrics.count("medsa_series_total", result="kept_out")
             self.events.write("kept out", identifying, reason="no rule matches", **facts)
+            self.inbox.keep_out(job)  # last: nothing leaves the spool before the log says so
             return
         facts["job"] = self.inbox.queue(job).name
         self.events.write("queued", identifying, rule=rule + 1, **facts)

@@ -199,21 +199,21 @@ class Sender:
         study_key, _, uid = job.name.partition("_")
         self.spool.add_outcome(study_key, outcome)
         write_text(self.spool.state("sent") / f"{uid}.json", json.dumps(outcome) + "\n")
-        self.spool.drop(job)
-        self._forget(job)
         self.metrics.count("medsa_series_total", result="sent")
         self.metrics.count("medsa_delivery_seconds_sum", delay)
         self.metrics.count("medsa_delivery_seconds_count")
         self.events.write("sent", **outcome)
+        self.spool.drop(job)
+        self._forget(job)
 
     def _give_up(self, job: Path, reason: str) -> None:
         """Put a series aside that a destination refuses."""
         outcome = _outcome(job) | {"result": "refused", "error": reason}
         self.spool.add_outcome(job.name.partition("_")[0], outcome)
-        self.spool.fail(job, reason)
-        self._forget(job)
         self.metrics.count("medsa_series_total", result="refused")
         self.events.write("given up", **outcome)
+        self.spool.fail(job, reason)
+        self._forget(job)
 
     def _forget(self, job: Path) -> None:
         for destination in self.destinations:
