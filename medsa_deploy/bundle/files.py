@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,5 +87,17 @@ def describe_file(
 
 def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return sha256_of(file)
+
+
+def sha256_of(file: BufferedReader) -> str:
+    """The hexadecimal SHA-256 of the rest of an open file.
+
+    `hashlib.file_digest` does this from Python 3.11 on.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 18))
+    while size := file.readinto(buffer):
+        digest.update(buffer[:size])
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ these must not have been written to.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from medsa_deploy.errors import BundleError
 
-from .files import refuse_changed, resolve_inside
+from .files import refuse_changed, resolve_inside, sha256_of
 
 CLOCK_SECONDS = 2.0
 """A file that was written so shortly before could change again without a new time: it is hashed a
@@ -58,7 +57,7 @@ class HeldFiles:
             identity = _identity(os.fstat(file.fileno()))
             is_recent = time.time() - identity[-1] / 1e9 < CLOCK_SECONDS
             actual_size = identity[2]
-            digest = _sha256(file) if size in (None, actual_size) else None
+            digest = sha256_of(file) if size in (None, actual_size) else None
         except OSError as e:
             raise BundleError(
                 f"{self._bundle}: {path!r} cannot be read ({e.strerror}): copy the bundle again"
@@ -77,7 +76,7 @@ class HeldFiles:
                 same = now == held_file.identity == _identity(os.fstat(held_file.file.fileno()))
                 if same and held_file.is_recent:
                     with held_file.path.open("rb") as f:
-                        same = _sha256(f) == held_file.sha256
+                        same = sha256_of(f) == held_file.sha256
             except OSError:
                 same = False
             if not same:
@@ -110,7 +109,3 @@ def held_files(bundle: Path) -> Iterator[HeldFiles]:
 def _identity(about: os.stat_result) -> tuple[int, ...]:
     """Device, number, size and times of a file: of these, no user can set the last."""
     return (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-
-
-def _sha256(file: BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.child import ChildError, run_in_child
@@ -117,7 +117,7 @@ class Node:
             self.receiver = self._receiver()
             self._opened = opened.pop_all()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Node:
         """Start the threads, and fetch what is to be fetched."""
         for work in (self.receiver.serve, self._run_worker, self._run_sender, self._run_queue):
             thread = threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from time import perf_counter
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -352,7 +351,7 @@ class Session:
             self._backend.close()
             self._backend = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(

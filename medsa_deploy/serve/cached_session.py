@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -92,7 +92,7 @@ class CachedSession(Session):
     def close(self) -> None:
         """Nothing: the backend is the other session's."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> CachedSession:
         return self
 
 

@@ -6,7 +6,6 @@ import socket
 import threading
 from contextlib import ExitStack
 from time import monotonic
-from typing import Self
 
 import uvicorn
 
@@ -58,7 +57,7 @@ class Server:
         host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
         return f"{scheme}://{host}:{self.port}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Server:
         self._thread.start()
         limit = monotonic() + START_SECONDS
         while not self._uvicorn.started:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self
+from typing import Any
 
 from starlette.requests import Request
 
@@ -101,7 +101,7 @@ class Service:
             )
             self._opened = opened.pop_all()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Service:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,7 +6,7 @@ and saves nothing.
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class ImageEncoder(nn.Module):
         self.neck = neck(width, shapes[f"{prefix}.neck.0.weight"][0])
 
     @classmethod
-    def of(cls, network: Network, shapes: Shapes) -> Self:
+    def of(cls, network: Network, shapes: Shapes) -> ImageEncoder:
         """The encoder of a network, without weights."""
         return cls(
             shapes,

@@ -7,7 +7,6 @@ batch norm. The keys of a checkpoint name the modules here.
 from __future__ import annotations
 
 from math import isqrt
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +206,7 @@ class ImageEncoder(nn.Module):
         self.neck = neck(width, out)
 
     @classmethod
-    def of(cls, network: Network, shapes: Shapes) -> Self:
+    def of(cls, network: Network, shapes: Shapes) -> ImageEncoder:
         """The encoder of a network, without weights; shapes alone determine it."""
         return cls(shapes)
 
