@@ -69,6 +69,7 @@ def test_float16_engines_with_nothing_but_a_bundle(
         "decoder.engine",
         "encoder.engine",
         "engine.json",
+        "sbom.json",
     ]
     assert [file.attention for file in engine.files] == ["fused", "fused"]
     assert [next(iter(f.sources)) for f in engine.files] == [

@@ -49,12 +49,13 @@ Role = Literal[
     "decoder-click",
     "weights",
     "reference",
+    "sbom",
 ]
 """`encoder-onnxruntime`, `encoder-openvino`: the encoder with attention as that backend runs it
 fastest; it shares the weights in the encoder's file. `decoder-image` and `decoder-click`: the
 decoder in two parts, one that runs once for each image and one that runs for each prompt without a
 mask. `weights`: external data of a graph over protobuf's limit. `reference`: the checkpoint's
-outputs, for `verify`.
+outputs, for `verify`. `sbom`: the bill of materials.
 """
 
 

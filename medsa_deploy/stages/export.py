@@ -14,6 +14,7 @@ from medsa_deploy import __version__
 from medsa_deploy.bundle.files import describe_file
 from medsa_deploy.bundle.folder import check_target, new_bundle
 from medsa_deploy.bundle.manifest import Manifest, Parity, Role, save_manifest
+from medsa_deploy.bundle.sbom import require_library, write_sbom
 from medsa_deploy.errors import UsageError
 from medsa_deploy.evaluation.cases import Case, parity_cases
 from medsa_deploy.evaluation.parity import Array, compare_cases, reference_outputs, require_parity
@@ -73,6 +74,7 @@ def export_checkpoint(
     target = output or checkpoint.with_suffix(".medsa")
     check_target(target, force=force)
     start = perf_counter()
+    require_library("export")
     on_step("read the checkpoint")
     with export_extra():
         from medsa_deploy.exporters.architecture import infer
@@ -152,6 +154,7 @@ def _write_bundle(
     save_reference(reference_path, cases[0], expected[0])
     files.append(describe_file(reference_path, folder, role="reference", precision="fp32"))
     manifest = replace(manifest, files=tuple(files))
+    manifest = write_sbom(folder, manifest, TOOLS, command="export")
     save_manifest(manifest, folder)
     on_step("prove the graphs equal to it")
     tensors = [outputs.tensors for outputs in expected]

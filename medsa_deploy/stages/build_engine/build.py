@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from medsa_deploy.bundle.atomic import write_text
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.folder import new_bundle
 from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, load_manifest
+from medsa_deploy.bundle.sbom import SBOM_FILENAME, ListedFile, require_library, sbom_text
 from medsa_deploy.errors import UsageError
+from medsa_deploy.libraries import Library, installed_library
 from medsa_deploy.nvidia import cuda, engine_builder
 from medsa_deploy.nvidia.engines import Engine, EngineFile, load_engines, save_engines
 from medsa_deploy.progress import OnCount, OnStep
@@ -60,6 +63,8 @@ def build_engines(
     manifest = load_manifest(bundle)
     library = find_library(request, on_note)
     check_request(bundle, manifest, request, library)
+    if not dry_run:
+        require_library("rtx" if library.flavor == "rtx" else "tensorrt")
     if not dry_run and lacks_graphs(manifest, request.precision):
         _make_graphs(bundle, request, on_step, on_progress)
     plan = plan_engines(bundle, request, library, force=force, on_note=on_note)
@@ -125,10 +130,30 @@ def _build(
                 files=tuple(files),
             )
             save_engines(engine, folder)
+            write_text(folder / SBOM_FILENAME, _sbom(plan, engine))
     finally:
         if not any(parent.iterdir()):
             parent.rmdir()
     return engine
+
+
+def _sbom(plan: EnginePlan, engine: Engine) -> str:
+    """The engines' own bill of materials: the bundle's stays as it is, and so does a signature."""
+    name = "tensorrt-rtx" if engine.options.flavor == "rtx" else "tensorrt"
+    builder = installed_library(name) or Library(name=name, version=engine.version, licence="")
+    writers = [builder, *filter(None, map(installed_library, ("medsa-deploy", "onnx")))]
+    targets = ", ".join(engine.options.targets)
+    files = [
+        ListedFile(
+            path=file.path,
+            sha256=file.sha256,
+            properties={"role": file.role, "precision": engine.options.precision},
+            ancestors=tuple(file.sources),
+            steps=f"built by {name} {engine.version} for {targets}",
+        )
+        for file in engine.files
+    ]
+    return sbom_text(load_manifest(plan.bundle), files, writers, command="build-engine")
 
 
 def _build_one(

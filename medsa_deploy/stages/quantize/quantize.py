@@ -17,6 +17,7 @@ from medsa_deploy.bundle.additions import add_files, work_folder
 from medsa_deploy.bundle.files import check_files, describe_file
 from medsa_deploy.bundle.manifest import File, Manifest, Parity, load_manifest
 from medsa_deploy.bundle.recipe import Recipe
+from medsa_deploy.bundle.sbom import SBOM_FILENAME, require_library, write_sbom
 from medsa_deploy.errors import UsageError
 from medsa_deploy.evaluation.cases import parity_cases
 from medsa_deploy.graph.files import import_onnx
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp16", "int8", "int8-cpu")
 """Precisions that can be added; files of these names that no manifest lists are leftovers."""
+
+LIBRARIES = ("onnx", "onnxruntime", "numpy")
+"""Libraries that make the graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,7 @@ def quantize_bundle(
         raise UsageError("calibration images are for int8; float16 needs none")
     check_options("onnxruntime", threads)
     import_onnx()
+    require_library("quantize")
     manifest = load_manifest(bundle)
     sources = find_sources(calibration, manifest.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
@@ -91,7 +96,7 @@ def quantize_bundle(
             runner = CandidateRunner(bundle, manifest, judged_cases, threads)
             reference = CandidateRunner(bundle, manifest, to_run[:1], threads)
             additions.append(make_int8(runner, reference, folder, base, sources, on_step, on_image))
-        result = _add(bundle, additions)
+        result = _add(bundle, folder, additions)
     added = additions[-1]
     return Quantization(
         bundle=bundle,
@@ -121,12 +126,18 @@ def _base(
     return Base(precision="fp16", decoder=decoder, float32_blocks=recipe.float32_blocks)
 
 
-def _add(bundle: Path, additions: Sequence[QuantizedGraphs]) -> Manifest:
-    """Move new graphs into the bundle, in place of those of the same precisions."""
+def _add(bundle: Path, folder: Path, additions: Sequence[QuantizedGraphs]) -> Manifest:
+    """Move new graphs and a new bill of materials from `folder` into the bundle.
+
+    They take the place of graphs of the same precisions.
+    """
     manifest = load_manifest(bundle)  # another precision may have been added meanwhile
     for added in additions:
         manifest = _merged(manifest, added)
-    add_files(bundle, [f for a in additions for fs in a.graphs.values() for f in fs], manifest)
+    earlier = bundle / SBOM_FILENAME if manifest.has("sbom") else None
+    manifest = write_sbom(folder, manifest, LIBRARIES, command="quantize", earlier=earlier)
+    graphs = [file for added in additions for files in added.graphs.values() for file in files]
+    add_files(bundle, [*graphs, folder / SBOM_FILENAME], manifest)
     listed = {entry.path for entry in manifest.files}
     for precision in PRECISIONS:
         for file in bundle.glob(f"*coder*.{precision}.onnx*"):
