@@ -50,7 +50,7 @@ class ChildError(RuntimeError):
         self.code = code
         """The child's exit code, below 0 for the signal that ended it; None after an exception."""
         if notes:
-            self.add_note(notes)
+            self.__notes__ = [notes]  # what `add_note` does, from Python 3.11 on
 
     @property
     def killed(self) -> bool:

@@ -239,7 +239,8 @@ def _stored_voxels(path: Path, source: Any, number: int) -> np.ndarray:
         if math.prod(source.shape[3:]) == 1:
             return np.asanyarray(unscaled)
         position = [number if size > 1 else 0 for size in source.shape[3:]]
-        return np.asarray(unscaled[(slice(None), slice(None), slice(None), *position)])
+        index = (slice(None), slice(None), slice(None), *position)
+        return np.asarray(unscaled[index])
 
 
 def _choose_volume(path: Path, stored: tuple[int, ...], volume: int | None) -> int:

@@ -84,7 +84,7 @@ class Counted:
 
 def _file(name: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     """A handler that answers a file of the page."""
-    content = files("medsa_deploy.serve").joinpath("page", name).read_bytes()
+    content = files("medsa_deploy.serve").joinpath("page").joinpath(name).read_bytes()
 
     async def handler(request: Request) -> Response:
         return Response(content, media_type=media_type)
