@@ -22,7 +22,7 @@ from test_interrupt import assert_interrupted, begun, ended, wait_for
 
 from medsa_deploy import load
 from medsa_deploy.evaluation.cases import seeded_image
-from medsa_deploy.images import read_volume
+from medsa_deploy.images import read_image, read_volume
 from medsa_deploy.runtime import Structure, VolumeOptions, segment_volume
 from medsa_deploy.stages.run import volumes
 
@@ -295,7 +295,7 @@ def test_options_that_do_not_fit(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--prompts", "p.json"), "--prompts is for volumes"),
+        (("--prompts", "p.json"), "--prompts holds all prompts"),
         (("--propagate",), "--propagate is for volumes"),
         (("--overlap", "1"), "--overlap is for volumes"),
         (("--margin", "1"), "--margin is for volumes"),
@@ -310,6 +310,29 @@ def test_options_of_volumes_on_an_image(
     done = call("run", bundle, "flat.png", "--point", "9,9", *options)
     assert done.code == 2
     assert message in done.error
+
+
+def test_a_prompt_file_for_a_picture(bundle: Path, workplace: Path) -> None:
+    """Its mask has a label for each structure; a box alone is that of --box."""
+    make("flat.png")
+    box = {"name": "square", "boxes": [[4, 5, 0, 20, 22, 1]]}
+    point = {"name": "spot", "points": [[9, 9, 0]]}
+    for name, structures in (("box", [box]), ("both", [box, point])):
+        Path(f"{name}.json").write_text(json.dumps({"structures": structures}))
+        done = call(
+            *("run", bundle, "flat.png", "--prompts", f"{name}.json", "-o", f"{name}.png"),
+            *("--overlay", f"{name}_overlay.png", "--json"),
+        )
+        assert done.code == 0, done.err
+        assert list(done.json["pixels"]) == [entry["name"] for entry in structures]
+        assert Path(f"{name}_overlay.png").exists()
+    done = call("run", bundle, "flat.png", "--box", "4,5,20,22", "-o", "plain.png")
+    assert done.code == 0
+    written = {name: read_image(f"{name}.png").pixels for name in ("box", "plain", "both")}
+    assert (written["box"] == written["plain"]).all()
+    assert set(np.unique(written["both"])) <= {0, 1, 2}
+    done = call("run", bundle, "flat.png", "--prompts", "box.json", "--multimask")
+    assert "--multimask is for" in done.error
 
 
 def test_a_slice_of_a_series_is_one_line(bundle: Path, workplace: Path) -> None:

@@ -51,9 +51,9 @@ class RunOptions:
             help="A box, repeatable: one for each object; volume: X0,Y0,Z0,X1,Y1,Z1",
         ),
     ] = None
-    prompts: Annotated[
-        Path | None, typer.Option(help="Volume: prompts of several structures, as JSON")
-    ] = None
+    prompts: Annotated[Path | None, typer.Option(help="Prompts of several structures, as JSON")] = (
+        None
+    )
     mask_input: Annotated[
         Path | None,
         typer.Option(help="Image: `.npy` logits of an earlier mask, from --save-logits"),
@@ -235,7 +235,8 @@ def run(
     ```
 
     A point is x, y, z and its label, 1 (default) or 0. A box is x0, y0, z0, x1, y1, z1, for slices
-    z0 to z1 - 1. For a network of several classes give "class" instead of "name", or neither.
+    z0 to z1 - 1. In a picture z is 0. For a network of several classes give "class" instead of
+    "name", or neither.
     """
     request, session = options.request(), options.session()
     with console.progress(shown=not json) as count:
@@ -266,7 +267,8 @@ def _print_image(segmentation: stages.Segmentation) -> None:
     masks = ", ".join(f"{name} {count} px" for name, count in segmentation.pixels.items())
     scores = ", ".join(f"{score:.3f}" for row in segmentation.scores for score in row)
     times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in segmentation.timings_ms.items())
-    out.print(f"[bold]{image}[/]  {escape(masks)}  predicted IoU {scores}")
+    predicted = f"  predicted IoU {scores}" if scores else ""
+    out.print(f"[bold]{image}[/]  {escape(masks)}{predicted}")
     out.print(f"  {times}", style="dim")
     _print_paths(segmentation.mask, segmentation.overlay, segmentation.logits)
 

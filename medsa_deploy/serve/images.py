@@ -1,6 +1,6 @@
 """Files or an array → a volume in memory, whose slices know their place.
 
-A picture is a volume of one slice, (W, H, 1): its voxel (x, y, 0) is the pixel x, y.
+A picture is a volume of one slice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from medsa_deploy.errors import ImageError
 from medsa_deploy.images import Image, Volume, holds_volume, read_image, read_volume
 from medsa_deploy.images.measurements import voxel_millilitres
+from medsa_deploy.images.picture import picture_volume
 from medsa_deploy.images.volume import check_volume, default_axis
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.volumes.chunk_encoder import volume_window
@@ -113,7 +114,7 @@ def open_files(
                 "volume, or the files of one series"
             )
         return open_files(entries[0], most_bytes=most_bytes, check=check)
-    volume = _picture_volume(read_image(path))
+    volume = picture_volume(read_image(path))
     return _in_memory(volume, picture=True, most_bytes=most_bytes, check=check)
 
 
@@ -175,34 +176,6 @@ def _spacing(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
     if values.shape != (3,) or not (np.isfinite(values) & (values > 0)).all():
         raise ImageError(f"the spacing is {list(spacing_mm)!r:.60}, expected three lengths in mm")
     return float(values[0]), float(values[1]), float(values[2])
-
-
-def _picture_volume(image: Image) -> Volume:
-    """A picture as a volume of one slice."""
-    height, width = image.pixels.shape[:2]
-    return Volume(
-        path=image.path,
-        kind="npy",
-        files=(image.path,),
-        shape=(width, height, 1),
-        axis=2,
-        plane_axes=(1, 0),
-        spacing_mm=(1.0, 1.0, 1.0),
-        affine=None,
-        dtype=image.pixels.dtype,
-        colour=image.pixels.ndim == 3,
-        inverted=image.inverted,
-        rendered=image.display is not None,
-        slices=_OneSlice(image=image),
-    )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _OneSlice:
-    image: Image
-
-    def read(self, index: int) -> Image:
-        return self.image
 
 
 def _in_memory(

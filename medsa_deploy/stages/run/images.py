@@ -147,7 +147,7 @@ def segment_image(
 ) -> Segmentation:
     """Segment one image and write the results; if one cannot be written, none are."""
     logits = _mask_logits(session, prompts)
-    _check_file_targets(path, prompts.mask, targets)
+    check_file_targets(path, prompts.mask, targets)
     return _segment(session, path, prompts, logits, targets, options)
 
 
@@ -325,7 +325,7 @@ def _read_logits(path: Path) -> Array:
     return np.asarray(logits, np.float32)
 
 
-def _check_file_targets(image: Path, mask_prompt: Path | None, targets: MaskTargets) -> None:
+def check_file_targets(image: Path, mask_prompt: Path | None, targets: MaskTargets) -> None:
     """UsageError for outputs that one image cannot be written to, before anything is computed."""
     paths = targets.paths()
     for path in paths:

@@ -26,10 +26,12 @@ from .images import (
     ImageOptions,
     MaskTargets,
     Segmentation,
+    check_file_targets,
     prompts_of,
     segment_folder,
     segment_image,
 )
+from .pictures import segment_picture
 from .prompt_file import read_styles
 from .volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
 
@@ -74,7 +76,7 @@ class RunRequest:
     boxes: tuple[tuple[float, ...], ...] = ()
     """Image: (x0, y0, x1, y1). Volume: (x0, y0, z0, x1, y1, z1)."""
     prompts: Path | None = None
-    """Volume only: a JSON file with the prompts of several structures."""
+    """A JSON file with the prompts of several structures, for a volume or a picture (z = 0)."""
     mask_input: Path | None = None
     """Image only: `.npy` with (4g, 4g) logits of an earlier prediction."""
     targets: MaskTargets = field(default_factory=MaskTargets)
@@ -245,10 +247,11 @@ def _styles(request: RunRequest) -> dict[str, SegmentStyle]:
 def _run_images(
     bundle: Path, path: Path, request: RunRequest, session: SessionOptions, on_image: OnCount
 ) -> Segmentation | list[Segmentation]:
+    picture = request.prompts is not None and request.slice_index is None and not path.is_dir()
     _refuse(
         "volumes",
         {
-            "--prompts": request.prompts,
+            "--prompts": None if picture else request.prompts,
             "--volume": request.selection.volume,
             "--series": request.selection.series,
             "--orientation": request.selection.orientation,
@@ -262,9 +265,6 @@ def _run_images(
             "--to-web": request.to_web,
         },
     )
-    prompts = prompts_of(request.points, request.boxes, request.mask_input)
-    prompted = bool(request.points or request.boxes or request.mask_input)
-    _check_needed(bundle, prompted, IMAGE_PROMPTS)
     options = ImageOptions(
         axis=request.selection.axis,
         index=request.slice_index,
@@ -277,10 +277,39 @@ def _run_images(
     targets = request.targets
     if targets.mask is None:
         targets = replace(targets, mask=Path("masks" if folder else f"{path.name}.mask.png"))
+    if picture:
+        return _run_picture(bundle, path, request, session, targets, options)
+    prompts = prompts_of(request.points, request.boxes, request.mask_input)
+    prompted = bool(request.points or request.boxes or request.mask_input)
+    _check_needed(bundle, prompted, IMAGE_PROMPTS)
     with session.open(bundle) as opened:
         if folder:
             return segment_folder(opened, path, prompts, targets, options, on_image=on_image)
         return segment_image(opened, path, prompts, targets, options)
+
+
+def _run_picture(
+    bundle: Path,
+    path: Path,
+    request: RunRequest,
+    session: SessionOptions,
+    targets: MaskTargets,
+    options: ImageOptions,
+) -> Segmentation:
+    """Segment the structures of a prompt file in a picture."""
+    _refuse(
+        "--point and --box",
+        {
+            "--mask-input": request.mask_input,
+            "--save-logits": targets.logits,
+            "--multimask": request.multimask,
+        },
+    )
+    structures = structures_of(request.points, request.boxes, request.prompts)
+    _check_needed(bundle, bool(structures), IMAGE_PROMPTS)
+    check_file_targets(path, None, targets)
+    with session.open(bundle) as opened:
+        return segment_picture(opened, path, structures, targets, options)
 
 
 def _refuse(kind: str, options: dict[str, object]) -> None:
