@@ -2,12 +2,14 @@
 # make test   every check and test (what CI runs)
 # make gpu-check   on a machine with an NVIDIA GPU: kernels, engines, sessions, latencies, recorded;
 #                  PARTS="kernels engines" for some of it, REHEARSE=1 on stand-ins, without a GPU
+# make sbom        medsa-deploy.cdx.json: the package's libraries and licences, in CycloneDX
+# make audit       known vulnerabilities and licences of the libraries; REFRESH=1 asks OSV first
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= auto
 
-.PHONY: help demo test check unit coverage test-slow gpu-check format clean
+.PHONY: help demo test check unit coverage test-slow gpu-check sbom audit format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,6 +30,12 @@ test-slow: $(STAMP)
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(PARTS)
+
+sbom: $(STAMP)
+	$(BIN)/python -m benchmarks.supply_chain.sbom
+
+audit: $(STAMP)
+	$(BIN)/python -m benchmarks.supply_chain.audit $(if $(REFRESH),--refresh)
 
 # Type checker and import linter see a plain install: an editable one hides exporters/ from them.
 check: $(STAMP)

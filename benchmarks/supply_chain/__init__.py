@@ -1,0 +1,1 @@
+"""The libraries that this package is built from: their bill of materials, licences, advisories."""
