@@ -1,4 +1,4 @@
-"""`make sbom` and `make audit`: the package's libraries, their licences and known vulnerabilities."""
+"""`make sbom` and `make audit`: the package's libraries, licences and known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from test_sbom import by_name, properties, validated
 
 from benchmarks.supply_chain import audit
@@ -194,12 +195,8 @@ def test_a_damaged_list_is_an_error(text: str, stored: Path) -> None:
 
 
 def test_every_lowest_version_is_below_its_pin() -> None:
-    from packaging.version import Version
-
-    pins, lowest = (
-        pinned_versions(ROOT / "constraints.txt"),
-        lowest_versions(ROOT / "pyproject.toml"),
-    )
+    pins = pinned_versions(ROOT / "constraints.txt")
+    lowest = lowest_versions(ROOT / "pyproject.toml")
     shared = pins.keys() & lowest.keys()
     assert len(shared) > 40
     assert [name for name in shared if Version(lowest[name]) > Version(pins[name])] == []
