@@ -1,0 +1,38 @@
+"""Fixtures: bundles that were exported elsewhere, for tests where nothing can be exported.
+
+The environment names their folder, MEDSA_DEVICE_BUNDLES.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Maker = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def bundle_of() -> Maker:
+    """Golden case's name → its bundle."""
+    return lambda name: Path(os.environ["MEDSA_DEVICE_BUNDLES"]) / f"{name}.medsa"
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of: Maker) -> Path:
+    """A small Med-SA bundle."""
+    return bundle_of("medsa_2d")
+
+
+@pytest.fixture(scope="session")
+def bundle_3d(bundle_of: Maker) -> Path:
+    """A small 3D bundle."""
+    return bundle_of("medsa_hyp_3d")
+
+
+@pytest.fixture(scope="session")
+def sam_bundle(bundle_of: Maker) -> Path:
+    """A small bundle with SAM's outputs and conventions."""
+    return bundle_of("sam")
