@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .runtime import Prediction as Prediction
     from .runtime import Session as Session
     from .runtime import Structure as Structure
+    from .runtime import TrackedFrame as TrackedFrame
+    from .runtime import Tracker as Tracker
+    from .runtime import TrackerOptions as TrackerOptions
     from .runtime import VolumeOptions as VolumeOptions
     from .runtime import VolumePrediction as VolumePrediction
     from .runtime import load as load
@@ -54,6 +57,9 @@ _HOMES = {
     "Region": ".kernels.postprocess",
     "Session": ".runtime",
     "Structure": ".runtime",
+    "TrackedFrame": ".runtime",
+    "Tracker": ".runtime",
+    "TrackerOptions": ".runtime",
     "Volume": ".images",
     "VolumeOptions": ".runtime",
     "VolumePrediction": ".runtime",

@@ -6,6 +6,7 @@ from .health import Health
 from .loading import load
 from .prediction import Prediction
 from .session import Session
+from .tracker import TrackedFrame, Tracker, TrackerOptions
 from .volumes.segment import VolumeOptions, VolumePrediction, segment_volume
 from .volumes.structures import Structure
 
@@ -18,6 +19,9 @@ __all__ = [
     "Prediction",
     "Session",
     "Structure",
+    "TrackedFrame",
+    "Tracker",
+    "TrackerOptions",
     "VolumeOptions",
     "VolumePrediction",
     "load",
