@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -26,11 +27,12 @@ from .quantize import quantize
 from .run import run
 from .serve import serve
 from .sign import sign
+from .triton import triton
 from .verify import verify
 
 COMMANDS = (
     *(inspect, export, quantize, build_engine, build_kernels, cpp, sign),
-    *(run, verify, profile, doctor, demo, dicom_node, serve),
+    *(run, verify, profile, doctor, demo, dicom_node, serve, triton),
 )
 """The commands, in the order of --help."""
 
@@ -79,16 +81,19 @@ def main() -> None:
     console.prepare()
     interrupts = console.catch_interrupts()
     try:
-        code = app(arguments or ["--help"], prog_name="medsa-deploy", standalone_mode=False)
-    except typer.Exit as e:
-        code = e.exit_code
+        try:
+            code = app(arguments or ["--help"], prog_name="medsa-deploy", standalone_mode=False)
+        except typer.Exit as e:
+            code = e.exit_code
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e:
         if len(arguments) < len(sys.argv[1:]):
             traceback.print_exc()
         code = None if interrupts else console.print_failure(_usage_error(e), json=json)
     if interrupts:  # even if a library turned the KeyboardInterrupt into another error
         console.print_fault("Interrupted", INTERRUPTED, None, json=json)
-        sys.stdout.flush()
+        with suppress(UsageError):
+            sys.stdout.flush()
         os._exit(130)  # a plain exit may end by a signal, if C code has seen the interrupt
     raise SystemExit(code if isinstance(code, int) else 0)
 
