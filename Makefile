@@ -3,13 +3,16 @@
 # make gpu-check   on a machine with an NVIDIA GPU: kernels, engines, sessions, latencies, recorded;
 #                  PARTS="kernels engines" for some of it, REHEARSE=1 on stand-ins, without a GPU
 # make sbom        medsa-deploy.cdx.json: the package's libraries and licences, in CycloneDX
+# make fuzz        damaged files of every format for an hour, or MINUTES=5; failures in fuzz-failures/
 # make audit       known vulnerabilities and licences of the libraries; REFRESH=1 asks OSV first
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= auto
+MINUTES ?= 60
+SEED ?= 0
 
-.PHONY: help demo test check unit coverage test-slow gpu-check sbom audit format clean
+.PHONY: help demo test check unit coverage test-slow gpu-check fuzz sbom audit format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +30,11 @@ coverage: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Half of the time by seeds, half guided by coverage; another SEED reads other files.
+fuzz: $(STAMP)
+	-$(BIN)/python -m pip install --quiet --no-deps atheris==3.1.0
+	$(BIN)/python tests/fuzz/fuzz_hour.py --minutes $(MINUTES) --seed $(SEED)
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(if $(REHEARSE),--rehearse) $(PARTS)

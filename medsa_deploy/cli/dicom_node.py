@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medsa_deploy import stages
+from medsa_deploy.images.limits import parse_size
 
 from . import console
 from .options import Backend, Bundle, Json, MaxMemory, Precision, Threads, with_options
@@ -54,6 +55,10 @@ class NodeCommandOptions:
     max_queue: Annotated[
         int, typer.Option(help="Series on their way at most; more are refused (0xA700)")
     ] = 100
+    max_object: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Largest object on the port; larger ones are refused"),
+    ] = "2GB"
     prompt_wait: Annotated[
         float, typer.Option(help="Seconds that a series waits for prompts of its study")
     ] = 600.0
@@ -102,6 +107,7 @@ class NodeCommandOptions:
             quiet_time=self.quiet_time,
             expect=self.expect,
             max_queue=self.max_queue,
+            max_object=parse_size(self.max_object, "--max-object"),
             prompt_wait=self.prompt_wait,
             keep_days=self.keep_days,
             allow=tuple(self.allow or ()),

@@ -22,7 +22,7 @@ from medsa_deploy.stages.run.run import SessionOptions
 from .audit import Audit
 from .health import node_metrics, serve_health
 from .received import received_object, short_hash
-from .receiver import Receiver, client_context, server_context
+from .receiver import MOST_OBJECT, Receiver, client_context, server_context
 from .rules import matching_rule, read_rules
 from .segmenting import WorkerJob, segment_queue
 from .sender import Destination, Sender, WebDestination, parse_destination
@@ -58,6 +58,8 @@ class NodeOptions:
     expect: int | None = None
     """Images after which a series is complete at once."""
     max_queue: int = 100
+    max_object: int = MOST_OBJECT
+    """Bytes of an object on the port; a larger one is refused while it comes."""
     prompt_wait: float = 600.0
     """Seconds that a series waits for prompts of its study, if its rule says so."""
     keep_days: float = 30.0
@@ -184,6 +186,7 @@ class Node:
                 address=address,
                 allowed=options.allow,
                 tls=tls,
+                most_object=options.max_object,
             )
 
     def _serve_health(self, opened: ExitStack) -> ThreadingHTTPServer | None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-from medsa_deploy.errors import ImageError, MissingDependencyError, one_line
+from medsa_deploy.errors import ImageError
+from medsa_deploy.images.dicom_files import content_header
+from medsa_deploy.images.files import reading
 
 from .study_prompts import PROMPT_CLASSES, referenced_series
 
-try:
-    import pydicom
-except ImportError as e:
-    raise MissingDependencyError("pydicom", extra="node", purpose="the DICOM node") from e
+OBJECT = Path("the object")
+"""What errors call an object, which has no file yet."""
 
 TAGS = [
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID",
@@ -79,10 +79,10 @@ def short_hash(*texts: str) -> str:
 
 def received_object(content: bytes, calling_aet: str) -> ReceivedObject:
     """The facts of a DICOM file's bytes; ImageError if it is damaged or has no UIDs."""
-    try:
+    with reading(OBJECT, "DICOM"):  # pydicom raises nearly anything for damaged bytes
         prompts = any(uid.encode() in content[:1024] for uid in PROMPT_CLASSES)
         tags = None if prompts else TAGS
-        header = pydicom.dcmread(BytesIO(content), stop_before_pixels=True, specific_tags=tags)
+        header = content_header(OBJECT, content, tags)
         return ReceivedObject(
             sop_class=_uid(header, "SOPClassUID"),
             instance=_uid(header, "SOPInstanceUID"),
@@ -97,17 +97,13 @@ def received_object(content: bytes, calling_aet: str) -> ReceivedObject:
             calling_aet=calling_aet,
             referenced_series=() if tags else tuple(referenced_series(header)),
         )
-    except ImageError:
-        raise
-    except Exception as e:  # pydicom raises nearly anything for damaged bytes
-        raise ImageError(f"the object cannot be read as DICOM: {one_line(e)}") from e
 
 
 def _uid(header: Any, name: str) -> str:
     """A UID that must be there."""
     uid = str(header.get(name) or "")
     if not uid or len(uid) > UID_LENGTH or not set(uid) <= set("0123456789."):
-        raise ImageError(f"the object's {name} is {uid!r}, expected a UID")
+        raise ImageError(f"{OBJECT} has no valid {name}; expected a UID: send it again")
     return uid
 
 

@@ -1,12 +1,14 @@
 """Associations → objects in the spool: the C-ECHO and C-STORE service of the node.
 
 Bytes on the port are bounded: a PDU that announces more than a sender may send ends its connection
-before it is read, a silent connection is closed, and so is one beyond the most at a time.
+before it is read, a silent connection is closed, and so is one beyond the most at a time. Of an
+object that is larger than the most, the rest is dropped as it comes, and the object refused.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 from medsa_deploy.errors import ImageError, MissingDependencyError, UsageError
 from medsa_deploy.event_log import EventLog
+from medsa_deploy.images.limits import size_text
 from medsa_deploy.metrics import Metrics
 
 from .received import received_object
@@ -68,6 +71,14 @@ SILENCE_SECONDS = 60.0
 REQUEST_SECONDS = 15.0
 """Time from a connection to the request of its association."""
 MOST_ASSOCIATIONS = 20
+COMMAND, LAST = 1, 2
+"""Bits of a fragment's first byte: part of a command, else of an object; the last one."""
+INVALID_PDU = "Evt19"
+"""pynetdicom's event that aborts an association."""
+MOST_COMMAND = 2**16
+"""Bytes of a command; usual ones have a few hundred."""
+MOST_OBJECT = 2 * 10**9
+"""Bytes of an object, without an option."""
 
 
 class Receiver:
@@ -83,9 +94,14 @@ class Receiver:
         address: tuple[str, int],
         allowed: Sequence[str] = (),
         tls: ssl.SSLContext | None = None,
+        most_object: int = MOST_OBJECT,
     ) -> None:
-        """`allowed`: AE titles that may send; none for all. OSError if the port is taken."""
+        """`allowed`: AE titles that may send; none for all. `most_object`: bytes of an object.
+
+        OSError if the port is taken.
+        """
         self.inbox, self.events, self.metrics = inbox, events, metrics
+        self.most_object = most_object
         self._ae = AE(ae_title=aet)
         self._ae.maximum_associations = MOST_ASSOCIATIONS
         self._ae.maximum_pdu_size = MOST_PDU // 4
@@ -105,7 +121,7 @@ class Receiver:
             contexts=[build_context(sop_class.Verification)],  # copied for every connection
             server_class=_BoundedServer,
             ssl_context=tls,
-            request_handler=_BoundedHandler,
+            request_handler=functools.partial(_BoundedHandler, most_object=most_object),
         )
         self._ae._servers.append(self._server)
         self.port: int = self._server.server_address[1]
@@ -126,6 +142,9 @@ class Receiver:
     def _store(self, event: Any) -> int:
         """Put one object into the spool; returns the status of the C-STORE."""
         calling = str(event.assoc.requestor.ae_title).strip()
+        if event.request.DataSet.getbuffer().nbytes > self.most_object:
+            text = f"an object has more than {size_text(self.most_object)}: raise --max-object"
+            return self._refuse("too large", OUT_OF_RESOURCES, calling, text)
         try:
             content = event.encoded_dataset()
             item = received_object(content, calling)
@@ -186,7 +205,11 @@ def _as_offered(supported: Sequence[str], offered: Sequence[str]) -> list[str]:
 
 
 class _BoundedHandler(RequestHandler):  # type: ignore[misc]
-    """Connections that cannot make the node read without end."""
+    """Connections that cannot make the node read, or keep, without end."""
+
+    def __init__(self, *arguments: Any, most_object: int) -> None:
+        self.most_object = most_object
+        super().__init__(*arguments)
 
     def _create_association(self) -> Any:
         self.request.settimeout(SILENCE_SECONDS)
@@ -200,8 +223,47 @@ class _BoundedHandler(RequestHandler):  # type: ignore[misc]
             return receive(count)
 
         connection.recv = bounded
+        association.dimse.receive_primitive = _BoundedMessages(association, self.most_object)
         association.bind(evt.EVT_CONN_CLOSE, _let_go, [self.request])
         return association
+
+
+class _BoundedMessages:
+    """Fragments of messages on their way to pynetdicom, which keeps all that it gets.
+
+    Of an object, one byte more than the most is kept, by which it is known to be too large.
+    """
+
+    def __init__(self, association: Any, most_object: int) -> None:
+        self._receive = association.dimse.receive_primitive
+        self._association, self._most_object = association, most_object
+        self._command = self._object = 0
+        """Bytes of the present message."""
+
+    def __call__(self, primitive: Any) -> None:
+        primitive.presentation_data_value_list = [
+            [context, self._kept(bytes(fragment))]
+            for context, fragment in primitive.presentation_data_value_list
+        ]
+        if self._command > MOST_COMMAND:
+            self._association.dul.event_queue.put(INVALID_PDU)
+            return
+        self._receive(primitive)
+
+    def _kept(self, fragment: bytes) -> bytes:
+        """A fragment, or the part of it that is kept; its first byte says what it is."""
+        kind, size = fragment[0] & 3, len(fragment) - 1
+        if kind & COMMAND:
+            self._command += size
+            if kind & LAST:
+                self._object = 0
+        else:
+            self._command = 0
+            room = max(0, self._most_object + 1 - self._object)
+            self._object = 0 if kind & LAST else self._object + size
+            if size > room:
+                return fragment[: 1 + room]
+        return fragment
 
 
 def _let_go(event: Any, request: socket.socket) -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +99,7 @@ def _rule(entry: Any, place: str, folder: Path, bundle: Path) -> Rule:
         raise UsageError(f'{place}: a match is text, such as "*portal*"')
     named = entry.get("bundle")
     if named is not None and not isinstance(named, str):
-        raise UsageError(f"{place}: its bundle is {named!r}, expected a path")
+        raise UsageError(f"{place}: its bundle is {reprlib.repr(named)}, expected a path")
     try:
         template = parse_template(entry.get("prompts"), place)
     except PromptError as e:
@@ -125,7 +127,7 @@ def _options(entry: Mapping[str, Any], place: str) -> VolumeOptions:
     for name in ("margin", "threshold", "overlap"):
         value = entry.get(name)
         if value is not None and not _are_numbers([value], 1):
-            raise UsageError(f"{place}: its {name} is {value!r}, expected a number")
+            raise UsageError(f"{place}: its {name} is {reprlib.repr(value)}, expected a number")
         numbers[name] = value
     return VolumeOptions(
         intensity_window=tuple(window) if isinstance(window, list) else window,
@@ -139,7 +141,7 @@ def _options(entry: Mapping[str, Any], place: str) -> VolumeOptions:
 def _flag(entry: Mapping[str, Any], name: str, place: str) -> bool:
     value = entry.get(name, False)
     if not isinstance(value, bool):
-        raise UsageError(f"{place}: its {name} is {value!r}, expected true or false")
+        raise UsageError(f"{place}: its {name} is {reprlib.repr(value)}, expected true or false")
     return value
 
 
@@ -147,5 +149,5 @@ def _are_numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == count
-        and all(type(value) in (int, float) for value in values)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
     )

@@ -14,6 +14,7 @@ Templates that are named may have `name` or `class`, as a structure has.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -51,12 +52,13 @@ class PromptTemplate:
 def parse_template(data: Any, place: str) -> PromptTemplate:
     """A template of a rule's JSON; PromptError, which starts with `place`, says what is wrong."""
     if not isinstance(data, dict):
-        raise PromptError(f"{place}: its prompts should be an object, found {data!r}")
+        raise PromptError(f"{place}: its prompts should be an object, found {reprlib.repr(data)}")
     if "template" in data:
         kind = data["template"]
         if kind not in NAMED or not set(data) <= {"template", "name", "class"}:
             raise PromptError(
-                f"{place}: its template is {kind!r}, expected one of {', '.join(NAMED)}, with a "
+                f"{place}: its template is {reprlib.repr(kind)}, expected one of "
+                f"{', '.join(NAMED)}, with a "
                 "name or a class"
             )
         return PromptTemplate(
@@ -68,7 +70,7 @@ def parse_template(data: Any, place: str) -> PromptTemplate:
     if not isinstance(entries, list) or not entries or not set(data) <= {"structures", "relative"}:
         raise PromptError(f'{place}: its prompts should hold "structures" or a "template"')
     if not isinstance(relative, bool):
-        raise PromptError(f"{place}: relative is {relative!r}, expected true or false")
+        raise PromptError(f"{place}: relative is {reprlib.repr(relative)}, expected true or false")
     places = [f"{place}: structure {i}" for i in range(1, len(entries) + 1)]
     parsed = [parsed_structure(*each) for each in zip(entries, places, strict=True)]
     styles = [parsed_style(*each) for each in zip(entries, places, strict=True)]
@@ -196,5 +198,6 @@ def _check_fractions(structure: Structure, place: str) -> None:
 def _text(data: Mapping[str, Any], key: str, place: str) -> str | None:
     value = data.get(key)
     if value is not None and not (isinstance(value, str) and value.strip() and value.isprintable()):
-        raise PromptError(f"{place}: its {key} should be one line of text, found {value!r}")
+        text = reprlib.repr(value)
+        raise PromptError(f"{place}: its {key} should be one line of text, found {text}")
     return value

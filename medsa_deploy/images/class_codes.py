@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def parse_colour(text: str, place: str) -> Rgb:
     (221, 130, 101)
     """
     if not re.fullmatch(r"#?[0-9a-fA-F]{6}", text.strip()):
-        raise ImageError(f"{place}: {text!r} is not a colour, expected #rrggbb")
+        raise ImageError(f"{place}: {reprlib.repr(text)} is not a colour, expected #rrggbb")
     red, green, blue = bytes.fromhex(text.strip().removeprefix("#"))
     return red, green, blue
 
@@ -119,7 +120,7 @@ def _dcmqi_styles(path: Path, data: Any) -> dict[str, SegmentStyle]:
     for number, segment in enumerate(segments, 1):
         place = f"{path}: segment {number}"
         if not isinstance(segment, dict):
-            raise ImageError(f"{place} is {segment!r}, expected an object")
+            raise ImageError(f"{place} is {reprlib.repr(segment)}, expected an object")
         name = next((segment[key] for key in NAMES if isinstance(segment.get(key), str)), None)
         if not name:
             raise ImageError(f"{place} has no name: give it a SegmentLabel")
@@ -149,7 +150,9 @@ def _code(text: str, place: str) -> Code:
     if len(parts) == 2:
         parts = ["SCT", *parts]
     if len(parts) != 3:
-        raise ImageError(f"{place} is {text!r}, expected VALUE:MEANING or SCHEME:VALUE:MEANING")
+        raise ImageError(
+            f"{place} is {reprlib.repr(text)}, expected VALUE:MEANING or SCHEME:VALUE:MEANING"
+        )
     return _checked_code(*parts, place=place)
 
 
@@ -167,7 +170,8 @@ def _checked_code(scheme: str, value: str, meaning: str, *, place: str) -> Code:
     for text, longest in lengths:
         if not (0 < len(text) <= longest and text.isprintable() and "\\" not in text):
             raise ImageError(
-                f"{place} holds {text!r}, expected 1 to {longest} characters without backslashes"
+                f"{place} holds {reprlib.repr(text)}, expected 1 to {longest} characters without "
+                "backslashes"
             )
     return Code(scheme=scheme, value=value, meaning=meaning)
 
@@ -175,8 +179,10 @@ def _checked_code(scheme: str, value: str, meaning: str, *, place: str) -> Code:
 def _rgb(value: Any, place: str) -> Rgb:
     """Three whole numbers 0…255."""
     if not isinstance(value, list) or [type(v) for v in value] != [int] * 3:
-        raise ImageError(f"{place}: its colour is {value!r}, expected three numbers 0…255")
+        shown = reprlib.repr(value)
+        raise ImageError(f"{place}: its colour is {shown}, expected three numbers 0…255")
     red, green, blue = value
     if not all(0 <= v <= 255 for v in value):
-        raise ImageError(f"{place}: its colour is {value!r}, expected three numbers 0…255")
+        shown = reprlib.repr(value)
+        raise ImageError(f"{place}: its colour is {shown}, expected three numbers 0…255")
     return red, green, blue

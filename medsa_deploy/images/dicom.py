@@ -166,8 +166,8 @@ def decode_frame(dataset: Any, path: Path, frame: int) -> tuple[np.ndarray, str]
         raise ImageError(f"{path} has {syntax_name}; to decode it: pip install {package}")
     if not syntax.is_encapsulated:
         with reading(path, "DICOM"):
-            index = frame if frame_count(dataset) > 1 else None
-            pixels, meta = decoding.as_array(dataset, index=index)
+            # Without an index, more pixels than the header announces would be more frames.
+            pixels, meta = decoding.as_array(dataset, index=frame)
             # Not from the dataset: its tag still says YBR after the decoder has converted to RGB.
             return pixels, str(meta["photometric_interpretation"])
     try:

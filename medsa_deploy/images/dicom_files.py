@@ -63,11 +63,17 @@ def _without_quotations(record: logging.LogRecord) -> bool:
 logging.getLogger("pydicom").addFilter(_without_quotations)
 
 
-class _CountedFile(io.BufferedReader):
-    """A file that refuses to be read without end."""
+class _Content(io.BytesIO):
+    name = ""
+    """pydicom asks every stream for it."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
+
+class _CountedFile(io.BufferedReader):
+    """A file, or the bytes of one, that refuses to be read without end."""
+
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
+        raw: Any = io.FileIO(path) if content is None else _Content(content)
+        super().__init__(raw)
         self.path, self.reads = path, 0
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -126,13 +132,26 @@ def load_header(path: Path, names: list[str] | None = None) -> Any:
     with reading(path, "DICOM"):
         with _CountedFile(path) as stream:
             header = _read(stream, names, pixels=False)
-            if stream.tell() > LARGE_HEADER:
-                place = stream.tell()
-                stream.seek(0)
-                check_items(path, io.BufferedReader.read(stream, place))
+            _check_large(stream)
         if "SOPClassUID" not in header and "Rows" not in header:
             raise ImageError(f"{path} does not look like DICOM; take it out of the folder")
     return header
+
+
+def content_header(name: Path, content: bytes, names: list[str] | None = None) -> Any:
+    """As `load_header`, of a file's bytes; errors call them `name`."""
+    with reading(name, "DICOM"), _CountedFile(name, content) as stream:
+        header = read_partial(stream, _at_pixels, specific_tags=_tags(names))
+        _check_large(stream)
+    return header
+
+
+def _check_large(stream: _CountedFile) -> None:
+    """ImageError for too many items in a large header that has just been read."""
+    place = stream.tell()
+    if place > LARGE_HEADER:
+        stream.seek(0)
+        check_items(stream.path, io.BufferedReader.read(stream, place))
 
 
 def check_items(path: Path, content: bytes) -> None:
@@ -151,16 +170,20 @@ def _check_count(path: Path, count: int) -> None:
 
 def _read(stream: Any, names: list[str] | None, *, pixels: bool) -> Any:
     """The dataset of a stream, with its pixels or up to them."""
-
-    def stop(tag: Any, vr: str | None, length: int) -> bool:
-        return tag in PIXELS
-
-    tags: Any = None if names is None else [Tag(name) for name in names]
-    dataset = read_partial(stream, None if pixels else stop, force=True, specific_tags=tags)
+    stop = None if pixels else _at_pixels
+    dataset = read_partial(stream, stop, force=True, specific_tags=_tags(names))
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
     if syntax.startswith(SYNTAXES) and syntax not in IN_THIS_PROCESS:
         decoder.start()  # it gets ready while headers are read
     return dataset
+
+
+def _at_pixels(tag: Any, vr: str | None, length: int) -> bool:
+    return tag in PIXELS
+
+
+def _tags(names: list[str] | None) -> Any:
+    return None if names is None else [Tag(name) for name in names]
 
 
 def _check_header(path: Path, dataset: Any, size: int, pixels: str) -> None:

@@ -50,6 +50,10 @@ def read_labels(path: str | os.PathLike[str]) -> Labels:
 
 def _voxels(volume: Volume) -> np.ndarray:
     """All voxels of a volume, (X, Y, Z) in stored order."""
+    if volume.colour:
+        raise ImageError(
+            f"{volume.path} holds colours; expected a label, one number, in each voxel"
+        )
     in_memory = 2 * math.prod(volume.shape) * volume.dtype.itemsize
     check_memory(volume.path, in_memory, f"{'×'.join(map(str, volume.shape))} voxels")
     stacked = np.stack([volume.slice(k).pixels for k in range(len(volume))])

@@ -23,7 +23,7 @@ from .files import MOST_GZIP, reading
 from .image import Image, Plane, choose_slice
 from .limits import check_plane, check_ratio, check_volume_size
 from .nifti_files import files_of, is_compressed, load
-from .volume import Volume, default_axis, warn_of_spacing
+from .volume import Volume, default_axis, usable_affine, warn_of_spacing
 
 GEOMETRY = (
     "pixdim", "xyzt_units", "dim_info", "slice_start", "slice_end", "slice_code", "slice_duration",
@@ -112,7 +112,7 @@ def read_nifti_volume(path: Path, *, axis: int | None, volume: int | None) -> Vo
         axis=axis,
         plane_axes=(rows, columns),
         spacing_mm=spacing_mm,
-        affine=np.diag([unit, unit, unit, 1.0]) @ source.affine,
+        affine=usable_affine(path, np.diag([unit, unit, unit, 1.0]) @ source.affine),
         dtype=_pixel_dtype(stored.dtype, scaled=(slope, inter) != (1, 0)),
         colour=stored.dtype.names is not None,
         slices=NiftiSlices(path=path, source=source, voxels=stored, axis=axis),

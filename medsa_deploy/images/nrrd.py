@@ -24,7 +24,7 @@ from .limits import check_ratio, check_volume_size
 from .npy import ArraySlices
 from .segments import Segment
 from .structure_codes import Code, StructureCodes
-from .volume import Volume, default_axis
+from .volume import Volume, default_axis, usable_affine
 
 try:
     import SimpleITK
@@ -71,7 +71,8 @@ def read_nrrd_volume(path: Path, *, axis: int | None) -> Volume:
     """
     voxels, affine = _read(path)
     shape = (voxels.shape[0], voxels.shape[1], voxels.shape[2])
-    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    x, y, z = (length if 0 < length < math.inf else 1.0 for length in lengths)
     axis = default_axis(shape, (x, y, z)) if axis is None else axis
     choose_slice(path, shape, axis, 0)
     rows, columns = (k for k in range(3) if k != axis)
@@ -83,7 +84,7 @@ def read_nrrd_volume(path: Path, *, axis: int | None) -> Volume:
         axis=axis,
         plane_axes=(rows, columns),
         spacing_mm=(x, y, z),
-        affine=affine,
+        affine=usable_affine(path, affine),
         dtype=np.dtype(np.float32) if voxels.dtype.kind == "f" else voxels.dtype,
         colour=voxels.ndim == 4,
         slices=ArraySlices(path=path, array=voxels, axis=axis),

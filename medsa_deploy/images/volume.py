@@ -217,6 +217,14 @@ def default_axis(shape: tuple[int, int, int], spacing_mm: tuple[float, float, fl
     return int(np.flatnonzero(spacing >= spacing.max() * (1 - 1e-4))[-1])
 
 
+def usable_affine(path: Path, affine: np.ndarray) -> np.ndarray | None:
+    """`affine` itself; None, with a warning, if NaN or infinity in it places no voxel."""
+    if np.isfinite(affine).all():
+        return affine
+    logger.warning("%s: its affine holds NaN or infinity and is ignored", path)
+    return None
+
+
 def warn_of_spacing(
     path: Path, field: str, declared: Sequence[float], source: str, spacing_mm: Sequence[float]
 ) -> None:

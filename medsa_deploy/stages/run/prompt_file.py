@@ -107,7 +107,8 @@ def parsed_structure(entry: Any, place: str) -> Structure:
     for key in ("name", "class"):
         text = entry.get(key)
         if text is not None and not (isinstance(text, str) and text.strip() and text.isprintable()):
-            raise PromptError(f"{place}: its {key} should be one line of text, found {text!r}")
+            shown = reprlib.repr(text)
+            raise PromptError(f"{place}: its {key} should be one line of text, found {shown}")
     rows = [_rows(entry.get(key, []), f"{place}: {shape}") for key, shape in ROWS.items()]
     if not any(rows):
         raise PromptError(f"{place} has no prompt: give it points or boxes")
