@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, TypeAlias, cast
 
 import typer
 from rich.markup import escape
@@ -31,6 +32,9 @@ from .options import (
     with_options,
 )
 from .values import parse_colours, parse_measured_window, parse_rows, parse_web_series
+
+Count: TypeAlias = Callable[[str, int, int], None]
+"""Called with a unit, how many are done, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,23 @@ class RunOptions:
         typer.Option(
             "-o",
             "--output",
-            help="Mask: .png, .tif, .npy, .nii.gz; volume: .nii.gz, .nrrd, .seg.nrrd, .dcm, .npy",
+            help="Mask: .png, .tif, .npy, .nii.gz; volume: .nii.gz, .nrrd, .seg.nrrd, .dcm, .npy; "
+            "with --track: a folder, .dcm or .mp4",
         ),
     ] = None
-    overlay: Annotated[Path | None, typer.Option(help="Picture of mask and prompts: .png")] = None
+    overlay: Annotated[
+        Path | None, typer.Option(help="Picture of mask and prompts: .png; with --track: .mp4")
+    ] = None
+    track: Annotated[
+        bool,
+        typer.Option(
+            "--track", help="Follow the structure from the first frame of a clip to its last"
+        ),
+    ] = False
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", metavar="NAME", help="With --track: which class to follow"),
+    ] = None
     measurements: Annotated[
         Path | None,
         typer.Option(help="Volume: report of volumes and diameters, a DICOM SR: .dcm; -o is .dcm"),
@@ -225,6 +242,10 @@ def run(
 
     medsa-deploy run ckpt.medsa image.png --point 120,88 --backend rtx --fallback onnxruntime
 
+    medsa-deploy run ckpt.medsa clip.mp4 --track --box 40,60,200,210 -o overlay.mp4
+
+    medsa-deploy run ckpt.medsa ultrasound.dcm --track --point 120,88 -o seg.dcm
+
     prompts.json, in voxels:
 
     ```
@@ -238,18 +259,50 @@ def run(
     z0 to z1 - 1. In a picture z is 0. For a network of several classes give "class" instead of
     "name", or neither.
     """
-    request, session = options.request(), options.session()
     with console.progress(shown=not json) as count:
-        on_image, on_slice = (partial(count, unit) for unit in ("images", "slices"))
-        result = stages.run_bundle(
-            bundle, options.input(image), request, session, on_image=on_image, on_slice=on_slice
-        )
+        segment = _track if options.track else _segment
+        result = segment(bundle, options, image, count)
     console.print_json(result) if json else _print_result(result)
     if isinstance(result, list) and any(segmentation.error for segmentation in result):
         raise typer.Exit(2)
 
 
-def _print_result(result: stages.RunResult) -> None:
+def _segment(
+    bundle: Path, options: RunOptions, image: Path | None, count: Count
+) -> stages.RunResult:
+    """Segment an image, a folder of images or a volume."""
+    if options.class_name is not None:
+        raise UsageError("--class is for clips: add --track, or leave it out")
+    on_image, on_slice = (partial(count, unit) for unit in ("images", "slices"))
+    return stages.run_bundle(
+        bundle,
+        options.input(image),
+        options.request(),
+        options.session(),
+        on_image=on_image,
+        on_slice=on_slice,
+    )
+
+
+def _track(bundle: Path, options: RunOptions, clip: Path | None, count: Count) -> stages.Tracking:
+    """Follow a structure through a clip."""
+    source = options.input(clip)
+    if isinstance(source, WebSeries):
+        raise UsageError("--track follows a clip in a file: leave --from-web and --study out")
+    return stages.track_clip(
+        bundle,
+        source,
+        options.request(),
+        options.session(),
+        class_name=options.class_name,
+        on_frame=partial(count, "frames"),
+    )
+
+
+def _print_result(result: stages.RunResult | stages.Tracking) -> None:
+    if isinstance(result, stages.Tracking):
+        _print_tracking(result)
+        return
     if isinstance(result, stages.VolumeSegmentation):
         _print_volume(result)
         return
@@ -291,6 +344,19 @@ def _print_volume(segmentation: stages.VolumeSegmentation) -> None:
     intensities = "" if window is None else f"; intensities {window[0]:g}…{window[1]:g}"
     out.print(f"  {times} a slice (medians){intensities}", style="dim")
     _print_paths(segmentation.mask, segmentation.overlay, segmentation.measurements)
+
+
+def _print_tracking(tracking: stages.Tracking) -> None:
+    lost = [frame.frame for frame in tracking.frames if frame.lost]
+    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+    names = f": {', '.join(lost[:5])}{more}" if lost else ""
+    out.print(
+        f"[bold]{escape(str(tracking.clip))}[/]  {len(tracking.frames)} frames in "
+        f"{tracking.seconds:.1f} s, {len(lost)} lost{escape(names)}"
+    )
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in tracking.timings_ms.items())
+    out.print(f"  {times} a frame (medians)", style="dim")
+    _print_paths(tracking.mask, tracking.overlay)
 
 
 def _print_paths(*paths: Path | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from medsa_deploy.errors import ImageError, MissingDependencyError
+from medsa_deploy.errors import ImageError, MedsaError, MissingDependencyError
 
 from .dicom import decode_frame, functional_group
 from .dicom_files import load, load_header
@@ -76,36 +76,57 @@ def segmentation(
 
     `path` only appears in messages.
     """
-    highdicom = _highdicom()
     sources = source_headers(path, volume)
     headers = _slices(volume).headers
     planes = labels.transpose(2, 1, 0)
     if len(sources) == 1 and len(headers) > 1:  # frames of a multi-frame file: in file order
         planes = planes[np.argsort([header.number or 0 for header in headers])]
-    origin = uid_origin(sources, details)
     with writing(path):
-        dataset = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=np.ascontiguousarray(planes),
-            segmentation_type="BINARY",
-            segment_descriptions=[
-                _segment(highdicom, segment, details, origin[0]) for segment in segments
-            ],
-            series_instance_uid=_uid(highdicom, details, *origin, "series"),
-            series_number=int(sources[0].get("SeriesNumber") or 0) % 10**6 + 1000,
-            sop_instance_uid=_uid(highdicom, details, *origin, "segmentation"),
-            instance_number=1,
-            manufacturer=details.tool,
-            manufacturer_model_name=details.tool,
-            software_versions=package_version(),
-            device_serial_number="0",
-            content_label="SEGMENTATION",
-            content_description=f"Segmentation by {details.tool}",
-            series_description=f"Segmentation by {details.tool}",
+        return new_segmentation(
+            sources,
+            np.ascontiguousarray(planes),
+            segments,
+            details,
             omit_empty_frames=bool(labels.any()),
         )
-        _add_side(dataset, segments)
-        dataset.SpecificCharacterSet = UTF_8  # for any class name
+
+
+def new_segmentation(
+    sources: Sequence[Any],
+    planes: np.ndarray,
+    segments: Sequence[Segment],
+    details: SegmentationDetails,
+    *,
+    omit_empty_frames: bool,
+) -> Any:
+    """A segmentation dataset of labels (planes, rows, columns) on images of the same places.
+
+    Any exception of highdicom: see `writing`.
+    """
+    highdicom = _highdicom()
+    origin = uid_origin(sources, details)
+    dataset = highdicom.seg.Segmentation(
+        source_images=sources,
+        pixel_array=planes,
+        segmentation_type="BINARY",
+        segment_descriptions=[
+            _segment(highdicom, segment, details, origin[0]) for segment in segments
+        ],
+        series_instance_uid=_uid(highdicom, details, *origin, "series"),
+        series_number=int(sources[0].get("SeriesNumber") or 0) % 10**6 + 1000,
+        sop_instance_uid=_uid(highdicom, details, *origin, "segmentation"),
+        instance_number=1,
+        manufacturer=details.tool,
+        manufacturer_model_name=details.tool,
+        software_versions=package_version(),
+        device_serial_number="0",
+        content_label="SEGMENTATION",
+        content_description=f"Segmentation by {details.tool}",
+        series_description=f"Segmentation by {details.tool}",
+        omit_empty_frames=omit_empty_frames,
+    )
+    _add_side(dataset, segments)
+    dataset.SpecificCharacterSet = UTF_8  # for any class name
     return dataset
 
 
@@ -264,20 +285,28 @@ def source_headers(path: Path, volume: Volume) -> list[Any]:
         with reading(file, "DICOM"):
             if str(source.get("SOPInstanceUID", "")) != uid:
                 raise ImageError(f"{file} has changed since it was read: run again")
-            if missing := [name for name in REQUIRED_ATTRIBUTES if not source.get(name)]:
-                raise ImageError(
-                    f"{path}: a DICOM segmentation needs {', '.join(missing)} of its source, which "
-                    f"{file} lacks; write .npy or .nii.gz"
-                )
-            source.decode()  # text in the character sets of the series, to be written as UTF-8
-            source.SpecificCharacterSet = UTF_8
-            for name in MAY_BE_EMPTY:
-                if name not in source:
-                    setattr(source, name, "")
+            complete(source, path, file, REQUIRED_ATTRIBUTES)
             if not source.get("SliceThickness") and "SharedFunctionalGroupsSequence" not in source:
                 source.SliceThickness = f"{volume.spacing_mm[2]:.6g}"
         sources.append(source)
     return sources
+
+
+def complete(source: Any, path: Path, file: Path, required: Sequence[str]) -> None:
+    """Give a source's header what a segmentation copies of it; ImageError if it lacks `required`.
+
+    `path`, of the segmentation, and `file`, of the source, only appear in messages.
+    """
+    if missing := [name for name in required if not source.get(name)]:
+        raise ImageError(
+            f"{path}: a DICOM segmentation needs {', '.join(missing)} of its source, which "
+            f"{file} lacks; write another format"
+        )
+    source.decode()  # text in the character sets of the series, to be written as UTF-8
+    source.SpecificCharacterSet = UTF_8
+    for name in MAY_BE_EMPTY:
+        if name not in source:
+            setattr(source, name, "")
 
 
 def _segment(highdicom: Any, segment: Segment, details: SegmentationDetails, series: str) -> Any:
@@ -342,11 +371,14 @@ def one_line_label(name: str) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise highdicom's errors as ImageError, and log its warnings; OSError passes through."""
+    """Raise highdicom's errors as ImageError, and log its warnings.
+
+    OSError and errors of this package pass through.
+    """
     try:
         with logged_warnings(path):
             yield
-    except OSError:
+    except (OSError, MedsaError):
         raise
     except Exception as e:
         raise ImageError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from medsa_deploy.errors import ImageError, MissingDependencyError, about
 
 from .files import suffix
-from .image import Image, Nan, check_image
+from .image import Image, Nan, check_image, check_values
 from .signatures import SUFFIXES, Format, signature
 from .volume import Volume, check_volume
 
@@ -40,6 +40,16 @@ def read_image(
     """
     with about(Path(path)):
         return _read_image(Path(path), axis, index, nan)
+
+
+def read_frame(path: Path) -> Image:
+    """The image in a file, a frame of a clip: as `read_image`, but it may be one flat grey.
+
+    >>> read_frame(Path("image.png")).pixels.shape
+    (280, 320, 3)
+    """
+    with about(path):
+        return check_values(_read(path, format_of(path), None, None), str(path))
 
 
 def _read_image(path: Path, axis: int | None, index: int | None, nan: Nan) -> Image:

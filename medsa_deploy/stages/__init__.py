@@ -9,7 +9,8 @@ build_engine/    bundle → engines in it: plan.py decides, build.py builds
 build_kernels.py bundle → compiled CUDA kernels in it
 cpp.py           the C++ runtime → a folder to build a program with
 run/             bundle, image or volume, prompts → masks
-                 run.py chooses; images.py, volumes.py, prompt_file.py prompts from JSON
+                 run.py chooses; images.py, volumes.py, prompt_file.py prompts from JSON;
+                 track.py follows a structure through a clip
 verify/          bundle → parity or accuracy
                  verify.py parity, engine_check.py the same for engines, parity_report.py a page;
                  accuracy.py masks against label files, matched_files.py, drawn_prompts.py
@@ -39,6 +40,7 @@ from .quantize.quantize import Quantization, quantize_bundle
 from .readings import Reading
 from .run.images import MaskTargets, Segmentation
 from .run.run import RunRequest, RunResult, SessionOptions, run_bundle
+from .run.track import FrameReport, Tracking, track_clip
 from .run.volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
 from .sign import Signing, sign_bundle
 from .verify.accuracy import Accuracy, measure_accuracy
@@ -57,6 +59,7 @@ __all__ = [
     "EngineRequest",
     "EngineState",
     "Export",
+    "FrameReport",
     "Inspection",
     "KernelBuild",
     "LatencyOptions",
@@ -71,6 +74,7 @@ __all__ = [
     "Segmentation",
     "SessionOptions",
     "Signing",
+    "Tracking",
     "Tuning",
     "Verification",
     "VolumeOptions",
@@ -93,6 +97,7 @@ __all__ = [
     "segment_volume_file",
     "sign_bundle",
     "structures_of",
+    "track_clip",
     "tune",
     "verify_bundle",
 ]
