@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medsa_deploy.bundle.files import EXTERNAL_DATA_BYTES
+from medsa_deploy.bundle.files import EXTERNAL_DATA_BYTES, IR_VERSION
 from medsa_deploy.bundle.manifest import GraphContract, Network, Role
 from medsa_deploy.bundle.manifest import Tensor as Contract
 from medsa_deploy.bundle.node_names import METADATA, innermost, node_name
@@ -151,6 +151,7 @@ def _export(module: nn.Module, graph: GraphContract, path: Path, *, batch: int =
     _name_axes(program.model, graph)
     _broadcast(program.model, [tensor.name for tensor in graph.inputs if tensor.name in COPIED])
     _name_nodes(program.model)
+    program.model.ir_version = IR_VERSION
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = size > EXTERNAL_DATA_BYTES
     program.save(path, external_data=external)

@@ -14,6 +14,10 @@ from .manifest import File, Manifest, Role
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """A larger graph has its weights in a second file: a protobuf message is at most 2 GiB."""
 
+IR_VERSION = 9
+"""Version of the ONNX file format that graphs are written in: ONNX Runtime 1.17 reads it, and not
+the exporter's 10. The operators' version is the opset's."""
+
 
 def check_files(manifest: Manifest, bundle: Path) -> None:
     """BundleError names the first file that is missing or changed. Reads every byte."""

@@ -6,7 +6,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from medsa_deploy.bundle.files import EXTERNAL_DATA_BYTES
+from medsa_deploy.bundle.files import EXTERNAL_DATA_BYTES, IR_VERSION
 from medsa_deploy.bundle.node_names import METADATA
 from medsa_deploy.errors import BundleError, MissingDependencyError
 
@@ -26,6 +26,7 @@ def load_graph(path: Path) -> Any:
 def save_graph(model: Any, path: Path) -> list[Path]:
     """Write a graph; its files, the graph first. A large `model` loses its weights."""
     onnx = import_onnx()
+    model.ir_version = IR_VERSION
     for node in model.graph.node:
         entries = [entry for entry in node.metadata_props if entry.key == METADATA]
         del node.metadata_props[:]
@@ -59,6 +60,7 @@ def save_beside(model: Any, path: Path, weights: Path) -> None:
                 tensor, weights.name, offset=start, length=len(tensor.raw_data)
             )
             tensor.ClearField("raw_data")
+    model.ir_version = IR_VERSION
     path.write_bytes(model.SerializeToString())
 
 
