@@ -81,7 +81,7 @@ def _json_kind(path: Path) -> str:
 
 
 def _archive_kind(path: Path) -> str | None:
-    with suppress(zipfile.BadZipFile, OSError):
+    with suppress(Exception):  # zipfile raises nearly anything for damaged bytes
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("constants.pkl") for name in names):

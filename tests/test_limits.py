@@ -8,7 +8,7 @@ import struct
 import threading
 import zlib
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import nibabel
 import numpy as np
@@ -26,11 +26,11 @@ PATIENT = "QZX^MARKED"
 
 
 def refused(path: Path, text: str) -> str:
-    """The message of a refusal in less than a second."""
-    start = perf_counter()
+    """The message of a refusal in less than a second of processor time."""
+    start = process_time()
     with pytest.raises(ImageError, match=text) as caught:
         read_image(path)
-    assert perf_counter() - start < 1
+    assert process_time() - start < 1
     return str(caught.value)
 
 
@@ -200,7 +200,29 @@ def test_a_damaged_value_is_never_repeated(
     assert "QZ" not in " ".join([*messages, *(record.getMessage() for record in caplog.records)])
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1GB", "0"])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("500", 500), ("2 kB", 2000), ("1.5GB", 1_500_000_000), ("4g", 4 * 10**9), ("2GiB", 2**31),
+     ("64 kib", 2**16), ("1MiB", 2**20), ("1T", 10**12)],
+)  # fmt: skip
+def test_a_size_means_the_same_in_every_option(text: str, size: int) -> None:
+    assert parse_size(text, "--cache") == size
+    assert str(Limits.of_memory(parse_size(text, VARIABLE)).memory) == str(size)
+
+
+def test_the_servers_sizes_are_those_of_other_options(tmp_path: Path) -> None:
+    from medsa_deploy.cli.dicom_node import NodeCommandOptions
+    from medsa_deploy.cli.serve import ServeCommandOptions
+
+    options = ServeCommandOptions(cache="1GiB", image_memory="3GB", max_upload="5MB")
+    server = options.server([tmp_path])
+    sizes = (server.cache_bytes, server.image_bytes, server.upload_bytes)
+    assert sizes == (2**30, 3 * 10**9, 5 * 10**6)
+    node = NodeCommandOptions(rules=tmp_path, max_object="7MB").node(tmp_path)
+    assert node.max_object == 7 * 10**6
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "iB", "1GiBB", "nan"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"--max-memory.*is no size"):
         parse_size(text, "--max-memory")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 import threading
@@ -14,14 +13,13 @@ import typer
 
 from medsa_deploy import stages
 from medsa_deploy.errors import MissingDependencyError, UsageError
+from medsa_deploy.images.limits import parse_size
 
 from . import console
 from .options import Backend, Json, MaxMemory, Precision, Threads, with_options
 
 if TYPE_CHECKING:
     from medsa_deploy.serve.service import ServeOptions
-
-UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +131,3 @@ def serve(
             console.out.print(server.url)
         while not stop.wait(1.0) and server.alive:
             pass
-
-
-def parse_size(text: str, option: str) -> int:
-    """`2GB`, `500MB` → bytes; UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)?", text.strip().upper())
-    if match is None:
-        raise UsageError(f"{option} {text}: expected a size such as 500MB or 2GB")
-    return int(float(match[1]) * UNITS[match[2] or ""])

@@ -242,7 +242,7 @@ class _BoundedMessages:
 
     def __call__(self, primitive: Any) -> None:
         primitive.presentation_data_value_list = [
-            [context, self._kept(bytes(fragment))]
+            [context, self._trimmed(bytes(fragment))]
             for context, fragment in primitive.presentation_data_value_list
         ]
         if self._command > MOST_COMMAND:
@@ -250,7 +250,7 @@ class _BoundedMessages:
             return
         self._receive(primitive)
 
-    def _kept(self, fragment: bytes) -> bytes:
+    def _trimmed(self, fragment: bytes) -> bytes:
         """A fragment, or the part of it that is kept; its first byte says what it is."""
         kind, size = fragment[0] & 3, len(fragment) - 1
         if kind & COMMAND:

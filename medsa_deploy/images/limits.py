@@ -23,8 +23,8 @@ VARIABLE = "MEDSA_MAX_MEMORY"
 """Environment variable with the budget, such as 4GB; child processes inherit it."""
 USUAL_MEMORY = 8 * 10**9
 """Bytes of a machine that does not report its memory."""
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\s*", re.I)
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", re.I)
+POWERS = " KMGT"
 USUAL_RATIO = 200
 """Images compress less than this. Content that inflates more counts as suspicious."""
 WORKING_BYTES = 24
@@ -108,13 +108,18 @@ def reading_within(limits: Limits | None) -> Iterator[None]:
 
 
 def parse_size(text: str, name: str) -> int:
-    """`4GB`, `500M` or a number of bytes → bytes; UsageError, with the option's `name`.
+    """`4GB`, `500M`, `2GiB` or a number of bytes → bytes; UsageError, with the option's `name`.
 
-    >>> parse_size("1.5 GB", "--max-memory")
-    1500000000
+    The size of every option: a GB is 10^9 bytes, a GiB 2^30.
+
+    >>> parse_size("1.5 GB", "--max-memory"), parse_size("2GiB", "--cache")
+    (1500000000, 2147483648)
     """
     match = SIZE.fullmatch(text)
-    size = 0 if match is None else int(float(match[1]) * UNITS[match[2].upper()])
+    size = 0
+    if match is not None:
+        unit = 1024 if match[3] else 1000
+        size = int(float(match[1]) * unit ** POWERS.index((match[2] or " ").upper()))
     if size < 1:
         raise UsageError(f"{name} {text!r} is no size: expected one such as 500MB or 4GB")
     return size

@@ -48,15 +48,15 @@ def main() -> None:
 def _run(
     options: argparse.Namespace, judge: fuzz_judge.Judge, intact: list[bytes], corpus: Path
 ) -> None:
-    kept: dict[str, int] = {}
+    counts: dict[str, int] = {}
     mutation = fuzz_readers.FORMATS[options.format].mutation
 
     def read(data: bytes) -> None:
         failure = judge.judge(options.format, data)
         if failure is not None:
-            kept[failure.kind] = kept.get(failure.kind, 0) + 1
-            if kept[failure.kind] <= fuzz_run.MOST_OF_A_KIND:
-                index = sum(kept.values())
+            counts[failure.kind] = counts.get(failure.kind, 0) + 1
+            if counts[failure.kind] <= fuzz_run.MOST_OF_A_KIND:
+                index = sum(counts.values())
                 print(f"failure: {failure.kind}", flush=True)
                 fuzz_run.keep_input(
                     options.failures,

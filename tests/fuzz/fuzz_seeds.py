@@ -178,13 +178,15 @@ def native() -> list[bytes]:
     """Uncompressed DICOM in every byte order: a CT's header, windows, frames, sequences."""
     ct = _slice(3)
     frames = dicom(np.vstack([GREY, GREY]), NumberOfFrames=2, Rows=32)
-    others = [dicom(DEEP), dicom(DEEP)]
-    for dataset, syntax in zip(others, (ImplicitVRLittleEndian, ExplicitVRBigEndian), strict=True):
+    reordered = [dicom(DEEP), dicom(DEEP)]
+    for dataset, syntax in zip(
+        reordered, (ImplicitVRLittleEndian, ExplicitVRBigEndian), strict=True
+    ):
         dataset.file_meta.TransferSyntaxUID = syntax
     files = ("ExplVR_LitEndNoMeta.dcm", "nested_priv_SQ.dcm", "UN_sequence.dcm",
              "SC_rgb_small_odd.dcm", "MR_truncated.dcm")  # fmt: skip
     return [
-        *map(_saved, (ct, dicom(GREY), dicom(COLOUR), frames, *others)),
+        *map(_saved, (ct, dicom(GREY), dicom(COLOUR), frames, *reordered)),
         *(sample(name).read_bytes() for name in files),
     ]
 
