@@ -11,6 +11,8 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from page_driver import CHROMIUM, ViewerPage
+from playwright.sync_api import Browser, sync_playwright
 
 from medsa_deploy.event_log import EventLog
 from medsa_deploy.serve.server import Server
@@ -53,3 +55,29 @@ def serving() -> Iterator[Callable[..., Server]]:
             return server
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's chromium."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Callable[..., ViewerPage]]:
+    """A server's address → the page in a tab, whose errors and requests are checked at the end."""
+    tabs = []
+
+    def open_tab(url: str, **context: Any) -> ViewerPage:
+        tabs.append(ViewerPage(browser, url, **context))
+        return tabs[-1]
+
+    yield open_tab
+    for tab in tabs:
+        if not tab.page.is_closed():
+            tab.close()

@@ -15,20 +15,22 @@ const OPPOSITE = { R: "L", L: "R", A: "P", P: "A", S: "I", I: "S" };
 const BATCH_BYTES = 8 * 2 ** 20;
 const RETRY_MS = 1000;
 const FILL = 0.35;
+const LATER_MS = 80; // planes that a click changes follow its own slice after this time
+const SLOW_MS = 150; // an answer later than this is announced
 
 const state = {
   token: sessionStorage.getItem("token") || "",
   lease: null, limits: null, bundles: [],
-  image: null, files: [], serverPath: null, name: "", pixels: null, loaded: null, loading: 0,
+  image: null, files: [], serverPath: null, name: "", pixels: null, loaded: null, loading: 0, arrived: 0,
   labels: [null, null], // of the bundle, and of the one it is compared with
   segmented: [new Set(), new Set()], summary: [null, null], latency: [null, null],
   structures: [], active: 0, past: [], future: [], nextId: 1,
   follow: false, tool: "add", window: [0, 255], preset: "file",
   cross: [0, 0, 0], zoom: 1, pan: [0, 0], corner: null, drag: null, connected: false,
-  request: null, wanted: 0, latencies: [],
+  request: null, wanted: 0, announcing: 0, latencies: [],
 };
 // For tests and the curious; nothing reads it.
-globalThis.viewer = state;
+globalThis.viewer = Object.assign(state, { toScreen });
 
 // ------------------------------------------------------------------ talking to the server
 
@@ -233,6 +235,7 @@ async function loadPixels(turn) {
       if (turn !== state.loading) return;
       state.pixels.set(new state.pixels.constructor(content), first * image.stride.k * image.channels);
       state.loaded.fill(1, first, last);
+      state.arrived++;
       draw();
     } catch (error) { return report(error); }
   }
@@ -261,6 +264,15 @@ function restore(from, to) {
   segment();
 }
 
+/** Drop the latest prompt; the masks are still those without it. */
+function takeBack() {
+  const moment = state.past.pop();
+  state.structures = moment.structures;
+  state.active = moment.active;
+  listStructures();
+  draw();
+}
+
 function addStructure(undoable = true) {
   if (undoable) remember();
   const number = state.structures.length;
@@ -286,15 +298,19 @@ function removeStructure(index) {
   segment();
 }
 
+/** The list anew; what had the focus in it keeps it. */
 function listStructures() {
-  const list = $("structures");
+  const list = $("structures"), rows = [...list.children];
+  const row = rows.findIndex((item) => item.contains(document.activeElement));
+  const column = row < 0 ? -1 : [...rows[row].children].indexOf(document.activeElement);
   list.replaceChildren(...state.structures.map((structure, index) => {
     const item = document.createElement("li");
     item.className = index === state.active ? "active" : "";
+    if (index === state.active) item.setAttribute("aria-current", "true");
     item.addEventListener("pointerdown", () => { if (state.active !== index) activate(index); });
     const colour = element("input", { type: "color", value: structure.colour, ariaLabel: `Colour of ${structure.name}` });
     colour.addEventListener("input", () => { structure.colour = colour.value; draw(); });
-    const name = severalClasses() ? element("select", { ariaLabel: "Class" }) : element("input", { type: "text", value: structure.name, ariaLabel: "Name", maxLength: 60, spellcheck: false });
+    const name = severalClasses() ? element("select", { ariaLabel: `Class ${index + 1}` }) : element("input", { type: "text", value: structure.name, ariaLabel: `Name ${index + 1}`, maxLength: 60, spellcheck: false });
     if (severalClasses()) {
       for (const c of bundleFacts().classes) name.append(new Option(c, c, false, c === structure.className));
       name.addEventListener("change", () => { remember(); structure.className = name.value; segment(); });
@@ -316,6 +332,7 @@ function listStructures() {
     item.append(colour, name, size, eye, drop);
     return item;
   }));
+  if (row >= 0) list.children[Math.min(row, list.children.length - 1)]?.children[column]?.focus({ preventScroll: true });
   $("undo").disabled = !state.past.length;
   $("redo").disabled = !state.future.length;
 }
@@ -323,7 +340,10 @@ function listStructures() {
 function activate(index, relist = true) {
   state.active = (index + state.structures.length) % state.structures.length;
   if (relist) listStructures();
-  else [...$("structures").children].forEach((item, i) => item.classList.toggle("active", i === state.active));
+  else [...$("structures").children].forEach((item, i) => {
+    item.classList.toggle("active", i === state.active);
+    if (i === state.active) item.setAttribute("aria-current", "true"); else item.removeAttribute("aria-current");
+  });
   draw();
 }
 
@@ -332,8 +352,9 @@ function click(k, r, c, label, time = performance.now()) {
   const structure = state.structures[state.active];
   remember();
   structure.points.push([...voxel(k, r, c), label]);
+  segment(k, time, true);
   listStructures();
-  segment(k, time);
+  draw();
 }
 
 function addBox(k, r0, c0, r1, c1, time = performance.now()) {
@@ -343,8 +364,9 @@ function addBox(k, r0, c0, r1, c1, time = performance.now()) {
   remember();
   structure.boxes = structure.boxes.filter((b) => !(b[state.image.axis] === k));
   structure.boxes.push([...low, ...high]);
+  segment(k, time, true);
   listStructures();
-  segment(k, time);
+  draw();
 }
 
 /** Slice, row and column → x, y, z as the server counts them. */
@@ -398,7 +420,8 @@ function cancelRequest() {
   state.request = null;
 }
 
-async function segment(near = state.cross[0], time = performance.now()) {
+/** Ask for the masks of all prompts. `added`: a prompt that is taken back if the server refuses it. */
+async function segment(near = state.cross[0], time = performance.now(), added = false) {
   cancelRequest();
   if (!state.image) return;
   const turn = ++state.wanted;
@@ -414,6 +437,9 @@ async function segment(near = state.cross[0], time = performance.now()) {
   const controller = new AbortController();
   state.request = controller;
   $("stop").disabled = false;
+  state.announcing = setTimeout(() => {
+    if (turn === state.wanted && state.request === controller) { say("Encoding the image"); progress(undefined); }
+  }, SLOW_MS);
   try {
     for (const which of $("compare").value ? [0, 1] : [0]) {
       const start = which ? performance.now() : time;
@@ -423,10 +449,11 @@ async function segment(near = state.cross[0], time = performance.now()) {
   } catch (error) {
     if (error.name !== "AbortError") {
       report(error);
+      if (added && error.status === 422 && turn === state.wanted) takeBack();
       if (turn === state.wanted) { progress(null); $("stop").disabled = true; }
     }
     return;
-  }
+  } finally { clearTimeout(state.announcing); }
   if (turn === state.wanted) { progress(null); $("stop").disabled = true; listStructures(); }
 }
 
@@ -440,6 +467,7 @@ async function fetchMasks(which, near, signal, start) {
   let drawn = false;
   const response = await sendJson("/api/masks", data, { signal });
   for await (const [facts, content] of frames(response.body.getReader())) {
+    clearTimeout(state.announcing);
     if (facts.kind === "encoded") {
       say(state.follow ? `Following: slice ${facts.done} of at most ${facts.total}` : `Encoding slice ${facts.done} of ${facts.total}`);
       progress(facts.done / facts.total);
@@ -449,15 +477,15 @@ async function fetchMasks(which, near, signal, start) {
       state.segmented[which].add(facts.slice);
       if (facts.slice === state.cross[0] && !drawn) {
         drawn = true;
-        draw(true);
+        renderView(which ? "other" : "main"); // at once; the rest of the page can wait
         const ms = performance.now() - start;
         state.latency[which] = ms;
         if (!which) state.latencies.push(ms);
-        showFigures();
-      } else draw();
+      }
+      drawLater();
     } else if (facts.kind === "error") {
       if ([503, 410].includes(facts.status)) throw new ServerError(facts.status, facts.detail, 1);
-      throw new Error(facts.detail);
+      throw new ServerError(facts.status, facts.detail);
     } else if (facts.kind === "end") {
       clearLabels(which, new Set(facts.slices));
       state.summary[which] = facts;
@@ -514,11 +542,15 @@ function measure(which) {
   summary.voxels.forEach((voxels, i) => {
     const owner = owners[i + 1];
     if (!owner) return;
-    const ml = state.image.voxel_ml;
     owner.voxels = voxels;
-    owner.size = ml ? `${(voxels * ml).toPrecision(3)} ml` : state.image.kind === "picture" ? `${voxels} px` : `${voxels} vx`;
+    owner.size = volumeText(voxels);
   });
   listStructures();
+}
+
+function volumeText(voxels) {
+  const ml = state.image.voxel_ml;
+  return ml ? `${(voxels * ml).toPrecision(3)} ml` : `${voxels} ${state.image.kind === "picture" ? "px" : "vx"}`;
 }
 
 /** A network that takes no prompts segments its classes at once. */
@@ -583,10 +615,14 @@ function toScreen(name, place) {
 
 const inImage = (place) => ["k", "r", "c"].every((axis, i) => place[i] >= 0 && place[i] < state.image.size[axis]);
 
-let drawing = 0;
-function draw(now = false) {
-  if (now) { cancelAnimationFrame(drawing); drawing = 0; render(); return; }
+let drawing = 0, later = 0;
+function draw() {
   if (!drawing) drawing = requestAnimationFrame(() => { drawing = 0; render(); });
+}
+
+/** Draw soon, with what else comes until then. */
+function drawLater() {
+  if (!later) later = setTimeout(() => { later = 0; draw(); }, LATER_MS);
 }
 
 const offscreen = {};
@@ -619,17 +655,31 @@ function renderView(name) {
   const sh = stride[axes.h] * (axes.fh ? -1 : 1), sv = stride[axes.v] * (axes.fv ? -1 : 1);
   const start = state.cross["krc".indexOf(fixed)] * stride[fixed]
     + (axes.fh ? (nh - 1) * stride[axes.h] : 0) + (axes.fv ? (nv - 1) * stride[axes.v] : 0);
-  const grey = planeCanvas("grey", nh, nv), overlay = planeCanvas("overlay", nh, nv);
-  paintGrey(grey, start, sh, sv);
+  context.drawImage(greyLayer(name, { width, height, ratio, p, start, sh, sv, nh, nv }), 0, 0, canvas.clientWidth, canvas.clientHeight);
+  const overlay = planeCanvas(`overlay ${name}`, nh, nv);
   paintLabels(overlay, name === "other" ? 1 : 0, start, sh, sv);
-  context.imageSmoothingEnabled = p.scale < 8;
-  context.imageSmoothingQuality = "high";
-  context.drawImage(grey, p.x, p.y, p.wide, p.high);
   context.imageSmoothingEnabled = false;
   context.drawImage(overlay, p.x, p.y, p.wide, p.high);
   if (fixed === "k" && $("prompts-shown").checked) drawPrompts(context, name);
   if (state.image.slices > 1 || document.activeElement === canvas) drawCross(context, name);
   drawLetters(context, canvas, axes);
+}
+
+/** The image of a view on the screen's pixels. A click changes only what lies above it. */
+function greyLayer(name, { width, height, ratio, p, start, sh, sv, nh, nv }) {
+  const layer = planeCanvas(`layer ${name}`, width, height);
+  const key = [state.loading, state.arrived, ...state.window, start, ratio, p.x, p.y, p.wide].join();
+  if (layer.key === key) return layer;
+  layer.key = key;
+  const grey = planeCanvas(`grey ${name}`, nh, nv);
+  paintGrey(grey, start, sh, sv);
+  const context = layer.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, width / ratio, height / ratio);
+  context.imageSmoothingEnabled = p.scale < 8;
+  context.imageSmoothingQuality = "high";
+  context.drawImage(grey, p.x, p.y, p.wide, p.high);
+  return layer;
 }
 
 function paintGrey(canvas, start, sh, sv) {
@@ -775,7 +825,8 @@ function showFigures() {
   $("latency").dataset.ms = state.latency[0] ?? "";
   const caption = (which) => {
     const ms = state.latency[which] === null ? "" : `   ${state.latency[which].toFixed(0)} ms`;
-    return `${bundleFacts(which).name}${ms}`;
+    const voxels = state.summary[which]?.voxels.reduce((sum, count) => sum + count, 0);
+    return `${bundleFacts(which).name}${ms}${voxels ? `   ${volumeText(voxels)}` : ""}`;
   };
   const compared = Boolean($("compare").value);
   $("view-main").querySelector("figcaption").textContent = compared ? caption(0) : "";
@@ -1092,7 +1143,9 @@ document.addEventListener("keydown", (event) => {
   const onCanvas = tag === "CANVAS", arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   if (onCanvas && arrows[event.key]) {
     const [dx, dy] = arrows[event.key].map((d) => d * (event.shiftKey ? 10 : 1));
-    nudge(dx, dy);
+    if (state.tool === "pan") { state.pan = [state.pan[0] + 10 * dx, state.pan[1] + 10 * dy]; draw(); }
+    else if (state.tool === "window") dragWindow(6 * dx, 6 * dy);
+    else nudge(dx, dy);
     event.preventDefault();
     return;
   }
@@ -1129,7 +1182,10 @@ async function filesOf(items) {
       }
     }
   };
-  for (const entry of [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean)) await walk(entry);
+  const entries = [...items].map((item) => item.webkitGetAsEntry?.() || item.getAsFile?.());
+  for (const entry of entries.filter(Boolean)) {
+    if (entry instanceof File) files.push(entry); else await walk(entry);
+  }
   return files;
 }
 
