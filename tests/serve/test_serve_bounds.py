@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import random
+import json
+import select
 import signal
+import socket
 import subprocess
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from command_line import command, start
+from malformed import send_malformed
 
 from medsa_deploy.errors import UsageError
 from medsa_deploy.event_log import EventLog
+from medsa_deploy.machine import resident_bytes
+from medsa_deploy.serve import bodies
 from medsa_deploy.serve.access import check_exposure
 from medsa_deploy.serve.array_wire import pack, unpack
 from medsa_deploy.serve.cache import ByteCache
@@ -23,10 +30,8 @@ from medsa_deploy.serve.server import Server
 from medsa_deploy.serve.service import ServeOptions
 from medsa_deploy.serve.work import Job, WorkPool
 
-PATHS = (
-    *("/api/image", "/api/masks", "/api/export", "/set_image", "/predict", "/infer/a"),
-    *("/add_point_interaction", "/add_bbox_interaction", "/set_target_buffer"),
-)
+REFUSALS = {400, 404, 405, 408, 410, 413, 415, 422, 501}
+ENOUGH = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +39,86 @@ def server(serving, bundle: Path) -> Server:
     return serving(bundle, upload_bytes=100_000)
 
 
-def test_bodies_of_noise_are_refused(server: Server, array: np.ndarray) -> None:
-    """None is answered with 500, and the server works on."""
-    rng = random.Random(3)
-    good = pack(array[None])
-    with httpx.Client(base_url=server.url) as client:
+def assert_nothing_fails(server: Server, count: int, seed: int) -> None:
+    """Malformed requests are refused, and leave no worker behind; the server answers clicks."""
+    seen = send_malformed(server, count, seed)
+    assert set(seen) <= REFUSALS | {200}, seen
+    assert seen[200] < count / 2
+    assert '"event": "fault"' not in server.log.getvalue()  # type: ignore[attr-defined]
+    pool, limit = server.service.pool, time.monotonic() + 60
+    while pool.running or pool.waiting:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         lease = {"X-Lease-Token": client.post("/claim").json()["lease_token"]}
-        seen = set()
-        for _ in range(400):
-            body = bytearray(rng.choice((good, b'{"coordinates": [1, 2, 3], "near": -1}', b"[[[")))
-            for _ in range(rng.randrange(6)):
-                body[rng.randrange(min(60, len(body)))] = rng.randrange(256)
-            path = rng.choice(PATHS)
-            seen.add(client.post(path, content=bytes(body), headers=lease).status_code)
-        assert seen <= {200, 400, 404, 410, 413, 415, 422, 501}, seen
-        assert client.get("/healthz").json()["status"] == "ok"
-        assert '"event": "fault"' not in server.log.getvalue()  # type: ignore[attr-defined]
+        array = np.zeros((1, 2, 40, 48), np.int16)
+        array[:, :, 8:30] = 400
+        assert client.post("/set_image", content=pack(array), headers=lease).status_code == 200
+        click = {"coordinates": [0, 20, 20], "include_interaction": True}
+        answer = client.post("/add_point_interaction", json=click, headers=lease)
+        assert json.loads(answer.headers["x-meta"])["ran_prediction"]
+
+
+def test_malformed_requests_are_refused(server: Server) -> None:
+    assert_nothing_fails(server, 400, 3)
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_requests(server: Server) -> None:
+    assert_nothing_fails(server, 10_000, 11)
+
+
+def zeros(size: int) -> Iterator[bytes]:
+    """A body of so many zeros, without its length."""
+    for place in range(0, size, 2**20):
+        yield bytes(min(2**20, size - place))
+
+
+def test_a_body_without_length_is_cut_off(server: Server) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        lease = {"X-Lease-Token": client.post("/api/lease").json()["lease"]}
+        answer = client.put("/api/files/a.png", content=zeros(3 * 10**6), headers=lease)
+        assert answer.status_code == 413
+        folder = server.service.leases.find(lease["X-Lease-Token"]).folder
+        assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.slow
+def test_a_gigabyte_is_streamed(serving, bundle: Path) -> None:
+    """It lies on disk, not in memory; a byte more is refused."""
+    server = serving(bundle)
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+        lease = {"X-Lease-Token": client.post("/api/lease").json()["lease"]}
+        before = resident_bytes() or 0
+        answer = client.put("/api/files/a.nii", content=zeros(ENOUGH), headers=lease)
+        assert answer.json() == {"bytes": ENOUGH}
+        assert (resident_bytes() or 0) - before < 200 * 2**20
+        assert client.put("/api/files/b.nii", content=b"x", headers=lease).status_code == 413
+        assert client.post("/api/image", json={}, headers=lease).status_code == 422
+        client.delete("/api/files", headers=lease)
+        answer = client.put("/api/files/a.nii", content=zeros(ENOUGH + 1), headers=lease)
+        assert answer.status_code == 413
+        for path in ("/set_image", "/api/masks"):
+            claim = {"X-Lease-Token": client.post("/claim").json()["lease_token"]}
+            answer = client.post(path, content=zeros(ENOUGH + 1), headers=claim)
+            assert answer.status_code in (410, 413)
+
+
+@pytest.mark.parametrize("pieces", [1, 50], ids=["that stops", "that drips"])
+def test_a_slow_body_times_out(server: Server, monkeypatch, pieces: int) -> None:
+    monkeypatch.setattr(bodies, "FIRST_SECONDS", 0.3)
+    with httpx.Client(base_url=server.url) as client:
+        token = client.post("/api/lease").json()["lease"]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        head = f"PUT /api/files/a.png HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Lease-Token: {token}\r\n"
+        connection.sendall(f"{head}Content-Length: 90000\r\n\r\n".encode())
+        for _ in range(pieces):
+            connection.sendall(b"xxxx")
+            if select.select([connection], [], [], 0.02)[0]:
+                break
+        assert b" 408 " in connection.recv(4096)
+    assert server.service.leases.find(token).files == 1
+    assert not list(server.service.leases.find(token).folder.rglob("*.png"))
 
 
 def test_large_bodies_and_unknown_leases(server: Server) -> None:
