@@ -6,8 +6,8 @@ import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from typing import TextIO
 
 
@@ -28,11 +28,14 @@ class EventLog:
     def write(
         self, event: str, identifying: Mapping[str, object] | None = None, **facts: object
     ) -> None:
-        """Write an event with its facts; `identifying` facts only if they are allowed."""
+        """Write an event with its facts; `identifying` facts only if they are allowed.
+
+        An event that cannot be written, as on a full disk, is lost: it must not end its service.
+        """
         line = {"time": now(), "event": event, **facts}
         if self.identifiers:
             line |= identifying or {}
-        with self._lock:
+        with self._lock, suppress(OSError):
             self._stream.write(json.dumps(line, default=str) + "\n")
             self._stream.flush()
 
@@ -62,4 +65,4 @@ class _EventHandler(logging.Handler):
 
 def now() -> str:
     """The time in UTC: `2026-01-31T12:00:00.123Z`."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -46,6 +46,15 @@ class CheckedBundle:
             held_files.add(path, self.trust.additions.get(path, ()))
 
 
+def check_changeable(bundle: Path) -> None:
+    """Refuse to change or to measure a bundle that no configured key has signed.
+
+    Errors as for `check_bundle`. Every added file is read. Without keys nothing is checked here.
+    """
+    if configured_keys(None):
+        check_bundle(bundle).check_additions()
+
+
 def check_bundle(bundle: Path, trusted: KeyPaths | None = None) -> CheckedBundle:
     """A bundle's manifest, after its folder and its signatures were checked.
 

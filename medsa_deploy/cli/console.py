@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import logging
 import signal
@@ -33,8 +32,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from medsa_deploy.errors import MedsaError
+from medsa_deploy.errors import MedsaError, UsageError
 from medsa_deploy.progress import OnCount, OnStep
+
+from .streams import prepare_streams
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -49,13 +50,11 @@ class WarningLines(logging.Handler):
 
 
 def prepare() -> None:
-    """Send the package's warnings to stderr; print unencodable characters as escapes."""
+    """Send the package's warnings to stderr, whose failures end no command."""
+    prepare_streams()
     logger = logging.getLogger("medsa_deploy")
     logger.handlers = [h for h in logger.handlers if not isinstance(h, WarningLines)]
     logger.addHandler(WarningLines())
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def catch_interrupts() -> list[float]:
@@ -111,7 +110,11 @@ def print_fault(kind: str, message: str, path: Path | str | None, *, json: bool)
     if json:
         about = None if path is None else str(path)
         fault = {"kind": kind, "message": " ".join(message.split()), "path": about}
-        print_json({"error": fault})
+        try:
+            print_json({"error": fault})
+            sys.stdout.flush()
+        except UsageError:
+            pass  # stderr and the exit code tell of the error
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

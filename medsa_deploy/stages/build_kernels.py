@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from medsa_deploy.bundle.checked import check_changeable
 from medsa_deploy.kernels import cubins
 from medsa_deploy.kernels.cubins import Cubin
 from medsa_deploy.progress import OnStep
@@ -32,6 +33,7 @@ def build_kernels(
     Without targets, for those of `cubins.TARGETS` that the compiler knows.
     """
     start = perf_counter()
+    check_changeable(bundle)
     architectures = [target.replace("_", "") for target in targets]
     build = cubins.build(bundle, architectures, on_step=on_step)
     return KernelBuild(

@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter
 
 from medsa_deploy.bundle.atomic import write_text
+from medsa_deploy.bundle.checked import check_changeable
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.bundle.folder import new_bundle
 from medsa_deploy.bundle.manifest import MANIFEST_FILENAME, load_manifest
@@ -60,6 +61,7 @@ def build_engines(
     if bundle is None:
         bundle = newest_bundle(Path())
         on_note(f"no bundle named: {bundle}, the newest here")
+    check_changeable(bundle)
     manifest = load_manifest(bundle)
     library = find_library(request, on_note)
     check_request(bundle, manifest, request, library)

@@ -10,6 +10,7 @@ from statistics import median
 from time import perf_counter
 
 from medsa_deploy import machine
+from medsa_deploy.bundle.checked import check_changeable
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.evaluation.latency_worker import Work, run_once, seeded_work
 from medsa_deploy.progress import OnStep
@@ -55,6 +56,7 @@ def tune(bundle: Path, *, on_step: OnStep = lambda step: None) -> Tuning:
     All of them run float32, so the masks are the same. The candidates take turns, one in memory at
     a time.
     """
+    check_changeable(bundle)
     manifest = load_manifest(bundle)
     work = seeded_work(manifest)
     settings = _settings()

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Literal
 
 from medsa_deploy.bundle.additions import add_files, work_folder
+from medsa_deploy.bundle.checked import check_changeable
 from medsa_deploy.bundle.files import check_files, describe_file
 from medsa_deploy.bundle.manifest import File, Manifest, Parity, load_manifest
 from medsa_deploy.bundle.recipe import Recipe
@@ -77,6 +78,7 @@ def quantize_bundle(
     check_options("onnxruntime", threads)
     import_onnx()
     require_library("quantize")
+    check_changeable(bundle)
     manifest = load_manifest(bundle)
     sources = find_sources(calibration, manifest.network.chunk) if precision == "int8" else []
     on_step("compare every file with its SHA-256")
