@@ -162,6 +162,7 @@ class RemoteSession:
         DeviceLostError if the server was restarted, and DeviceMemoryError if it dropped the image
         for newer ones: encode the image again. DeviceError if it does not answer in time.
         """
+        self._check_open()
         parts = {"points": points, "labels": labels, "box": box, "boxes": boxes, "mask": mask}
         if self.conventions.prompts != "required" and all(p is None for p in parts.values()):
             sets = [UNPROMPTED]
@@ -240,10 +241,13 @@ class RemoteSession:
     ) -> dict[str, NDArray[Any]]:
         """A request that may be sent twice: an image starts its sequence anew, prompts change
         nothing."""
-        if not self._is_open:
-            raise UsageError("this session is closed: connect again")
+        self._check_open()
         self._free_dropped()
         return self._transport.infer(self._model, arrays, outputs, place, again=True)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise UsageError("this session is closed: connect again")
 
     def _free_dropped(self) -> None:
         """End the sequences of images that nothing refers to; not retried, as idle ones end."""

@@ -22,7 +22,7 @@ from .tensors import INPUTS, OUTPUTS, WireTensor, can_batch, graph_tensors
 
 Graph = Literal["encoder", "decoder", "decoder-image", "decoder-click"]
 GRAPHS: tuple[Graph, ...] = ("encoder", "decoder", "decoder-image", "decoder-click")
-WHOLE: tuple[Graph, ...] = ("encoder", "decoder")
+BOTH_PARTS: tuple[Graph, ...] = ("encoder", "decoder")
 MOST_CHUNKS = 4
 """Images, or chunks of a 3D network, in one encoder run: each takes memory."""
 MOST_CLICKS = 8
@@ -32,6 +32,8 @@ ENCODER_DELAY, DECODER_DELAY = 2000, 500
 MOST_SEQUENCES = 1024
 """Sequences of one instance. The memory for embeddings is reached first, and refuses with a reason;
 a sequence over this number would only wait."""
+SEGMENT_INSTANCES = 3
+"""Instances of NAME_segment for each of the encoder: while one is encoding, two can be joined."""
 WARM_UP_POINTS = 2
 """A click and its padding point."""
 
@@ -89,10 +91,10 @@ class BundleOnServer:
 
 def served_graphs(manifest: Manifest, options: RepositoryOptions) -> tuple[Graph, ...]:
     """The graphs that get models of their own; BundleError if the precision is missing."""
-    for role in WHOLE:
+    for role in BOTH_PARTS:
         manifest.file(role, options.precision)
     if options.backend != "onnxruntime":
-        return WHOLE
+        return BOTH_PARTS
     return tuple(graph for graph in GRAPHS if manifest.has(graph, options.precision))
 
 
@@ -120,8 +122,7 @@ def python_models(bundle: BundleOnServer, options: RepositoryOptions) -> list[Mo
         backend="python",
         inputs=INPUTS,
         outputs=OUTPUTS,
-        # an instance waits for the encoder: with one of them no two images could be joined
-        instances=2 * options.instances,
+        instances=SEGMENT_INSTANCES * options.instances,
         device=options.used_device,
         parameters=bundle_parameters(bundle, options)
         | {"encoder_model": model_name(bundle, "encoder")},
