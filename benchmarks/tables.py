@@ -190,6 +190,37 @@ def dicom_node_table(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
+def page_latency_table(result: dict[str, Any]) -> str:
+    """Percentiles of clicks in a browser."""
+    figures = result["latency_ms"]
+    head = " | ".join(figures)
+    row = " | ".join(f"{ms:.0f} ms" for ms in figures.values())
+    note = f"{len(result['clicks'])} {result['what']}. Load of the machine: {result['load']}."
+    lines = [f"| {head} |", "|---" * len(figures) + "|", f"| {row} |", "", note]
+    return "\n".join([*lines, f"Measured on: {_machine(result)}."])
+
+
+def serve_load_table(result: dict[str, Any]) -> str:
+    """Clicks, latency and memory of the server by its number of users."""
+    rows = [
+        "| users | clicks a second | p50 | p95 | p99 | server's processor time a click "
+        "| masks compared | memory at the start | after a quarter | at the end | load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, load in zip(result["cases"], result["load_after_each_case"], strict=True):
+        latency, memory = case["latency_ms"], case["memory_mb"]
+        times = " | ".join(f"{latency[p]:.0f} ms" for p in ("p50", "p95", "p99"))
+        sizes = " | ".join(f"{memory[when]:.0f} MB" for when in ("start", "quarter", "end"))
+        rows.append(
+            f"| {case['users']} | {case['clicks_per_second']} | {times} "
+            f"| {case['server_cpu_ms_a_click']:.0f} ms | {case['masks_compared']}, all equal "
+            f"| {sizes} | {load} |"
+        )
+    seconds = result["cases"][0]["seconds"]
+    note = f"{_capitalized(result['what'])}. {seconds:.0f} s each."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
+
+
 def targets_table(result: dict[str, Any]) -> str:
     """Targets of speed, from peers.json and depth.json."""
     depth = RESULTS / "depth.json"
@@ -223,6 +254,7 @@ CARD_TABLES: Tables = {
 RESULT_OF = dict.fromkeys(("summary", "targets", "peers_others", "peers_volume"), "peers")
 """Table → its result, if the two names differ."""
 DICOM_TABLES: Tables = {"dicom_node": dicom_node_table}
+SERVE_TABLES: Tables = {"page_latency": page_latency_table, "serve_load": serve_load_table}
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"
 DOCUMENTS = {
     ROOT / "README.md": README_TABLES,
@@ -230,6 +262,7 @@ DOCUMENTS = {
     ROOT / "benchmarks" / "README.md": BENCHMARK_TABLES,
     CARD: CARD_TABLES,
     ROOT / "docs" / "dicom.md": DICOM_TABLES,
+    ROOT / "docs" / "serve.md": SERVE_TABLES,
 }
 
 

@@ -76,7 +76,7 @@ def export(
             write_segmentation(
                 path,
                 prediction.labels,
-                image.volume,
+                image.source,
                 names=prediction.names,
                 details=replace(details, styles=dict(styles)),
             )

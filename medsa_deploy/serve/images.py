@@ -46,6 +46,8 @@ class OpenImage:
     """A user's image or volume."""
 
     volume: Volume
+    source: Volume
+    """Of DICOM, the volume with the headers of its files, for a SEG; otherwise the same volume."""
     owner: str
     """Names it in the cache."""
     picture: bool
@@ -202,7 +204,12 @@ def _in_memory(
         images.append(PlacedImage(**values, owner=owner, index=index))
     stored = replace(volume, slices=HeldSlices(images=images))
     return OpenImage(
-        volume=stored, owner=owner, picture=picture, size_bytes=size, wire=_wire(stored, images)
+        volume=stored,
+        source=volume if volume.kind == "dicom" else stored,
+        owner=owner,
+        picture=picture,
+        size_bytes=size,
+        wire=_wire(stored, images),
     )
 
 

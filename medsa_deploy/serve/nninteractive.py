@@ -35,8 +35,7 @@ PREFIXES = ("", "/models/{bundle}", "/models/{bundle}/{class_name}")
 def nninteractive_routes(service: Service) -> list[Route]:
     """The routes, for the first bundle and for each by its name."""
     protocol = _Protocol(service)
-    unsupported = ("/add_scribble_interaction", "/add_lasso_interaction",
-                   "/add_initial_seg_interaction")  # fmt: skip
+    unsupported = ("/add_scribble_interaction", "/add_lasso_interaction")
     handlers = {
         "/claim": protocol.claim,
         "/release": protocol.release,
@@ -49,6 +48,7 @@ def nninteractive_routes(service: Service) -> list[Route]:
         "/add_bbox_interaction": protocol.add_box,
         "/predict": protocol.predict,
         "/undo": protocol.undo,
+        "/add_initial_seg_interaction": protocol.add_initial,
     } | dict.fromkeys(unsupported, protocol.unsupported)
     routes = []
     for prefix in PREFIXES:
@@ -220,9 +220,16 @@ class _Protocol:
         return await self._predict(request, lease, interaction, None)
 
     async def unsupported(self, request: Request) -> Response:
-        """Scribbles, lassos and initial segmentations."""
+        """Scribbles and lassos."""
         self._lease(request)
-        raise UnsupportedError("this network takes points and boxes only")
+        raise UnsupportedError("this network takes points and boxes only: click, or drag a box")
+
+    async def add_initial(self, request: Request) -> Response:
+        """An initial segmentation."""
+        self._lease(request)
+        raise UnsupportedError(
+            "initial segmentations are not supported: begin the object with a click or a box"
+        )
 
     async def _add(
         self,

@@ -111,6 +111,10 @@ def test_what_is_not_supported_is_said(server, array) -> None:
         with pytest.raises(httpx.HTTPStatusError) as refusal:
             client.add_scribble_interaction(client.target_buffer, True)
         assert refusal.value.response.status_code == 501
+        with pytest.raises(httpx.HTTPStatusError) as refusal:
+            client.add_initial_seg_interaction(client.target_buffer)
+        assert refusal.value.response.status_code == 501
+        assert "click or a box" in refusal.value.response.json()["detail"]
         with pytest.raises(httpx.HTTPStatusError, match="501"):
             client.add_bbox_interaction([[4, 5], [10, 28], [12, 36]], False)
         with pytest.raises(httpx.HTTPStatusError) as refusal:

@@ -329,7 +329,7 @@ function listStructures() {
     eye.addEventListener("click", () => { structure.visible = !structure.visible; listStructures(); draw(); });
     const drop = element("button", { textContent: "✕", title: "Remove (Delete)", ariaLabel: `Remove ${structure.name}` });
     drop.addEventListener("click", () => removeStructure(index));
-    item.append(colour, name, size, eye, drop);
+    item.append(colour, name, eye, drop, size);
     return item;
   }));
   if (row >= 0) list.children[Math.min(row, list.children.length - 1)]?.children[column]?.focus({ preventScroll: true });
@@ -405,8 +405,10 @@ function labelOwners(which) {
   const facts = bundleFacts(which);
   const owners = [];
   if (facts?.several_classes) {
+    const known = sent.some((s) => facts.classes.includes(s.className));
     facts.classes.forEach((c, i) => {
-      owners[i + 1] = sent.find((s) => s.className === c) || (sent.length ? undefined : state.structures.find((s) => s.className === c));
+      if (known || !sent.length) owners[i + 1] = (sent.length ? sent : state.structures).find((s) => s.className === c);
+      else owners[i + 1] = { colour: COLOURS[i % COLOURS.length], visible: sent.some((s) => s.visible) };
     });
   } else sent.forEach((s, i) => { owners[i + 1] = s; });
   if (!sent.length && facts?.prompts !== "required") {
@@ -459,9 +461,12 @@ async function segment(near = state.cross[0], time = performance.now(), added = 
 
 async function fetchMasks(which, near, signal, start) {
   const data = { ...wish(which), near };
-  if (which && bundleFacts(1).several_classes !== severalClasses()) {
-    data.structures = data.structures.map(({ class: _, name, ...rest }, i) => (
-      bundleFacts(1).several_classes ? rest : { ...rest, name: name || `structure ${i + 1}` }));
+  if (which) { // classes and names as the other bundle has them
+    const { several_classes: several, classes } = bundleFacts(1);
+    data.structures = data.structures.map(({ class: c, name, ...rest }, i) => {
+      if (several) return classes.includes(c) ? { ...rest, class: c } : rest;
+      return { ...rest, name: name || `structure ${i + 1}` };
+    });
   }
   const seen = new Set();
   let drawn = false;
