@@ -64,7 +64,7 @@ RENAMED = {
     "BuilderConfig": "IBuilderConfig",
 }
 """Class of the builder's stand-in → the real name; these are handed out by calls."""
-OF_THE_STAND_IN = {"ELEVEN", "requests"}
+OF_THE_STAND_IN = {"ELEVEN", "NUMBERS", "requests"}
 """Names of the builder's stand-in that no library has."""
 
 

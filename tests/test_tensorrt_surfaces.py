@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
-from command_line import call, contents, copied
+from command_line import accept_changes, call, contents, copied
 
 from medsa_deploy import errors
 from medsa_deploy.bundle.manifest import load_manifest
@@ -20,7 +21,7 @@ from medsa_deploy.nvidia.engines import AxisRange, EngineOptions, check_loadable
 
 FAKE = Path(__file__).parent / "fake_tensorrt"
 DEVICE = cuda.Device(name="NVIDIA Orin", capability="sm87", driver_cuda="12.6")
-VERSIONS = ("10.12.0.36", "10.16.1", "11.4.0")
+VERSIONS = ("10.3.0", "10.12.0.36", "11.4.0")
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_options_reach_the_builder(tensorrt, bundle: Path, tmp_path: Path, versi
     assert requests()[-1]["read_past_a_relu"] == 7
 
 
-@pytest.mark.parametrize("version", ["8.6.1", "10.0.1", "10.11.0"])
+@pytest.mark.parametrize("version", ["8.6.1", "10.2.0"])
 def test_older_versions_are_refused(tensorrt, bundle: Path, tmp_path: Path, version: str) -> None:
     tensorrt(version)
     copy = copied(bundle, tmp_path)
@@ -99,10 +100,32 @@ def test_older_versions_are_refused(tensorrt, bundle: Path, tmp_path: Path, vers
     done = call("build-engine", copy, "--fp32")
     assert done.code == 2
     assert (
-        f"error: TensorRT cannot be used: TensorRT {version} is installed; 10.12 or newer is "
+        f"error: TensorRT cannot be used: TensorRT {version} is installed; 10.3 or newer is "
         in (done.err)
     )
     assert contents(copy) == before
+
+
+def test_operators_that_an_old_parser_lacks_are_named(
+    tensorrt, bundle: Path, tmp_path: Path
+) -> None:
+    """Before a build; a newer parser says so itself."""
+    copy = copied(bundle, tmp_path)
+    path = copy / "decoder.onnx"
+    model = onnx.load(path)
+    model.graph.node.add(op_type="Det", input=["image_embeddings"], output=["d"], name="det")
+    onnx.save(model, path)
+    accept_changes(copy)
+    tensorrt("10.3.0")
+    done = call("build-engine", copy, "--fp32")
+    assert done.code == 2
+    assert "decoder.onnx has Det, which the parser of TensorRT 10.3.0 lacks" in done.error
+    model.opset_import[0].version = 23
+    model.graph.node.pop()
+    onnx.save(model, path)
+    accept_changes(copy)
+    done = call("build-engine", copy, "--fp32")
+    assert (done.code, "has operators of opset 23" in done.error) == (2, True)
 
 
 def test_a_target_is_the_gpu_that_is_here(tensorrt, bundle: Path) -> None:

@@ -86,6 +86,8 @@ def _build(job: Job, on_progress: OnProgress) -> Outcome:
     from polygraphy.exception import PolygraphyException
 
     name = tensorrt_api.NAMES[options.flavor]
+    if options.flavor == "tensorrt":
+        _check_operators(job.onnx, library.__version__)
     try:
         network = network_from_onnx_path(job.onnx, strongly_typed=True)
     except PolygraphyException as e:
@@ -108,6 +110,19 @@ def _build(job: Job, on_progress: OnProgress) -> Outcome:
     except OSError as e:  # a failed write names no file
         raise OSError(e.errno, e.strerror, job.output) from e
     return Outcome(attention=attention, seconds=round(perf_counter() - start, 3))
+
+
+def _check_operators(path: str, version: str) -> None:
+    """BundleError if an ONNX file has operators that the parser of an old TensorRT lacks."""
+    import onnx
+
+    if lacking := tensorrt_api.lacking_operators(
+        version, onnx.load(path, load_external_data=False)
+    ):
+        raise BundleError(
+            f"{path} has {lacking}, which the parser of TensorRT {version} lacks: install TensorRT "
+            "10.6 or newer, or export the checkpoint again"
+        )
 
 
 def _prepare_polygraphy(flavor: tensorrt_api.Flavor) -> list[str]:

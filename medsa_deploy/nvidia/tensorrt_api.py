@@ -25,8 +25,24 @@ Flavor = Literal["tensorrt", "rtx"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 NAMES = {"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"}
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
-OLDEST = {"tensorrt": (10, 12), "rtx": (1, 7)}
-"""TensorRT before 10.12 has no strongly typed path that matches 11's. RTX: the oldest tried."""
+OLDEST = {"tensorrt": (10, 3), "rtx": (1, 7)}
+"""TensorRT: JetPack 6's, whose interface has every name that is used. RTX: the oldest tried."""
+
+PARSER_OPSET = 20
+NOT_PARSED = frozenset(
+    "AffineGrid Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow "
+    "CenterCropPad Col2Im Compress ConcatFromSequence ConvInteger DFT Det DynamicQuantizeLinear "
+    "HammingWindow HannWindow ImageDecoder MatMulInteger MaxRoiPool MaxUnpool MelWeightMatrix "
+    "Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement "
+    "QLinearConv QLinearMatMul RegexFullMatch STFT SequenceAt SequenceConstruct SequenceEmpty "
+    "SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss "
+    "SplitToSequence StringConcat StringNormalizer StringSplit TfIdfVectorizer Unique".split()
+)
+"""Operators up to `PARSER_OPSET` that TensorRT 10.3's ONNX parser lacks: those without support in
+10.6's table, and those that its changes name after 10.3. Exports have none of them."""
+ONNX_DOMAINS = ("", "ai.onnx")
+NEWER_PARSER = (10, 6)
+"""First version whose parser is left to say itself what it lacks."""
 
 FLOAT32_TARGETS = 80
 """TensorRT-RTX compiles no float32 matrix product for older compute capabilities (Turing's 7.5)."""
@@ -64,8 +80,7 @@ def load(flavor: Flavor) -> Any:
     except (ImportError, OSError) as e:
         reason = " ".join(str(e).split())
         raise UsageError(f"{NAMES[flavor]} is installed, but does not load: {reason}") from e
-    numbers = tuple(int(n) for n in re.findall(r"\d+", library.__version__)[:2])
-    if numbers < OLDEST[flavor]:
+    if version_numbers(library.__version__) < OLDEST[flavor]:
         oldest = ".".join(map(str, OLDEST[flavor]))
         raise UsageError(
             f"{NAMES[flavor]} {library.__version__} is installed; {oldest} or newer is needed: "
@@ -138,6 +153,25 @@ def operator(layer: str) -> str:
             return operator_name
     match = re.search(r"/node_([A-Za-z]+)", layer)
     return match[1] if match else "Subgraph"
+
+
+def lacking_operators(version: str, model: Any) -> str | None:
+    """What an `onnx.ModelProto` has that the parser of a TensorRT `version` lacks, in words."""
+    if version_numbers(version) >= NEWER_PARSER:
+        return None
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ONNX_DOMAINS)
+    if opset > PARSER_OPSET:
+        return f"operators of opset {opset}"
+    nodes = model.graph.node
+    lacking = {n.op_type for n in nodes if n.op_type in NOT_PARSED or n.domain not in ONNX_DOMAINS}
+    if any(node.op_type == "Pad" and len(node.input) > 3 and node.input[3] for node in nodes):
+        lacking.add("Pad along chosen axes")  # a tensor of axes is read from 10.4 on
+    return ", ".join(sorted(lacking)) or None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Major and minor number: `10.3.0.26` → (10, 3)."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
 
 
 def float32_targets(targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""As much of TensorRT's Python API as a build touches, in two surfaces: 10.x and 11.
+"""As much of TensorRT's Python API as a build touches, in three surfaces: 10.3, 10.12 and 11.
 
 The environment says which: FAKE_TENSORRT is the version, FAKE_TENSORRT_LOG a file that what was
 asked of the builder is written to. TensorRT 11 has no precision flags but TF32 and no calibrator.
@@ -10,7 +10,8 @@ import json
 import os
 
 __version__ = os.environ["FAKE_TENSORRT"]
-ELEVEN = int(__version__.split(".")[0]) >= 11
+NUMBERS = tuple(map(int, __version__.split(".")[:2]))
+ELEVEN = NUMBERS >= (11, 0)
 requests = {"flags": ["TF32"], "profiles": []}  # TF32 is on by default
 
 
@@ -30,7 +31,10 @@ NetworkDefinitionCreationFlag = _enum(
 MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE", "TACTIC_DRAM")
 ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY", "DETAILED", "NONE")
 TacticSource = _enum("TacticSource", "JIT_CONVOLUTIONS")
-PreviewFeature = _enum("PreviewFeature", "RUNTIME_ACTIVATION_RESIZE_10_10")
+PreviewFeature = _enum(
+    "PreviewFeature",
+    "RUNTIME_ACTIVATION_RESIZE_10_10" if NUMBERS >= (10, 10) else "PROFILE_SHARING_0806",
+)
 DeviceType = _enum("DeviceType", "GPU", "DLA")
 EngineCapability = _enum("EngineCapability", "STANDARD")
 LayerType = _enum("LayerType", "ELEMENTWISE", "SOFTMAX", "ACTIVATION")
