@@ -137,14 +137,20 @@ def graph_model(
     *,
     filename: str | None = None,
     capability_files: dict[str, str] | None = None,
+    engine_batch: int | None = None,
 ) -> ModelConfig:
-    """The model of one graph: a python model, an ONNX file or TensorRT plans."""
+    """The model of one graph: a python model, an ONNX file or TensorRT plans.
+
+    `engine_batch`: the largest batch that the plans take.
+    """
     contract = contract_of(bundle.manifest, graph)
     tensors = (*contract.inputs, *contract.outputs)
     encoder, chunk = graph == "encoder", bundle.manifest.network.chunk
     batched = can_batch(contract.inputs)
     most = (MOST_CHUNKS * chunk if encoder else MOST_CLICKS) if batched else 0
-    preferred = (2 * chunk, most) if encoder else (most // 2, most)
+    if batched and engine_batch is not None:
+        most = min(most, engine_batch)
+    preferred = sorted({min(2 * chunk, most) if encoder else max(most // 2, 1), most})
     inputs = graph_tensors(contract.inputs, batched=batched)
     for tensor in tensors:
         if tensor.dtype != "float32":
@@ -158,7 +164,8 @@ def graph_model(
         device=options.used_device,
         most_in_batch=most,
         batching=DynamicBatching(
-            preferred=preferred, delay_microseconds=ENCODER_DELAY if encoder else DECODER_DELAY
+            preferred=tuple(preferred),
+            delay_microseconds=ENCODER_DELAY if encoder else DECODER_DELAY,
         )
         if batched
         else None,

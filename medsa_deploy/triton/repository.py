@@ -17,10 +17,11 @@ from medsa_deploy.bundle.files import check_files
 from medsa_deploy.bundle.folder import new_bundle
 from medsa_deploy.bundle.manifest import Manifest, read_manifest
 from medsa_deploy.bundle.signature import signature_paths
-from medsa_deploy.errors import EngineError, UsageError
+from medsa_deploy.errors import EngineError, EngineStaleError, UsageError
 from medsa_deploy.nvidia.engines import (
     ENGINE_FILENAME,
     ENGINES_FOLDER,
+    Engine,
     check_engine_files,
     load_engines,
     stale_role,
@@ -234,18 +235,32 @@ def _write_plan_model(
     folder: Path, path: Path, bundle: BundleOnServer, graph: Graph, options: RepositoryOptions
 ) -> ModelConfig:
     """The engines of a graph, for every kind of GPU that the bundle has engines for."""
-    plans = _plans(path, bundle.manifest, graph, options.precision)
+    plans = _plans(path, bundle.manifest, options.precision)
     names = {capability: f"model-{capability}.plan" for capability in plans}
-    first = next(iter(names.values()))
-    config = graph_model(bundle, graph, options, filename=first, capability_files=names)
+    config = graph_model(
+        bundle,
+        graph,
+        options,
+        filename=next(iter(names.values())),
+        capability_files=names,
+        engine_batch=min(_largest_batch(engine, graph) for engine, _ in plans.values()),
+    )
     version = _write_config(folder, config)
-    for capability, plan in plans.items():
-        _copy(plan, version / names[capability], link=False)
+    for capability, (engine, engines) in plans.items():
+        _copy(engines / engine.file(graph).path, version / names[capability], link=False)
     return config
 
 
-def _plans(path: Path, manifest: Manifest, graph: Graph, precision: str) -> dict[str, Path]:
-    """Compute capability, such as 8.6, → TensorRT's engine of a graph; EngineError for none."""
+def _largest_batch(engine: Engine, graph: Graph) -> int:
+    """The largest first axis that every input of an engine takes."""
+    return min(largest[0] for _, _, largest in engine.file(graph).profile.values())
+
+
+def _plans(path: Path, manifest: Manifest, precision: str) -> dict[str, tuple[Engine, Path]]:
+    """Compute capability, such as 8.6, → TensorRT's engines for it and their folder.
+
+    EngineError if there are none, or if one is stale or changed.
+    """
     plans = {}
     for described in sorted((path / ENGINES_FOLDER).glob(f"*/{ENGINE_FILENAME}")):
         engine = load_engines(described.parent)
@@ -253,15 +268,14 @@ def _plans(path: Path, manifest: Manifest, graph: Graph, precision: str) -> dict
             continue
         again = "build the engines again with medsa-deploy build-engine"
         if role := stale_role(engine, manifest):
-            raise EngineError(
+            raise EngineStaleError(
                 f"{described.parent}: its {role} was built from another ONNX file than the bundle "
                 f"holds now: {again}"
             )
         check_engine_files(engine, described.parent, again)
         for target in engine.options.targets:
             digits = target.removeprefix("sm")
-            capability = f"{digits[:-1]}.{digits[-1]}"
-            plans[capability] = described.parent / engine.file(graph).path
+            plans[f"{digits[:-1]}.{digits[-1]}"] = engine, described.parent
     if not plans:
         raise EngineError(
             f"{path} holds no TensorRT engines in {precision}: build them on the server's kind of "
