@@ -276,5 +276,5 @@ def test_a_changed_bundle_is_refused(liver: Path, tmp_path: Path, triton_package
     server = TritonServer(triton_packages, tmp_path / "models", tmp_path / "log")
     with pytest.raises(AssertionError), server:
         pytest.fail("the server started")
-    assert "changed since the repository was written" in server.log
+    assert "manifest.json is not as it was written" in server.log
     assert "encoder.onnx" in server.log
