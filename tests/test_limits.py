@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -158,6 +160,29 @@ def test_a_decoder_that_is_killed_costs_one_frame(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert (read_image(path).pixels == good).all()
+
+
+def test_decoding_needs_nothing_that_windows_lacks(tmp_path: Path) -> None:
+    path = compressed(tmp_path, JPEG2000Lossless)
+    for name in ("fcntl", "resource"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    code = (
+        "import os, select, signal, sys\n"
+        "for module, name in ((select, 'poll'), (os, 'readv'), (os, 'set_blocking'),\n"
+        "                     (signal, 'setitimer')): delattr(module, name)\n"
+        "import medsa_deploy.images.decoder as decoder\n"
+        "from medsa_deploy.images import read_image\n"
+        "assert decoder.fcntl is None\n"
+        "print(read_image(sys.argv[1]).pixels.sum())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.returncode) == (str(RAMP.sum()), 0), done.stderr
 
 
 def test_threads_share_the_decoder(tmp_path: Path) -> None:

@@ -8,15 +8,14 @@ while headers are read, and started again if a frame has ended it.
 from __future__ import annotations
 
 import atexit
-import fcntl
+import contextlib
 import json
 import os
-import select
 import subprocess
 import sys
 import threading
-import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,11 @@ import numpy as np
 from . import decoder_worker
 from .decoder_worker import HEAD
 from .limits import current_limits, size_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 START_SECONDS = 60.0
 """Time that a process has to start in."""
@@ -71,11 +75,12 @@ class DecoderProcess:
             process = self._started()
             try:
                 if not self._ready:
-                    _receive(process, time.monotonic() + START_SECONDS)
+                    with _ended_after(process, START_SECONDS):
+                        _receive(process)
                     self._ready = True
-                deadline = time.monotonic() + limits.seconds
-                _send(process, request, content, deadline)
-                reply, payload = _receive(process, deadline)
+                with _ended_after(process, limits.seconds):
+                    _send(process, request, content)
+                    reply, payload = _receive(process)
             except TimeoutError as e:
                 self._end()
                 raise DecodingError(
@@ -109,16 +114,11 @@ class DecoderProcess:
             bufsize=0,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C in a terminal reaches this process only
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # on Windows, too
         )
         self._owner, self._ready = os.getpid(), False
         for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            os.set_blocking(pipe.fileno(), False)
-            if hasattr(fcntl, "F_SETPIPE_SZ"):
-                try:
-                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-                except OSError:  # the user has many large pipes already
-                    pass
+            _enlarge(pipe)
         return process
 
     def _end(self, seconds: float = 0.05) -> int:
@@ -146,55 +146,68 @@ decoder = DecoderProcess()
 atexit.register(decoder.close)
 
 
-def _send(
-    process: subprocess.Popen[bytes], request: dict[str, Any], content: bytes, deadline: float
-) -> None:
-    """Write a message; TimeoutError, or OSError if the process has ended."""
+def _enlarge(pipe: Any) -> None:
+    """Let a pipe hold a slice, so that processes take turns less often; Linux can."""
+    if fcntl is None or not hasattr(fcntl, "F_SETPIPE_SZ"):
+        return
+    with contextlib.suppress(OSError):  # the user has many large pipes already
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+@contextlib.contextmanager
+def _ended_after(process: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
+    """Kill a process that has not answered in some seconds: TimeoutError instead of its OSError.
+
+    Pipes with a time limit of their own are not portable; a pipe whose other side has ended is.
+    """
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(max(seconds, 0.0), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except OSError as e:
+        if late.is_set():
+            raise TimeoutError from e
+        raise
+    finally:
+        timer.cancel()
+
+
+def _send(process: subprocess.Popen[bytes], request: dict[str, Any], content: bytes) -> None:
+    """Write a message; OSError if the process has ended."""
     assert process.stdin is not None
-    pipe = process.stdin.fileno()
     text = json.dumps(request).encode()
     for part in (HEAD.pack(len(text), len(content)) + text, content):
         view = memoryview(part)
         while view:
-            try:
-                view = view[os.write(pipe, view) :]
-            except BlockingIOError:
-                _wait(pipe, select.POLLOUT, deadline)
+            view = view[process.stdin.write(view) :]
 
 
-def _receive(process: subprocess.Popen[bytes], deadline: float) -> tuple[dict[str, Any], bytearray]:
-    """Read a message; TimeoutError, or OSError if the process has ended or writes nonsense."""
-    assert process.stdout is not None
-    pipe = process.stdout.fileno()
-    count, size = HEAD.unpack(_read(pipe, HEAD.size, deadline))
+def _receive(process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bytearray]:
+    """Read a message; OSError if the process has ended or writes nonsense."""
+    count, size = HEAD.unpack(_read(process, HEAD.size))
     if count > MOST_REPLY or size > current_limits().memory:
         raise OSError(f"an answer of {size_text(size)}")
-    reply: dict[str, Any] = json.loads(_read(pipe, count, deadline))
-    return reply, _read(pipe, size, deadline)
+    reply: dict[str, Any] = json.loads(_read(process, count))
+    return reply, _read(process, size)
 
 
-def _read(pipe: int, size: int, deadline: float) -> bytearray:
+def _read(process: subprocess.Popen[bytes], size: int) -> bytearray:
+    pipe: Any = process.stdout  # without a buffer, so that its bytes are copied once
     content = bytearray(size)
     view = memoryview(content)
     while view:
-        try:
-            count = os.readv(pipe, [view])
-        except BlockingIOError:
-            _wait(pipe, select.POLLIN, deadline)
-            continue
+        count = pipe.readinto(view)
         if count == 0:
             raise OSError("the pipe has ended")
         view = view[count:]
     return content
-
-
-def _wait(pipe: int, event: int, deadline: float) -> None:
-    """Wait until a pipe can be used; TimeoutError."""
-    seconds = deadline - time.monotonic()
-    poll = select.poll()
-    poll.register(pipe, event)
-    if seconds <= 0 or not poll.poll(seconds * 1000):
-        raise TimeoutError
 
 
 def _pixels(reply: dict[str, Any], payload: bytearray) -> tuple[np.ndarray, str]:

@@ -35,7 +35,8 @@ def main() -> None:
         count, size = HEAD.unpack(head)
         request = json.loads(requests.read(count))
         content = requests.read(size)
-        _limit(base + request["memory"], request["seconds"] + GRACE_SECONDS)
+        memory = None if base is None else base + request["memory"]
+        _limit(memory, request["seconds"] + GRACE_SECONDS)
         panicked, payload = False, b""
         reply: dict[str, Any] = {}
         with warnings.catch_warnings(record=True) as caught:
@@ -108,13 +109,13 @@ def _forbid_cores() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _virtual_memory() -> int:
-    """Bytes of address space that this process has; 0 if the system does not say."""
+def _virtual_memory() -> int | None:
+    """Bytes of address space that this process has; None if the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as f:
             return int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return 0
+        return None
 
 
 def _send(replies: BinaryIO, reply: dict[str, Any], payload: Any) -> None:

@@ -315,7 +315,8 @@ def _series_names(series: Mapping[str, Sequence[tuple[Path, Any]]]) -> str:
         names.append(
             f"series {number_text(header.get('SeriesNumber'))} "
             f"({code_text(header.get('Modality'), MODALITIES)}, {len(members)} images of "
-            f"{header.get('Columns')}×{header.get('Rows')} pixels, such as {path.name}, "
+            f"{number_text(header.get('Columns'))}×{number_text(header.get('Rows'))} pixels, such "
+            f"as {path.name}, "
             f"UID {uid_text(uid)})"
         )
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
