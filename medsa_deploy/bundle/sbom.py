@@ -1,7 +1,7 @@
 """A bundle's manifest and the libraries that wrote it → `sbom.json`, a CycloneDX bill of materials.
 
-It lists the checkpoint, every file with its SHA-256 and how its precision was made, and each library
-with its licence. The commands that write it need CycloneDX's library; a device never reads it.
+It lists the checkpoint, every file with its SHA-256 and how its precision was made, and each
+library with its licence. The commands that write it need CycloneDX's library; a device never reads it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ def sbom_text(
             {"family": network.family, "encoder": network.encoder, "container": source.container}
         ),
     )
-    sources = _sources(manifest)
     tools = [library_component(library, command) for library in used]
     components = {str(c.bom_ref): c for c in (*_sources(manifest), *_files(files), *tools)}
     for component in _libraries_of(earlier):

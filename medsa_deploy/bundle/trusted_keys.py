@@ -111,10 +111,10 @@ def _read_all(paths: Iterable[Path]) -> tuple[TrustedKey, ...]:
 def _read_keys(path: Path) -> list[TrustedKey]:
     """Every public key in a PEM file."""
     keys = []
-    content = _content(path)
+    content, serialization = _content(path), _serialization()
     for pem in _PUBLIC_KEY.findall(content):
         try:
-            public_key = _serialization().load_pem_public_key(pem)
+            public_key = serialization.load_pem_public_key(pem)
         except Exception as e:  # cryptography raises classes of its own beside ValueError
             raise UsageError(f"{path} holds a public key that cannot be read: {one_line(e)}") from e
         _check_curve(public_key, path)
@@ -130,9 +130,9 @@ def read_private_key(path: Path) -> EllipticCurvePrivateKey:
     UsageError for a file that is no private key on P-256, P-384 or P-521.
     """
     password = os.environ.get(PASSWORD_VARIABLE)
-    content = _content(path)
+    content, serialization = _content(path), _serialization()
     try:
-        key = _serialization().load_pem_private_key(
+        key = serialization.load_pem_private_key(
             content, None if password is None else password.encode()
         )
     except TypeError as e:  # encrypted without a password, or the reverse
@@ -186,7 +186,7 @@ def _serialization() -> Any:
     """cryptography's module of key formats."""
     try:
         from cryptography.hazmat.primitives import serialization
-    except ImportError as e:
+    except ModuleNotFoundError as e:  # another ImportError may be for want of memory
         raise MissingDependencyError(
             "cryptography", extra="sign", purpose="checking signatures"
         ) from e

@@ -123,10 +123,17 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_unmapped(error):
         return "out of memory: use a smaller image size or fewer prompts at a time", 3
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return f"{text} (a fault in medsa-deploy; --debug shows where)", 3
+
+
+def _is_unmapped(error: BaseException) -> bool:
+    """Whether a library could not be loaded for want of memory: the linker has no error code."""
+    return isinstance(error, ImportError) and any(
+        words in str(error) for words in ("failed to map segment", "cannot allocate memory")
+    )
 
 
 @contextmanager

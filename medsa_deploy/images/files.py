@@ -83,7 +83,8 @@ def logged_warnings(path: Path) -> Iterator[None]:
 def output_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` at the end; ImageError if it cannot be written.
 
-    See `bundle.atomic.whole_file`: the file is written whole or not at all.
+    See `bundle.atomic.whole_file`: the file is written whole or not at all. Errors of the block
+    name `path`, not the temporary path.
     """
     if not path.parent.is_dir():
         raise ImageError(f"{path} cannot be written: the folder {path.parent} does not exist")
@@ -91,6 +92,9 @@ def output_file(path: Path) -> Iterator[Path]:
         raise ImageError(f"{path} cannot be written: it is a folder")
     try:
         with whole_file(path) as temporary:
-            yield temporary
+            try:
+                yield temporary
+            except ImageError as e:
+                raise ImageError(str(e).replace(str(temporary), str(path))) from e
     except OSError as e:
         raise ImageError(f"{path} cannot be written: {e.strerror or one_line(e)}") from e
