@@ -186,6 +186,16 @@ def load(bundle: Path) -> Kernels | None:
     return kernels
 
 
+def takes_cubins(target: str, known_targets: Iterable[str]) -> bool:
+    """Whether a GPU takes code that was compiled for one of the targets.
+
+    >>> takes_cubins("sm87", ["sm86", "sm89"]), takes_cubins("sm87", ["compute75"])
+    (False, True)
+    """
+    targets = tuple(known_targets)
+    return bool(_compatible(target, targets)) or any(_takes_ptx(target, t) for t in targets)
+
+
 def cache_folder() -> Path:
     """`medsa-deploy/kernels` in $XDG_CACHE_HOME, or in ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

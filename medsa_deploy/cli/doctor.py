@@ -1,4 +1,4 @@
-"""medsa-deploy doctor: what this machine has and lacks, and its fastest backend, in tables."""
+"""medsa-deploy doctor: what this machine or another device has and lacks, in tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import typer
 from rich.markup import escape
 
 from medsa_deploy import stages
+from medsa_deploy.errors import UsageError
 
 from . import console
 from .console import out
 from .options import Json
 
+STYLES = {"ok": "green", "missing": "red", "unknown": "yellow"}
+
 
 def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle: what it needs of the device, too")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="jetpack6, jetpack7, igx or x86; default this machine"),
+    ] = None,
     tune: Annotated[
         Path | None,
         typer.Option(
@@ -29,7 +39,17 @@ def doctor(
     medsa-deploy doctor
 
     medsa-deploy doctor --tune ckpt.medsa
+
+    medsa-deploy doctor --device jetpack6 ckpt.medsa
     """
+    if (bundle or device) and tune:
+        raise UsageError("--tune measures this machine: give it without --device and BUNDLE")
+    if bundle is not None or device is not None:
+        report = stages.check_device(device, bundle)
+        console.print_json(report) if json else _print_report(report)
+        if report.missing:
+            raise typer.Exit(1)
+        return
     if tune is not None:
         with console.steps() as (on_step, _):
             tuning = stages.tune(tune, on_step=on_step)
@@ -67,6 +87,23 @@ def _print_diagnosis(diagnosis: stages.Diagnosis) -> None:
             out.print(escape(f"    missing {', '.join(missing)}{hint}"), style="yellow")
     for problem in diagnosis.problems:
         console.print_error(problem)
+
+
+def _print_report(report: stages.DeviceReport) -> None:
+    of_bundle = "" if report.bundle is None else f", for {report.bundle}"
+    out.print(f"[bold]{escape(report.device)}[/]  {escape(report.title + of_bundle)}")
+    table = console.plain_table("", "needs", "has", "")
+    for check in report.checks:
+        style = STYLES[check.state]
+        table.add_row(
+            check.item, escape(check.needs), escape(check.has), f"[{style}]{check.state}[/]"
+        )
+    out.print(table)
+    for check in report.checks:
+        if check.remedy:
+            out.print(escape(f"{check.item}: {check.remedy}"), style=STYLES[check.state])
+    for check in report.missing:
+        console.print_error(f"{check.item}: found {check.has}, expected {check.needs}")
 
 
 def _print_tuning(tuning: stages.Tuning) -> None:

@@ -16,7 +16,8 @@ verify/          bundle → parity or accuracy
                  accuracy.py masks against label files, matched_files.py, drawn_prompts.py
 sign.py          bundle and a private key → a signature beside it
 profile.py       bundle → latencies
-doctor/          diagnose.py this machine → what is installed; tune.py bundle → its fastest backend
+doctor/          diagnose.py this machine → what is installed; tune.py bundle → its fastest backend;
+                 devices.py a device and a bundle → what is missing
 demo/            medsa.py, automatic.py, litemedsam.py: trained weights and mni_template.py's volume
                  → Dice, timings; proved_bundle.py exports and verifies an asset
 """
@@ -31,6 +32,7 @@ from .cpp import CppProject, copy_cpp
 from .demo.automatic import AutomaticDemonstration, demonstrate_automatic
 from .demo.litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
 from .demo.medsa import Demonstration, demonstrate
+from .doctor.devices import DeviceReport, check_device
 from .doctor.diagnose import Diagnosis, diagnose
 from .doctor.tune import Tuning, tune
 from .export import Export, export_checkpoint
@@ -53,6 +55,7 @@ __all__ = [
     "AutomaticDemonstration",
     "CppProject",
     "Demonstration",
+    "DeviceReport",
     "Diagnosis",
     "EngineBuild",
     "EnginePlan",
@@ -82,6 +85,7 @@ __all__ = [
     "VolumeSelection",
     "build_engines",
     "build_kernels",
+    "check_device",
     "check_signed",
     "copy_cpp",
     "demonstrate",
