@@ -263,7 +263,7 @@ def main() -> None:
             loads.append(round(os.getloadavg()[0], 1))
             print(json.dumps(cases[-1]), flush=True)
     result = {
-        "what": "serve with the demonstration bundle on loopback; users click without a pause and "
+        "what": f"serve with {options.bundle.name} on loopback; users click without a pause and "
         "share the machine with the server",
         "bundle": options.bundle.name,
         "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",

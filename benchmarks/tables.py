@@ -195,7 +195,8 @@ def page_latency_table(result: dict[str, Any]) -> str:
     figures = result["latency_ms"]
     head = " | ".join(figures)
     row = " | ".join(f"{ms:.0f} ms" for ms in figures.values())
-    note = f"{len(result['clicks'])} {result['what']}. Load of the machine: {result['load']}."
+    count, bundle, load = len(result["clicks"]), result["bundle"], result["load"]
+    note = f"{count} {result['what']}, with {bundle}. Load of the machine: {load}."
     lines = [f"| {head} |", "|---" * len(figures) + "|", f"| {row} |", "", note]
     return "\n".join([*lines, f"Measured on: {_machine(result)}."])
 
@@ -221,6 +222,59 @@ def serve_load_table(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
+def capacity_table(result: dict[str, Any]) -> str:
+    """Rates of sessions in process, `serve` and Triton; memory; loads beside the model."""
+    rows = ["| 2 users that never wait | clicks a second | encodes a minute |", "|---|---|---|"]
+    rows += [
+        f"| {case['kind']} | {case['clicks_per_s']:.1f} | {case['encodes_per_minute']:.0f} |"
+        for case in result["saturated"]
+    ]
+    memory = result["memory"]
+    rows += [
+        "",
+        f"An instance takes {memory['instance_mb']:.0f} MB, and an open image "
+        f"{memory['image_mb']:.1f} MB (resident: {memory['image_resident_mb']:.1f} MB).",
+        "",
+        "| instances | clicks + images a minute | clicks | p95 measured | p95 planned before "
+        "| measured / planned | p95 of the model with the load's own service times | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in result["loads"]:
+        cells = []
+        for kind in ("calibration", "same_run"):
+            predicted = case[kind]["predicted_p95_ms"]
+            cells.append("never ends" if predicted is None else f"{predicted:.0f} ms")
+            cells.append(f"{case[kind]['measured_over_predicted']:.2f}")
+        clicks, images = (
+            case["scanners"] * case[f"{kind}_per_minute"] for kind in ("clicks", "images")
+        )
+        rows.append(
+            f"| {case['instances']} | {clicks:.0f} + {images:.0f} | {case['clicks']} "
+            f"| {case['measured_p95_ms']:.0f} ms | {' | '.join(cells)} |"
+        )
+    load = " to ".join(map(str, result["load"]))
+    note = f"{_capitalized(result['what'])}. Load of the machine: {load}."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
+
+
+def tracking_table(result: dict[str, Any]) -> str:
+    """Frames a second that a tracker follows."""
+    rows = [
+        "| network | frames a second | a frame | encoder | decoder | lost | Dice |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, figures in result["networks"].items():
+        times = figures["median_ms"]
+        overlap = sum(figures["dice"]) / len(figures["dice"])
+        rows.append(
+            f"| {name}, {figures['image_size']}² | {figures['frames_per_second']:.2f} "
+            f"| {times['frame']:.0f} ms | {times['encode']:.0f} ms | {times['decode']:.0f} ms "
+            f"| {figures['lost']} | {overlap:.3f} |"
+        )
+    note = f"Medians over {result['what']}. Load of the machine: {result['load']}."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
+
+
 def targets_table(result: dict[str, Any]) -> str:
     """Targets of speed, from peers.json and depth.json."""
     depth = RESULTS / "depth.json"
@@ -242,6 +296,7 @@ PERFORMANCE_TABLES: Tables = {
     "targets": targets_table,
     "precisions": precisions_table,
     "volume_memory": volume_memory_table,
+    "tracking": tracking_table,
     "depth": depth_table,
     "scaling": scaling_text,
     "export": export_table,
@@ -254,6 +309,7 @@ CARD_TABLES: Tables = {
 RESULT_OF = dict.fromkeys(("summary", "targets", "peers_others", "peers_volume"), "peers")
 """Table → its result, if the two names differ."""
 DICOM_TABLES: Tables = {"dicom_node": dicom_node_table}
+CAPACITY_TABLES: Tables = {"capacity": capacity_table}
 SERVE_TABLES: Tables = {"page_latency": page_latency_table, "serve_load": serve_load_table}
 CARD = ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md"
 DOCUMENTS = {
@@ -263,6 +319,7 @@ DOCUMENTS = {
     CARD: CARD_TABLES,
     ROOT / "docs" / "dicom.md": DICOM_TABLES,
     ROOT / "docs" / "serve.md": SERVE_TABLES,
+    ROOT / "docs" / "scaling.md": CAPACITY_TABLES,
 }
 
 

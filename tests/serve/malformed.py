@@ -19,7 +19,7 @@ POSTS = (
     *("/set_target_buffer", "/set_do_autozoom", "/reset_interactions", "/release"),
     *("/add_scribble_interaction", "/models/a/predict", "/session/"),
 )
-OTHERS = (
+METHODS = (
     *(("PUT", "/api/files/a.nii.gz"), ("PUT", "/api/files/%2e%2e%2f.dcm"), ("PUT", "/session/")),
     *(("GET", "/api/pixels?first=0&last=9"), ("GET", "/api/pixels?first=-1&last=x")),
     *(("GET", "/api/folder?path=%00"), ("GET", "/session/../x"), ("DELETE", "/api/masks")),
@@ -78,7 +78,7 @@ def send_malformed(server: Server, count: int, seed: int) -> Counter[int]:
                 client.post("/set_image", content=good, headers={"X-Lease-Token": token})
             method, path = ("POST", rng.choice(POSTS))
             if rng.random() < 0.15:
-                method, path = rng.choice(OTHERS)
+                method, path = rng.choice(METHODS)
             headers = {"X-Lease-Token": token}
             if rng.random() < 0.3:
                 headers["X-Meta"] = json.dumps(document(rng))

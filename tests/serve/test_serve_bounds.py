@@ -20,6 +20,7 @@ from malformed import send_malformed
 
 from medsa_deploy.errors import UsageError
 from medsa_deploy.event_log import EventLog
+from medsa_deploy.images.limits import VARIABLE
 from medsa_deploy.machine import resident_bytes
 from medsa_deploy.serve import bodies
 from medsa_deploy.serve.access import check_exposure
@@ -129,6 +130,22 @@ def test_large_bodies_and_unknown_leases(server: Server) -> None:
         assert client.post("/api/masks", content=b"{}").status_code == 410
         names = {"path": "../../etc/passwd"}
         assert client.post("/api/image", json=names, headers=lease).status_code == 404
+
+
+def test_an_image_beyond_the_memory_is_refused(
+    server: Server, volume_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`serve --max-memory` sets the variable."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        lease = {"X-Lease-Token": client.post("/api/lease").json()["lease"]}
+        client.put("/api/files/a.nii.gz", content=volume_file.read_bytes(), headers=lease)
+        monkeypatch.setenv(VARIABLE, "20kB")
+        answer = client.post("/api/image", json={}, headers=lease)
+        assert answer.status_code == 422
+        assert "48×40×12 voxels" in answer.text
+        assert "--max-memory" in answer.text
+        monkeypatch.setenv(VARIABLE, "20MB")
+        assert client.post("/api/image", json={}, headers=lease).status_code == 200
 
 
 def test_tokens_hosts_and_origins(serving, bundle: Path, server: Server, tmp_path: Path) -> None:
