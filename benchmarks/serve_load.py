@@ -80,6 +80,7 @@ class User:
         self.ask("PUT", "/api/files/image.npy", self.path.read_bytes())
         self.ask("POST", "/api/image", b"{}")
         self.click((SIDE // 2, SIDE // 2, self.slices // 2))
+        self.connection.close()  # the server closes one that rests; the next click opens it again
 
     def click(self, place: tuple[int, int, int]) -> bytes:
         """The runs of a click's slice; its latency is noted."""
@@ -93,6 +94,7 @@ class User:
             if answer.status == 503:
                 answer.read()
                 self.refused += 1
+                self.connection.close()
                 time.sleep(float(answer.getheader("Retry-After", "1")))
                 continue
             if answer.status != 200:

@@ -155,9 +155,9 @@ class ViewerPage:
         k = self.state("cross[0]")
         self.act(lambda: self.drag(self.screen((k, *low)), self.screen((k, *high))))
 
-    def labels(self, which: int = 0, index: int | None = None) -> np.ndarray:
-        """The page's labels of a bundle, (slices, rows, columns), or of one slice."""
-        content = base64.b64decode(self.page.evaluate(LABELS, [which, index]))
+    def labels(self, number: int = 0, index: int | None = None) -> np.ndarray:
+        """The page's labels of its first or second bundle, (slices, rows, columns), or of one slice."""
+        content = base64.b64decode(self.page.evaluate(LABELS, [number, index]))
         size = self.page.evaluate("[viewer.image.slices, viewer.image.height, viewer.image.width]")
         return np.frombuffer(content, np.uint8).reshape(size if index is None else size[1:])
 

@@ -133,10 +133,10 @@ def test_bundles_compared(
     tab.click(24, 20)
     tab.act(lambda: page.select_option("#compare", bundle_3d.stem))
     structures = tab.structures(tmp_path)
-    for which, (path, view) in enumerate(((bundle, "main"), (bundle_3d, "other"))):
+    for number, (path, view) in enumerate(((bundle, "main"), (bundle_3d, "other"))):
         nameless = [replace(structure, name=None) for structure in structures]
-        labels = in_python(path, volume_file, nameless if which else structures)
-        np.testing.assert_array_equal(tab.labels(which), labels)
+        labels = in_python(path, volume_file, nameless if number else structures)
+        np.testing.assert_array_equal(tab.labels(number), labels)
         np.testing.assert_array_equal(tab.shown_mask(view), labels[6] > 0)
         caption = page.inner_text(f"#view-{view} figcaption")
         assert path.stem in caption
