@@ -156,7 +156,7 @@ class ViewerPage:
         self.act(lambda: self.drag(self.screen((k, *low)), self.screen((k, *high))))
 
     def labels(self, number: int = 0, index: int | None = None) -> np.ndarray:
-        """The page's labels of its first or second bundle, (slices, rows, columns), or of one slice."""
+        """The labels of the first or second bundle, (slices, rows, columns), or of a slice."""
         content = base64.b64decode(self.page.evaluate(LABELS, [number, index]))
         size = self.page.evaluate("[viewer.image.slices, viewer.image.height, viewer.image.width]")
         return np.frombuffer(content, np.uint8).reshape(size if index is None else size[1:])
