@@ -1,11 +1,11 @@
 """Scanners, click and image rates → instances and memory of a Triton server that keep p95 low.
 
-    python benchmarks/capacity.py plan --scanners 12 --clicks 10 --images 1 --limit-ms 300
+    python -m benchmarks.capacity plan --scanners 12 --clicks 10 --images 1 --limit-ms 300
 
 The model is a queue: each instance of NAME_session computes one request at a time, in the order in
-which clicks and images arrive (M/G/1, first come first served). Its service times are the samples in
-`results/capacity.json`, which `benchmarks/capacity_load.py` measures. `simulate` plays the same
-queue event by event; the tests compare the two.
+which clicks and images arrive (M/G/1, first come first served). Its service times are samples that
+`benchmarks/capacity_load.py` measures, in `results/capacity.json`. `simulate` plays the same queue
+event by event; the tests compare the two.
 """
 
 from __future__ import annotations

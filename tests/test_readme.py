@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import clip_files
 import numpy as np
 import PIL.Image
 import pytest
@@ -32,6 +33,7 @@ from invented import (
 )
 
 from medsa_deploy.cli.app import app
+from medsa_deploy.images.video import video_file
 from medsa_deploy.stages.doctor import tune
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +47,9 @@ DOCUMENTS = [
     ROOT / "medsa_deploy" / "assets" / "MODEL_CARD.md",
 ]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SHELL_OPTIONS = {"--no-build-isolation"}
+SHELL_OPTIONS = {"--no-build-isolation", "--model-repository", "--exit-timeout-secs"} | {
+    *("--scanners", "--clicks", "--limit-ms"),
+}
 """Options in the documents that are not of `medsa-deploy`."""
 
 
@@ -113,6 +117,11 @@ def user_files(tmp_path_factory: pytest.TempPathFactory, checkpoint_of) -> Path:
     for name in ("image.png", "my-images/a.png", "frames/1.png", "frames/2.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         PIL.Image.fromarray(pixels).resize((320, 280)).save(folder / name)
+    clip = np.stack([np.roll(grey, 2 * k, axis=1) for k in range(3)]).astype(np.uint8)
+    clip_files.ultrasound(folder / "ultrasound.dcm", clip)
+    with video_file(folder / "clip.mp4", 30) as append:
+        for picture in clip:
+            append(np.stack([picture] * 3, axis=-1))
     for name, size in (("label.png", (320, 240)), ("labels/a.png", (320, 280))):
         (folder / name).parent.mkdir(exist_ok=True)
         PIL.Image.fromarray(pixels).convert("L").point(lambda v: v > 90).resize(size).save(
@@ -132,6 +141,7 @@ def user_files(tmp_path_factory: pytest.TempPathFactory, checkpoint_of) -> Path:
 OUTPUTS = {
     "README.md": ["ckpt.medsa", "mask.png", "overlay.png", "seg.nii.gz"],
     "docs/volumes.md": ["mask.nii.gz", "masks/1.png.mask.png", "seg.dcm", "montage.png", "seg.npy"],
+    "docs/video.md": ["overlay.mp4", "tracked/1.png.mask.png", "tracked.mp4", "us-seg.dcm"],
     "docs/accuracy-and-latency.md": ["mask.png", "profile.json", "profile.html"],
 }
 """Page → files that exist after its commands."""

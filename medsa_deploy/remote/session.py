@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -194,7 +194,7 @@ class RemoteSession:
         self._is_open = False
         self._transport.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RemoteSession:
         return self
 
     def __exit__(
