@@ -15,6 +15,7 @@ from time import process_time
 import nibabel
 import numpy as np
 import pytest
+from command_line import call
 from dicom_images import RAMP, dicom
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
@@ -245,6 +246,22 @@ def test_the_servers_sizes_are_those_of_other_options(tmp_path: Path) -> None:
     assert sizes == (2**30, 3 * 10**9, 5 * 10**6)
     node = NodeCommandOptions(rules=tmp_path, max_object="7MB").node(tmp_path)
     assert node.max_object == 7 * 10**6
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run a.medsa a.png", "verify a.medsa", "quantize a.medsa", "profile a.medsa", "serve a.medsa",
+     "export a.pth", "build-engine a.medsa", "dicom-node a.medsa --rules r.json"],
+)  # fmt: skip
+def test_every_command_that_reads_images_has_the_option(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "1GB")
+    done = call(*command.split(), "--max-memory", "much")
+    assert done.code == 2
+    assert "--max-memory 'much' is no size" in done.error
+    assert call(*command.split(), "--max-memory", "3MB").code == 2  # a.medsa does not exist
+    assert os.environ[VARIABLE] == "3MB"
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1GB", "0", "iB", "1GiBB", "nan"])

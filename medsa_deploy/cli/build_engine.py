@@ -14,7 +14,7 @@ from medsa_deploy.errors import UsageError
 from medsa_deploy.nvidia.tensorrt_api import NAMES
 
 from . import console
-from .options import Json, with_options
+from .options import Json, MaxMemory, with_options
 from .values import parse_range
 
 
@@ -50,6 +50,7 @@ class BuildOptions:
         list[Path] | None,
         typer.Option(help="int8: your images, needed if the bundle has no INT8 graphs"),
     ] = None
+    max_memory: MaxMemory = None
     workspace: Annotated[
         float | None, typer.Option(metavar="GB", help="Limit of the builder's scratch memory")
     ] = None

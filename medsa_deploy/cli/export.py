@@ -18,6 +18,7 @@ from .options import (
     Checkpoint,
     Images,
     Json,
+    MaxMemory,
     OverrideOptions,
     Prefix,
     Weights,
@@ -44,6 +45,7 @@ def export(
         Path | None,
         typer.Option(help="Labels of --images: find the code that trained the network by trying"),
     ] = None,
+    max_memory: MaxMemory = None,
     json: Json = False,
 ) -> None:
     """Export a checkpoint as a bundle, and check that its masks equal the checkpoint's.
