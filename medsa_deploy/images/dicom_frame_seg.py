@@ -45,9 +45,9 @@ class BitPacker:
     def add(self, mask: NDArray[np.bool_]) -> None:
         """Append a frame (H, W)."""
         bits = np.concatenate([self._waiting, mask.ravel()])
-        whole = len(bits) // 8 * 8
-        self._bytes += np.packbits(bits[:whole], bitorder="little").tobytes()
-        self._waiting = bits[whole:]
+        in_bytes = len(bits) // 8 * 8
+        self._bytes += np.packbits(bits[:in_bytes], bitorder="little").tobytes()
+        self._waiting = bits[in_bytes:]
 
     def content(self) -> bytes:
         """All bytes, of an even number as DICOM demands."""

@@ -44,9 +44,9 @@ def square(x: int, y: int, side: int = 40) -> np.ndarray:
 
 def followed(tracker: Tracker, places: list[tuple[int, ...]], box: Any = BOX) -> list[Any]:
     """Results for squares at these places."""
-    first, *others = places
+    first, *later = places
     results = [tracker.start(square(*first), box=box)]
-    return results + [tracker.update(square(*place)) for place in others]
+    return results + [tracker.update(square(*place)) for place in later]
 
 
 def centre(mask: np.ndarray) -> tuple[float, float]:
