@@ -311,6 +311,8 @@ def test_failed_series_stay_for_their_days(bundle: Path, tmp_path: Path) -> None
 
 
 def test_logs_and_audit_have_no_patient_data(node: RunningNode, pacs: FakePacs) -> None:
+    send(node.port, ct_series(2, Modality="SECRET_ID"))
+    wait_until(lambda: "an unknown code" in node.text)
     series = ct_series(2)
     send(node.port, series)
     uid = delivered(node, pacs, series)[0].SOPInstanceUID
@@ -326,7 +328,7 @@ def test_logs_and_audit_have_no_patient_data(node: RunningNode, pacs: FakePacs) 
     assert len(outcome["bundle_sha256"]) == 64
     assert outcome["calling_aet"] == "SCANNER"
     written = node.text + (node.spool.folder / "audit.jsonl").read_text()
-    identifying = [*SECRETS, series[0].StudyInstanceUID, series[0].SeriesInstanceUID]
+    identifying = [*SECRETS, "SECRET_ID", series[0].StudyInstanceUID, series[0].SeriesInstanceUID]
     assert not [text for text in identifying if text in written]
     assert node.spool.folder.stat().st_mode & 0o077 == 0
 

@@ -16,6 +16,7 @@ from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.child import ChildError, run_in_child
 from medsa_deploy.errors import MedsaError, UsageError, one_line
 from medsa_deploy.event_log import EventLog
+from medsa_deploy.images.file_texts import MODALITIES, code_text
 from medsa_deploy.stages.run.dicomweb import WebSeries
 from medsa_deploy.stages.run.run import SessionOptions
 
@@ -241,7 +242,7 @@ class Node:
         identifying = {name: source[name] for name in ("patient", "accession", "study", "series")}
         facts = {
             "job": job.name,
-            "modality": source["modality"],
+            "modality": code_text(source["modality"], MODALITIES),
             "calling_aet": source["calling_aet"],
             "images": len(self.spool.images(job)),
         }
