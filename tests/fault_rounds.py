@@ -341,8 +341,8 @@ class Faults:
         if result.code > 0 and is_alone and len(errors) != 1:
             result.violations.append(f"{len(errors)} errors")
         for name, content in contents(folder, COMMANDS[result.command].outputs).items():
-            whole = content in (old[name], new[name]) or name.endswith(".sig")
-            if not whole or (result.code == 0 and content is None):
+            is_whole = content in (old[name], new[name]) or name.endswith(".sig")
+            if not is_whole or (result.code == 0 and content is None):
                 result.violations.append(f"{name} is neither old nor new")
         with quiet_violations(result, "the bundle"):
             after = bundle_state(folder / "a.medsa")

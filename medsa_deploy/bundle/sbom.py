@@ -1,7 +1,8 @@
 """A bundle's manifest and the libraries that wrote it → `sbom.json`, a CycloneDX bill of materials.
 
 It lists the checkpoint, every file with its SHA-256 and how its precision was made, and each
-library with its licence. The commands that write it need CycloneDX's library; a device never reads it.
+library with its licence. The commands that write it need CycloneDX's library. A device never reads
+it.
 """
 
 from __future__ import annotations
