@@ -25,9 +25,11 @@ from test_interrupt import assert_interrupted, begun, ended
 from medsa_deploy import stages
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import ImageError, MissingDependencyError
+from medsa_deploy.images import SegmentationDetails
 from medsa_deploy.images.clip import open_clip
-from medsa_deploy.images.dicom_frame_seg import BitPacker
+from medsa_deploy.images.dicom_frame_seg import BitPacker, FrameSegmentation
 from medsa_deploy.images.limits import Limits, reading_within
+from medsa_deploy.images.segments import segments
 from medsa_deploy.runtime import Session
 
 COUNT, SIDE = 6, 256
@@ -263,6 +265,16 @@ def test_frames_larger_than_the_limit_are_not_decoded(work: Path) -> None:
         pytest.raises(ImageError, match=r"take .* of memory"),
     ):
         open_clip(path)
+
+
+def test_more_masks_than_the_limit_are_refused(work: Path) -> None:
+    path = ultrasound(work / "us.dcm", frames(2))
+    segment = segments(1, ["heart"], {})[0]
+    with (
+        reading_within(Limits(memory=10**4)),
+        pytest.raises(ImageError, match=r"masks of 2 frames, which take 32.8 kB"),
+    ):
+        FrameSegmentation(work / "seg.dcm", path, segment, SegmentationDetails())
 
 
 def test_a_clip_is_read_frame_by_frame(work: Path) -> None:

@@ -8,6 +8,7 @@ Image). highdicom writes such a segmentation of one frame; the others are added 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from medsa_deploy.errors import UsageError
 
 from .dicom import functional_group
 from .dicom_files import load_header
+from .dicom_frames import frame_count
 from .dicom_seg import complete, new_segmentation, writing
 from .files import reading
+from .limits import check_memory
 from .segments import Segment, SegmentationDetails
 
 REQUIRED_ATTRIBUTES = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
@@ -69,8 +72,10 @@ class FrameSegmentation:
         self._path, self._segment, self._details = path, segment, details
         self._source = load_header(clip)
         self._class = str(self._source.get("SOPClassUID"))
-        _make_single_frame(self._source, path, clip)
         self._size = int(self._source.Rows), int(self._source.Columns)
+        count = frame_count(self._source)
+        check_memory(clip, 2 * count * math.prod(self._size) // 8, f"masks of {count} frames")
+        _make_single_frame(self._source, path, clip)
         self._frames: list[int] = []
         self._packer = BitPacker()
         self._dataset([0], b"")  # so that an unusable clip is refused before any work
