@@ -83,6 +83,24 @@ def calibrate(session: Any) -> dict[str, list[float]]:
     return {name: values[1:] for name, values in samples.items()}  # the first warms up
 
 
+def calibrate_together(url: str, name: str, users: int) -> dict[str, list[float]]:
+    """Samples of users that all work at once, so that instances compete for cores as they will."""
+    barrier = threading.Barrier(users)
+
+    def use(_: int) -> dict[str, list[float]]:
+        with remote.connect(url, name) as session:
+            barrier.wait(120)
+            return calibrate(session)
+
+    with ThreadPoolExecutor(users) as pool:
+        return joined(list(pool.map(use, range(users))))
+
+
+def joined(samples: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Samples of several calibrations as one."""
+    return {kind: [ms for part in samples for ms in part[kind]] for kind in samples[0]}
+
+
 def saturated(open_session: Callable[[], Any], users: int, seconds: float) -> dict[str, float]:
     """Clicks a second, and encodes a minute, of users that never wait."""
     return {
@@ -302,28 +320,46 @@ def measure(bundle: Path, launcher: Path, port: int, seconds: float) -> dict[str
     name = bundle.resolve().stem
     for instances in (1, 2):
         with triton(bundle, launcher, port, instances) as url:
-            with remote.connect(url, name) as session:
-                empty = stub_mb() / instances
-                calibration = calibrate(session)
-                if instances == 1:
-                    kept = [session.encode(image(i)) for i in range(MEMORY_IMAGES)]
-                    growth = (stub_mb() - empty) / len(kept)
-                    result["memory"] |= {"instance_mb": empty, "image_resident_mb": growth}
-                    del kept
+            if instances == 1:
+                result["memory"] |= image_memory(url, name)
+            calibration = calibrate_together(url, name, instances)
             result["calibrations"].append({"instances": instances, **calibration})
             rates = saturated(lambda u=url: remote.connect(u, name), 2, seconds / 4)
             kind = f"Triton, {instances} instance{'s' * (instances > 1)}"
             result["saturated"].append({"kind": kind, "users": 2, **rates})
             for load_share in LOADS:
-                with remote.connect(url, name) as session:
-                    fresh = calibrate(session)
-                samples = {"calibrations": [{"instances": instances, **fresh}]}
-                service = service_times(result | samples, instances)
-                demand = demand_for(service, instances, load_share)
-                played = play(url, name, demand, seconds, seed=instances)
-                result["loads"].append(compare(played, service, demand, instances))
-                print(json.dumps({k: v for k, v in result["loads"][-1].items() if k != "click_ms"}))
+                compared = loaded(url, name, instances, load_share, seconds, result)
+                result["loads"].append(compared)
+                print(json.dumps({k: v for k, v in compared.items() if k != "click_ms"}))
     return result
+
+
+def image_memory(url: str, name: str) -> dict[str, float]:
+    """Resident MB of an instance, and of each of MEMORY_IMAGES images that it keeps."""
+    with remote.connect(url, name) as session:
+        session.segment(session.encode(image(0)), points=[(100, 90)])
+        empty = stub_mb()
+        kept_images = [session.encode(image(i)) for i in range(MEMORY_IMAGES)]
+        return {
+            "instance_mb": empty,
+            "image_resident_mb": (stub_mb() - empty) / len(kept_images),
+        }
+
+
+def loaded(
+    url: str, name: str, instances: int, load_share: float, seconds: float, result: dict[str, Any]
+) -> dict[str, Any]:
+    """A load between two calibrations, which a shared machine needs, beside the model of both."""
+
+    def service(samples: dict[str, list[float]]) -> ServiceTimes:
+        calibration = {"instances": instances, **samples}
+        return service_times(result | {"calibrations": [calibration]}, instances)
+
+    before = calibrate_together(url, name, instances)
+    demand = demand_for(service(before), instances, load_share)
+    played = play(url, name, demand, seconds, seed=instances)
+    after = calibrate_together(url, name, instances)
+    return compare(played, service(joined([before, after])), demand, instances)
 
 
 def demand_for(service: ServiceTimes, instances: int, load_share: float) -> Demand:

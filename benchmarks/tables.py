@@ -235,8 +235,9 @@ def capacity_table(result: dict[str, Any]) -> str:
         f"An instance takes {memory['instance_mb']:.0f} MB, and an open image "
         f"{memory['image_mb']:.1f} MB (resident: {memory['image_resident_mb']:.1f} MB).",
         "",
-        "| instances | clicks + images a minute | clicks | p95 measured | p95 planned before "
-        "| measured / planned | p95 of the model with the load's own service times | ratio |",
+        "| instances | clicks + images a minute | clicks | p95 measured "
+        "| p95 by calibrations around it "
+        "| measured / calibrated | p95 of the model with the load's own service times | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in result["loads"]:

@@ -40,7 +40,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):
 def test_there_are_the_commands_of_the_documentation() -> None:
     documented = {
         *("inspect", "export", "quantize", "build-engine", "build-kernels", "cpp", "sign"),
-        *("run", "verify", "profile", "doctor", "demo", "dicom-node", "serve"),
+        *("run", "verify", "profile", "doctor", "demo", "dicom-node", "serve", "triton"),
     }
     assert documented == set(COMMANDS)
 
