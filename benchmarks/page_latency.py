@@ -32,7 +32,7 @@ RESULT = Path(__file__).parent / "results" / "page_latency.json"
 CLICKS = 60
 SLICE = 92
 SECONDS = 300.0
-PICTURES = 6
+PICTURE_CLICKS = 3
 
 
 def wait(page: Page, condition: str) -> None:
@@ -72,18 +72,17 @@ def measure(page: Page, clicks: int) -> list[float]:
 
 
 def picture(page: Page, path: Path) -> None:
-    """The page with two structures; of several clicks, the quickest."""
-    rng, least = random.Random(1), float("inf")
+    """The page with two structures, without the latency of a machine that also runs a browser."""
+    rng = random.Random(1)
     page.click("#add-structure")
     page.select_option("#structures li:last-child select", "grey matter")
-    for _ in range(PICTURES):
+    for _ in range(PICTURE_CLICKS):
         click(page, rng)
-        page.mouse.move(640, 5)
-        page.wait_for_timeout(500)
-        latency = page.evaluate("viewer.latencies.at(-1)")
-        if latency < least:
-            least = latency
-            page.screenshot(path=path)
+    page.mouse.move(640, 5)
+    page.evaluate("viewer.latency = [null, null]")
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for_timeout(500)
+    page.screenshot(path=path)
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def test_an_image_beyond_the_memory_is_refused(
         monkeypatch.setenv(VARIABLE, "20kB")
         answer = client.post("/api/image", json={}, headers=lease)
         assert answer.status_code == 422
-        assert "48×40×12 voxels" in answer.text
+        assert "announces 48×40 pixels" in answer.text
         assert "--max-memory" in answer.text
         monkeypatch.setenv(VARIABLE, "20MB")
         assert client.post("/api/image", json={}, headers=lease).status_code == 200
