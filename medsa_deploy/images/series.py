@@ -292,7 +292,7 @@ def _scaling(dataset: Any, group: Any) -> tuple[object, ...]:
         return ("lookup table",)
     if rescale(group) != (1.0, 0.0):
         return ("rescaled",)
-    return (dataset.get("BitsAllocated"), dataset.get("PixelRepresentation"))
+    return (str(dataset.get("BitsAllocated")), str(dataset.get("PixelRepresentation")))
 
 
 def _numbers(dataset: Any, name: str, count: int) -> tuple[float, ...] | None:
