@@ -17,6 +17,7 @@ from medsa_deploy import Image, Tracker, TrackerOptions
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.errors import ImageError, MedsaError, PromptError, UsageError
 from medsa_deploy.runtime import Session
+from medsa_deploy.transforms import preprocess
 
 SIDE = 256
 BOX = (56, 56, 104, 104)
@@ -293,3 +294,31 @@ def test_a_class_of_several_is_followed(two_classes) -> None:
     result = tracker.start(square(60, 60), box=BOX)
     masks = two_classes.segment(two_classes.encode(square(60, 60)), box=BOX).masks
     np.testing.assert_array_equal(result.mask, masks[0, 1])
+
+
+class DeviceFrame:
+    """A frame that says it is on a GPU."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.shape = pixels, pixels.shape
+        self.__cuda_array_interface__ = {"typestr": "|u1", "shape": pixels.shape}
+
+
+class FrameBlobs(BlobBackend):
+    """Takes frames on a GPU."""
+
+    def encode_frame(self, frame: Any, conventions: Any, window: Any) -> Any:
+        """The embedding, and the place of the frame in the network's."""
+        image, placement = preprocess(frame.pixels, conventions.preprocess, SIDE)
+        return self.encode(image[None]), placement
+
+
+def test_frames_on_a_gpu_pass_through(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    manifest = replace(manifest, conventions=replace(manifest.conventions, point_order="xy"))
+    tracker = Tracker(Session(manifest, FrameBlobs(manifest)))
+    first = tracker.start(DeviceFrame(square(60, 60)), box=BOX)
+    second = tracker.update(DeviceFrame(square(61, 60)))
+    assert (first.lost, second.lost) == (False, False)
+    with pytest.raises(ImageError, match="64×48 pixels"):
+        tracker.update(DeviceFrame(np.eye(48, 64, dtype=np.uint8)))
