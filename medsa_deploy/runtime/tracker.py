@@ -336,7 +336,7 @@ def _followed_mask(session: Session, class_name: str | None) -> tuple[int, int]:
 def _frame_size(frame: Any) -> tuple[int, int] | None:
     """(H, W) of a frame; None if only `encode` can tell."""
     pixels = frame.pixels if isinstance(frame, Image) else frame
-    shape = getattr(pixels, "shape", ())
+    shape: tuple[int, ...] = getattr(pixels, "shape", ())
     return (int(shape[0]), int(shape[1])) if len(shape) in (2, 3) else None
 
 
