@@ -58,6 +58,20 @@ class ChildError(RuntimeError):
         return self.code == -9
 
 
+def python_command(program: str | Path) -> list[str]:
+    """The command that runs a module, or a script, without the working or the script's folder on
+    its search path: a file that lies there cannot take a library's place.
+
+    This is `python -P`, which Python 3.10 lacks.
+    """
+    is_script = isinstance(program, Path)
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", *([] if is_script else ["-m"]), str(program)]
+    call = "run_path" if is_script else "run_module"
+    code = f"import runpy, sys; del sys.path[0]; runpy.{call}({str(program)!r}, run_name='__main__'"
+    return [sys.executable, "-c", code + (")" if is_script else ", alter_sys=True)")]
+
+
 def run_in_child(
     function: Job,
     job: Any,
@@ -80,7 +94,7 @@ def run_in_child(
         log = Path(folder) / "stderr"
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, target, json.dumps(job)],
+                [*python_command(__name__), target, json.dumps(job)],
                 stdin=subprocess.PIPE,  # closes when this process ends, however it does
                 stdout=subprocess.PIPE,
                 stderr=None if show_stderr else stderr,

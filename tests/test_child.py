@@ -218,3 +218,25 @@ def test_a_child_ends_with_its_parent(number: int, ignored: tuple[int, ...], man
             parent.terminate()
         assert parent.wait(timeout=20) != 0
     assert ends(process)
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 13)])
+def test_a_childs_search_path_leaves_out_the_working_and_the_scripts_folder(
+    version: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On Python 3.10, too, which has no option for it."""
+    (tmp_path / "json.py").write_text("raise SystemExit('not the library')")
+    (tmp_path / "script.py").write_text("import json, sys; print(sys.argv[1], json.dumps(1))")
+    monkeypatch.setattr(sys, "version_info", version)
+    (script, module) = (child.python_command(p) for p in (tmp_path / "script.py", "json.tool"))
+    done = subprocess.run([*script, "a"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "a 1\n"
+    done = subprocess.run(
+        [*module, "--compact"],
+        input="[1, 2]",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[1,2]\n"

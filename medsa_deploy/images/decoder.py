@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from medsa_deploy.child import python_command
+
 from . import decoder_worker
 from .decoder_worker import HEAD
 from .limits import current_limits, size_text
@@ -107,7 +109,7 @@ class DecoderProcess:
                 return process
             self._end()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(decoder_worker.__file__))],
+            python_command(Path(decoder_worker.__file__)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decoders print what they read
