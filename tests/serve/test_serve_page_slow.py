@@ -45,7 +45,10 @@ def test_a_large_volume(
     structures = tab.structures(tmp_path)
     clicked = in_python(bundle, large_file, structures)
     np.testing.assert_array_equal(tab.labels(), clicked)
-    np.testing.assert_array_equal(tab.shown_mask(), clicked[20] > 0)
+    rows, columns = np.nonzero(tab.shown_mask() != (clicked[20] > 0))
+    middles = (abs(rows - 256) < 20) | (abs(columns - 256) < 20)  # letters are drawn over the mask
+    edges = (np.minimum(rows, 511 - rows) < 20) | (np.minimum(columns, 511 - columns) < 20)
+    assert (middles & edges).all()
     page.focus("#view-main canvas")
     page.keyboard.press("f")
     tab.wait(f"{STATUS}.startsWith('Following: slice')")
