@@ -35,7 +35,7 @@ def decode_grey(content: bytes, options: dict[str, Any]) -> np.ndarray | None:
     values = _values(content, rows * columns, bits // 8)
     if values is None:
         return None
-    pixels = values.view(f"<{'i' if signed else 'u'}{bits // 8}").reshape(rows, columns)
+    pixels = values.view(f"{'i' if signed else 'u'}{bits // 8}").reshape(rows, columns)
     if unused := bits - stored:  # bits that are not stored may hold anything
         pixels <<= unused
         pixels >>= unused
@@ -43,7 +43,7 @@ def decode_grey(content: bytes, options: dict[str, Any]) -> np.ndarray | None:
 
 
 def _values(content: bytes, pixels: int, count: int) -> np.ndarray | None:
-    """(pixels, count) uint8, the least significant byte first; None if a segment does not fit."""
+    """(pixels,) uint8 or uint16; None if a segment does not fit. `count`: bytes of a pixel."""
     try:
         from rle.rle import decode_segment
     except ImportError:
@@ -54,7 +54,7 @@ def _values(content: bytes, pixels: int, count: int) -> np.ndarray | None:
     places = [*offsets[:count], len(content)]
     if announced != count or places[0] != HEADER.size or any(offsets[count:]):
         return None
-    values = np.empty((pixels, count), np.uint8)
+    values = np.empty(pixels, f"u{count}")
     for place, (start, end) in enumerate(pairwise(places)):
         if not start < end or end - start > 2 * pixels + 2:
             return None
@@ -64,5 +64,9 @@ def _values(content: bytes, pixels: int, count: int) -> np.ndarray | None:
             return None
         if len(plane) != pixels:
             return None
-        values[:, count - 1 - place] = plane  # the most significant byte comes first
+        if place == 0:  # the most significant byte comes first
+            values[:] = plane
+        else:
+            values <<= 8
+            values |= plane
     return values
