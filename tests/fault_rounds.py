@@ -306,7 +306,7 @@ class Faults:
         if fault == "file size":
             return float(self.random.randrange(0, SPARE_BYTES.get(name, MOST_SPARE_BYTES)))
         if fault == "descriptors":
-            return float(self.random.randrange(3, 16))
+            return float(self.random.randrange(4, 16))
         if fault == "memory":
             return float(self.random.randrange(0, 160 << 20))
         return 0.0

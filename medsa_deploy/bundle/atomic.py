@@ -14,6 +14,8 @@ from pathlib import Path
 from .durable import sync_file, sync_folder
 from .leftovers import remove_files, temporary_name
 
+INNER_SUFFIXES = (".nii", ".img", ".hdr", ".seg", ".ome", ".mask", ".overlay", ".logits")
+"""Suffixes that may come before a last one: `.nii.gz`, `.seg.nrrd`, `.mask.png`."""
 _CLEANED: set[Path] = set()
 """Folders in which this process has removed what killed ones left: once is enough."""
 
@@ -32,7 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     if path.parent not in _CLEANED:
         _CLEANED.add(path.parent)
         remove_files(path.parent)
-    temporary = path.with_name(temporary_name("".join(path.suffixes[-2:]).lower()))
+    temporary = path.with_name(temporary_name(_ending(path)))
     try:
         yield temporary
         sync_file(temporary)
@@ -40,6 +42,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _ending(path: Path) -> str:
+    """The suffix that tells a format, with the one before it if that is a format's too.
+
+    Other words between points may be a patient's, and temporary files may stay after a kill.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes if suffixes[:-1] and suffixes[0] in INNER_SUFFIXES else suffixes[-1:])
 
 
 def write_bytes(path: Path, data: bytes) -> None:

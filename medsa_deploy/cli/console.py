@@ -85,7 +85,11 @@ def print_json(result: Any) -> None:
 
 def print_error(message: str) -> None:
     """One line on stderr."""
-    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    line = " ".join(message.split())
+    try:
+        err.print(f"[bold red]error:[/] {escape(line)}")
+    except (ImportError, MemoryError, OSError):  # nothing more can be opened, not even rich
+        sys.stderr.write(f"error: {line}\n")
 
 
 def print_warning(message: str) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Collection
 
 UID = re.compile(r"[0-9]+(?:\.[0-9]+)+")
 MOST_UID = 64
-QUOTED = re.compile(r"(?<!\w)b?(['\"])(?:(?!\1(?!\w)).)*(?:\1(?!\w)|$)", re.S)
-"""A quotation, also one that has no end; an apostrophe within a word is none."""
+QUOTED = re.compile(r"(?<!\w)b?(['\"])(?:.*\1(?!\w)|.*$)", re.S)
+"""A quotation, up to the last such mark, since a quoted text may have marks in it, or to the end of
+the message; an apostrophe within a word is none."""
 SHORT_NUMBER = re.compile(r"-?\d{1,5}[.,]\d{0,4}")
 """A number that is too short for a patient's ID; it has a separator, so it is no date's part."""
 MOST_TEXT = 200
