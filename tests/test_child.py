@@ -220,9 +220,9 @@ def test_a_child_ends_with_its_parent(number: int, ignored: tuple[int, ...], man
     assert ends(process)
 
 
-@pytest.mark.parametrize("version", [(3, 10), (3, 13)])
+@pytest.mark.parametrize("version", [(3, 10), sys.version_info], ids=["3.10", "this one"])
 def test_a_childs_search_path_leaves_out_the_working_and_the_scripts_folder(
-    version: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On Python 3.10, too, which has no option for it."""
     (tmp_path / "json.py").write_text("raise SystemExit('not the library')")
