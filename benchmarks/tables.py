@@ -276,6 +276,19 @@ def tracking_table(result: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
 
 
+def cpp_table(result: dict[str, Any]) -> str:
+    """The C++ runtime beside Python: latencies, and whole processes."""
+    figures, cold = result["median"]["latency_ms"], result["median"]["cold_start_ms"]
+    rows = ["| warm | encode | next click |", "|---|---|---|"]
+    for name, ms in figures.items():
+        rows.append(f"| {name} | {ms['encode']:.1f} ms | {ms['click']:.1f} ms |")
+    rows += ["", "| process, start to first mask | wall | of a processor |", "|---|---|---|"]
+    for name, ms in cold.items():
+        rows.append(f"| {name} | {ms['wall']:.0f} ms | {ms['cpu']:.0f} ms |")
+    note = f"Medians: {result['what']}. Load of the machine: {result['load']}."
+    return "\n".join([*rows, "", note, f"Measured on: {_machine(result)}."])
+
+
 def targets_table(result: dict[str, Any]) -> str:
     """Targets of speed, from peers.json and depth.json."""
     depth = RESULTS / "depth.json"
@@ -298,6 +311,7 @@ PERFORMANCE_TABLES: Tables = {
     "precisions": precisions_table,
     "volume_memory": volume_memory_table,
     "tracking": tracking_table,
+    "cpp": cpp_table,
     "depth": depth_table,
     "scaling": scaling_text,
     "export": export_table,
