@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from medsa_deploy import errors, load, remote, transforms
 from medsa_deploy.bundle.files import sha256
 from medsa_deploy.kernels.postprocess import unpack
 from medsa_deploy.remote import session as remote_session
-from medsa_deploy.remote.transport import Transport
+from medsa_deploy.remote.transport import SequencePlace, Transport
 from medsa_deploy.runtime import Session
 from medsa_deploy.triton.embedding_store import EmbeddingStore, embedding_bytes
 from medsa_deploy.triton.models import RepositoryOptions
@@ -222,3 +225,34 @@ def test_a_server_that_is_not_there(scheme: str) -> None:
     """No port 9 is listened on; the deadline holds."""
     with pytest.raises(errors.DeviceError, match=r"did not answer within 0\.4 s"):
         Transport(f"{scheme}://127.0.0.1:9", timeout_s=0.4).model_config("liver_session")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"?\r\n"]
+)
+def test_a_server_that_closes_connections(answer: bytes) -> None:
+    """As one that is stopped: the call is sent again until its deadline, and then refused."""
+    connections = 0
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def close_all() -> None:
+            nonlocal connections
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    connections += 1
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=close_all)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        arrays = {"image": np.zeros((1, 9, 9, 1), np.uint8)}
+        with pytest.raises(errors.DeviceError, match="did not answer within 1 s"):
+            Transport(url, timeout_s=1).infer(
+                "liver_session", arrays, ["masks"], SequencePlace(number=1), again=True
+            )
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert connections > 1

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -192,7 +193,7 @@ class Transport:
             raise _error(str(e.message() or e), str(e.status() or "")) from e
         except MedsaError:
             raise
-        except (OSError, ValueError, RuntimeError) as e:  # of sockets, and of a broken answer
+        except (OSError, ValueError, RuntimeError, HTTPException) as e:  # sockets, broken answers
             raise LostConnectionError(one_line(e)) from e
 
     @contextmanager
