@@ -32,8 +32,8 @@ from medsa_deploy import load
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.stages import copy_cpp, diagnose
 
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "cpp.json"
+FOLDER = Path(__file__).parent
+RESULT = FOLDER / "results" / "cpp.json"
 SIDE = 512
 CLICKS = 5
 """After each encoded image."""
@@ -116,7 +116,7 @@ def build(folder: Path) -> tuple[Path, Path]:
     """The example `segment` and the program of this benchmark, compiled as hosts compile them."""
     copy_cpp(folder / "medsa", force=False)
     headers = folder / "medsa" / "include"
-    sources = (folder / "medsa" / "examples" / "segment.cpp", HERE / "cpp_latency.cpp")
+    sources = (folder / "medsa" / "examples" / "segment.cpp", FOLDER / "cpp_latency.cpp")
     for source in sources:
         command = ["g++", "-std=c++17", "-O3", "-ffp-contract=off", f"-I{headers}", source]
         output = folder / source.stem
