@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsa_deploy.bundle import atomic
-from medsa_deploy.bundle.atomic import whole_file, write_bytes, write_text
+from medsa_deploy.bundle.atomic import INNER_SUFFIXES, whole_file, write_bytes, write_text
 from medsa_deploy.errors import ImageError
 from medsa_deploy.images.files import output_file
 
@@ -83,7 +83,11 @@ def test_the_temporary_file_is_hidden_beside_its_target_and_has_its_suffix(
     with whole_file(path) as temporary, whole_file(path) as another:
         assert temporary.parent == path.parent
         assert temporary.name.startswith(".")
-        assert temporary.suffixes[-2:] == [suffix.lower() for suffix in path.suffixes[-2:]]
+        outer, ending = path.suffixes[-2:-1], path.suffix.lower()
+        inner = outer[0].lower() if outer and outer[0].lower() in INNER_SUFFIXES else ""
+        expected = f"{inner}{ending}"
+        assert temporary.name.endswith(expected)
+        assert temporary.name.count(".") == 1 + expected.count(".")
         assert temporary != another
         temporary.touch()
         another.touch()
