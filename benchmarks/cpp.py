@@ -186,7 +186,7 @@ def measure(bundle: Path, rounds: int, threads: int) -> dict[str, Any]:
         commands = {
             "C++, example segment": (segment, bundle, pgm, "-o", folder / "c.pgm", *options),
             "Python, ten lines": (sys.executable, "-c", COLD_PYTHON, bundle, png, threads, words),
-            "Python, medsa-deploy run": (tool, "run", bundle, png, "-o", folder / "p", *options),
+            "Python, medsa-deploy run": (tool, "run", bundle, png, "-o", folder / "p.png", *options),
             "plain ONNX Runtime in Python": (sys.executable, "-c", COLD_PLAIN, bundle, threads),
         }
         cold = cold_starts(commands, max(rounds // 3, 3))
