@@ -83,7 +83,7 @@ class ViewerPage:
         limit = time.monotonic() + seconds
         while not self.page.evaluate(condition):
             assert time.monotonic() < limit, f"{condition}: {self.status}"
-            self.page.wait_for_timeout(20)
+            self.page.wait_for_timeout(50)
 
     @property
     def status(self) -> str:

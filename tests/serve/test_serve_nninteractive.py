@@ -138,14 +138,17 @@ def test_two_clients_are_not_mixed_up(server, sessions, array) -> None:
 
 
 def test_leases_end(serving, bundle: Path, array) -> None:
-    server = serving(bundle, users=1, idle_seconds=0.6, liveness_seconds=60)
+    server = serving(bundle, users=1, idle_seconds=500, liveness_seconds=500)
     with connected(server, array) as client:
         with pytest.raises(ServerAtCapacityError, match="1 users are connected"):
             nnInteractiveRemoteInferenceSession(server.url)
         client.add_point_interaction(*CLICKS[0])
-        limit = time.monotonic() + 10
+        (lease,) = server.service.leases.all()
+        lease.last_action -= 501  # the user did nothing for so long
+        limit = time.monotonic() + 60
         while server.service.leases.all() and time.monotonic() < limit:
-            server.service.leases.expire()
+            server.service.leases.expire()  # not while the answer to the click is still sent
+            time.sleep(0.02)
         assert time.monotonic() < limit
         assert not len(server.service.cache)
         assert server.service.leases.image_bytes == 0

@@ -75,7 +75,11 @@ def test_the_tab_key_reaches_every_control(visit: Visit, server: Server, volume_
     assert name in reached
 
 
-@pytest.mark.parametrize("screen", [TABLET, UPRIGHT], ids=["across", "upright"])
+@pytest.mark.parametrize(
+    "screen",
+    [pytest.param(TABLET, marks=pytest.mark.slow), UPRIGHT],
+    ids=["across", "upright"],
+)
 def test_fingers(visit: Visit, server: Server, bundle, volume_file, tmp_path: Path, screen) -> None:
     """Taps, a dragged box, a pinch; every control is large enough and on the screen."""
     tab = visit(server.url, **screen)
