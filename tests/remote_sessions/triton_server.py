@@ -127,7 +127,9 @@ class TritonServer:
         """SIGTERM; its exit status."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(STOP_SECONDS)
+        status = self._process.wait(STOP_SECONDS)
+        self.kill()  # a server that gives up leaves its models' processes
+        return status
 
     def kill(self) -> None:
         """SIGKILL to it and the processes of its models; their shared memory goes, too."""
