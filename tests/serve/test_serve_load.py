@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_two_users_for_two_seconds(bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "load.json"
     subprocess.run(
