@@ -125,7 +125,7 @@ def _make_single_frame(header: Any, path: Path, clip: Path) -> None:
         for name in OF_FRAMES:
             if name in header:
                 delattr(header, name)
-        complete(header, path, clip, REQUIRED_ATTRIBUTES)
+        complete(header, path, clip, REQUIRED_ATTRIBUTES, instead="write masks or a video")
         header.SOPClassUID = SINGLE_FRAME
 
 

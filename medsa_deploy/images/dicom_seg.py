@@ -292,15 +292,23 @@ def source_headers(path: Path, volume: Volume) -> list[Any]:
     return sources
 
 
-def complete(source: Any, path: Path, file: Path, required: Sequence[str]) -> None:
+def complete(
+    source: Any,
+    path: Path,
+    file: Path,
+    required: Sequence[str],
+    *,
+    instead: str = "write .npy or .nii.gz",
+) -> None:
     """Give a source's header what a segmentation copies of it; ImageError if it lacks `required`.
 
-    `path`, of the segmentation, and `file`, of the source, only appear in messages.
+    `path`, of the segmentation, and `file`, of the source, only appear in messages, as does what
+    can be done `instead`.
     """
     if missing := [name for name in required if not source.get(name)]:
         raise ImageError(
             f"{path}: a DICOM segmentation needs {', '.join(missing)} of its source, which "
-            f"{file} lacks; write another format"
+            f"{file} lacks; {instead}"
         )
     source.decode()  # text in the character sets of the series, to be written as UTF-8
     source.SpecificCharacterSet = UTF_8
