@@ -181,12 +181,12 @@ def measure(bundle: Path, rounds: int, threads: int) -> dict[str, Any]:
         os.environ["MEDSA_ONNXRUNTIME"] = library()
         words = ",".join(str(x) for x in box)
         tool = Path(sys.executable).with_name("medsa-deploy")
-        pgm, png = folder / "image.pgm", folder / "image.png"
+        pgm, png, mask = (folder / file for file in ("image.pgm", "image.png", "mask.png"))
         options = ("--box", words, "--threads", threads)
         commands = {
             "C++, example segment": (segment, bundle, pgm, "-o", folder / "c.pgm", *options),
             "Python, ten lines": (sys.executable, "-c", COLD_PYTHON, bundle, png, threads, words),
-            "Python, medsa-deploy run": (tool, "run", bundle, png, "-o", folder / "p.png", *options),
+            "Python, medsa-deploy run": (tool, "run", bundle, png, "-o", mask, *options),
             "plain ONNX Runtime in Python": (sys.executable, "-c", COLD_PLAIN, bundle, threads),
         }
         cold = cold_starts(commands, max(rounds // 3, 3))
