@@ -78,9 +78,9 @@ def describe(installed: Distribution) -> Library:
 def _licence(installed: Distribution) -> str:
     """1. The SPDX expression. 2. A short licence field. 3. The classifiers."""
     metadata = installed.metadata
-    if expression := metadata.get("License-Expression"):
-        return expression
-    field = (metadata.get("License") or "").strip()
+    if expressions := metadata.get_all("License-Expression"):
+        return str(expressions[0])
+    field = str((metadata.get_all("License") or [""])[0]).strip()
     classifiers = [
         classifier.rpartition(" :: ")[2]
         for classifier in metadata.get_all("Classifier") or ()
