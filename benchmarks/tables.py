@@ -269,7 +269,8 @@ def tracking_table(result: dict[str, Any]) -> str:
         overlap = sum(figures["dice"]) / len(figures["dice"])
         rows.append(
             f"| {name}, {figures['image_size']}² | {figures['median_processor_ms']:.0f} ms "
-            f"| {figures['frames_per_second']:.2f} | {times['encode']:.0f} ms | {times['decode']:.0f} ms "
+            f"| {figures['frames_per_second']:.2f} "
+            f"| {times['encode']:.0f} ms | {times['decode']:.0f} ms "
             f"| {figures['lost']} | {overlap:.3f} |"
         )
     note = f"Medians over {result['what']}. Load of the machine: {result['load']}."

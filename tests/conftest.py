@@ -17,8 +17,8 @@ if "MEDSA_DEVICE_BUNDLES" in os.environ:  # an interpreter without torch, as on 
 else:
     from exported_bundles import bundle, bundle_3d, bundle_of, checkpoint_of, sam_bundle
 
-    # Torch records each step of an export for the handlers that pytest adds to this logger; with
-    # propagation pytest adds none.
+    # pytest gives handlers to loggers that do not propagate: torch would then record each step of
+    # an export, and a failing test would show thousands of such lines.
     logging.getLogger("torch.__trace").propagate = True
     __all__ = ["bundle", "bundle_3d", "bundle_of", "checkpoint_of", "sam_bundle"]
 

@@ -49,7 +49,7 @@ DOCUMENTS = [
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHELL_OPTIONS = {"--no-build-isolation", "--model-repository", "--exit-timeout-secs"} | {
     *("--scanners", "--clicks", "--limit-ms"),
-    *("--build", "--size"),
+    *("--build", "--size", "--reproduce"),
 }
 """Options in the documents that are not of `medsa-deploy`."""
 

@@ -172,7 +172,7 @@ def content_header(name: Path, content: bytes, names: list[str] | None = None) -
     return header
 
 
-def _check_large(path: Path, stream: io.BufferedReader) -> None:
+def _check_large(path: Path, stream: io.BufferedReader[Any]) -> None:
     """ImageError for too many items in a large header that has just been read."""
     place = stream.tell()
     if place > LARGE_HEADER:
@@ -205,7 +205,7 @@ def _read_file(path: Path, names: list[str] | None, *, pixels: bool) -> Any:
 
 
 def _read_checked(
-    path: Path, stream: io.BufferedReader, names: list[str] | None, *, pixels: bool
+    path: Path, stream: io.BufferedReader[Any], names: list[str] | None, *, pixels: bool
 ) -> Any:
     dataset = _read(stream, names, pixels=pixels)
     if not pixels:

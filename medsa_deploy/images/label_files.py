@@ -57,7 +57,8 @@ def _voxels(volume: Volume) -> np.ndarray:
     in_memory = 2 * math.prod(volume.shape) * volume.dtype.itemsize
     check_memory(volume.path, in_memory, f"{'×'.join(map(str, volume.shape))} voxels")
     stacked = np.stack([volume.slice(k).pixels for k in range(len(volume))])
-    return stacked.transpose(np.argsort((volume.axis, *volume.plane_axes)))
+    voxels: np.ndarray = stacked.transpose(np.argsort((volume.axis, *volume.plane_axes)))
+    return voxels
 
 
 def _array(path: Path) -> np.ndarray:

@@ -46,4 +46,5 @@ def runs(plane: NDArray[np.uint8]) -> bytes:
         lengths = np.full(len(labels), MOST_LENGTH)
         lengths[np.cumsum(parts) - 1] = remainders
     words = labels << np.uint32(LENGTH_BITS) | lengths.astype(np.uint32)
-    return words.astype("<u4").tobytes()
+    content: bytes = words.astype("<u4").tobytes()
+    return content

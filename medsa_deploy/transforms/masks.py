@@ -155,7 +155,8 @@ def label_map(values: Floats, threshold: float) -> NDArray[np.uint8]:
     """
     _check_classes(len(values))
     best = (values.argmax(axis=0) + 1).astype(np.uint8)
-    return np.where(values.max(axis=0) > threshold, best, np.uint8(0))
+    labels: NDArray[np.uint8] = np.where(values.max(axis=0) > threshold, best, np.uint8(0))
+    return labels
 
 
 def exclusive_labels(values: Floats) -> NDArray[np.uint8]:

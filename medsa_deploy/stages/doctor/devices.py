@@ -130,7 +130,7 @@ def check_device(name: str | None, bundle: Path | None) -> DeviceReport:
     if name is None:
         device = this_device()
     elif name in DEVICES:
-        device = DEVICES[name]  # type: ignore[index]
+        device = DEVICES[name]
     else:
         raise UsageError(f"--device is {name}, expected one of {', '.join(get_args(DeviceName))}")
     manifest = None if bundle is None else load_manifest(bundle)
