@@ -323,6 +323,7 @@ def a_stage(steps: int, **changes: object) -> training.Stage:
     return training.Stage(**fields | changes)
 
 
+@pytest.mark.slow  # test_demo_automatic resumes a training in every run
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     tensors = plain_base(3) | network.adapter_tensors(4)
     seen: list[int] = []

@@ -135,8 +135,13 @@ def test_the_same_study_twice_is_segmented_once(node: RunningNode, pacs: FakePac
     send(node.port, list(reversed(series)))
     assert delivered(node, pacs, series) == first
     assert len(first) == 2
-    results = [line["result"] for line in node.named("segmented")][-2:]
-    assert results == ["segmented", "already sent"]
+    # The worker's notes come through a pipe, and may be later than the node is idle.
+    wait_until(
+        lambda: (
+            [line["result"] for line in node.named("segmented")][-2:]
+            == ["segmented", "already sent"]
+        )
+    )
 
 
 def test_studies_may_come_interleaved_and_images_more_than_once(
