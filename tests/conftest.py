@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from hypothesis import settings
 from medsa_deploy.nvidia import cuda
 
 if "MEDSA_DEVICE_BUNDLES" in os.environ:  # an interpreter without torch, as on a device
-    from device_bundles import bundle, bundle_3d, bundle_of, sam_bundle
+    from device_bundles import bundle_of, sam_bundle
 else:
-    from exported_bundles import bundle, bundle_3d, bundle_of, checkpoint_of, sam_bundle
+    from exported_bundles import bundle_of, checkpoint_of, sam_bundle
 
     # pytest gives handlers to loggers that do not propagate: torch would then record each step of
     # an export, and a failing test would show thousands of such lines.
     logging.getLogger("torch.__trace").propagate = True
-    __all__ = ["bundle", "bundle_3d", "bundle_of", "checkpoint_of", "sam_bundle"]
+    __all__ = ["bundle_of", "checkpoint_of", "sam_bundle"]
 
 # The first example pays for caches and imports, and the machines are shared.
 settings.register_profile("shared", deadline=None)
@@ -46,3 +47,15 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of: Callable[[str], Path]) -> Path:
+    """A small Med-SA bundle: 256×256, one class, trained by the public code (clicks are yx)."""
+    return bundle_of("medsa_2d")
+
+
+@pytest.fixture(scope="session")
+def bundle_3d(bundle_of: Callable[[str], Path]) -> Path:
+    """A small 3D bundle with HyP-Adpt: 256×256, chunks of 4 slices, two classes (clicks are yx)."""
+    return bundle_of("medsa_hyp_3d")

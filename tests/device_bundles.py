@@ -21,18 +21,6 @@ def bundle_of() -> Maker:
 
 
 @pytest.fixture(scope="session")
-def bundle(bundle_of: Maker) -> Path:
-    """A small Med-SA bundle."""
-    return bundle_of("medsa_2d")
-
-
-@pytest.fixture(scope="session")
-def bundle_3d(bundle_of: Maker) -> Path:
-    """A small 3D bundle."""
-    return bundle_of("medsa_hyp_3d")
-
-
-@pytest.fixture(scope="session")
 def sam_bundle(bundle_of: Maker) -> Path:
     """A small bundle with SAM's outputs and conventions."""
     return bundle_of("sam")

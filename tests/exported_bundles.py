@@ -86,18 +86,6 @@ def bundle_of(shared_folder: Path, checkpoint_of: Maker) -> Maker:
 
 
 @pytest.fixture(scope="session")
-def bundle(bundle_of: Maker) -> Path:
-    """A small Med-SA bundle: 256×256, one class, trained by the public code (clicks are yx)."""
-    return bundle_of("medsa_2d")
-
-
-@pytest.fixture(scope="session")
-def bundle_3d(bundle_of: Maker) -> Path:
-    """A small 3D bundle with HyP-Adpt: 256×256, chunks of 4 slices, two classes (clicks are yx)."""
-    return bundle_of("medsa_hyp_3d")
-
-
-@pytest.fixture(scope="session")
 def sam_bundle(shared_folder: Path) -> Path:
     """A small bundle in Meta's form, with SAM's outputs and conventions (clicks are xy)."""
     folder = shared_folder / "sam"

@@ -120,8 +120,13 @@ def _without_nan(image: Image, pixels: np.ndarray) -> tuple[Image, np.ndarray]:
 
 
 def as_image(image: Image | ArrayLike) -> Image:
-    """`image` itself, or an array as an image with the path `array`."""
-    return image if isinstance(image, Image) else _from_array(image)
+    """`image` itself, or an array as an image with the path `array`.
+
+    ImageError unless the pixels are real numbers of shape (H, W) or (H, W, 3).
+    """
+    source = image if isinstance(image, Image) else _from_array(image)
+    _check_pixels(source)
+    return source
 
 
 def _from_array(array: ArrayLike) -> Image:
@@ -144,8 +149,7 @@ def _from_array(array: ArrayLike) -> Image:
     return Image(pixels=pixels, path=Path("array"))
 
 
-def check_pixels(image: Image) -> None:
-    """ImageError unless the pixels are real numbers of shape (H, W) or (H, W, 3)."""
+def _check_pixels(image: Image) -> None:
     shape = image.pixels.shape
     if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
         raise ImageError(f"{image.path} has shape {shape}, expected (H, W) or (H, W, 3)")

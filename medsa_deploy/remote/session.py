@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from medsa_deploy import transforms
 from medsa_deploy.bundle.manifest import Conventions, Manifest, manifest_from_json
 from medsa_deploy.errors import BundleError, MedsaError, UsageError
-from medsa_deploy.images.image import Image, as_image, check_image, check_pixels, check_values
+from medsa_deploy.images.image import Image, as_image, check_image, check_values
 from medsa_deploy.runtime import Prediction
 from medsa_deploy.runtime.volumes.structures import class_names
-from medsa_deploy.transforms import UNPROMPTED, Frame
+from medsa_deploy.transforms import Frame
 from medsa_deploy.transforms.image import frame_of
 from medsa_deploy.transforms.intensities import IntensityWindow, check_not_flat, intensities
 from medsa_deploy.triton.python_model import PROTOCOL
@@ -111,9 +111,7 @@ class RemoteSession:
                 f"this network sees {chunk} neighbouring slices at a time: give its slices to "
                 "encode_slices"
             )
-        source = as_image(image)
-        check_pixels(source)
-        checked = check_image(source)
+        checked = check_image(as_image(image))
         values, window = intensities(checked, self.conventions, intensity_window)
         check_not_flat(checked, values, window)
         return self._encode([values], [window], flat=False)[0]
@@ -137,7 +135,6 @@ class RemoteSession:
         planes, windows = [], []
         for image in slices:
             source = as_image(image)
-            check_pixels(source)
             checked = check_values(source, str(source.path))
             values, window = intensities(checked, self.conventions, intensity_window)
             planes.append(values)
@@ -164,11 +161,7 @@ class RemoteSession:
         """
         self._check_open()
         parts = {"points": points, "labels": labels, "box": box, "boxes": boxes, "mask": mask}
-        if self.conventions.prompts != "required" and all(p is None for p in parts.values()):
-            sets = [UNPROMPTED]
-        else:
-            sets = transforms.prompts(**parts)
-        arrays = prompt_arrays(sets)
+        arrays = prompt_arrays(transforms.prompts_for(self.conventions, **parts))
         transforms.mask_rule(self.manifest, threshold)
         if threshold is not None:
             arrays["threshold"] = np.array([threshold], np.float64)

@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike
 from medsa_deploy import transforms
 from medsa_deploy.bundle.manifest import Conventions, Manifest
 from medsa_deploy.errors import ImageError, UsageError
-from medsa_deploy.images.image import Image, as_image, check_image, check_pixels, check_values
+from medsa_deploy.images.image import Image, as_image, check_image, check_values
 from medsa_deploy.images.volume import Volume
 from medsa_deploy.kernels.postprocess import regions
-from medsa_deploy.transforms import UNPROMPTED, Prompt
+from medsa_deploy.transforms import Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow, check_not_flat, intensities
 
 from .backends.fallback import FallbackBackend
@@ -111,9 +111,8 @@ class Session:
             )
         if hasattr(image, "__cuda_array_interface__"):
             return self._encode_frame(image, intensity_window)
-        source = as_image(image)
-        check_pixels(source)
-        return self._encode([check_image(source)], intensity_window, flat=False)[0]
+        source = check_image(as_image(image))
+        return self._encode([source], intensity_window, flat=False)[0]
 
     @counted
     def encode_slices(
@@ -138,8 +137,6 @@ class Session:
         embeddings = []
         for start in range(0, len(slices), chunk):
             sources = [as_image(image) for image in slices[start : start + chunk]]
-            for source in sources:
-                check_pixels(source)
             checked = [check_values(source, str(source.path)) for source in sources]
             embeddings += self._encode(checked, intensity_window, flat=True)
         return embeddings
@@ -245,10 +242,7 @@ class Session:
         together with `boxes`, and for `on_device` if no GPU makes the masks.
         """
         parts = {"points": points, "labels": labels, "box": box, "boxes": boxes, "mask": mask}
-        if self.conventions.prompts != "required" and all(p is None for p in parts.values()):
-            sets = [UNPROMPTED]
-        else:
-            sets = transforms.prompts(**parts)
+        sets = transforms.prompts_for(self.conventions, **parts)
         return self.segment_sets(
             embedding, sets, multimask=multimask, threshold=threshold, on_device=on_device
         )

@@ -20,7 +20,7 @@ from .masks import (
 )
 from .postprocessing import POSTPROCESSING, PostprocessingSpec
 from .preprocessing import PREPROCESSING, PreprocessingSpec
-from .prompts import NO_MASK_PROMPTS, UNPROMPTED, Prompt, network_prompt, prompts
+from .prompts import NO_MASK_PROMPTS, UNPROMPTED, Prompt, network_prompt, prompts, prompts_for
 
 __all__ = [
     "NO_MASK_PROMPTS",
@@ -48,5 +48,6 @@ __all__ = [
     "preprocess",
     "probability_to_logit",
     "prompts",
+    "prompts_for",
     "threshold_value",
 ]

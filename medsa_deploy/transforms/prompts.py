@@ -48,6 +48,16 @@ UNPROMPTED = Prompt(
 """The prompt set of a network that segments without a click."""
 
 
+def prompts_for(conventions: Conventions, **parts: ArrayLike | None) -> list[Prompt]:
+    """`prompts` of the same parts; one empty set for a network that needs none and was given none.
+
+    Errors as for `prompts`.
+    """
+    if conventions.prompts != "required" and all(part is None for part in parts.values()):
+        return [UNPROMPTED]
+    return prompts(**parts)
+
+
 def prompts(
     *,
     points: ArrayLike | None = None,

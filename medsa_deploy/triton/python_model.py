@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def request_arrays(request: Any) -> dict[str, np.ndarray]:
 def response(
     request: Any, compute: Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 ) -> Any:
-    """A request → the answer that is computed from its arrays, or the error."""
+    """A request → the outputs it asks for, of what is computed from its arrays; or the error."""
     utilities = backend_utilities()
     try:
         answer = compute(request_arrays(request))
@@ -99,12 +99,9 @@ def response(
         return utilities.InferenceResponse(
             output_tensors=[], error=utilities.TritonError(error_text(e))
         )
+    names = request.requested_output_names()
     return utilities.InferenceResponse(
-        output_tensors=[utilities.Tensor(name, array) for name, array in answer.items()]
+        output_tensors=[
+            utilities.Tensor(name, array) for name, array in answer.items() if name in names
+        ]
     )
-
-
-def requested(request: Any, answer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those arrays of an answer that a request asks for."""
-    names: Sequence[str] = request.requested_output_names()
-    return {name: array for name, array in answer.items() if name in names}

@@ -15,7 +15,7 @@ from medsa_deploy.errors import DeviceError, UsageError
 from medsa_deploy.runtime import Session
 from medsa_deploy.runtime.backends.interface import Array, Backend, ImagePart, as_split_decoder
 
-from .python_model import ModelSetup, backend_utilities, requested, response
+from .python_model import ModelSetup, backend_utilities, response
 from .refusals import error_of
 from .wire import encode_request, fact_arrays, prediction_arrays, segment_request, slice_of
 
@@ -34,14 +34,11 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Requests → answers, in their order."""
-        return [self._respond(request) for request in requests]
+        return [response(request, self._answer) for request in requests]
 
     def finalize(self) -> None:
         """Close the bundle."""
         self._opened.close()
-
-    def _respond(self, request: Any) -> Any:
-        return response(request, lambda arrays: requested(request, self._answer(arrays)))
 
     def _answer(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         embeddings = encode_request(self._session, arrays)

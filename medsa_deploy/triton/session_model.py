@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .embedding_store import EmbeddingStore
-from .python_model import ModelSetup, backend_utilities, requested, response
+from .python_model import ModelSetup, backend_utilities, response
 from .tensors import MASK_OUTPUTS
 from .wire import (
     encode_request,
@@ -56,9 +56,7 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         number, flags = request.correlation_id(), request.flags()
-        answer = response(
-            request, lambda arrays: requested(request, self._answer(request, number, arrays))
-        )
+        answer = response(request, lambda arrays: self._answer(request, number, arrays))
         if flags & self._end:
             self._store.remove(number)
         return answer
@@ -67,20 +65,19 @@ class TritonPythonModel:
         self, request: Any, number: int, arrays: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         starts, ends = (bool(request.flags() & flag) for flag in (self._start, self._end))
-        timings = []
-        if starts and not (ends and not arrays):
-            self._store.remove(number)
-            embeddings = encode_request(self._session, arrays)
-            self._store.add(number, embeddings)
-            timings = [embedding.timings_ms for embedding in embeddings]
-            frame = embeddings[0].frame
-        elif ends and not arrays:  # frees the embedding, and asks for nothing
+        if ends and not arrays:  # frees the embedding, and asks for nothing
             return {
                 "image_size": np.zeros(2, np.int32),
                 "timings_ms": np.zeros(4, np.float64),
             }
-        if starts and not self._wants_masks(request, arrays):
-            return fact_arrays(frame, *timings)
+        timings = []
+        if starts:
+            self._store.remove(number)
+            embeddings = encode_request(self._session, arrays)
+            self._store.add(number, embeddings)
+            timings = [embedding.timings_ms for embedding in embeddings]
+            if not self._wants_masks(request, arrays):
+                return fact_arrays(embeddings[0].frame, *timings)
         embedding = self._store.find(number, slice_index=slice_of(arrays))
         prediction = segment_request(self._session, embedding, arrays)
         facts = fact_arrays(embedding.frame, *timings, prediction.timings_ms)

@@ -27,7 +27,7 @@ const state = {
   structures: [], active: 0, past: [], future: [], nextId: 1,
   follow: false, tool: "add", window: [0, 255], preset: "file",
   cross: [0, 0, 0], zoom: 1, pan: [0, 0], corner: null, drag: null, connected: false,
-  request: null, wanted: 0, announcing: 0, latencies: [],
+  request: null, latestTurn: 0, announcing: 0, latencies: [],
 };
 // For tests and the curious; nothing reads it.
 globalThis.viewer = Object.assign(state, { toScreen });
@@ -426,7 +426,7 @@ function cancelRequest() {
 async function segment(near = state.cross[0], time = performance.now(), added = false) {
   cancelRequest();
   if (!state.image) return;
-  const turn = ++state.wanted;
+  const turn = ++state.latestTurn;
   $("follow").setAttribute("aria-pressed", String(state.follow));
   if (!entries().length && bundleFacts().prompts === "required") {
     for (const which of [0, 1]) clearLabels(which, new Set());
@@ -440,23 +440,23 @@ async function segment(near = state.cross[0], time = performance.now(), added = 
   state.request = controller;
   $("stop").disabled = false;
   state.announcing = setTimeout(() => {
-    if (turn === state.wanted && state.request === controller) { say("Encoding the image"); progress(undefined); }
+    if (turn === state.latestTurn && state.request === controller) { say("Encoding the image"); progress(undefined); }
   }, SLOW_MS);
   try {
     for (const which of $("compare").value ? [0, 1] : [0]) {
       const start = which ? performance.now() : time;
       await insist(() => fetchMasks(which, near, controller.signal, start));
     }
-    if (turn === state.wanted) say(state.follow ? "Followed through the volume" : "Done");
+    if (turn === state.latestTurn) say(state.follow ? "Followed through the volume" : "Done");
   } catch (error) {
     if (error.name !== "AbortError") {
       report(error);
-      if (added && error.status === 422 && turn === state.wanted) takeBack();
-      if (turn === state.wanted) { progress(null); $("stop").disabled = true; }
+      if (added && error.status === 422 && turn === state.latestTurn) takeBack();
+      if (turn === state.latestTurn) { progress(null); $("stop").disabled = true; }
     }
     return;
   } finally { clearTimeout(state.announcing); }
-  if (turn === state.wanted) { progress(null); $("stop").disabled = true; listStructures(); }
+  if (turn === state.latestTurn) { progress(null); $("stop").disabled = true; listStructures(); }
 }
 
 async function fetchMasks(which, near, signal, start) {
