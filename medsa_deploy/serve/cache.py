@@ -1,4 +1,7 @@
-"""Values by key, computed once → the last used of them, within a number of bytes."""
+"""Values by key, computed once → the last used of them, within a number of bytes.
+
+Logits have a cache of their own: those of many clicks would push out embeddings, which cost more.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 POLL_SECONDS = 0.05
+LOGITS_PART = 8
+"""Logits may take one part in so many of a cache's memory."""
+MOST_LOGIT_BYTES = 128 * 2**20
 
 
 class ByteCache:
@@ -81,3 +87,36 @@ class ByteCache:
             self.bytes += size
             while self.bytes > self.most_bytes:
                 self.bytes -= self._values.popitem(last=False)[1][1]
+
+
+class NetworkCache:
+    """What a network computed of the users' images: embeddings, and logits of prompts."""
+
+    def __init__(self, most_bytes: int) -> None:
+        logit_bytes = min(most_bytes // LOGITS_PART, MOST_LOGIT_BYTES)
+        self.embeddings = ByteCache(most_bytes - logit_bytes)
+        self.logits = ByteCache(logit_bytes)
+        self.parts = self.embeddings, self.logits
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all values."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def hits(self) -> int:
+        """Values that were known."""
+        return sum(part.hits for part in self.parts)
+
+    @property
+    def misses(self) -> int:
+        """Values that were computed."""
+        return sum(part.misses for part in self.parts)
+
+    def forget(self, owner: Hashable) -> None:
+        """Drop an owner's values."""
+        for part in self.parts:
+            part.forget(owner)

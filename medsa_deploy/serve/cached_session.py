@@ -7,10 +7,10 @@ they are encoded, and prompts before they are decoded. Every run of the network 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from medsa_deploy.images import Image
@@ -20,7 +20,8 @@ from medsa_deploy.transforms import Prompt
 from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .bundles import ServedBundle
-from .cache import ByteCache
+from .cache import NetworkCache
+from .initial_mask import InitialMask, mask_logits
 
 OBJECT_BYTES = 1024
 """Memory of an entry beside its arrays."""
@@ -42,14 +43,29 @@ class PlacedEmbedding(Embedding):
     key: tuple[Any, ...]
     """Owner, bundle, chunk, window and place in the chunk."""
 
+    @property
+    def index(self) -> int:
+        """Its slice."""
+        return int(self.key[3] + self.key[-1])
+
 
 class CachedSession(Session):
     """Shares another session's backend; its owner closes that."""
 
-    def __init__(self, bundle: ServedBundle, cache: ByteCache, check: Callable[[], None]) -> None:
-        """`check` is called before each run of the network, and raises to stop."""
+    def __init__(
+        self,
+        bundle: ServedBundle,
+        cache: NetworkCache,
+        check: Callable[[], None],
+        initial: InitialMask | None = None,
+    ) -> None:
+        """`check` is called before each run of the network, and raises to stop.
+
+        Prompts of slices that `initial` reaches get its mask.
+        """
         super().__init__(bundle.session.manifest, bundle.session.backend)
         self.bundle, self.cache, self.check = bundle, cache, check
+        self.initial = initial
         self.encoded = 0
         """Slices that were encoded, rather than found."""
 
@@ -73,13 +89,14 @@ class CachedSession(Session):
             self.encoded += len(slices)
             return [_placed(embedding, (*key, i)) for i, embedding in enumerate(embeddings)]
 
-        return self.cache.value(key, compute, size=_embedding_bytes, check=self.check)
+        return self.cache.embeddings.value(key, compute, size=_embedding_bytes, check=self.check)
 
     def decode_logits(self, embedding: Embedding, prompts: Sequence[Prompt]) -> tuple[Array, Array]:
         """As `Session.decode_logits`."""
         self.check()
         if not isinstance(embedding, PlacedEmbedding):
             return super().decode_logits(embedding, prompts)
+        prompts = [self._with_mask(prompt, embedding) for prompt in prompts]
         undivided = embedding.image_part is None  # the decoder in one part rounds differently
         key = (*embedding.key, "logits", undivided, *map(_prompt_key, prompts))
 
@@ -87,7 +104,14 @@ class CachedSession(Session):
             with self.bundle.running:
                 return Session.decode_logits(self, embedding, prompts)
 
-        return self.cache.value(key, compute, size=_logit_bytes, check=self.check)
+        return self.cache.logits.value(key, compute, size=_logit_bytes, check=self.check)
+
+    def _with_mask(self, prompt: Prompt, embedding: PlacedEmbedding) -> Prompt:
+        """A prompt set of a slice, with the mask that the client brought for it."""
+        size, index = self.manifest.mask_prompt_size, embedding.index
+        if self.initial is None or size is None or index not in self.initial.slices:
+            return prompt
+        return replace(prompt, mask=mask_logits(self.initial.planes[index], embedding.frame, size))
 
     def close(self) -> None:
         """Nothing: the backend is the other session's."""
@@ -102,9 +126,11 @@ def _placed(embedding: Embedding, key: tuple[Any, ...]) -> Embedding:
 
 
 def _prompt_key(prompt: Prompt) -> tuple[bytes | None, ...]:
-    """What decides a prompt set's logits."""
+    """What decides a prompt set's logits, each part as a digest: keys have no size in the cache."""
     arrays = (prompt.points, prompt.labels, prompt.box, prompt.mask)
-    return tuple(None if a is None else np.ascontiguousarray(a).tobytes() for a in arrays)
+    return tuple(
+        None if a is None else blake2b(a.tobytes(), digest_size=16).digest() for a in arrays
+    )
 
 
 def _embedding_bytes(embeddings: Sequence[Embedding]) -> int:

@@ -7,6 +7,7 @@ Its routes lie at the root, for the first bundle and its first class; `/models/B
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from .array_wire import TYPES, pack, unpack
 from .bodies import is_number, json_object, parse_object, read_body
 from .bundles import ServedBundle
 from .images import OpenImage, open_array
+from .initial_mask import InitialMask
 from .interaction import Interaction, Prompts, bounds
 from .leases import Lease
 from .refusals import LeaseError, UnknownError, UnsupportedError
@@ -29,6 +31,8 @@ from .service import Service
 from .work import Job
 
 SESSION_VERSION = 2
+UNKNOWN = 255
+"""In place of a client's mask that this server does not know: all of it is sent again."""
 PREFIXES = ("", "/models/{bundle}", "/models/{bundle}/{class_name}")
 
 
@@ -82,6 +86,7 @@ class _Protocol:
     async def capabilities(self, request: Request) -> Response:
         """What this server does of the protocol."""
         bundle, _ = self._target(request)
+        masks = bundle.facts["mask_prompts"]
         return JSONResponse(
             {
                 "supported_interactions": {
@@ -93,8 +98,8 @@ class _Protocol:
                 },
                 "channel_mapping": {},
                 "num_interaction_channels": 0,
-                "supports_initial_label": False,
-                "supports_zero_shot_label_refinement": False,
+                "supports_initial_label": masks,
+                "supports_zero_shot_label_refinement": masks,
                 "supports_undo": True,
                 "preferred_scribble_thickness": [1, 1, 1],
                 "interaction_decay": 1.0,
@@ -207,17 +212,22 @@ class _Protocol:
         """The mask of the prompts so far."""
         lease, interaction = self._lease(request)
         await json_object(request)
-        if interaction.prompts == Prompts():
+        prompts = interaction.prompts
+        if prompts == Prompts():
             return _answer(None)
-        return await self._predict(request, lease, interaction, None)
+        with interaction.trying(
+            replace(prompts, again=prompts.again or not prompts.drawn), interaction.earlier
+        ):
+            return await self._predict(request, lease, interaction, None)
 
     async def undo(self, request: Request) -> Response:
         """Take the latest prompt back."""
         lease, interaction = self._lease(request)
         if not interaction.earlier:
             return _answer(None)
-        interaction.prompts = interaction.earlier.pop()
-        return await self._predict(request, lease, interaction, None)
+        *earlier, prompts = interaction.earlier
+        with interaction.trying(prompts, earlier):
+            return await self._predict(request, lease, interaction, None)
 
     async def unsupported(self, request: Request) -> Response:
         """Scribbles and lassos."""
@@ -225,11 +235,33 @@ class _Protocol:
         raise UnsupportedError("this network takes points and boxes only: click, or drag a box")
 
     async def add_initial(self, request: Request) -> Response:
-        """An initial segmentation."""
-        self._lease(request)
-        raise UnsupportedError(
-            "initial segmentations are not supported: begin the object with a click or a box"
-        )
+        """A mask (X, Y, Z) of the next object, other than 0 inside; the client has drawn it."""
+        lease, interaction = self._lease(request)
+        image = lease.require_image()
+        shape = image.volume.shape
+        interaction.mask = np.full(shape, UNKNOWN, np.uint8)
+        if not interaction.bundle.facts["mask_prompts"]:
+            raise UnsupportedError(
+                "this network takes no mask prompt: begin the object with a click or a box"
+            )
+        again = _flag(_meta(request), "run_prediction", default=False)
+        body = await read_body(request, most_bytes=self.service.options.upload_bytes)
+
+        def work(job: Job) -> NDArray[np.bool_]:
+            array = unpack(body, most_bytes=8 * math.prod(shape))
+            if array.shape != shape:
+                raise UsageError(f"the mask has shape {array.shape}, expected {shape}")
+            return np.asarray(array != 0)
+
+        inside = await self.service.run(request, work, lease=lease)
+        interaction.mask = inside.astype(np.uint8)
+        planes = np.ascontiguousarray(inside.transpose(image.volume.axis, *image.volume.plane_axes))
+        prompts = Prompts(initial=InitialMask(planes), again=again) if inside.any() else Prompts()
+        # an older mask is not kept any longer for undo
+        with interaction.trying(prompts, [interaction.prompts]):
+            if not again:
+                return _answer(None)
+            return await self._predict(request, lease, interaction, None)
 
     async def _add(
         self,
@@ -241,18 +273,10 @@ class _Protocol:
         place: list[float],
     ) -> Response:
         """Add prompts, which are dropped again if they cannot be used."""
-        before = interaction.prompts
-        interaction.prompts = added
-        interaction.earlier.append(before)
-        try:
+        with interaction.trying(added, [*interaction.earlier, interaction.prompts]):
             if not data.get("run_prediction", True):
                 return _answer(None)
             return await self._predict(request, lease, interaction, place)
-        except BaseException:
-            if interaction.prompts is added:
-                interaction.prompts = before
-                interaction.earlier.pop()
-            raise
 
     async def _predict(
         self, request: Request, lease: Lease, interaction: Interaction, place: list[float] | None
@@ -336,8 +360,8 @@ def _numbers(value: Any, count: int, expected: str) -> list[float]:
     return [float(v) for v in value]
 
 
-def _flag(data: dict[str, Any], name: str) -> bool:
-    value = data.get(name, True)
+def _flag(data: dict[str, Any], name: str, *, default: bool = True) -> bool:
+    value = data.get(name, default)
     if type(value) is not bool:
         raise PromptError(f"{name} should be true or false")
     return value

@@ -17,9 +17,10 @@ from medsa_deploy.transforms.intensities import IntensityWindow
 
 from .bodies import is_number
 from .bundles import ServedBundle
-from .cache import ByteCache
+from .cache import NetworkCache
 from .cached_session import CachedSession
 from .images import OpenImage
+from .initial_mask import InitialMask
 
 MOST_STRUCTURES = 255
 MOST_PROMPTS = 10_000
@@ -37,6 +38,8 @@ class SegmentRequest:
     propagate: bool = False
     intensity_window: IntensityWindow = None
     threshold: float | None = None
+    initial: InitialMask | None = None
+    """Prompts its slices with their masks, beside the structure's prompts."""
 
     def options(self, window: IntensityWindow) -> VolumeOptions:
         """The options of `segment_volume`, with the window that `intensity_window` means."""
@@ -51,7 +54,7 @@ def segment(
     bundle: ServedBundle,
     image: OpenImage,
     request: SegmentRequest,
-    cache: ByteCache,
+    cache: NetworkCache,
     *,
     check: Callable[[], None],
     on_slice: Callable[[int, int], None] = lambda done, total: None,
@@ -63,7 +66,7 @@ def segment(
     its labels, and again if others reach it later. `check` raises to stop.
     """
     start = perf_counter()
-    session = CachedSession(bundle, cache, check)
+    session = CachedSession(bundle, cache, check, request.initial)
     window = image.window(bundle.name, session, request.intensity_window)
     pending: dict[int, NDArray[np.uint8]] = {}
 

@@ -19,7 +19,7 @@ from medsa_deploy.runtime import VolumePrediction
 from medsa_deploy.stages.run.run import SessionOptions
 
 from .bundles import ServedBundle, ServedBundles
-from .cache import ByteCache
+from .cache import NetworkCache
 from .images import OpenImage
 from .leases import Lease, Leases
 from .segmenting import SegmentRequest, segment
@@ -85,7 +85,7 @@ class Service:
             raise UsageError(f"{options.images} is not a folder: give --images a folder")
         self.options, self.events = options, events
         self.metrics = Metrics(HELP)
-        self.cache = ByteCache(options.cache_bytes)
+        self.cache = NetworkCache(options.cache_bytes)
         with ExitStack() as opened:
             self.bundles = opened.enter_context(ServedBundles(options.bundles, options.session))
             self.leases = opened.enter_context(

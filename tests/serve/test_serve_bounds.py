@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from command_line import command, start
 from malformed import send_malformed
+from nninteractive_client import connected
 
 from medsa_deploy.errors import UsageError
 from medsa_deploy.event_log import EventLog
@@ -25,7 +26,7 @@ from medsa_deploy.machine import resident_bytes
 from medsa_deploy.serve import bodies
 from medsa_deploy.serve.access import check_exposure
 from medsa_deploy.serve.array_wire import pack, unpack
-from medsa_deploy.serve.cache import ByteCache
+from medsa_deploy.serve.cache import ByteCache, NetworkCache
 from medsa_deploy.serve.refusals import BusyError
 from medsa_deploy.serve.server import Server
 from medsa_deploy.serve.service import ServeOptions
@@ -195,6 +196,20 @@ def test_the_cache_keeps_what_was_used_last() -> None:
     cache.value(("image", 1), lambda: pytest.fail("was dropped"), size=lambda value: 50)
     cache.forget("image")
     assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_logits_of_many_clicks_leave_embeddings_in_the_cache(serving, bundle: Path, array) -> None:
+    server = serving(bundle, cache_bytes=2**21)
+    cache: NetworkCache = server.service.cache
+    with connected(server, array) as client:
+        for column in range(12, 36):
+            client.add_point_interaction((5, 15, column), True)
+        assert (cache.embeddings.misses, cache.logits.misses) == (1, 24)
+        assert len(cache.embeddings) == 1
+        assert 1 < len(cache.logits) < 24
+        assert cache.logits.bytes <= cache.logits.most_bytes == 2**18
+        assert client.undo()  # to prompts whose logits are known
+        assert cache.logits.misses == 24
 
 
 def test_arrays_come_back(array: np.ndarray) -> None:

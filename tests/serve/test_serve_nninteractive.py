@@ -14,12 +14,12 @@ from nnInteractive.inference.remote import (
     SessionExpiredError,
     nnInteractiveRemoteInferenceSession,
 )
+from nninteractive_client import SPACING, connected
 
 from medsa_deploy import Session, Structure, VolumeOptions, load, segment_volume
 from medsa_deploy.serve.images import open_array
 from medsa_deploy.serve.server import Server
 
-SPACING = (3.0, 0.8, 0.9)
 CLICKS = (((5, 15, 20), True), ((5, 20, 30), True), ((5, 3, 4), False), ((9, 15, 20), True))
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -33,14 +33,6 @@ def server(serving, bundle: Path, bundle_3d: Path) -> Server:
 def sessions(bundle: Path, bundle_3d: Path) -> Iterator[dict[str, Session]]:
     with load(bundle) as flat, load(bundle_3d) as deep:
         yield {"": flat, f"/models/{bundle_3d.stem}/class 2": deep}
-
-
-def connected(server: Server, array: np.ndarray, path: str = "", spacing=SPACING):
-    """A client with the image, and its buffer of zeros."""
-    client = nnInteractiveRemoteInferenceSession(server.url + path)
-    client.set_image(array[None], {"spacing": np.array(spacing)})
-    client.set_target_buffer(np.zeros(array.shape, np.uint8))
-    return client
 
 
 def expected(
@@ -111,10 +103,6 @@ def test_what_is_not_supported_is_said(server, array) -> None:
         with pytest.raises(httpx.HTTPStatusError) as refusal:
             client.add_scribble_interaction(client.target_buffer, True)
         assert refusal.value.response.status_code == 501
-        with pytest.raises(httpx.HTTPStatusError) as refusal:
-            client.add_initial_seg_interaction(client.target_buffer)
-        assert refusal.value.response.status_code == 501
-        assert "click or a box" in refusal.value.response.json()["detail"]
         with pytest.raises(httpx.HTTPStatusError, match="501"):
             client.add_bbox_interaction([[4, 5], [10, 28], [12, 36]], False)
         with pytest.raises(httpx.HTTPStatusError) as refusal:
