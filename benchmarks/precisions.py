@@ -60,7 +60,7 @@ MODELS = {
         masks={"white matter": 0, "brain": 0},
     ),
     "medsa_demo": Model(
-        checkpoint=Path(stages.__file__).parents[1] / CHECKPOINT,
+        checkpoint=file_in("medsa_deploy", f"assets/{CHECKPOINT}.pth"),
         groups=(range(44, 52), range(88, 96), range(114, 122)),
         masks={name: CLASSES.index(name) for name in ("white matter", "grey matter", "brain")},
         overrides=Overrides(classes=len(CLASSES), class_names=CLASSES, depth_chunk=CHUNK),

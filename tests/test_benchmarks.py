@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import scaling, tables
+from benchmarks import precisions, scaling, tables
 from benchmarks.peers import files, rounds
 from benchmarks.peers.__main__ import measure_network
 from benchmarks.peers.candidates import Candidate, candidates
 from benchmarks.peers.names import DEFAULT_NAME, OURS, PLAIN, SWIN
-from benchmarks.peers.networks import Network
+from benchmarks.peers.networks import Network, demonstration, lite_med_sam
 from benchmarks.peers.plot import draw
 from benchmarks.peers.rounds import Limits, WorkerError, ratio, worker
 from benchmarks.peers.store import environment, resumed, save
 from benchmarks.peers.table import main_table, others_table, patches, targets_table, volume_table
 from benchmarks.peers.targets import best, strongest_peer, targets
 from benchmarks.peers.worker import agreement
+from medsa_deploy.exporters.checkpoint import load_checkpoint
 
 LIMITS = Limits(rounds=2, need_gb=0.1)
 ZERO = "Med-SA ViT-B, zero tables"
@@ -317,3 +318,13 @@ def test_the_curves_are_of_the_sizes_that_were_asked_for() -> None:
 def test_every_document_holds_its_tables() -> None:
     for path, contents in tables.DOCUMENTS.items():
         assert tables.with_tables(path.read_text(), contents) == path.read_text()
+
+
+@pytest.mark.parametrize("write", [demonstration, lite_med_sam])
+def test_the_benchmarks_find_the_shipped_weights(write: Any, tmp_path: Path) -> None:
+    write(tmp_path / "checkpoint.pth")
+    assert load_checkpoint(tmp_path / "checkpoint.pth").tensors
+
+
+def test_the_precisions_are_of_shipped_weights() -> None:
+    assert all(model.checkpoint.is_file() for model in precisions.MODELS.values())

@@ -12,10 +12,9 @@ import pytest
 import torch
 from command_line import call, contents, start
 
-from medsa_deploy import __version__, cli, stages
+from medsa_deploy import __version__, stages
+from medsa_deploy.cli.app import COMMANDS
 from medsa_deploy.errors import DeviceError, ParityError
-
-COMMANDS = [command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from medsa_deploy import errors, load
 from medsa_deploy.bundle.manifest import load_manifest
 from medsa_deploy.nvidia.device_array import DeviceArray
 from medsa_deploy.runtime import Embedding, Session
-from medsa_deploy.runtime.backends.onnxruntime_cpu import failure
+from medsa_deploy.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend, failure
 from medsa_deploy.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (80, 100), dtype=np.uint8)
@@ -27,6 +27,7 @@ class BoundOnHost(OnnxRuntimeCudaBackend):
     device = "cpu"
     provider = "CPUExecutionProvider"
     providers = ("CPUExecutionProvider",)
+    slower_fusions = OnnxRuntimeBackend.slower_fusions
 
 
 def encoded(session: Session) -> Embedding:

@@ -32,7 +32,7 @@ from invented import (
     weights,
 )
 
-from medsa_deploy.cli.app import app
+from medsa_deploy.cli.app import program
 from medsa_deploy.images.video import video_file
 from medsa_deploy.stages.doctor import tune
 
@@ -258,7 +258,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_options_extras_and_targets_exist(page: Path) -> None:
     text = code(page)
-    parsed = typer.main.get_command(app)
+    parsed = typer.main.get_command(program())
     parameters = [p for command in (parsed, *parsed.commands.values()) for p in command.params]
     options = {n for parameter in parameters for n in (*parameter.opts, *parameter.secondary_opts)}
     options |= {"--help"}

@@ -227,6 +227,7 @@ def test_a_file_exchanged_while_it_is_loaded_is_detected(tmp_path: Path) -> None
         path.write_bytes(b"right")
         with held_files(tmp_path) as files:
             files.add("encoder.onnx")
+            files.check_digests()
             files.check_unchanged()
             if change == "replace":
                 (tmp_path / "other").write_bytes(b"wrong")
@@ -244,6 +245,7 @@ def test_a_recent_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(b"right")
     with held_files(tmp_path) as files:
         files.add("encoder.onnx")
+        files.check_digests()
         path.write_bytes(b"wrong")
         with pytest.raises(BundleError, match="changed while it was loaded"):
             files.check_unchanged()

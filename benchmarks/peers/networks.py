@@ -13,7 +13,6 @@ import torch
 
 from benchmarks.export import vit_b_checkpoint
 from benchmarks.precisions import calibration
-from medsa_deploy import stages
 from medsa_deploy.evaluation.cases import seeded_image
 from medsa_deploy.exporters.architecture import Overrides
 from medsa_deploy.images import Image
@@ -122,7 +121,7 @@ def lite_med_sam(path: Path) -> None:
 
 def demonstration(path: Path) -> None:
     """This project's demonstration checkpoint."""
-    shutil.copy(Path(stages.__file__).parents[1] / CHECKPOINT, path)
+    shutil.copy(file_in("medsa_deploy", f"assets/{CHECKPOINT}.pth"), path)
 
 
 _VIT_B = {"real_weights": False, "need_gb": 7.5, "rounds": 5}

@@ -27,9 +27,11 @@ class Upscaling(nn.Module):
 
     def forward(self, keys: Tensor) -> Tensor:
         """(B, g², 256) → (B, g² · 16, 32), in the order (token, 2, 2, 2, 2)."""
-        x = self.first(keys).unflatten(-1, (4, self.widths[0]))
-        x = self.second(F.gelu(self.norm(x))).unflatten(-1, (4, self.widths[1]))
-        return F.gelu(x).flatten(1, 3)
+        # Three axes throughout, because runtimes fuse bias and GELU, and norms, only there.
+        batch = keys.shape[0]
+        x = self.first(keys).reshape(batch, -1, self.widths[0])
+        x = F.gelu(self.second(F.gelu(self.norm(x))))
+        return x.reshape(batch, -1, self.widths[1])
 
 
 def _as_linear(conv: nn.ConvTranspose2d) -> nn.Linear:

@@ -1,7 +1,7 @@
 """Files that a backend will load → the same files, held open, and proved unchanged after the load.
 
-A backend opens files by their names, some time after their SHA-256 was compared. A file that was
-exchanged in between is found here: the names must still lead to the files that were hashed, and
+A backend opens files by their names, before or after their SHA-256 is compared. A file that was
+exchanged in between is found here: the names must still lead to the files that are hashed, and
 these must not have been written to.
 """
 
@@ -24,19 +24,22 @@ CLOCK_SECONDS = 2.0
 second time."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _HeldFile:
-    """A file that was hashed, still open."""
+    """A file that is hashed, or will be, and stays open."""
 
     path: Path
     file: BufferedReader
     identity: tuple[int, ...]
-    sha256: str
     is_recent: bool
+    digests: Collection[str]
+    """Any of them is right; empty: all are."""
+    sha256: str | None = None
+    """None before it was hashed."""
 
 
 class HeldFiles:
-    """The files of one bundle that were hashed for one load."""
+    """The files of one bundle that are hashed for one load."""
 
     def __init__(self, bundle: Path) -> None:
         self._bundle = bundle
@@ -44,29 +47,38 @@ class HeldFiles:
         self._stack = ExitStack()
 
     def add(self, path: str, digests: Collection[str] = (), size: int | None = None) -> None:
-        """Open a file, compare it with its size and SHA-256, and keep it open.
+        """Open a file, compare its size, and keep it open; `check_digests` compares the content.
 
-        `path`: relative to the bundle. `digests`: any of them; empty for a file whose reader knows
-        its SHA-256. BundleError if it is missing, outside, or another file.
+        `path`: relative to the bundle. `digests`: SHA-256, any of them; empty for a file whose
+        reader knows its SHA-256. BundleError if it is missing, outside, or of another size.
         """
         if path in self._files:
             return
         resolved = resolve_inside(path, self._bundle)
-        try:
+        with self._readable(path):
             file = self._stack.enter_context(resolved.open("rb"))
             identity = _identity(os.fstat(file.fileno()))
-            is_recent = time.time() - identity[-1] / 1e9 < CLOCK_SECONDS
-            actual_size = identity[2]
-            digest = sha256_of(file) if size in (None, actual_size) else None
-        except OSError as e:
-            raise BundleError(
-                f"{self._bundle}: {path!r} cannot be read ({e.strerror}): copy the bundle again"
-            ) from e
-        if digest is None or (digests and digest not in digests):
-            refuse_changed(resolved, actual_size, size, digest)
+        actual_size = identity[2]
+        if size not in (None, actual_size):
+            refuse_changed(resolved, actual_size, size, None)
         self._files[path] = _HeldFile(
-            path=resolved, file=file, identity=identity, sha256=digest, is_recent=is_recent
+            path=resolved,
+            file=file,
+            identity=identity,
+            is_recent=time.time() - identity[-1] / 1e9 < CLOCK_SECONDS,
+            digests=digests,
         )
+
+    def check_digests(self) -> None:
+        """Hash the files that were not hashed yet; BundleError for one that is another file."""
+        for path, held_file in self._files.items():
+            if held_file.sha256 is not None:
+                continue
+            with self._readable(path):
+                held_file.sha256 = sha256_of(held_file.file)
+            if held_file.digests and held_file.sha256 not in held_file.digests:
+                size = held_file.identity[2]
+                refuse_changed(held_file.path, size, size, held_file.sha256)
 
     def check_unchanged(self) -> None:
         """BundleError if a name leads to another file now, or a file was written to."""
@@ -90,6 +102,16 @@ class HeldFiles:
         self._stack.close()
         self._files.clear()
 
+    @contextmanager
+    def _readable(self, path: str) -> Iterator[None]:
+        """An error of the system during the block as a BundleError."""
+        try:
+            yield
+        except OSError as e:
+            raise BundleError(
+                f"{self._bundle}: {path!r} cannot be read ({e.strerror}): copy the bundle again"
+            ) from e
+
 
 @contextmanager
 def held_files(bundle: Path) -> Iterator[HeldFiles]:
@@ -97,6 +119,8 @@ def held_files(bundle: Path) -> Iterator[HeldFiles]:
 
     >>> with held_files(bundle) as files:
     ...     files.add("encoder.onnx", [manifest.file("encoder").sha256])
+    ...     files.check_digests()
+    ...     session = onnxruntime.InferenceSession(bundle / "encoder.onnx")
     ...     files.check_unchanged()
     """
     files = HeldFiles(bundle)

@@ -1,8 +1,8 @@
 """The command line: parse, call one function of `stages`, print its dataclass."""
 
 try:
-    from .app import app, main
+    from .app import main
 except KeyboardInterrupt:  # the imports take a third of a second, and `main` is not there yet
     raise SystemExit(130) from None
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -14,36 +16,12 @@ from medsa_deploy import __version__
 from medsa_deploy.errors import UsageError
 
 from . import console
-from .build_engine import build_engine
-from .build_kernels import build_kernels
-from .cpp import cpp
-from .demo import demo
-from .dicom_node import dicom_node
-from .doctor import doctor
-from .export import export
-from .inspect import inspect
-from .profile import profile
-from .quantize import quantize
-from .run import run
-from .serve import serve
-from .sign import sign
-from .triton import triton
-from .verify import verify
 
 COMMANDS = (
-    *(inspect, export, quantize, build_engine, build_kernels, cpp, sign),
-    *(run, verify, profile, doctor, demo, dicom_node, serve, triton),
+    *("inspect", "export", "quantize", "build-engine", "build-kernels", "cpp", "sign"),
+    *("run", "verify", "profile", "doctor", "demo", "dicom-node", "serve", "triton"),
 )
-"""The commands, in the order of --help."""
-
-app = typer.Typer(
-    name="medsa-deploy",
-    help="From a trained Medical SAM Adapter checkpoint to masks on a scanner.",
-    add_completion=False,
-    rich_markup_mode="markdown",
-)
-for _command in COMMANDS:
-    app.command()(_command)
+"""The commands, in the order of --help; each is a function of a module of its name."""
 
 INTERRUPTED = "interrupted; no partial output was left behind"
 ParserError: Any = typer.BadParameter.__bases__[0]
@@ -56,7 +34,6 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: Annotated[
         bool,
@@ -71,6 +48,21 @@ def options(
     """From a trained Medical SAM Adapter checkpoint to masks on a scanner."""
 
 
+def program(commands: Sequence[str] = COMMANDS) -> typer.Typer:
+    """The program with some of its commands: a command waits for the imports of no other."""
+    app = typer.Typer(
+        name="medsa-deploy",
+        help="From a trained Medical SAM Adapter checkpoint to masks on a scanner.",
+        add_completion=False,
+        rich_markup_mode="markdown",
+    )
+    app.callback()(options)
+    for command in commands:
+        name = command.replace("-", "_")
+        app.command()(getattr(import_module(f".{name}", __package__), name))
+    return app
+
+
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code.
 
@@ -82,6 +74,7 @@ def main() -> None:
     interrupts = console.catch_interrupts()
     try:
         try:
+            app = program([a for a in arguments[:1] if a in COMMANDS] or COMMANDS)
             code = app(arguments or ["--help"], prog_name="medsa-deploy", standalone_mode=False)
         except typer.Exit as e:
             code = e.exit_code

@@ -32,7 +32,7 @@ def build_kernels(
     medsa-deploy build-kernels ckpt.medsa --target sm87 --target sm110
     """
     with console.steps() as (on_step, _):
-        result = stages.build_kernels(bundle, target or (), on_step=on_step)
+        result = stages.build_bundle_kernels(bundle, target or (), on_step=on_step)
     console.print_json(result) if json else _print_build(result)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
+import PIL.TiffImagePlugin  # Pillow would import all its plugins to find it
 
 from medsa_deploy.errors import ImageError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,9 +47,10 @@ def load(
     options: LoadOptions | None = None,
     trusted: KeyPaths | None = None,
 ) -> Session:
-    """Open a bundle. The files it runs are compared with their SHA-256 first.
+    """Open a bundle. The files it runs are compared with their SHA-256 while they are opened.
 
     They are held open, and the load fails if one was exchanged before the backend had read it.
+    Where keys are configured, and for engines, they are compared before they are opened.
 
     If the bundle has the decoder in two parts, prompts without a mask run these.
 
@@ -110,6 +112,7 @@ def _check_all(chain: Sequence[BackendName], setup: BackendSetup, checked: Check
     with held_files(checked.path) as files:
         for name in chain:
             _hold(files, BACKENDS[DEFAULT if name == AUTO else name], setup, checked)
+        files.check_digests()
 
 
 def _open(name: BackendName, setup: BackendSetup, checked: CheckedBundle) -> Backend:
@@ -120,7 +123,9 @@ def _open(name: BackendName, setup: BackendSetup, checked: CheckedBundle) -> Bac
     spec = BACKENDS[name]
     with held_files(checked.path) as files:
         _hold(files, spec, setup, checked)
-        backend = spec.opener(spec, setup)
+        if spec.engines or checked.trust.signers:  # nothing of an untrusted file is parsed
+            files.check_digests()
+        backend = _open_while_hashing(files, partial(spec.opener, spec, setup))
         try:
             files.check_unchanged()
         except BaseException:
@@ -129,8 +134,25 @@ def _open(name: BackendName, setup: BackendSetup, checked: CheckedBundle) -> Bac
     return backend
 
 
+def _open_while_hashing(files: HeldFiles, opener: Callable[[], Backend]) -> Backend:
+    """A backend that opened its files while they were hashed; BundleError if one is another."""
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(files.check_digests)
+        try:
+            backend = opener()
+        except Exception:
+            hashing.result()  # a file that was changed is why it cannot be opened
+            raise
+        try:
+            hashing.result()
+        except BaseException:
+            backend.close()
+            raise
+    return backend
+
+
 def _hold(files: HeldFiles, spec: BackendSpec, setup: BackendSetup, checked: CheckedBundle) -> None:
-    """Compare the files that a backend will read, and keep them open."""
+    """Keep the files open that a backend will read."""
     if spec.engines:  # `check_loadable` compares them with their description
         checked.hold_native_code(files)
         return

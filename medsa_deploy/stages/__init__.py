@@ -22,86 +22,127 @@ demo/            medsa.py, automatic.py, litemedsam.py: trained weights and mni_
                  → Dice, timings; proved_bundle.py exports and verifies an asset
 """
 
-from medsa_deploy.evaluation.latency_worker import LatencyOptions
-from medsa_deploy.runtime import VolumeOptions
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .build_engine.build import EngineBuild, build_engines
-from .build_engine.plan import EnginePlan, EngineRequest
-from .build_kernels import KernelBuild, build_kernels
-from .cpp import CppProject, copy_cpp
-from .demo.automatic import AutomaticDemonstration, demonstrate_automatic
-from .demo.litemedsam import LiteMedSAMDemonstration, demonstrate_litemedsam
-from .demo.medsa import Demonstration, demonstrate
-from .doctor.devices import DeviceReport, check_device
-from .doctor.diagnose import Diagnosis, diagnose
-from .doctor.tune import Tuning, tune
-from .export import Export, export_checkpoint
-from .inspect import Inspection, inspect_checkpoint
-from .profile import ProfileTargets, profile_bundle
-from .quantize.quantize import Quantization, quantize_bundle
-from .readings import Reading
-from .run.images import MaskTargets, Segmentation
-from .run.run import RunRequest, RunResult, SessionOptions, run_bundle
-from .run.track import FrameReport, Tracking, track_clip
-from .run.volumes import VolumeSegmentation, VolumeSelection, segment_volume_file, structures_of
-from .sign import Signing, sign_bundle
-from .verify.accuracy import Accuracy, measure_accuracy
-from .verify.drawn_prompts import PromptKind
-from .verify.engine_check import EngineState
-from .verify.verify import Verification, check_signed, verify_bundle
+if TYPE_CHECKING:
+    from medsa_deploy.evaluation.latency_worker import LatencyOptions as LatencyOptions
+    from medsa_deploy.runtime import VolumeOptions as VolumeOptions
 
-__all__ = [
-    "Accuracy",
-    "AutomaticDemonstration",
-    "CppProject",
-    "Demonstration",
-    "DeviceReport",
-    "Diagnosis",
-    "EngineBuild",
-    "EnginePlan",
-    "EngineRequest",
-    "EngineState",
-    "Export",
-    "FrameReport",
-    "Inspection",
-    "KernelBuild",
-    "LatencyOptions",
-    "LiteMedSAMDemonstration",
-    "MaskTargets",
-    "ProfileTargets",
-    "PromptKind",
-    "Quantization",
-    "Reading",
-    "RunRequest",
-    "RunResult",
-    "Segmentation",
-    "SessionOptions",
-    "Signing",
-    "Tracking",
-    "Tuning",
-    "Verification",
-    "VolumeOptions",
-    "VolumeSegmentation",
-    "VolumeSelection",
-    "build_engines",
-    "build_kernels",
-    "check_device",
-    "check_signed",
-    "copy_cpp",
-    "demonstrate",
-    "demonstrate_automatic",
-    "demonstrate_litemedsam",
-    "diagnose",
-    "export_checkpoint",
-    "inspect_checkpoint",
-    "measure_accuracy",
-    "profile_bundle",
-    "quantize_bundle",
-    "run_bundle",
-    "segment_volume_file",
-    "sign_bundle",
-    "structures_of",
-    "track_clip",
-    "tune",
-    "verify_bundle",
-]
+    from .build_engine.build import EngineBuild as EngineBuild
+    from .build_engine.build import build_engines as build_engines
+    from .build_engine.plan import EnginePlan as EnginePlan
+    from .build_engine.plan import EngineRequest as EngineRequest
+    from .build_kernels import KernelBuild as KernelBuild
+    from .build_kernels import build_bundle_kernels as build_bundle_kernels
+    from .cpp import CppProject as CppProject
+    from .cpp import copy_cpp as copy_cpp
+    from .demo.automatic import AutomaticDemonstration as AutomaticDemonstration
+    from .demo.automatic import demonstrate_automatic as demonstrate_automatic
+    from .demo.litemedsam import LiteMedSAMDemonstration as LiteMedSAMDemonstration
+    from .demo.litemedsam import demonstrate_litemedsam as demonstrate_litemedsam
+    from .demo.medsa import Demonstration as Demonstration
+    from .demo.medsa import demonstrate as demonstrate
+    from .doctor.devices import DeviceReport as DeviceReport
+    from .doctor.devices import check_device as check_device
+    from .doctor.diagnose import Diagnosis as Diagnosis
+    from .doctor.diagnose import diagnose as diagnose
+    from .doctor.tune import Tuning as Tuning
+    from .doctor.tune import tune as tune
+    from .export import Export as Export
+    from .export import export_checkpoint as export_checkpoint
+    from .inspect import Inspection as Inspection
+    from .inspect import inspect_checkpoint as inspect_checkpoint
+    from .profile import ProfileTargets as ProfileTargets
+    from .profile import profile_bundle as profile_bundle
+    from .quantize.quantize import Quantization as Quantization
+    from .quantize.quantize import quantize_bundle as quantize_bundle
+    from .readings import Reading as Reading
+    from .run.images import MaskTargets as MaskTargets
+    from .run.images import Segmentation as Segmentation
+    from .run.run import RunRequest as RunRequest
+    from .run.run import RunResult as RunResult
+    from .run.run import SessionOptions as SessionOptions
+    from .run.run import run_bundle as run_bundle
+    from .run.track import FrameReport as FrameReport
+    from .run.track import Tracking as Tracking
+    from .run.track import track_clip as track_clip
+    from .run.volumes import VolumeSegmentation as VolumeSegmentation
+    from .run.volumes import VolumeSelection as VolumeSelection
+    from .run.volumes import segment_volume_file as segment_volume_file
+    from .run.volumes import structures_of as structures_of
+    from .sign import Signing as Signing
+    from .sign import sign_bundle as sign_bundle
+    from .verify.accuracy import Accuracy as Accuracy
+    from .verify.accuracy import measure_accuracy as measure_accuracy
+    from .verify.drawn_prompts import PromptKind as PromptKind
+    from .verify.engine_check import EngineState as EngineState
+    from .verify.verify import Verification as Verification
+    from .verify.verify import check_signed as check_signed
+    from .verify.verify import verify_bundle as verify_bundle
+
+_HOMES = {
+    "Accuracy": ".verify.accuracy",
+    "AutomaticDemonstration": ".demo.automatic",
+    "CppProject": ".cpp",
+    "Demonstration": ".demo.medsa",
+    "DeviceReport": ".doctor.devices",
+    "Diagnosis": ".doctor.diagnose",
+    "EngineBuild": ".build_engine.build",
+    "EnginePlan": ".build_engine.plan",
+    "EngineRequest": ".build_engine.plan",
+    "EngineState": ".verify.engine_check",
+    "Export": ".export",
+    "FrameReport": ".run.track",
+    "Inspection": ".inspect",
+    "KernelBuild": ".build_kernels",
+    "LatencyOptions": "medsa_deploy.evaluation.latency_worker",
+    "LiteMedSAMDemonstration": ".demo.litemedsam",
+    "MaskTargets": ".run.images",
+    "ProfileTargets": ".profile",
+    "PromptKind": ".verify.drawn_prompts",
+    "Quantization": ".quantize.quantize",
+    "Reading": ".readings",
+    "RunRequest": ".run.run",
+    "RunResult": ".run.run",
+    "Segmentation": ".run.images",
+    "SessionOptions": ".run.run",
+    "Signing": ".sign",
+    "Tracking": ".run.track",
+    "Tuning": ".doctor.tune",
+    "Verification": ".verify.verify",
+    "VolumeOptions": "medsa_deploy.runtime",
+    "VolumeSegmentation": ".run.volumes",
+    "VolumeSelection": ".run.volumes",
+    "build_bundle_kernels": ".build_kernels",
+    "build_engines": ".build_engine.build",
+    "check_device": ".doctor.devices",
+    "check_signed": ".verify.verify",
+    "copy_cpp": ".cpp",
+    "demonstrate": ".demo.medsa",
+    "demonstrate_automatic": ".demo.automatic",
+    "demonstrate_litemedsam": ".demo.litemedsam",
+    "diagnose": ".doctor.diagnose",
+    "export_checkpoint": ".export",
+    "inspect_checkpoint": ".inspect",
+    "measure_accuracy": ".verify.accuracy",
+    "profile_bundle": ".profile",
+    "quantize_bundle": ".quantize.quantize",
+    "run_bundle": ".run.run",
+    "segment_volume_file": ".run.volumes",
+    "sign_bundle": ".sign",
+    "structures_of": ".run.volumes",
+    "track_clip": ".run.track",
+    "tune": ".doctor.tune",
+    "verify_bundle": ".verify.verify",
+}
+"""Public name → the module it is imported from."""
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a stage on its first use, so that a command waits for its own modules only."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

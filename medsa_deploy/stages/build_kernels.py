@@ -25,7 +25,7 @@ class KernelBuild:
     seconds: float
 
 
-def build_kernels(
+def build_bundle_kernels(
     bundle: Path, targets: Sequence[str] = (), *, on_step: OnStep = lambda step: None
 ) -> KernelBuild:
     """Compile the kernels for `targets`, such as `sm87` or `sm_87`; `compute75` is PTX.

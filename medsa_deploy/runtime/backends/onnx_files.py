@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -42,7 +43,9 @@ class OnnxFilesBackend(ABC, Generic[Graph]):
         files: dict[str, Path] = {"encoder": encoder, "decoder": decoder}
         if self.splits:
             files |= zip(PARTS, parts, strict=True)
-        self._graphs = {role: self._open(role, path, graphs[role]) for role, path in files.items()}
+        with ThreadPoolExecutor(len(files)) as pool:  # the decoder's open while the encoder's does
+            opened = pool.map(lambda role: self._open(role, files[role], graphs[role]), files)
+            self._graphs = dict(zip(files, opened, strict=True))
 
     @abstractmethod
     def _open(self, role: str, path: Path, contract: GraphContract) -> Graph:

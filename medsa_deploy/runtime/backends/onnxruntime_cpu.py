@@ -44,6 +44,8 @@ class OnnxRuntimeBackend(OnnxFilesBackend[ort.InferenceSession]):
 
     name = "onnxruntime"
     providers: Sequence[Any] = ("CPUExecutionProvider",)
+    slower_fusions = "SkipLayerNormFusion"
+    """Left out: on a CPU, addition and norm in one kernel take longer than in two."""
 
     @cached_property
     def _profiles(self) -> Path:
@@ -78,6 +80,9 @@ class OnnxRuntimeBackend(OnnxFilesBackend[ort.InferenceSession]):
         options.enable_mem_pattern = False
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers", self.slower_fusions
+        )
         if self._time_layers:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._profiles / path.stem)

@@ -32,6 +32,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     device = "cuda"
     provider = "CUDAExecutionProvider"
     providers = (("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"}),)
+    slower_fusions = ""
 
     def __init__(
         self, encoder: Path, decoder: Path, graphs: Mapping[str, GraphContract], **options: Any
