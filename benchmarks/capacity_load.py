@@ -384,8 +384,7 @@ def main() -> None:
     options = parser.parse_args()
     machine, load_before = diagnose(), os.getloadavg()[0]
     result = {
-        "what": "a small 2D bundle at 256×256; clients and servers share the machine, which ran "
-        "other work at the same time",
+        "what": "a small 2D bundle at 256×256; clients and servers share the machine",
         "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",
         "versions": {name: version(name) for name in ("onnxruntime", "tritonclient")},
         "load": [round(load_before, 1)],

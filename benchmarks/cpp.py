@@ -223,7 +223,7 @@ def main() -> None:
     result = {
         "what": f"{options.bundle.stem}, {SIDE}² grey bytes, {options.threads} thread(s), "
         f"{options.rounds} rounds in turns",
-        "load": f"{os.getloadavg()[1]:.1f} over five minutes, shared with other work",
+        "load": f"{os.getloadavg()[1]:.1f} over five minutes, its own included",
         "median": medians(samples),
         "samples": samples,
         "machine": f"{machine.processor}, {machine.cores} cores, {machine.memory_gb} GB",

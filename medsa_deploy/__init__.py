@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from .runtime import load as load
     from .runtime import segment_volume as segment_volume
     from .runtime.backends.registry import backends as backends
+
+# ONNX Runtime reports to its vendor and writes into the home folder, unless its user decides.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 """The version of this package.

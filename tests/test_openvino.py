@@ -235,8 +235,9 @@ def test_without_the_library(bundle: Path) -> None:
     )
 
 
-def test_nothing_is_reported_to_anyone(bundle: Path, tmp_path: Path) -> None:
-    """OpenVINO's telemetry would connect at its import, and write into the home folder."""
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_nothing_is_reported_to_anyone(backend: str, bundle: Path, tmp_path: Path) -> None:
+    """The libraries' telemetry would connect, and write into the home folder."""
     code = """
 import json, os, socket, sys
 
@@ -245,12 +246,12 @@ def refused(self, *address):
 
 socket.socket.connect = refused
 from medsa_deploy import load
-with load(sys.argv[1], backend="openvino"):
+with load(sys.argv[1], backend=sys.argv[2]):
     pass
 print(json.dumps([sorted(sys.modules), os.listdir(os.environ["HOME"])]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(names=("torch", "onnx")) + code, str(bundle)],
+        [sys.executable, "-c", WITHOUT.format(names=("torch", "onnx")) + code, bundle, backend],
         capture_output=True,
         text=True,
         check=False,
@@ -259,5 +260,5 @@ print(json.dumps([sorted(sys.modules), os.listdir(os.environ["HOME"])]))
     assert done.returncode == 0, done.stderr
     modules, home = json.loads(done.stdout)
     assert home == []
-    assert "openvino" in modules
+    assert backend in modules
     assert "openvino_telemetry" not in modules

@@ -112,9 +112,21 @@ inline std::vector<std::uint8_t> shown(const medsa::Prediction& prediction) {
   return pixels;
 }
 
+/// ONNX Runtime reports to its vendor and writes into the home folder, unless its user decides.
+inline void refuse_telemetry() {
+#ifdef _WIN32
+  if (std::getenv("ORT_DISABLE_TELEMETRY") == nullptr) {
+    _putenv_s("ORT_DISABLE_TELEMETRY", "1");
+  }
+#else
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+#endif
+}
+
 /// Run a program; every error is one line on standard error, and the exit code of medsa-deploy.
 template <class Program>
 int run(Program program, int argc, char** argv) {
+  refuse_telemetry();
   try {
     return program(std::vector<std::string>(argv + 1, argv + argc));
   } catch (const medsa::Error& error) {

@@ -39,6 +39,9 @@ class Environment {
     // a memory plan that stays between runs doubles the memory, in the same time
     library_->check(api.disable_mem_pattern(options));
     library_->check(api.set_intra_op_num_threads(options, threads));
+    // addition and norm in one kernel take longer than in two
+    library_->check(api.add_session_config_entry(
+        options, "optimization.disable_specified_optimizers", "SkipLayerNormFusion"));
     ort::MemoryInfo* memory = nullptr;
     library_->check(
         api.create_cpu_memory_info(ort::arena_allocator, ort::default_memory, &memory));

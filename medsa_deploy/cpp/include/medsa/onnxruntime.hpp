@@ -114,6 +114,9 @@ struct Api {
   void(MEDSA_ORT_CALL* release_tensor_info)(TensorInfo*);
   void(MEDSA_ORT_CALL* release_session_options)(SessionOptions*);
   Absent release_custom_op_domain;
+  Absent later_versions_102_to_129[28];
+  Result(MEDSA_ORT_CALL* add_session_config_entry)(SessionOptions*, const char* key,
+                                                   const char* value);
 };
 // the last member of the first version is number 101, as ONNX Runtime itself asserts
 static_assert(offsetof(Api, run) == 9 * sizeof(void*));
@@ -123,6 +126,7 @@ static_assert(offsetof(Api, get_tensor_mutable_data) == 51 * sizeof(void*));
 static_assert(offsetof(Api, get_tensor_type_and_shape) == 65 * sizeof(void*));
 static_assert(offsetof(Api, get_allocator_with_default_options) == 78 * sizeof(void*));
 static_assert(offsetof(Api, release_custom_op_domain) == 101 * sizeof(void*));
+static_assert(offsetof(Api, add_session_config_entry) == 130 * sizeof(void*));
 
 /// `OrtApiBase`
 struct ApiBase {

@@ -40,31 +40,36 @@ struct OpenBundle {
       throw Error(Code::usage, "threads is " + std::to_string(options.threads) +
                                    ", expected a whole number from 1 to 1024, or 0 for all");
     }
+    const bool splits = find("decoder-image") != nullptr && find("decoder-click") != nullptr;
+    std::vector<std::future<void>> checks;  // beside each other, and beside ONNX Runtime's start
+    for (const char* role : {"weights", "encoder", "encoder-onnxruntime", "decoder-image",
+                             "decoder-click", "decoder"}) {
+      if (find(role) != nullptr) {
+        checks.push_back(std::async(std::launch::async, [this, role] {
+          check_file(file_of(role), bundle);
+        }));
+      }
+    }
     library = std::make_shared<Library>(options.onnxruntime, options.ort_api_base);
     environment = std::make_unique<Environment>(library, options.threads);
     const std::int64_t grid = manifest.network.embedding_size;
     embedding_shape = {1, 256, grid, grid};
-    const bool own = !options.portable && find("encoder-onnxruntime") != nullptr;
-    const bool splits = find("decoder-image") != nullptr && find("decoder-click") != nullptr;
-    for (const char* role : {"weights", "encoder"}) {  // other graphs read weights from these
-      if (const File* file = find(role)) {
-        check_file(*file, bundle);
-      }
+    for (std::future<void>& check : checks) {
+      check.get();
     }
     auto decoders = std::async(std::launch::async, [&] {  // beside the encoder, in half the time
       std::map<std::string, std::unique_ptr<Graph>> opened;
       for (const char* role : {"decoder-image", "decoder-click"}) {
-        if (splits) {
+        if (splits) {  // the whole decoder is opened for the first mask prompt
           opened[role] = open(role, role);
         }
       }
-      if (splits) {
-        check_file(file_of("decoder"), bundle);  // it is opened for the first mask prompt
-      } else {
+      if (!splits) {
         opened["decoder"] = open("decoder", "decoder");
       }
       return opened;
     });
+    const bool own = !options.portable && find("encoder-onnxruntime") != nullptr;
     auto encoder = open("encoder", own ? "encoder-onnxruntime" : "encoder");
     graphs = decoders.get();
     graphs["encoder"] = std::move(encoder);
@@ -84,11 +89,9 @@ struct OpenBundle {
     return *file;
   }
 
-  /// A graph from the file of a role, which is compared with its SHA-256.
+  /// A graph from the file of a role, which was compared with its SHA-256.
   std::unique_ptr<Graph> open(const std::string& graph, const std::string& role) const {
-    const auto path = role == "encoder"  // compared already
-                          ? bundle / utf8_path(file_of(role).path)
-                          : check_file(file_of(role), bundle);
+    const auto path = bundle / utf8_path(file_of(role).path);
     return std::make_unique<Graph>(*environment, path, manifest.graph(graph));
   }
 
@@ -96,6 +99,7 @@ struct OpenBundle {
   const Graph& graph(const std::string& name) {
     std::unique_ptr<Graph>& place = graphs[name];
     if (!place) {
+      check_file(file_of(name), bundle);  // again: it may have changed since
       place = open(name, name);
     }
     return *place;
