@@ -224,7 +224,7 @@ def node_process(
     command = [
         *(sys.executable, "-m", "medsa_deploy.cli", "dicom-node", bundle),
         *("--rules", folder / "rules.json", "--spool", folder / "spool", "--port", str(port)),
-        *("--send", send_to, "--http-port", "0", "--quiet-time", "0.5", "--json"),
+        *("--send", send_to, "--http-port", "0", "--quiet-time", "1.5", "--json"),
     ]
     out = (folder / "totals.json").open("wb")
     process = subprocess.Popen([str(word) for word in command], stderr=log, stdout=out)

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +18,19 @@ from dicom_network import SOCKETS_LEFT, ct_series, send
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from medsa_deploy.dicom_node.bounded_port import MOST_COMMAND, BoundedMessages, Room
 from medsa_deploy.dicom_node.health import node_metrics
 from medsa_deploy.dicom_node.received import received_object
 from medsa_deploy.dicom_node.receiver import (
-    MOST_COMMAND,
     OUT_OF_RESOURCES,
     SUCCESS,
     Receiver,
-    _BoundedMessages,
 )
 from medsa_deploy.dicom_node.spool import Inbox, Spool
 from medsa_deploy.errors import ImageError
 from medsa_deploy.event_log import EventLog
 from medsa_deploy.images.limits import Limits, reading_within
+from medsa_deploy.metrics import Metrics
 
 pytestmark = SOCKETS_LEFT
 MOST = 60_000
@@ -48,26 +49,27 @@ def large(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def test_an_object_that_is_too_large_is_refused_and_others_are_taken(tmp_path: Path) -> None:
+@contextmanager
+def receiving(folder: Path, **options: int) -> Iterator[tuple[Receiver, io.StringIO, Metrics]]:
+    """A receiver that answers, its log and its metrics."""
     log, metrics = io.StringIO(), node_metrics()
-    inbox = Inbox(Spool(tmp_path), most_series=9)
-    receiver = Receiver(
-        inbox,
-        EventLog(log, identifiers=True),
-        metrics,
-        aet="MEDSA",
-        address=("127.0.0.1", 0),
-        most_object=MOST,
-    )
+    inbox = Inbox(Spool(folder), most_series=9)
+    events = EventLog(log, identifiers=True)
+    receiver = Receiver(inbox, events, metrics, aet="MEDSA", address=("127.0.0.1", 0), **options)
     thread = threading.Thread(target=receiver.serve)
     thread.start()
     try:
-        first, second, third = ct_series(3)
-        statuses = send(receiver.port, [first, large(second), third])
+        yield receiver, log, metrics
     finally:
         receiver.close(serving=True)
         thread.join()
         inbox.close()
+
+
+def test_an_object_that_is_too_large_is_refused_and_others_are_taken(tmp_path: Path) -> None:
+    with receiving(tmp_path, most_object=MOST) as (receiver, log, metrics):
+        first, second, third = ct_series(3)
+        statuses = send(receiver.port, [first, large(second), third])
     assert statuses == [SUCCESS, OUT_OF_RESOURCES, SUCCESS]
     assert len(list(tmp_path.glob("receiving/*/images/*.dcm"))) == 2
     (event,) = [json.loads(line) for line in log.getvalue().splitlines() if "refused" in line]
@@ -98,7 +100,7 @@ def fragments(*values: tuple[int, int]) -> Any:
 
 def test_no_more_of_an_object_is_kept_than_shows_that_it_is_too_large() -> None:
     association = Association()
-    messages = _BoundedMessages(association, 100)
+    messages = BoundedMessages(association, 100, Room(10**6, lambda: None))
     for _ in range(2):
         association.passed.clear()
         messages(fragments((3, 50), (0, 60)))
@@ -114,11 +116,39 @@ def test_no_more_of_an_object_is_kept_than_shows_that_it_is_too_large() -> None:
 
 def test_a_command_without_end_is_aborted() -> None:
     association = Association()
-    messages = _BoundedMessages(association, 100)
+    messages = BoundedMessages(association, 100, Room(10**6, lambda: None))
     for _ in range(3):
         messages(fragments((1, MOST_COMMAND // 2)))
     assert association.faults == ["Evt19"]
     assert len(association.passed) == 2
+
+
+def test_objects_that_come_at_the_same_time_share_their_room() -> None:
+    full: list[str] = []
+    room = Room(250, lambda: full.append("full"))
+    first, second, third = Association(), Association(), Association()
+    messages = [BoundedMessages(each, 200, room) for each in (first, second, third)]
+    for each in messages[:2]:
+        each(fragments((3, 50), (0, 100)))
+    messages[2](fragments((3, 50), (0, 60)))
+    assert (full, third.faults, third.passed) == (["full"], ["Evt19"], [])
+    messages[0](fragments((2, 50)))
+    assert first.passed[-1] == (2, bytes(50))
+    messages[0].let_go(150)  # it was stored
+    messages[1].let_go()  # its connection was closed
+    for _ in range(2):
+        messages[2](fragments((3, 50), (2, 200)))
+        messages[2].let_go(200)
+    assert (len(full), len(third.passed)) == (1, 4)
+
+
+def test_room_is_given_back_after_each_object(tmp_path: Path) -> None:
+    series = ct_series(4)
+    size = len(encoded(series[0]))
+    with receiving(tmp_path, most_at_once=size + size // 2) as (receiver, _, metrics):
+        assert send(receiver.port, series) == 4 * [SUCCESS]
+        assert send(receiver.port, series[1:2]) == [SUCCESS]
+    assert "too much at once" not in metrics.text()
 
 
 def encoded(dataset: Dataset) -> bytes:

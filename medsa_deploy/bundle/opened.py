@@ -120,7 +120,6 @@ def held_files(bundle: Path) -> Iterator[HeldFiles]:
     >>> with held_files(bundle) as files:
     ...     files.add("encoder.onnx", [manifest.file("encoder").sha256])
     ...     files.check_digests()
-    ...     session = onnxruntime.InferenceSession(bundle / "encoder.onnx")
     ...     files.check_unchanged()
     """
     files = HeldFiles(bundle)

@@ -2,6 +2,7 @@
 
 node.py            options → a running node: starts the parts below, and stops them
 receiver.py        associations → images on disk (C-ECHO and C-STORE SCP)
+bounded_port.py    bytes on the port → no more of them than may be kept
 received.py        bytes of a C-STORE → the few facts that the node goes by
 spool.py           the queue on disk, which survives a kill -9
 rules.py           a series → the rule that says how it is segmented

@@ -17,6 +17,7 @@ from medsa_deploy.child import ChildError, run_in_child
 from medsa_deploy.errors import MedsaError, UsageError, one_line
 from medsa_deploy.event_log import EventLog
 from medsa_deploy.images.file_texts import MODALITIES, code_text
+from medsa_deploy.images.limits import current_limits
 from medsa_deploy.stages.run.dicomweb import WebSeries
 from medsa_deploy.stages.run.run import SessionOptions
 
@@ -188,6 +189,7 @@ class Node:
                 allowed=options.allow,
                 tls=tls,
                 most_object=options.max_object,
+                most_at_once=max(options.max_object, current_limits().memory),
             )
 
     def _serve_health(self, opened: ExitStack) -> ThreadingHTTPServer | None:

@@ -1,15 +1,12 @@
 """Associations → objects in the spool: the C-ECHO and C-STORE service of the node.
 
-Bytes on the port are bounded: a PDU that announces more than a sender may send ends its connection
-before it is read, a silent connection is closed, and so is one beyond the most at a time. Of an
-object that is larger than the most, the rest is dropped as it comes, and the object refused.
+Objects that are too large are refused; `bounded_port` bounds what is kept of them as they come.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from medsa_deploy.event_log import EventLog
 from medsa_deploy.images.limits import size_text
 from medsa_deploy.metrics import Metrics
 
+from .bounded_port import MOST_PDU, SILENCE_SECONDS, BoundedHandler, BoundedServer, Room
 from .received import received_object
 from .spool import Inbox, QueueFullError
 from .study_prompts import PROMPT_CLASSES
@@ -35,7 +33,6 @@ try:
         ImplicitVRLittleEndian,
     )
     from pynetdicom import AE, build_context, evt, sop_class
-    from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 except ImportError as e:
     raise MissingDependencyError("pynetdicom", extra="node", purpose="the DICOM node") from e
 
@@ -65,18 +62,9 @@ IMAGE_CLASSES = (
     "IntravascularOpticalCoherenceTomographyImageStorageForPresentation",
 )  # fmt: skip
 """Storage classes of images, by pynetdicom's names."""
-MOST_PDU = 2**20
-"""Bytes of one PDU; the node announces a quarter of it to senders."""
-SILENCE_SECONDS = 60.0
 REQUEST_SECONDS = 15.0
 """Time from a connection to the request of its association."""
 MOST_ASSOCIATIONS = 20
-COMMAND, LAST = 1, 2
-"""Bits of a fragment's first byte: part of a command, else of an object; the last one."""
-INVALID_PDU = "Evt19"
-"""pynetdicom's event that aborts an association."""
-MOST_COMMAND = 2**16
-"""Bytes of a command; usual ones have a few hundred."""
 MOST_OBJECT = 2 * 10**9
 """Bytes of an object, without an option."""
 
@@ -95,13 +83,16 @@ class Receiver:
         allowed: Sequence[str] = (),
         tls: ssl.SSLContext | None = None,
         most_object: int = MOST_OBJECT,
+        most_at_once: int = MOST_OBJECT,
     ) -> None:
         """`allowed`: AE titles that may send; none for all. `most_object`: bytes of an object.
+        `most_at_once`: bytes of all objects that come at the same time.
 
         OSError if the port is taken.
         """
         self.inbox, self.events, self.metrics = inbox, events, metrics
         self.most_object = most_object
+        self._room = Room(most_at_once, self._full)
         self._ae = AE(ae_title=aet)
         self._ae.maximum_associations = MOST_ASSOCIATIONS
         self._ae.maximum_pdu_size = MOST_PDU // 4
@@ -119,9 +110,11 @@ class Receiver:
             address,
             evt_handlers=handlers,
             contexts=[build_context(sop_class.Verification)],  # copied for every connection
-            server_class=_BoundedServer,
+            server_class=BoundedServer,
             ssl_context=tls,
-            request_handler=functools.partial(_BoundedHandler, most_object=most_object),
+            request_handler=functools.partial(
+                BoundedHandler, most_object=most_object, room=self._room
+            ),
         )
         self._ae._servers.append(self._server)
         self.port: int = self._server.server_address[1]
@@ -141,6 +134,12 @@ class Receiver:
 
     def _store(self, event: Any) -> int:
         """Put one object into the spool; returns the status of the C-STORE."""
+        try:
+            return self._stored(event)
+        finally:
+            event.assoc.dimse.receive_primitive.let_go(event.request.DataSet.getbuffer().nbytes)
+
+    def _stored(self, event: Any) -> int:
         calling = str(event.assoc.requestor.ae_title).strip()
         if event.request.DataSet.getbuffer().nbytes > self.most_object:
             text = f"an object has more than {size_text(self.most_object)}: raise --max-object"
@@ -174,6 +173,11 @@ class Receiver:
         )
         return status
 
+    def _full(self) -> None:
+        """The objects that come at the same time have no room for another fragment."""
+        self.metrics.count("medsa_images_refused_total", reason="too much at once")
+        self.events.write("refused", reason="too much at once")
+
     def _rejected(self, event: Any) -> None:
         """An association that does not fit: titles, or no storage class that is taken."""
         self.metrics.count("medsa_images_refused_total", reason="association")
@@ -202,91 +206,6 @@ def _support_requested(event: Any, supported: Mapping[str, Sequence[str]]) -> No
 def _as_offered(supported: Sequence[str], offered: Sequence[str]) -> list[str]:
     """Supported transfer syntaxes, those that are offered first and in their order."""
     return list(dict.fromkeys([*(uid for uid in offered if uid in supported), *supported]))
-
-
-class _BoundedHandler(RequestHandler):  # type: ignore[misc]
-    """Connections that cannot make the node read, or keep, without end."""
-
-    def __init__(self, *arguments: Any, most_object: int) -> None:
-        self.most_object = most_object
-        super().__init__(*arguments)
-
-    def _create_association(self) -> Any:
-        self.request.settimeout(SILENCE_SECONDS)
-        association = super()._create_association()
-        connection = association.dul.socket
-        receive = connection.recv
-
-        def bounded(count: int) -> Any:
-            if count > MOST_PDU:
-                raise OSError(f"a PDU of {count} bytes was announced")
-            return receive(count)
-
-        connection.recv = bounded
-        association.dimse.receive_primitive = _BoundedMessages(association, self.most_object)
-        association.bind(evt.EVT_CONN_CLOSE, _let_go, [self.request])
-        return association
-
-
-class _BoundedMessages:
-    """Fragments of messages on their way to pynetdicom, which keeps all that it gets.
-
-    Of an object, one byte more than the most is kept, by which it is known to be too large.
-    """
-
-    def __init__(self, association: Any, most_object: int) -> None:
-        self._receive = association.dimse.receive_primitive
-        self._association, self._most_object = association, most_object
-        self._command = self._object = 0
-        """Bytes of the present message."""
-
-    def __call__(self, primitive: Any) -> None:
-        primitive.presentation_data_value_list = [
-            [context, self._trimmed(bytes(fragment))]
-            for context, fragment in primitive.presentation_data_value_list
-        ]
-        if self._command > MOST_COMMAND:
-            self._association.dul.event_queue.put(INVALID_PDU)
-            return
-        self._receive(primitive)
-
-    def _trimmed(self, fragment: bytes) -> bytes:
-        """A fragment, or the part of it that is kept; its first byte says what it is."""
-        kind, size = fragment[0] & 3, len(fragment) - 1
-        if kind & COMMAND:
-            self._command += size
-            if kind & LAST:
-                self._object = 0
-        else:
-            self._command = 0
-            room = max(0, self._most_object + 1 - self._object)
-            self._object = 0 if kind & LAST else self._object + size
-            if size > room:
-                return fragment[: 1 + room]
-        return fragment
-
-
-def _let_go(event: Any, request: socket.socket) -> None:
-    """Free a closed connection's socket, and its association if none was requested yet."""
-    request.close()
-    if event.assoc.requestor.primitive is None:
-        event.assoc.dul.to_user_queue.put(None)
-
-
-class _BoundedServer(ThreadedAssociationServer):  # type: ignore[misc]
-    """A server that greets in each connection's own thread, so that a silent one stops no other."""
-
-    request_queue_size = 32
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; the handshake of TLS waits for the first byte that is read."""
-        connection, address = self.socket.accept()
-        connection.settimeout(SILENCE_SECONDS)
-        if self.ssl_context:
-            connection = self.ssl_context.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
 
 
 def supported_syntaxes() -> dict[str, list[str]]:
