@@ -36,6 +36,10 @@ def failing(monkeypatch: pytest.MonkeyPatch):
     return fail_with
 
 
+def test_stages_are_where_their_table_says() -> None:
+    assert not [name for name in stages.__all__ if not hasattr(stages, name)]
+
+
 def test_there_are_the_commands_of_the_documentation() -> None:
     documented = {
         *("inspect", "export", "quantize", "build-engine", "build-kernels", "cpp", "sign"),

@@ -67,7 +67,8 @@ def receiving(folder: Path, **options: int) -> Iterator[tuple[Receiver, io.Strin
 
 
 def test_an_object_that_is_too_large_is_refused_and_others_are_taken(tmp_path: Path) -> None:
-    with receiving(tmp_path, most_object=MOST) as (receiver, log, metrics):
+    limits = {"most_object": MOST, "most_at_once": MOST // 2}  # one finds room even so
+    with receiving(tmp_path, **limits) as (receiver, log, metrics):
         first, second, third = ct_series(3)
         statuses = send(receiver.port, [first, large(second), third])
     assert statuses == [SUCCESS, OUT_OF_RESOURCES, SUCCESS]
@@ -145,7 +146,8 @@ def test_objects_that_come_at_the_same_time_share_their_room() -> None:
 def test_room_is_given_back_after_each_object(tmp_path: Path) -> None:
     series = ct_series(4)
     size = len(encoded(series[0]))
-    with receiving(tmp_path, most_at_once=size + size // 2) as (receiver, _, metrics):
+    limits = {"most_object": size, "most_at_once": size + size // 2}
+    with receiving(tmp_path, **limits) as (receiver, _, metrics):
         assert send(receiver.port, series) == 4 * [SUCCESS]
         assert send(receiver.port, series[1:2]) == [SUCCESS]
     assert "too much at once" not in metrics.text()

@@ -2,7 +2,7 @@
 
 try:
     from .app import main
-except KeyboardInterrupt:  # the imports take a third of a second, and `main` is not there yet
+except KeyboardInterrupt:  # the imports take a moment, and `main` is not there yet
     raise SystemExit(130) from None
 
 __all__ = ["main"]

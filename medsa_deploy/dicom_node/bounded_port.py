@@ -90,7 +90,8 @@ class BoundedMessages:
         self._command = self._object = 0
         """Bytes of the present message."""
         self._held_bytes = 0
-        """Bytes of objects that pynetdicom has."""
+        """Of objects that pynetdicom has."""
+        self._lock = threading.Lock()
 
     def __call__(self, primitive: Any) -> None:
         primitive.presentation_data_value_list = [
@@ -102,13 +103,15 @@ class BoundedMessages:
         if self._command > MOST_COMMAND or not self._room.take(size):
             self._association.dul.event_queue.put(INVALID_PDU)
             return
-        self._held_bytes += size
+        with self._lock:
+            self._held_bytes += size
         self._receive(primitive)
 
     def let_go(self, count: int | None = None) -> None:
         """So many bytes of an object are no longer kept; None: nothing is."""
-        count = self._held_bytes if count is None else min(count, self._held_bytes)
-        self._held_bytes -= count
+        with self._lock:  # the connection may be closed while an object is stored
+            count = self._held_bytes if count is None else min(count, self._held_bytes)
+            self._held_bytes -= count
         self._room.give_back(count)
 
     def _trimmed(self, fragment: bytes) -> bytes:

@@ -189,7 +189,7 @@ class Node:
                 allowed=options.allow,
                 tls=tls,
                 most_object=options.max_object,
-                most_at_once=max(options.max_object, current_limits().memory),
+                most_at_once=current_limits().memory,
             )
 
     def _serve_health(self, opened: ExitStack) -> ThreadingHTTPServer | None:

@@ -86,13 +86,14 @@ class Receiver:
         most_at_once: int = MOST_OBJECT,
     ) -> None:
         """`allowed`: AE titles that may send; none for all. `most_object`: bytes of an object.
-        `most_at_once`: bytes of all objects that come at the same time.
+        `most_at_once`: bytes of all objects that come at the same time; one always finds room.
 
         OSError if the port is taken.
         """
         self.inbox, self.events, self.metrics = inbox, events, metrics
         self.most_object = most_object
-        self._room = Room(most_at_once, self._full)
+        # an object that is too large is known by one byte more
+        self._room = Room(max(most_at_once, most_object + 1), self._full)
         self._ae = AE(ae_title=aet)
         self._ae.maximum_associations = MOST_ASSOCIATIONS
         self._ae.maximum_pdu_size = MOST_PDU // 4

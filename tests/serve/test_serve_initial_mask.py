@@ -148,7 +148,8 @@ def test_a_network_without_mask_prompts(server, array, mask) -> None:
         with pytest.raises(httpx.HTTPStatusError) as refusal:
             client.add_initial_seg_interaction(mask)
         assert refusal.value.response.status_code == 501
-        assert "takes no mask prompt" in refusal.value.response.json()["detail"]
+        detail = refusal.value.response.json()["detail"]
+        assert "takes no mask prompt: begin the object with a click or a box" in detail
         client._predict()
         assert (client.target_buffer == clicked).all()
 
